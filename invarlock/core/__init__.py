@@ -1,0 +1,1 @@
+"""What plugins and the pipeline share: the class form of a plugin, results, errors. Imports no torch."""

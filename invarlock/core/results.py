@@ -1,0 +1,149 @@
+"""What guards say, ordered by severity, and the fold from many results to one verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from invarlock.core.errors import ExitCode
+
+
+class Action(StrEnum):
+    """What is to be done with an edit, from harmless to grave."""
+
+    CONTINUE = "continue"
+    WARN = "warn"
+    ROLLBACK = "rollback"
+    ABORT = "abort"
+
+    @property
+    def severity(self) -> int:
+        return list(Action).index(self)
+
+    @property
+    def accepted(self) -> bool:
+        return self.severity <= Action.WARN.severity
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """What one guard said of one attempt.
+
+    ``passed`` is None when nothing was measured; that never counts as passed. ``error`` says how the guard itself
+    failed; its action is then always ``abort``.
+    """
+
+    name: str
+    passed: bool | None
+    action: Action
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @classmethod
+    def from_plugin(cls, name: str, returned: object) -> GuardResult:
+        """Read what ``validate`` returned; what it lacks makes it an error of that guard, which counts as abort."""
+        if not isinstance(returned, Mapping):
+            return cls.failed(name, f"validate returned {type(returned).__name__}, not a dict with 'passed'")
+        if not isinstance(returned.get("passed"), bool):
+            return cls.failed(name, "the result of validate lacks 'passed' (True or False)")
+        passed = returned["passed"]
+        if not passed and returned.get("action") is None:
+            return cls.failed(name, "the result of validate has passed=False but lacks 'action'")
+        said = returned.get("action") or "none"
+        try:
+            action = Action.CONTINUE if said == "none" else Action(said)
+        except ValueError:
+            return cls.failed(name, f"unknown action {said!r}; known are {', '.join(Action)}")
+        metrics = returned.get("metrics") or {}
+        if not isinstance(metrics, Mapping):
+            return cls.failed(name, f"'metrics' is a {type(metrics).__name__}, not a dict")
+        warnings = returned.get("warnings") or ()
+        if isinstance(warnings, str):
+            warnings = (warnings,)
+        return cls(
+            name=name,
+            passed=passed,
+            action=action,
+            message=str(returned.get("message") or ""),
+            warnings=tuple(map(str, warnings)),
+            metrics=plain(metrics),
+        )
+
+    @classmethod
+    def failed(cls, name: str, error: str) -> GuardResult:
+        return cls(name, passed=False, action=Action.ABORT, message=error.splitlines()[-1], error=error)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One voice in the verdict: a guard's, or the primary metric's."""
+
+    source: str
+    action: Action
+    message: str
+    failed: bool = False
+    """Whether the source itself failed, so that its word cannot be relied on."""
+
+    @classmethod
+    def of_guard(cls, result: GuardResult) -> Finding:
+        return cls(f"guard {result.name}", result.action, result.message, failed=result.error is not None)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The most severe action over all findings, and the first finding that called for it."""
+
+    action: Action
+    decided_by: str
+    reasons: tuple[str, ...]
+    exit_code: ExitCode
+
+    @property
+    def accepted(self) -> bool:
+        return self.action.accepted
+
+
+def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
+    """Fold findings into one verdict: the most severe action wins, the first to call for it decided.
+
+    :param strict: a warning, though accepted, ends the process with ``ExitCode.REJECTED``.
+    """
+    worst = max((finding.action for finding in findings), key=lambda action: action.severity, default=Action.CONTINUE)
+    deciding = [finding for finding in findings if finding.action is worst]
+    decided_by = deciding[0].source if worst is not Action.CONTINUE else "nothing objected"
+    reasons = tuple(
+        f"{finding.source}: {finding.action}: {finding.message}"
+        for finding in sorted(findings, key=lambda finding: -finding.action.severity)
+        if finding.action is not Action.CONTINUE
+    )
+    if any(finding.failed for finding in findings):
+        exit_code = ExitCode.FAILED
+    elif not worst.accepted or (strict and worst is Action.WARN):
+        exit_code = ExitCode.REJECTED
+    else:
+        exit_code = ExitCode.ACCEPTED
+    return Verdict(worst, decided_by, reasons, exit_code)
+
+
+def plain(value: Any) -> Any:
+    """Bring what a plugin returned to what JSON can hold.
+
+    Tensors and arrays become numbers or lists. JSON has no NaN and no infinity: they become the strings ``"nan"``,
+    ``"inf"`` and ``"-inf"``, so that a reader can tell them from what was not measured (``null``).
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value if not isinstance(value, StrEnum) else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return repr(value)
