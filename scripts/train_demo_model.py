@@ -103,7 +103,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.folder)
     tokenizer.save_pretrained(args.folder)
-    with open(args.folder.parent / "text.jsonl", "w") as file:
+    with (args.folder.parent / "text.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in held_out)
     held_out_perplexity = perplexity(model.float(), held_out_stream)
     summary = {

@@ -75,8 +75,9 @@ class GuardResult:
         )
 
     @classmethod
-    def failed(cls, name: str, error: str) -> GuardResult:
-        return cls(name, passed=False, action=Action.ABORT, message=error.splitlines()[-1], error=error)
+    def failed(cls, name: str, message: str, trace: str | None = None) -> GuardResult:
+        """The result of a guard that itself failed, with its traceback if there is one."""
+        return cls(name, passed=False, action=Action.ABORT, message=message, error=trace or message)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""``python -m invarlock``."""
+
+import sys
+
+from invarlock.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,107 @@
+"""A run's output folder, and artifacts that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invarlock.core.errors import UsageError
+
+ARTIFACTS = ("report.json", "model")
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    try:
+        yield staged
+        staged.chmod(0o777 & ~_umask())
+        staged.rename(target)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file to the side and rename it into place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent)
+    staged = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.chmod(0o666 & ~_umask())
+        staged.replace(target)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path from the folder's parent."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found[path.relative_to(folder.parent).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where the artifacts of one run go."""
+
+    path: Path
+    force: bool = False
+
+    def check(self, model_id: str) -> None:
+        """Refuse, before anything is loaded, what must not be written to.
+
+        :raises UsageError: another run's output lies there, or the folder lies in the input checkpoint.
+        """
+        checkpoint, folder = Path(model_id).absolute(), self.path.absolute()
+        if checkpoint.is_dir() and (checkpoint == folder or checkpoint in folder.parents):
+            raise UsageError(
+                f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"output.dir: {self.path} is a file; choose a folder")
+        there = [name for name in ARTIFACTS if (self.path / name).exists()]
+        if there and not self.force:
+            raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
+        nearest_existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not os.access(nearest_existing, os.W_OK):
+            raise UsageError(f"output.dir: no permission to write to {nearest_existing}")
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, now that this one has something to put in its place."""
+        for name in ARTIFACTS:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def save_model(self, model: Any, tokenizer: Any) -> dict[str, str]:
+        """Save an accepted model in its own layout and dtype; returns the digests of its files."""
+        with staged_folder(self.path / "model") as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        return digests(self.path / "model")

@@ -1,0 +1,156 @@
+"""``invarlock plugins``: which adapters, guards and edits there are, and whether they can be used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from invarlock import hookimpl
+from invarlock.core.errors import ExitCode, UsageError, nearest
+from invarlock.plugins.catalog import Kind, Plugin, Status
+
+DESCRIPTION = """\
+Lists plugins. A plugin is ready only if it imports and can be constructed."""
+
+EPILOG = """\
+examples:
+  invarlock plugins
+  invarlock plugins guards --verbose
+  invarlock plugins adapters --explain hf_causal
+  invarlock plugins list --json"""
+
+CATEGORIES = {
+    "list": None,
+    "adapters": (Kind.ADAPTER,),
+    "guards": (Kind.GUARD,),
+    "edits": (Kind.EDIT,),
+}
+STATUS = {Status.READY: "✅ Ready", Status.MISSING: "⚠ Missing", Status.ERROR: "❌ Error", Status.BLOCKED: "⏸ Blocked"}
+NONE = "—"
+
+
+@hookimpl
+def invarlock_add_commands(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "plugins", help="list adapters, guards and edits", description=DESCRIPTION, epilog=EPILOG
+    )
+    parser.add_argument(
+        "category", nargs="?", choices=list(CATEGORIES), default="list", help="what to list; default all"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, format plugins-v1")
+    parser.add_argument("--verbose", "-v", action="store_true", help="also module, entry point, hooks and errors")
+    parser.add_argument("--explain", metavar="NAME", help="everything about one plugin")
+    parser.add_argument(
+        "--only", choices=["ready", "missing", "error", "builtin", "plugin"], help="only plugins of a status or origin"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    listed = sorted(args.manager.catalog.of_kind(*(CATEGORIES[args.category] or Kind)), key=lambda p: (p.kind, p.name))
+    if args.only:
+        listed = [plugin for plugin in listed if args.only in (plugin.status, plugin.origin)]
+    if args.explain:
+        listed = _explained(args.explain, listed)
+    if args.json:
+        print(
+            json.dumps(
+                {"format_version": "plugins-v1", "category": _category(args), "items": [*map(_item, listed)]}, indent=2
+            )
+        )
+    elif args.explain:
+        print("\n\n".join(_details(plugin) for plugin in listed))
+    else:
+        print(table([_row(plugin) for plugin in listed]))
+        if args.verbose:
+            print("\n" + "\n\n".join(_details(plugin) for plugin in listed))
+    return ExitCode.ACCEPTED
+
+
+def _category(args: argparse.Namespace) -> str:
+    return "all" if args.category == "list" else str(args.category)
+
+
+def _explained(name: str, listed: list[Plugin]) -> list[Plugin]:
+    found = [plugin for plugin in listed if plugin.name == name]
+    if not found:
+        known = [plugin.name for plugin in listed]
+        raise UsageError(
+            f"--explain: there is no plugin {name!r} here{nearest(name, known) or '; known are ' + ', '.join(known)}"
+        )
+    return found
+
+
+def _item(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "kind": plugin.kind,
+        "origin": plugin.origin,
+        "status": plugin.status,
+        "module": plugin.module,
+        "entry_point": plugin.entry_point,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "requires": list(plugin.requires),
+        "hooks": list(plugin.hooks),
+        "error": plugin.error,
+    }
+
+
+def _row(plugin: Plugin) -> list[str]:
+    versions = [_version_of(name) for name in plugin.requires]
+    return [
+        plugin.name,
+        plugin.origin.capitalize(),
+        plugin.kind.capitalize(),
+        ", ".join(plugin.requires) or NONE,
+        ", ".join(versions) or NONE,
+        STATUS[plugin.status] + (f": {plugin.error}" if plugin.error else ""),
+    ]
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def table(rows: Iterable[list[str]]) -> str:
+    """Rows under headings, each column as wide as its widest cell: a name is never cut, however narrow the terminal."""
+    lines = [["Name", "Origin", "Kind", "Requires", "Installed", "Status"], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _details(plugin: Plugin) -> str:
+    about = (inspect.getdoc(plugin.factory) or "").splitlines() if plugin.factory is not None else []
+    options = _options(plugin)
+    facts = {
+        "about": about[0] if about else NONE,
+        "status": STATUS[plugin.status],
+        "error": plugin.error,
+        "origin": plugin.origin,
+        "distribution": f"{plugin.distribution} {plugin.version}" if plugin.distribution else NONE,
+        "module": plugin.module,
+        "entry point": plugin.entry_point or NONE,
+        "requires": ", ".join(plugin.requires) or NONE,
+        "hooks": ", ".join(plugin.hooks) or NONE,
+        "options": options,
+    }
+    shown = [f"  {name:<13}{value}" for name, value in facts.items() if value is not None]
+    return "\n".join([f"{plugin.kind} {plugin.name}", *shown])
+
+
+def _options(plugin: Plugin) -> str | None:
+    """What a guard's section in the configuration may hold."""
+    if plugin.kind is not Kind.GUARD or not plugin.is_class:
+        return None
+    parameters = inspect.signature(plugin.factory).parameters.values()
+    return ", ".join(str(parameter) for parameter in parameters) or "none"

@@ -1,0 +1,1 @@
+"""The configuration of a run: what keys there are (``schema``) and how a file becomes them (``loading``)."""

@@ -1,0 +1,215 @@
+"""Every key of the configuration: its type, its default, and a sentence.
+
+The one source for validation, the JSON Schema, ``invarlock run --help``, the man page and ``docs/configuration.md``.
+It imports nothing heavy, for ``--help`` needs it: plain data classes, constraints by ``annotated_types``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    id: Annotated[str, MinLen(1), "Folder or file of the checkpoint, or an id on a hub."]
+    adapter: Annotated[str, "Adapter that loads it; auto asks every adapter, the generic one last."] = "auto"
+    device: Annotated[str, "Where it runs: auto, cpu, cuda, cuda:1, mps."] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], "Data type of the weights; auto keeps the checkpoint's."
+    ] = "auto"
+    trust_remote_code: Annotated[bool, "Whether code that lies beside the weights may run."] = False
+    revision: Annotated[str | None, "Branch, tag or commit on a hub."] = None
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    provider: Annotated[
+        Literal["generated", "local_jsonl", "local_text", "demo", "hf"],
+        "Where the text comes from; generated: the baseline writes its own windows.",
+    ] = "generated"
+    path: Annotated[str | None, "File of a local provider, or name of a dataset on a hub."] = None
+    name: Annotated[str | None, "Configuration of a dataset on a hub."] = None
+    text_field: Annotated[str, "Field that holds the text."] = "text"
+    split: Annotated[str, "Split of a dataset on a hub."] = "validation"
+    seq_len: Annotated[int, Ge(8), "Tokens a window, special tokens included."] = 256
+    stride: Annotated[
+        int | None, "Tokens from the start of a window to the next, at least seq_len; null means seq_len."
+    ] = None
+    preview_n: Annotated[int, Ge(1), "Windows that the guards calibrate on."] = 8
+    final_n: Annotated[int, Ge(2), "Windows that decide the primary metric; disjoint from the preview."] = 32
+    seed: Annotated[int, Ge(0), "Seed of the choice of windows, of masks and of generation."] = 42
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    bitwidth: Annotated[int, Ge(2), Le(8), "Bits a weight."] = 8
+    symmetric: Annotated[bool, "Zero point at zero; else the range is min to max with a zero point."] = True
+    per_channel: Annotated[bool, "A scale for each output channel; else one for the tensor."] = True
+    group_size: Annotated[
+        int | None, Ge(1), "A scale for each group of so many weights along the input axis; the last may be short."
+    ] = None
+    clamp_ratio: Annotated[
+        float, Ge(0.0), Le(0.5), "Share c of weights clipped first: to the quantiles c/2 and 1 - c/2."
+    ] = 0.0
+    scope: Annotated[Literal["ffn", "attn", "all"], "Weights to quantize, by what their module is."] = "ffn"
+    include: Annotated[
+        tuple[str, ...],
+        "Globs or re:REGEX of module names. Only what matches is quantized; embeddings, output heads and routers "
+        "are touched only if a pattern here matches them.",
+    ] = ()
+    exclude: Annotated[tuple[str, ...], "Globs or re:REGEX of module names to leave alone."] = ()
+    max_modules: Annotated[int | None, Ge(1), "At most so many modules, the first ones."] = None
+
+
+@dataclass(frozen=True)
+class RetryConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    max_attempts: Annotated[
+        int, Ge(1), Le(7), "Attempts after a rollback: each next one quantizes with one more bit, up to 8."
+    ] = 1
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    order: Annotated[tuple[str, ...], "Guards to run, in this order; a name listed twice runs twice."] = ("invariants",)
+    fail_fast: Annotated[bool, "Stop at the first guard that calls for rollback or abort."] = False
+    options: Annotated[
+        dict[str, dict[str, Any]], "Written as guards.NAME.OPTION: the options of guard NAME, given to its constructor."
+    ] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MetricConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    kind: Annotated[
+        Literal["auto", "perplexity", "masked_perplexity", "target_perplexity"],
+        "Primary metric; auto takes the one that the model's task calls for.",
+    ] = "auto"
+    reps: Annotated[int, Ge(100), Le(1_000_000), "Bootstrap resamples."] = 2000
+    ci_level: Annotated[float, Gt(0.5), Lt(1.0), "Confidence level of the interval."] = 0.95
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    metric: MetricConfig = field(default_factory=MetricConfig)
+    max_pm_ratio: Annotated[
+        float, Ge(1.0), "Limit of the ratio edited / baseline; the interval's upper end is held against it."
+    ] = 1.10
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
+    save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
+    format: Annotated[Literal["dequantized"], "Format of the saved model: its own layout and data type."] = (
+        "dequantized"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Every section but ``model`` has defaults."""
+
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    model: ModelConfig
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    plugins: Annotated[tuple[str, ...], "Modules or plugin names to load, as with -p."] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as it would stand in a file, every key with its value."""
+        values = dataclasses.asdict(self)
+        values["guards"] |= values["guards"].pop("options")
+        return values
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as a reader sees it."""
+
+    path: str
+    type: str
+    default: str
+    sentence: str
+
+
+def keys(section: Any = RunConfig, prefix: str = "") -> Iterator[Key]:
+    """Every key below a section, depth first, in the order of the file."""
+    hints = get_type_hints(section, include_extras=True)
+    for entry in dataclasses.fields(section):
+        hint = hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{prefix}{entry.name}.")
+        elif entry.name == "options":
+            yield Key(f"{prefix}NAME.OPTION", "any", "the guard's own", sentence_of(hint))
+        else:
+            yield Key(prefix + entry.name, _type_text(hint), _default_text(entry), sentence_of(hint))
+
+
+def sentence_of(hint: Any) -> str:
+    """The sentence in an ``Annotated`` type."""
+    return next(extra for extra in get_args(hint)[1:] if isinstance(extra, str))
+
+
+def _default_text(entry: dataclasses.Field[Any]) -> str:
+    if entry.default is dataclasses.MISSING:
+        return "required"
+    if isinstance(entry.default, tuple):
+        return "[" + ", ".join(entry.default) + "]"
+    if entry.default is None:
+        return "null"
+    return str(entry.default).lower() if isinstance(entry.default, bool) else str(entry.default)
+
+
+def _type_text(hint: Any) -> str:
+    kind, *extras = get_args(hint)
+    low, high = _bounds(extras)
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "list of strings"
+    if isinstance(kind, types.UnionType):
+        kind = get_args(kind)[0]
+    name = {str: "string", int: "integer", float: "number", bool: "true | false"}[kind]
+    return f"{name} {low}..{high}" if high else f"{name} >= {low}" if low else name
+
+
+def _bounds(extras: list[Any]) -> tuple[str, str]:
+    low = [str(extra.ge if isinstance(extra, Ge) else extra.gt) for extra in extras if isinstance(extra, Ge | Gt)]
+    high = [str(extra.le if isinstance(extra, Le) else extra.lt) for extra in extras if isinstance(extra, Le | Lt)]
+    return "".join(low), "".join(high)

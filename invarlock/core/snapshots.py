@@ -1,0 +1,115 @@
+"""A model's exact state: fingerprints to tell whether it changed, snapshots to bring it back."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer under each of its names; tied ones come once a name."""
+    return itertools.chain(
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A 128-bit XXH3 digest of each tensor's dtype, shape and bytes, and which names are tied.
+
+    It tells accidents apart, not forgeries: the hash is not cryptographic.
+    """
+
+    tensors: dict[str, str]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Fingerprint:
+        digests: dict[str, str] = {}
+        names_by_identity: dict[int, str] = {}
+        for name, tensor in named_tensors(model):
+            first = names_by_identity.setdefault(id(tensor), name)
+            digests[name] = _digest(tensor) if first == name else f"tied to {first}"
+        return cls(digests)
+
+    @property
+    def digest(self) -> str:
+        lines = "\n".join(f"{name} {value}" for name, value in self.tensors.items())
+        return xxhash.xxh3_128_hexdigest(lines.encode())
+
+    def changed_since(self, earlier: Fingerprint) -> list[str]:
+        """Names of the tensors that differ, appeared or vanished."""
+        names = self.tensors | earlier.tensors
+        return [name for name in names if self.tensors.get(name) != earlier.tensors.get(name)]
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.device.type != "meta":
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+class Snapshot:
+    """The tensors of a model in a temporary folder, one safetensors file each, and references to its structure.
+
+    On disk, so that a baseline does not double the memory of a run; ``TMPDIR`` says where. The folder goes with the
+    object. Structure (which module and parameter hangs where, and so what is tied) is kept by reference: it costs
+    nothing, and parts that were swapped out come back too.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="invarlock-snapshot-")
+        self._structure = [_Structure.of(module) for module in model.modules()]
+        self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
+        for path, tensor in self._files():
+            save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+
+    @torch.no_grad()
+    def restore(self, model: torch.nn.Module) -> None:
+        """Bring the model back bit for bit, ties included."""
+        for structure in self._structure:
+            structure.restore()
+        for path, tensor in self._files():
+            saved = load_file(path)["tensor"]
+            if tensor.shape == saved.shape and tensor.dtype == saved.dtype:
+                tensor.copy_(saved)
+            else:
+                tensor.data = saved.to(tensor.device)
+
+    def _files(self) -> Iterator[tuple[Path, torch.Tensor]]:
+        for number, tensor in enumerate(self._tensors):
+            yield Path(self._folder.name, f"{number}.safetensors"), tensor
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What hangs on one module."""
+
+    module: torch.nn.Module
+    training: bool
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    modules: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> _Structure:
+        return cls(module, module.training, {**module._parameters}, {**module._buffers}, {**module._modules})
+
+    def restore(self) -> None:
+        self.module.training = self.training
+        for live, kept in (
+            (self.module._parameters, self.parameters),
+            (self.module._buffers, self.buffers),
+            (self.module._modules, self.modules),
+        ):
+            live.clear()
+            live.update(kept)

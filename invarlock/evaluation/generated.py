@@ -1,0 +1,148 @@
+"""Text that the baseline model writes itself, for windows without any data.
+
+Every token is drawn from the model's own distribution: temperature 1, nothing cut off, no penalty, and an end-of-text
+token ends nothing. The model's ``generate`` is not called, because it adds whatever sampling settings came with the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invarlock.evaluation.layout import Layout
+from invarlock.evaluation.models import batch_size, device_of, evaluating, logits_of, vocabulary_of
+
+CACHED_TOKENS = 4096
+ROUNDS = 4
+
+
+def write_text(model: nn.Module, layout: Layout, count: int, *, seed: int) -> Tensor:
+    """Let the model write ``count`` rows of text, int64 (count, ``layout.text``) on the CPU.
+
+    A causal model continues its first token, a masked model fills in masks, a seq2seq model answers a source of random
+    tokens. The model and torch's random state are left as they were; the same seed gives the same text.
+
+    :raises PluginError: the model's output has no logits.
+    """
+    writer = _Writer(model, layout, torch.Generator(device_of(model)).manual_seed(seed))
+    size = writer.rows_at_once()
+    with evaluating(model):
+        return torch.cat([writer.write(min(size, count - done)).cpu() for done in range(0, count, size)])
+
+
+@dataclass(frozen=True)
+class _Writer:
+    model: nn.Module
+    layout: Layout
+    generator: torch.Generator
+
+    def rows_at_once(self) -> int:
+        # With a cache only the last token's logits exist; without one, or with masks, those of whole rows.
+        cached = self.layout.mask is None and self.caches
+        return max(1, CACHED_TOKENS // self.layout.length) if cached else batch_size(self.model, self.layout.length)
+
+    def write(self, count: int) -> Tensor:
+        if self.layout.mask is not None:
+            return self.fill(count, self.layout.mask)
+        if self.layout.start is not None:
+            return self.answer(count, self.layout.start)
+        return self.go_on(count)
+
+    def go_on(self, count: int) -> Tensor:
+        """Text of a causal model, after the tokenizer's prefix or from a token that begins a text."""
+        prefix = self.tensor(self.layout.prefix).expand(count, -1)
+        first = prefix if self.layout.prefix else self.first_tokens(count)
+        rows = self.extend(
+            first,
+            self.layout.length - len(self.layout.suffix),
+            lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)},
+        )
+        return rows[:, len(self.layout.prefix) :]
+
+    def answer(self, count: int, start: int) -> Tensor:
+        """A source of random tokens, and the target that a seq2seq model makes of it."""
+        half = self.layout.text // 2
+        source = self.random_tokens(count, half)
+        read = self.layout.surround(source)
+        seen = torch.ones_like(read)
+        model: Any = self.model
+        encoded = model.get_encoder()(input_ids=read, attention_mask=seen)
+        first = self.tensor((start, *self.layout.prefix)).expand(count, -1)
+        rows = self.extend(
+            first,
+            first.shape[1] + half,
+            lambda rows, fresh: {"encoder_outputs": encoded, "attention_mask": seen, "decoder_input_ids": fresh},
+        )
+        return torch.cat([source, rows[:, -half:]], dim=1)
+
+    def fill(self, count: int, mask: int) -> Tensor:
+        """Mask-predict (Ghazvininejad et al. 2019, section 3.2), but tokens are drawn, not the likeliest taken.
+
+        All are drawn at once; then, round after round, fewer and fewer of the least likely ones are drawn anew.
+        """
+        length, before = self.layout.text, len(self.layout.prefix)
+        text = self.tensor((mask,)).repeat(count, length)
+        likelihood = torch.zeros(text.shape, device=text.device)
+        for rounds_left in reversed(range(ROUNDS)):
+            rows = self.layout.surround(text)
+            output = self.model(input_ids=rows, attention_mask=torch.ones_like(rows))
+            logits = logits_of(self.model, output)[:, before : before + length].float()
+            drawn = self.draw(logits.masked_fill(~self.ordinary, -torch.inf))
+            hidden = text == mask
+            text = torch.where(hidden, drawn, text)
+            drawn_likelihood = logits.log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            likelihood = torch.where(hidden, drawn_likelihood, likelihood)
+            doubtful = likelihood.topk(length * rounds_left // ROUNDS, largest=False).indices
+            text = text.scatter(1, doubtful, mask)
+        return text
+
+    def extend(self, rows: Tensor, length: int, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Tensor:
+        """Draw token after token until the rows are ``length`` long.
+
+        :param inputs: the model's arguments, from all of the rows and the part of them that its cache has not seen.
+        """
+        fresh, cache = rows, {"use_cache": True} if self.caches else {}
+        while rows.shape[1] < length:
+            output = self.model(**inputs(rows, fresh), **cache)
+            drawn = self.draw(logits_of(self.model, output)[:, -1]).unsqueeze(1)
+            rows = torch.cat([rows, drawn], dim=1)
+            fresh = drawn if self.caches else rows
+            if self.caches:
+                cache["past_key_values"] = output.past_key_values
+        return rows
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw from softmax(logits) along the last dimension: the largest of logits plus Gumbel noise (Gumbel 1954)."""
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=self.generator)
+        return (logits.float() - noise.log()).argmax(dim=-1)
+
+    def first_tokens(self, count: int) -> Tensor:
+        begin = getattr(getattr(self.model, "config", None), "bos_token_id", None)
+        if isinstance(begin, int) and begin < len(self.ordinary):
+            return self.tensor((begin,)).expand(count, -1)
+        return self.random_tokens(count, 1)
+
+    def random_tokens(self, *shape: int) -> Tensor:
+        tokens = self.ordinary.nonzero().squeeze(1)
+        device = self.generator.device
+        return tokens[torch.randint(len(tokens), shape, generator=self.generator, device=device)]
+
+    @cached_property
+    def ordinary(self) -> Tensor:
+        """Which tokens of the vocabulary are not special, bool (vocabulary,)."""
+        tokens = torch.arange(vocabulary_of(self.model), device=self.generator.device)
+        return ~torch.isin(tokens, self.tensor(self.layout.special))
+
+    @cached_property
+    def caches(self) -> bool:
+        return "past_key_values" in inspect.signature(self.model.forward).parameters
+
+    def tensor(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.generator.device)

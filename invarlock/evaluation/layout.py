@@ -1,0 +1,181 @@
+"""Where tokens stand in a window, and which of them are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from invarlock.core.errors import UsageError
+from invarlock.evaluation.models import Task
+
+UNSCORED = -100
+MASKED_SHARE = 0.15
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    eos_token_id: int | None
+    mask_token_id: int | None
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]: ...
+
+
+def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """The token ids of a text of any length, by default without the special tokens around it."""
+    # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of equal length, one a row: int64 tensors on the CPU.
+
+    ``input_ids`` and ``attention_mask`` are (n, length). ``labels`` holds the token to predict, or -100 where nothing
+    is scored; it is (n, length), and not shifted: a causal model's logits at i predict the label at i + 1. For
+    seq2seq, ``labels`` and ``decoder_input_ids`` have a length of their own.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    decoder_input_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window: of the source or of the target, whichever is longer."""
+        return max(self.input_ids.shape[1], self.labels.shape[1])
+
+    def __getitem__(self, rows: slice) -> Windows:
+        decoder_input_ids = None if self.decoder_input_ids is None else self.decoder_input_ids[rows]
+        return Windows(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], decoder_input_ids)
+
+    def batches(self, size: int) -> Iterator[Windows]:
+        """The windows in order, ``size`` at a time; the last batch may be smaller."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The keyword arguments of the model's forward, on a device."""
+        given = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "decoder_input_ids": self.decoder_input_ids,
+        }
+        return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a window of ``length`` tokens is made: text in the middle, the tokenizer's special tokens around it.
+
+    Special tokens are never scored. ``mask``, the mask token, is there for masked models only; ``start``, what the
+    decoder reads first, for seq2seq models only.
+    """
+
+    length: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    special: tuple[int, ...] = ()
+    mask: int | None = None
+    start: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> Layout:
+        """The layout that fits a model and its tokenizer; without a tokenizer there are no special tokens.
+
+        :param length: tokens in a window, special tokens included (``dataset.seq_len``).
+        :raises UsageError: the window is too short, or a token that the task needs does not exist.
+        """
+        prefix, suffix = _surrounding(tokenizer) if tokenizer else ((), ())
+        layout = cls(
+            length,
+            prefix,
+            suffix,
+            special=tuple(sorted(tokenizer.all_special_ids)) if tokenizer else (),
+            mask=_mask_of(tokenizer) if task == "masked" else None,
+            start=_start_of(model) if task == "seq2seq" else None,
+        )
+        if layout.text < 2:
+            raise UsageError(f"dataset.seq_len: {length} leaves less than two tokens beside the special ones; raise it")
+        return layout
+
+    @property
+    def text(self) -> int:
+        """How many tokens of a window are text; for seq2seq the first half is the source, the second the target."""
+        around = len(self.prefix) + len(self.suffix)
+        return self.length - around if self.start is None else 2 * (self.length // 2 - around)
+
+    def surround(self, text: Tensor) -> Tensor:
+        """Rows of text, int64 (n, any), with the special tokens before and after each."""
+        before, after = (text.new_tensor(tokens).expand(len(text), -1) for tokens in (self.prefix, self.suffix))
+        return torch.cat([before, text, after], dim=1)
+
+    def windows(self, text: Tensor, *, seed: int) -> Windows:
+        """Make windows of rows of text.
+
+        :param text: int64 (n, ``layout.text``).
+        :param seed: of the masks; the same seed masks the same tokens.
+        """
+        if self.start is not None:
+            source, target = text.chunk(2, dim=1)
+            # Teacher forcing: the decoder reads the target one step late, after its start token.
+            late = functional.pad(self.surround(target)[:, :-1], (1, 0), value=self.start)
+            return _all_seen(self.surround(source), self._labels(target), late)
+        whole = self.surround(text)
+        if self.mask is not None:
+            hidden = self._hidden(whole, torch.Generator().manual_seed(seed))
+            return _all_seen(whole.masked_fill(hidden, self.mask), whole.masked_fill(~hidden, UNSCORED))
+        return _all_seen(whole, self._labels(text))
+
+    def _labels(self, text: Tensor) -> Tensor:
+        return functional.pad(text, (len(self.prefix), len(self.suffix)), value=UNSCORED)
+
+    def _hidden(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """Which tokens to mask: 15 % of each row's ordinary ones, at least one (Devlin et al. 2019, section 3.1).
+
+        All of them become the mask token, as in the pseudo-perplexity of Salazar et al. 2020, which masks one at a
+        time: where BERT's training keeps or swaps a token, there is no prediction of a hidden one to score.
+        """
+        ordinary = ~torch.isin(tokens, torch.tensor(self.special))
+        wanted = (ordinary.sum(dim=1, keepdim=True) * MASKED_SHARE).round().clamp(min=1)
+        draws = torch.rand(tokens.shape, generator=generator).masked_fill(~ordinary, 2.0)
+        return ordinary & (draws.argsort(dim=1).argsort(dim=1) < wanted)
+
+
+def _all_seen(input_ids: Tensor, labels: Tensor, decoder_input_ids: Tensor | None = None) -> Windows:
+    return Windows(input_ids, torch.ones_like(input_ids), labels, decoder_input_ids)
+
+
+def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a tokenizer puts before and after a text: the difference that its special tokens make to a probe."""
+    probe = "A a 1"
+    bare, whole = encode(tokenizer, probe), encode(tokenizer, probe, special=True)
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise UsageError(f"model.id: the tokenizer does not keep the text {probe!r} whole between its special tokens")
+
+
+def _mask_of(tokenizer: Tokenizer | None) -> int:
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise UsageError("model.id: a masked model is measured with its tokenizer's mask token, and there is none")
+    return int(mask)
+
+
+def _start_of(model: nn.Module) -> int:
+    start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if start is None:
+        raise UsageError("model.id: its configuration lacks decoder_start_token_id, which the decoder reads first")
+    return int(start)

@@ -1,0 +1,111 @@
+"""The primary metric: how many times the edit raised the model's perplexity, held against a limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from invarlock.core.errors import UsageError
+from invarlock.core.results import Action
+from invarlock.evaluation.models import Task
+from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval
+
+Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
+
+KINDS: dict[Task, Kind] = {"causal": "perplexity", "masked": "masked_perplexity", "seq2seq": "target_perplexity"}
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """What the primary metric says of an edit; None stands for what was not measured.
+
+    ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
+    ``limit``. ``tokens`` counts scored tokens.
+    """
+
+    kind: Kind
+    baseline: float | None
+    edited: float | None
+    ratio: float | None
+    ci: Interval | None
+    windows: int
+    tokens: int
+    limit: float
+    action: Action
+    message: str
+
+
+def kind_of(task: Task, wanted: str = "auto") -> Kind:
+    """The metric of a task.
+
+    :param wanted: ``eval.metric.kind``; ``auto`` leaves it to the task.
+    :raises UsageError: another metric is wanted than the one that the task has.
+    """
+    if wanted not in ("auto", KINDS[task]):
+        raise UsageError(f"eval.metric.kind: {wanted} is not for a {task} model; say {KINDS[task]} or auto")
+    return KINDS[task]
+
+
+def compare(
+    baseline: PassResult, edited: PassResult, *, kind: Kind, limit: float, level: float, reps: int, seed: int
+) -> MetricResult:
+    """Compare two passes over the same windows.
+
+    The ratio is exp of the paired differences of log loss, every token weighing the same. What was not measured is
+    never accepted: rollback where the edited model's loss is not finite or one window gives no interval, abort where
+    the baseline's loss is not finite, because then no edit can be judged.
+
+    :param limit: the largest ratio to accept (``eval.max_pm_ratio``).
+    :param level: of confidence; with ``reps`` and ``seed`` as :func:`~invarlock.evaluation.statistics.ratio_interval`.
+    :raises ValueError: the passes did not score the same tokens.
+    """
+    if not np.array_equal(baseline.tokens, edited.tokens):
+        raise ValueError("the two passes did not score the same tokens")
+    tokens = baseline.tokens
+    before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
+    ratio = interval = None
+    if before is not None and after is not None:
+        differences = edited.losses - baseline.losses
+        ratio = exp(mean_per_token(differences, tokens))
+        interval = ratio_interval(differences, tokens, level=level, reps=reps, seed=seed)
+    action, reason = _judge(before, after, interval, limit)
+    numbers = f"{kind.replace('_', ' ')} {_shown(before)} -> {_shown(after)}"
+    if ratio is not None:
+        numbers += f", ratio {ratio:.6g}"
+    if interval is not None:
+        numbers += f" ({level * 100:g} % interval {interval[0]:.6g} to {interval[1]:.6g})"
+    return MetricResult(
+        kind=kind,
+        baseline=before,
+        edited=after,
+        ratio=ratio,
+        ci=interval,
+        windows=len(tokens),
+        tokens=int(tokens.sum()),
+        limit=limit,
+        action=action,
+        message=f"{numbers} on {len(tokens)} windows: {reason}",
+    )
+
+
+def _judge(before: float | None, after: float | None, interval: Interval | None, limit: float) -> tuple[Action, str]:
+    if before is None:
+        return Action.ABORT, "not measured, the baseline's own loss is not finite"
+    if after is None:
+        return Action.ROLLBACK, "the edited model's loss is not finite"
+    if interval is None:
+        return Action.ROLLBACK, "not measured, an interval needs two windows; raise dataset.final_n"
+    if interval[1] <= limit:
+        return Action.CONTINUE, f"within the limit {limit:g}"
+    return Action.ROLLBACK, f"the interval's upper end is above the limit {limit:g}"
+
+
+def _finite_perplexity(measured: PassResult) -> float | None:
+    return measured.perplexity if np.isfinite(measured.losses).all() and measured.tokens.any() else None
+
+
+def _shown(perplexity: float | None) -> str:
+    return "not finite" if perplexity is None else f"{perplexity:.5g}"

@@ -1,0 +1,99 @@
+"""What measuring needs to know of a model: its task, its vocabulary, its context, its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from invarlock.core.errors import PluginError
+
+Task = Literal["causal", "masked", "seq2seq"]
+
+LOGITS_BYTES = 128 * 2**20
+BATCH_TOKENS = 2048
+
+
+def task_of(model: nn.Module) -> Task:
+    """What a model predicts: the next token, masked tokens, or the target of a source.
+
+    :param model: a transformers model, or one with a ``config`` and a class name like theirs.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    names = [type(model).__name__, *(getattr(config, "architectures", None) or [])]
+    return "masked" if any(name.endswith("ForMaskedLM") for name in names) else "causal"
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens the model knows: the last dimension of its logits.
+
+    :raises PluginError: its configuration does not say.
+    """
+    size = getattr(_text_config(model), "vocab_size", None)
+    if size is None:
+        raise PluginError(f"{type(model).__name__}: an adapter's model must state config.vocab_size")
+    return int(size)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens the model reads at once, or None where it states no limit."""
+    positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its kin number positions from padding_idx + 1: of 514, 512 can be used.
+        if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
+            positions -= module.padding_idx + 1
+    return positions if positions > 0 else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its token ids: the device of its input embeddings."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: model)
+    device = next(embeddings().parameters()).device
+    # Offloaded embeddings are on meta until their layer runs; its hook then moves what it is given.
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def batch_size(model: nn.Module, length: int) -> int:
+    """How many windows of ``length`` tokens go through the model at once.
+
+    Float32 logits of a batch take at most 128 MiB and a batch has at most 2048 tokens, but it has one window at least.
+    """
+    return max(1, min(LOGITS_BYTES // (4 * length * vocabulary_of(model)), BATCH_TOKENS // length))
+
+
+def logits_of(model: nn.Module, output: Any) -> Tensor:
+    """The logits (batch, length, vocabulary) of a model's output.
+
+    :raises PluginError: the output has none.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise PluginError(
+            f"{type(model).__name__}: forward returned a {type(output).__name__} without .logits; an adapter's model "
+            "must return an object with .logits (batch, length, vocabulary)"
+        )
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own training flag is put back whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: buffers that a model makes on the way would be unfit for a guard's gradients.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

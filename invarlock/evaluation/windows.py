@@ -1,0 +1,101 @@
+"""From a dataset to windows: disjoint ones for the guards (preview) and for the metric (final)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from invarlock.core.errors import UsageError
+from invarlock.evaluation.documents import Dataset, documents
+from invarlock.evaluation.generated import write_text
+from invarlock.evaluation.layout import Layout, Tokenizer, Windows, encode
+from invarlock.evaluation.models import Task, context_of, vocabulary_of
+
+PIECE = 2**16
+
+
+def make_windows(
+    dataset: Dataset, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task
+) -> tuple[Windows, Windows]:
+    """The preview windows and the final windows of a dataset; none of their text overlaps.
+
+    The same dataset, seed, tokenizer and model give the same windows.
+
+    :param tokenizer: the model's own; None only where ``dataset.provider`` is ``generated`` and the model is causal.
+    :returns: ``dataset.preview_n`` and ``dataset.final_n`` windows of at most ``dataset.seq_len`` tokens.
+    :raises UsageError: the windows do not fit the model, or there is too little text for them.
+    """
+    _check_lengths(dataset, model)
+    layout = Layout.of(model, tokenizer, task=task, length=dataset.seq_len)
+    wanted = dataset.preview_n + dataset.final_n
+    if dataset.provider == "generated":
+        text = write_text(model, layout, wanted, seed=dataset.seed)
+    elif tokenizer is None:
+        raise UsageError("model.id: it has no tokenizer to read text with; dataset.provider generated needs none")
+    else:
+        text = _read_text(dataset, tokenizer, layout, wanted)
+    windows = layout.windows(text, seed=dataset.seed)
+    _check_vocabulary(windows, model)
+    return windows[: dataset.preview_n], windows[dataset.preview_n :]
+
+
+def _check_lengths(dataset: Dataset, model: nn.Module) -> None:
+    if dataset.stride is not None and dataset.stride < dataset.seq_len:
+        raise UsageError(
+            f"dataset.stride: {dataset.stride} is less than dataset.seq_len ({dataset.seq_len}): windows would overlap"
+        )
+    context = context_of(model)
+    if context is not None and dataset.seq_len > context:
+        raise UsageError(f"dataset.seq_len: {dataset.seq_len} is more than the {context} tokens that the model reads")
+
+
+def _check_vocabulary(windows: Windows, model: nn.Module) -> None:
+    largest, known = int(windows.input_ids.max()), vocabulary_of(model)
+    if largest >= known:
+        raise UsageError(f"model.id: its tokenizer gives token {largest}, but the model knows only {known} tokens")
+
+
+def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: int) -> Tensor:
+    """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
+    generator = torch.Generator().manual_seed(dataset.seed)
+    tokens = _tokens(documents(dataset, generator), tokenizer)
+    rows = list(islice(_cut(tokens, layout.text, skipped=_skipped(dataset)), wanted))
+    if len(rows) < wanted:
+        raise UsageError(
+            f"dataset.path: the text is enough for {len(rows)} windows of {dataset.seq_len} tokens, {wanted} are asked "
+            f"for: give more text, or lower dataset.preview_n ({dataset.preview_n}), dataset.final_n "
+            f"({dataset.final_n}) or dataset.seq_len"
+        )
+    return torch.tensor(rows)[torch.randperm(wanted, generator=generator)]
+
+
+def _skipped(dataset: Dataset) -> int:
+    """How many tokens lie between two windows."""
+    return 0 if dataset.stride is None else dataset.stride - dataset.seq_len
+
+
+def _cut(tokens: Iterator[int], length: int, *, skipped: int) -> Iterator[list[int]]:
+    while len(row := list(islice(tokens, length))) == length:
+        yield row
+        next(islice(tokens, skipped, skipped), None)
+
+
+def _tokens(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[int]:
+    """One stream of tokens; a document ends with the end-of-text token, if there is one."""
+    for text in texts:
+        for piece in _pieces(text):
+            yield from encode(tokenizer, piece)
+        if tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A document in pieces that end with a line, so that a few windows do not take all of a long one to tokenize."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,260 @@
+"""Every hook of InvarLock: when it is called, what it gets, what it returns.
+
+A plugin implements any of these with ``@invarlock.hookimpl``, on functions of a module or methods of an object, and may
+take any subset of a hook's arguments, by name. An implementation with ``wrapper=True`` runs around the others: it takes
+the same arguments, yields once, gets the result from the yield and returns it.
+
+A plugin that counts the weights that a model has lost, whole::
+
+    from invarlock import hookimpl
+
+    @hookimpl
+    def invarlock_validate(model):
+        zeros = sum((p == 0).sum().item() for p in model.parameters())
+        return {"passed": zeros == 0, "action": "continue" if zeros == 0 else "warn", "metrics": {"zeros": zeros}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import argparse
+
+hookspec = pluggy.HookspecMarker("invarlock")
+
+# -- loading a model: asked of one adapter after the other, plugins before built-ins, trylast last --------------------
+
+
+@hookspec(firstresult=True)
+def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any]) -> Any:
+    """Load a model.
+
+    Called once a run. With ``model.adapter: NAME`` only that adapter is asked; with ``auto`` one after the other.
+
+    :param model_id: ``model.id`` of the configuration: a path or an id on a hub.
+    :param device: ``model.device``: "auto", "cpu", "cuda", "cuda:1", "mps".
+    :param options: ``dtype``, ``trust_remote_code`` and ``revision`` of the configuration.
+    :returns: a ``torch.nn.Module``, or None from an adapter that does not own the id.
+        Stops at the first non-None result.
+
+    On raise: an adapter asked for by name ends the run (exit code 3, or 2 for a ``UsageError`` or an ``OSError``);
+    with ``auto`` a ``UsageError`` ends it too, and any other exception is said and the next adapter asked.
+
+    Example::
+
+        @hookimpl
+        def invarlock_load_model(model_id):
+            return MyModel.from_folder(model_id) if model_id.endswith(".mine") else None
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_load_tokenizer(model_id: str, options: Mapping[str, Any]) -> Any:
+    """Load the model's own tokenizer.
+
+    Called once a run, of the adapter that loaded the model, and only if text has to become windows.
+
+    :param model_id: ``model.id``.
+    :param options: ``trust_remote_code`` and ``revision``.
+    :returns: a tokenizer as those of transformers; None leaves it to transformers' ``AutoTokenizer``.
+        Stops at the first non-None result.
+
+    On raise: the run ends before anything is measured.
+
+    Example::
+
+        @hookimpl
+        def invarlock_load_tokenizer(model_id):
+            return AutoTokenizer.from_pretrained(model_id + "/tokenizer")
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_describe(model: Any) -> dict[str, Any] | None:
+    """Describe the model for guards and the report.
+
+    Called once, after loading, of the adapter that loaded the model.
+
+    :param model: the loaded model.
+    :returns: a dict of plain values: model_type, model_class, n_layer, n_head, ...; None leaves it to the default,
+        which reads the model's ``config``. Stops at the first non-None result.
+
+    On raise: the run ends.
+
+    Example::
+
+        @hookimpl
+        def invarlock_describe(model):
+            return {"model_type": "mine", "n_layer": len(model.layers)}
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_snapshot(model: Any) -> Any:
+    """Keep what is needed to bring the model back bit for bit.
+
+    Called once a run, before the first guard sees the model.
+
+    :param model: the baseline.
+    :returns: anything; it is handed to ``invarlock_restore`` as it is. None leaves both to the default, which writes
+        each tensor to a temporary folder. Stops at the first non-None result.
+
+    On raise: the run ends before the edit.
+
+    Example::
+
+        @hookimpl
+        def invarlock_snapshot(model):
+            return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_restore(model: Any, snapshot: Any) -> Any:
+    """Bring the model back to what it was at ``invarlock_snapshot``.
+
+    Called after a rollback, an abort, an exception or Ctrl-C, and to undo what a guard changed. The pipeline compares
+    fingerprints afterwards: a baseline that did not come back bit for bit is an error of the adapter.
+
+    :param model: the model to bring back, in place.
+    :param snapshot: what ``invarlock_snapshot`` returned.
+    :returns: True when it was restored; None leaves it to the default. Stops at the first non-None result.
+
+    On raise: the run ends with exit code 3 and nothing is saved.
+
+    Example::
+
+        @hookimpl
+        def invarlock_restore(model, snapshot):
+            model.load_state_dict(snapshot)
+            return True
+    """
+
+
+# -- judging an edit: one guard at a time, in the order of guards.order ------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def invarlock_observe(model: Any, adapter: Any, policy: Mapping[str, Any], guard: str) -> Mapping[str, Any] | None:
+    """Ask for the inputs and outputs of modules.
+
+    Called for each guard before each of the two forward passes, the baseline's and the edited model's.
+
+    :param model: the model as it will be run; it must not be changed.
+    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
+    :param policy: the guard's options, as in the configuration.
+    :param guard: the name of the guard that is asked.
+    :returns: a tap for each module name to look at: a callable ``tap(module, args, kwargs, output)`` with a method
+        ``result()``. It is called for the preview windows. None asks for nothing.
+        Stops at the first non-None result.
+
+    On raise: an error of that guard, which counts as abort.
+
+    Example::
+
+        @hookimpl
+        def invarlock_observe(model):
+            return {name: LargestOutput() for name, module in model.named_modules() if name.endswith("mlp")}
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_prepare(
+    model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any], guard: str
+) -> Mapping[str, Any] | None:
+    """Look at the baseline, before the edit.
+
+    Called for each guard, in the order of ``guards.order``, as a call of its own that reaches this guard and every
+    wrapper.
+
+    :param model: the baseline; it must not be changed.
+    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
+    :param calib: the preview windows: an iterable of batches, dicts of ``input_ids`` and ``attention_mask``.
+    :param policy: the guard's options, as in the configuration.
+    :param guard: the name of the guard that is asked; of use to wrappers.
+    :returns: a dict with ``ready``; None counts as ready. Stops at the first non-None result.
+
+    On raise, or with ``ready: False``: abort before the edit. The other guards are still prepared.
+
+    Example::
+
+        @hookimpl
+        def invarlock_prepare(model):
+            return {"ready": True, "parameters": sum(1 for _ in model.parameters())}
+    """
+
+
+@hookspec(firstresult=True)
+def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], guard: str) -> Mapping[str, Any] | None:
+    """Judge the edited model.
+
+    Called for each guard, in the order of ``guards.order``, as a call of its own that reaches this guard and every
+    wrapper. All guards are called, whatever one of them says, unless ``guards.fail_fast`` is set.
+
+    :param model: the edited model; it must not be changed.
+    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
+    :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the plan and what it did to each
+        module), ``policy``, ``observations`` (what the taps collected before and after), ``attempt``, ``device``,
+        ``rank``.
+    :param guard: the name of the guard that is asked; of use to wrappers.
+    :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``,
+        ``metrics`` and ``warnings``. Stops at the first non-None result.
+
+    On raise, or without ``passed``: an error of that guard, which counts as abort; the traceback is in the report.
+
+    Example, a timer around every guard::
+
+        @hookimpl(wrapper=True)
+        def invarlock_validate(guard):
+            started = time.perf_counter()
+            result = yield
+            print(guard, time.perf_counter() - started)
+            return result
+    """
+
+
+# -- the command line and the report -----------------------------------------------------------------------------------
+
+
+@hookspec
+def invarlock_add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add commands to ``invarlock``.
+
+    Called when the parser is built, of plugins in the form of a module or an object: a class has no instance yet.
+
+    :param subparsers: add a parser to it and set ``run``, a function of the parsed arguments that returns an exit
+        code: ``parser.set_defaults(run=run)``.
+    :returns: nothing.
+
+    On raise: the plugin is named, and the commands of the others are there all the same.
+
+    Example::
+
+        @hookimpl
+        def invarlock_add_commands(subparsers):
+            subparsers.add_parser("hello", help="say hello").set_defaults(run=lambda args: print("hello") or 0)
+    """
+
+
+@hookspec
+def invarlock_run_finished(report: dict[str, Any]) -> None:
+    """Look at the report of a run, and add to it.
+
+    Called once a run, after the report exists and before it is written.
+
+    :param report: the report as ``report.json`` will hold it; a plugin may add keys of its own below
+        ``report["extra"]``.
+    :returns: nothing; all implementations are called, the last registered first.
+
+    On raise: the run ends with exit code 3 and nothing is written.
+
+    Example::
+
+        @hookimpl
+        def invarlock_run_finished(report):
+            report["extra"]["ticket"] = os.environ.get("TICKET")
+    """

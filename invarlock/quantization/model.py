@@ -1,0 +1,82 @@
+"""RTN for a whole model: each weight on the device where it lives, devices side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import nn
+
+from invarlock.core.errors import UsageError
+from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, unfit
+from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.selection import WeightTarget, select_targets
+
+Progress = Callable[[int, int, str], object]
+"""Told after each weight how many are done, of how many, and its name; from the thread of its device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight(WeightFigures):
+    """What was done to one weight of a model."""
+
+    name: str
+    """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
+    parameter_name: str
+    role: str
+    bits: int
+    scheme: Scheme
+    device: str
+
+
+def quantize_model(
+    model: nn.Module, plan: Plan, *, measure: bool = True, on_progress: Progress | None = None
+) -> list[QuantizedWeight]:
+    """Round the weights that a plan selects, in place.
+
+    :param measure: whether to work out the error figures of each weight.
+    :returns: one result a weight, in the order of the model.
+    :raises UsageError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
+        dtype that RTN does not take. Nothing has been changed then.
+    """
+    targets = select_targets(model, plan)
+    for target in targets:
+        if reason := unfit(target.parameter, target.layout):
+            raise UsageError(f"{target.name} {reason}")
+
+    done = count(1)
+
+    def round_all(of_one_device: Sequence[WeightTarget]) -> list[QuantizedWeight]:
+        scratch = Scratch()
+        results = []
+        for target in of_one_device:
+            results.append(_round(target, plan.scheme, measure, scratch))
+            if on_progress is not None:
+                on_progress(next(done), len(targets), target.name)
+        return results
+
+    by_device: defaultdict[torch.device, list[WeightTarget]] = defaultdict(list)
+    for target in targets:
+        by_device[target.parameter.device].append(target)
+    if len(by_device) == 1:
+        return round_all(targets)
+    with ThreadPoolExecutor(len(by_device)) as pool:
+        results = {result.parameter_name: result for part in pool.map(round_all, by_device.values()) for result in part}
+    return [results[target.parameter_name] for target in targets]
+
+
+def _round(target: WeightTarget, scheme: Scheme, measure: bool, scratch: Scratch) -> QuantizedWeight:
+    figures = quantize_(target.parameter, scheme, layout=target.layout, measure=measure, scratch=scratch)
+    return QuantizedWeight(
+        **vars(figures),
+        name=target.name,
+        parameter_name=target.parameter_name,
+        role=target.role.value,
+        bits=scheme.bitwidth,
+        scheme=scheme,
+        device=str(target.parameter.device),
+    )

@@ -1,0 +1,320 @@
+"""Round-to-nearest in place: the arithmetic, for one weight.
+
+The numbers are those of compressed-tensors (``calculate_qparams`` and ``_quantize_dequantize``), so that a checkpoint
+exported in that format carries what was judged here. With b bits, codes from -2^(b-1) to 2^(b-1) - 1, and rounding half
+to even:
+
+- symmetric: ``scale = max|w| / ((2^b - 1) / 2)``, ``code = clamp(round(w / scale))``, ``w = code * scale``;
+- asymmetric: the range is widened to hold zero, ``scale = (max - min) / (2^b - 1)``,
+  ``zero = clamp(round(-2^(b-1) - min / scale))``, ``code = clamp(round(w / scale + zero))``,
+  ``w = (code - zero) * scale``.
+
+The scale is rounded to the dtype of the weight before it is used, as a checkpoint would store it; everything else is
+float32, and the product is rounded to the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invarlock.core.errors import UsageError
+from invarlock.quantization.scheme import Scheme
+
+BLOCK = 1 << 22
+"""Elements worked on at once: few enough to stay in cache and to need little memory, enough to hide the overhead."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+Clip = tuple[float, float]
+"""The smallest and the largest number that clipping leaves."""
+
+
+class Layout(StrEnum):
+    """What the axes of a weight mean."""
+
+    OUT_IN = "(..., out, in)"
+    """Linear, Embedding, and fused experts as Mixtral has them: (expert, out, in)."""
+    IN_OUT = "(..., in, out)"
+    """The Conv1D of GPT-2, and fused experts as GPT-OSS has them: (expert, in, out)."""
+    CONV = "(out, in, ...)"
+    """Conv1d and Conv2d: all axes but the first are one input axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFigures:
+    """What rounding did to one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
+
+    parameters: int
+    """How many numbers the weight holds."""
+    relative_error: float | None
+    """``||w - q|| / ||w||`` in the Frobenius norm, 0 for a weight of zeros; None if it was not measured."""
+    sqnr_db: float | None
+    """``10 log10(||w||^2 / ||w - q||^2)``; None if it was not measured or there is no error."""
+    clipped_share: float
+    """The share of the parameters that ``clamp_ratio`` changed."""
+    non_finite_rows: int
+    """Output channels with NaN or Inf."""
+
+
+class Scratch:
+    """Float32 memory for one block, used again by every block of every weight of a device.
+
+    Fresh memory costs more than all the arithmetic: the system has to hand over every page of it.
+    """
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def like(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Uninitialized memory as a vector, and in the shape and order of ``block``; valid until the next call."""
+        if self._flat.numel() < block.numel() or self._flat.device != block.device:
+            self._flat = torch.empty(block.numel(), dtype=torch.float32, device=block.device)
+        flat = self._flat[: block.numel()]
+        if block.stride(0) < block.stride(-1):
+            return flat, flat.view(*block.shape[1:], block.shape[0]).movedim(-1, 0)
+        return flat, flat.view(block.shape)
+
+
+def quantize_(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    layout: Layout = Layout.OUT_IN,
+    measure: bool = True,
+    scratch: Scratch | None = None,
+) -> WeightFigures:
+    """Round a weight in place, on the device where it lives.
+
+    :param weight: float32, bfloat16 or float16, with the axes that ``layout`` says: (out, in) or (expert, out, in), the
+        same with the last two exchanged, or (out, in, ...). Every expert is a matrix of its own.
+    :param measure: whether to work out the error figures, which takes about half as long again.
+    :param scratch: memory to use again; a caller with many weights passes the same one each time.
+    :returns: the figures of the weight.
+    :raises UsageError: the weight is not there (``meta``), or its dtype or number of axes is not one of these.
+
+    With ``clamp_ratio`` c, each matrix is first clipped to its quantiles c/2 and 1 - c/2, linearly interpolated. A row
+    (an output channel) with NaN or Inf is left exactly as it is, and the others are rounded as if it were not there.
+    """
+    if reason := unfit(weight, layout):
+        raise UsageError(f"the weight {reason}")
+    rounding = _Rounding(scheme, measure, scratch or Scratch())
+    if weight.numel():
+        target = weight.detach()
+        matrices = _matrices(target, layout)
+        for matrix in matrices:
+            rounding.matrix_(matrix)
+        if layout is Layout.CONV and matrices[0].data_ptr() != target.data_ptr():
+            target.copy_(matrices[0].view(target.shape))
+    return rounding.figures(weight.numel())
+
+
+def unfit(weight: Tensor, layout: Layout) -> str | None:
+    """Why ``quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
+    if weight.device.type == "meta":
+        return (
+            "is offloaded or not loaded (device meta), so there is nothing to quantize; load the whole model onto its "
+            "devices or leave this out with edit.plan.exclude"
+        )
+    if weight.dtype not in DTYPES:
+        return (
+            f"is {str(weight.dtype).removeprefix('torch.')}, but RTN takes float32, bfloat16 or float16; load the "
+            "model in one of these or leave this out with edit.plan.exclude"
+        )
+    if weight.ndim < 2 or (layout is not Layout.CONV and weight.ndim > 3):
+        return f"has shape {tuple(weight.shape)}, which is not {layout}"
+    return None
+
+
+@dataclass(slots=True)
+class _Grid:
+    """The numbers that weights are rounded to: ``scale`` and ``zero`` are float32 and broadcast against them."""
+
+    scale: Tensor
+    zero: Tensor | None
+    lowest: int
+    highest: int
+    finite: bool
+    """Whether the weights surely hold no NaN and no Inf; a sum, which may overflow, stands for all of them."""
+
+    @classmethod
+    def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None) -> _Grid:
+        """The grids of weights whose last axis shares a scale; the formulas are in the docstring of this module."""
+        low, high = part.amin(-1, keepdim=True).float(), part.amax(-1, keepdim=True).float()
+        if not scheme.per_channel:
+            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        if clip:
+            low, high = low.clamp_(*clip), high.clamp_(*clip)
+        lowest, highest = scheme.code_range
+        if scheme.symmetric:
+            scale = torch.maximum(high, low.neg_()).div_((highest - lowest) / 2)
+        else:
+            scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
+        finite = math.isfinite(float(scale.sum()))
+        scale = scale.to(part.dtype).float().clamp_(*_scale_limits(part.dtype, scheme.bitwidth))
+        if scheme.symmetric:
+            return cls(scale, None, lowest, highest, finite)
+        zero = (lowest - low / scale).round_().clamp_(lowest, highest)
+        # With zero off the middle, codes reach further than the limits of the scale allow for.
+        limits = torch.finfo(part.dtype)
+        reach = torch.maximum(highest - zero, zero - lowest)
+        held = (limits.max * (1 - limits.eps) / reach).to(part.dtype).float()
+        return cls(torch.minimum(scale, held), zero, lowest, highest, finite)
+
+    def snap_(self, block: Tensor) -> Tensor:
+        """Move float32 numbers to the grid, in place."""
+        if self.zero is None:
+            return block.div_(self.scale).round_().clamp_(self.lowest, self.highest).mul_(self.scale)
+        codes = torch.addcdiv(self.zero, block, self.scale, out=block).round_().clamp_(self.lowest, self.highest)
+        return codes.sub_(self.zero).mul_(self.scale)
+
+
+@cache
+def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
+    """The smallest and the largest scale.
+
+    An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero, and no code
+    times its scale may overflow.
+    """
+    limits = torch.finfo(dtype)
+    smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    return smallest, limits.max / 2 ** (bitwidth - 1)
+
+
+@dataclass
+class _Rounding:
+    """One weight on its way: how it is rounded, with what memory, and the sums so far."""
+
+    scheme: Scheme
+    measure: bool
+    scratch: Scratch
+    signal: float = 0.0
+    noise: float = 0.0
+    clipped: int = 0
+    non_finite_rows: int = 0
+
+    def matrix_(self, matrix: Tensor) -> None:
+        """Round a matrix (out, in) in place."""
+        clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
+        at_once = _rows_at_once(matrix)
+        for rows in _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,):
+            self._rows_(rows, at_once, clip)
+
+    def figures(self, parameters: int) -> WeightFigures:
+        return WeightFigures(
+            parameters=parameters,
+            relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
+            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
+            clipped_share=self.clipped / max(parameters, 1),
+            non_finite_rows=self.non_finite_rows,
+        )
+
+    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> None:
+        """Round rows that share no scale with rows elsewhere."""
+        parts = _parts(rows, self.scheme.group_size)
+        grids = [_Grid.over(part, self.scheme, clip) for part in parts]
+        if clip or not all(grid.finite for grid in grids):
+            finite = _finite_rows(rows)
+            if not finite.all():
+                self._finite_rows_(rows, finite, at_once, clip)
+                return
+        for part, grid in zip(parts, grids, strict=True):
+            for block in _blocks(part, at_once):
+                self._block_(block, grid, clip)
+
+    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> None:
+        kept = rows[finite]
+        self.non_finite_rows += len(rows) - len(kept)
+        if len(kept):
+            self._rows_(kept, at_once, clip)
+            rows[finite] = kept
+
+    def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
+        in_place = block.dtype == torch.float32
+        if in_place and not self.measure:
+            grid.snap_(self._clip_(block, clip) if clip else block)
+            return
+        flat, copy = self.scratch.like(block)
+        copy.copy_(block)
+        if self.measure:
+            self.signal += _energy(flat)
+        if in_place:
+            copy.sub_(grid.snap_(self._clip_(block, clip) if clip else block))
+        else:
+            rounded = grid.snap_(self._clip_(copy, clip) if clip else copy).to(block.dtype)
+            copy.copy_(rounded).sub_(block)
+            block.copy_(rounded)
+        if self.measure:
+            self.noise += _energy(flat)
+
+    def _clip_(self, block: Tensor, clip: Clip) -> Tensor:
+        low, high = clip
+        self.clipped += int(torch.count_nonzero(block < low)) + int(torch.count_nonzero(block > high))
+        return block.clamp_(low, high)
+
+
+def _matrices(weight: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """The matrices (out, in) of a weight: views, but for a convolution in channels_last, which has none: a copy."""
+    if layout is Layout.CONV:
+        return (weight.flatten(1),)
+    matrices = weight if layout is Layout.OUT_IN else weight.mT
+    return matrices.unbind() if matrices.ndim == 3 else (matrices,)
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor Inf."""
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
+
+
+def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
+    return (part,) if len(part) <= at_once else part.split(at_once)
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    """How many rows make a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
+    elements = BLOCK if matrix.dtype == torch.float32 else min(BLOCK, matrix.numel() // 4)
+    return max(1, elements // matrix.shape[1])
+
+
+def _parts(rows: Tensor, group_size: int | None) -> list[Tensor]:
+    """Views of rows (out, in) whose last axis shares a scale: the rows, or their groups and the short last group."""
+    columns = rows.shape[1]
+    if group_size is None or group_size >= columns:
+        return [rows]
+    whole = columns // group_size * group_size
+    parts = [rows[:, :whole].unflatten(1, (-1, group_size))]
+    if whole < columns:
+        parts.append(rows[:, whole:])
+    return parts
+
+
+def _clip_bounds(matrix: Tensor, ratio: float) -> Clip | None:
+    """The quantiles ratio/2 and 1 - ratio/2 over the finite rows, linearly interpolated; None without such rows.
+
+    On the host, with numpy: ``torch.quantile`` takes neither 16-bit dtypes nor more than 2^24 numbers.
+    """
+    finite = _finite_rows(matrix)
+    if not finite.any():
+        return None
+    rows = matrix if finite.all() else matrix[finite]
+    numbers = rows.to(device="cpu", dtype=torch.float32, copy=True).numpy().ravel(order="K")
+    # As float64: numpy would otherwise look for the place in the order in float32, too coarse for millions of numbers.
+    places = np.array([ratio / 2, 1 - ratio / 2], dtype=np.float64)
+    low, high = np.quantile(numbers, places, overwrite_input=True).astype(np.float32).tolist()
+    return low, high
+
+
+def _energy(flat: Tensor) -> float:
+    """The sum of squares of a float32 vector, in float64 where float32 would overflow or lose small numbers."""
+    energy = float(torch.dot(flat, flat))
+    if 1e-25 < energy < math.inf:
+        return energy
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2

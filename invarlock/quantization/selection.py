@@ -1,0 +1,245 @@
+"""Which weights a plan touches, and along which axis.
+
+The role of a weight follows from what its module is and where it sits in the tree of modules, never from how its path
+is spelled: BERT's ``attention.output.dense`` is attention because it is inside a ``BertAttention``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from invarlock.core.errors import UsageError, nearest
+from invarlock.quantization.rtn import Layout
+from invarlock.quantization.scheme import Plan, matches
+
+
+class Role(StrEnum):
+    """What a weight is for."""
+
+    ATTENTION = "attention"
+    FFN = "ffn"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    OTHER = "other"
+
+
+SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
+
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_ROUTER = re.compile("router|(gate|gating)$", re.IGNORECASE)
+_FFN = re.compile("mlp|feed_?forward|ffn|expert|moe", re.IGNORECASE)
+_DENSE_FFN = re.compile("mlp|feed_?forward|ffn", re.IGNORECASE)
+_RECURRENT = re.compile("mamba|mixer|deltanet", re.IGNORECASE)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightTarget:
+    """A weight of a model. One that several modules share is one target, under the name that comes first."""
+
+    name: str
+    """The path of the module, if the weight is its ``weight``; otherwise that of the parameter."""
+    parameter_name: str
+    """The path of the parameter, as in a state dict."""
+    module: nn.Module
+    parameter: Tensor
+    role: Role
+    layout: Layout
+    names: tuple[str, ...]
+    """Every name that patterns are matched against: of the module and of the parameter, wherever it is tied in."""
+
+
+def find_weights(model: nn.Module) -> list[WeightTarget]:
+    """Every weight that RTN could round, in the order of the model, each once.
+
+    These are the weights of Linear, Conv1D (GPT-2), Conv1d, Conv2d, Embedding, MultiheadAttention and routers, and the
+    three-dimensional ones of fused experts. A weight tied to an embedding or to the output head has that role.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    head = _output_head(model)
+    found: dict[object, WeightTarget] = {}
+    for path, module in modules.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            layout = _layout(module, key, parameter, model)
+            if layout is None:
+                continue
+            parameter_name = f"{path}.{key}".lstrip(".")
+            name = path if path and key == "weight" else parameter_name
+            role = Role.HEAD if module is head else _role(modules, path, parameter)
+            target = WeightTarget(name, parameter_name, module, parameter, role, layout, (name, parameter_name))
+            identity = _identity(parameter)
+            found[identity] = _tied(found[identity], target) if identity in found else target
+    return list(found.values())
+
+
+def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
+    """The weights that a plan touches, in the order of the model, each once.
+
+    :raises UsageError: a pattern matches no weight of the model, or the plan selects none.
+    """
+    weights = find_weights(model)
+    for key, patterns in (("include", plan.include), ("exclude", plan.exclude)):
+        for pattern in patterns:
+            _check_matches(key, pattern, weights)
+    chosen = [target for target in weights if _is_wanted(target, plan)]
+    if not chosen:
+        raise UsageError(_nothing_selected(plan, weights))
+    return chosen[: plan.max_modules]
+
+
+def _is_wanted(target: WeightTarget, plan: Plan) -> bool:
+    if _matches_any(plan.exclude, target):
+        return False
+    in_scope = target.role in SCOPE_ROLES[plan.scope]
+    if not plan.include:
+        return in_scope
+    return _matches_any(plan.include, target) and (in_scope or target.role not in SCOPE_ROLES["all"])
+
+
+def _matches_any(patterns: Sequence[str], target: WeightTarget) -> bool:
+    return any(matches(pattern, name) for pattern in patterns for name in target.names)
+
+
+def _check_matches(key: str, pattern: str, weights: Sequence[WeightTarget]) -> None:
+    if any(_matches_any((pattern,), target) for target in weights):
+        return
+    names = [name for target in weights for name in target.names]
+    last_parts = {name.rpartition(".")[2] for name in names}
+    hint = nearest(pattern, names) or nearest(pattern.rpartition(".")[2], last_parts)
+    raise UsageError(f"edit.plan.{key} holds {pattern!r}, which matches no weight of the model{hint}")
+
+
+def _nothing_selected(plan: Plan, weights: Sequence[WeightTarget]) -> str:
+    counts = Counter(target.role for target in weights)
+    examples = {target.role: target.name for target in reversed(weights)}
+    there_is = ", ".join(f"{counts[role]} {role} (as {examples[role]})" for role in Role if role in counts)
+    filters = "".join(
+        f", edit.plan.{key} {list(getattr(plan, key))}" for key in ("include", "exclude") if getattr(plan, key)
+    )
+    return (
+        f"edit.plan.scope {plan.scope!r}{filters} selects no weight; the model has {there_is or 'none at all'}; "
+        "change edit.plan.scope, or name weights in edit.plan.include"
+    )
+
+
+def _tied(first: WeightTarget, other: WeightTarget) -> WeightTarget:
+    tie_roles = (Role.EMBEDDING, Role.HEAD)
+    role = other.role if first.role not in tie_roles and other.role in tie_roles else first.role
+    return replace(first, role=role, names=first.names + other.names)
+
+
+def _identity(parameter: Tensor) -> object:
+    """Equal for parameters that share their memory, whether or not they are the same object."""
+    address = parameter.data_ptr() if parameter.device.type != "meta" else 0
+    return (parameter.device, address) if address else id(parameter)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    head = head if head is not None else getattr(model, "lm_head", None)
+    return head if isinstance(head, nn.Module) else None
+
+
+def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) -> Layout | None:
+    """What the axes of a parameter mean, or None if it is nothing to round: a bias, a norm, something unknown."""
+    kind = type(module).__name__
+    if parameter.ndim == 3 and "Experts" in kind:
+        return Layout.IN_OUT if _is_transposed(module, parameter, model) else Layout.OUT_IN
+    if isinstance(module, nn.MultiheadAttention):
+        return Layout.OUT_IN if parameter.ndim == 2 and key.endswith("_weight") else None
+    if key != "weight" or parameter.ndim < 2:
+        return None
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return Layout.CONV
+    # By name, because transformers need not be installed, and a model without it has no such class.
+    if any(base.__name__ == "Conv1D" for base in type(module).__mro__):
+        return Layout.IN_OUT
+    if isinstance(module, nn.Linear | nn.Embedding) or _ROUTER.search(kind):
+        return Layout.OUT_IN
+    return None
+
+
+def _is_transposed(experts: nn.Module, parameter: Tensor, model: nn.Module) -> bool:
+    """Whether fused experts are stored (expert, in, out).
+
+    Transformers say so on the module. Where they do not, the first weight of the experts shows it: it takes in the
+    hidden state, whose size is known.
+    """
+    said = getattr(experts, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    sizes = (getattr(experts, name, None) for name in ("input_size", "hidden_size", "hidden_dim"))
+    hidden = next((size for size in sizes if size), getattr(getattr(model, "config", None), "hidden_size", None))
+    first = next(candidate for candidate in experts.parameters() if candidate.ndim == 3)
+    return first.shape[-2] == hidden and first.shape[-1] != hidden
+
+
+def _role(modules: dict[str, nn.Module], path: str, parameter: Tensor) -> Role:
+    """The role of a parameter of the module at ``path``, unless that is the output head."""
+    if isinstance(modules[path], nn.Embedding):
+        return Role.EMBEDDING
+    lineage = _lineage(modules, path)
+    if not lineage:
+        return Role.OTHER
+    block, *inner = lineage
+    kinds = [type(module).__name__ for module in inner]
+    if any(map(_ROUTER.search, kinds)) or _gates_experts(lineage, parameter):
+        return Role.ROUTER
+    if any(map(_ATTENTION.search, kinds)):
+        return Role.ATTENTION
+    # Recurrent layers stand in for attention; a class may be called ...Moe...DeltaNet only for the model it is in.
+    if any(map(_RECURRENT.search, kinds)):
+        return Role.OTHER
+    if any(map(_FFN.search, kinds)):
+        return Role.FFN
+    # BERT's intermediate, OPT's fc1, T5's wi: what is beside attention in a block, under whatever name.
+    if any(_ATTENTION.search(type(module).__name__) for module in block.modules() if module is not block):
+        return Role.FFN
+    # A list of attentions beside a list of feed-forwards, as XLM has them: the block is the module itself.
+    if _ATTENTION.search(type(block).__name__):
+        return Role.ATTENTION
+    return Role.FFN if _DENSE_FFN.search(type(block).__name__) else Role.OTHER
+
+
+def _lineage(modules: dict[str, nn.Module], path: str) -> list[nn.Module]:
+    """The modules from the block that holds a path down to the path itself; empty outside of blocks.
+
+    A block is an element of an outermost ``nn.ModuleList``: one layer of a transformer.
+    """
+    chain = [modules[prefix] for prefix in _prefixes(path)]
+    for index, module in enumerate(chain[:-1]):
+        if isinstance(module, nn.ModuleList):
+            return chain[index + 1 :]
+    return []
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """``a.b.c`` as ``""``, ``a``, ``a.b``, ``a.b.c``."""
+    parts = path.split(".") if path else []
+    return (".".join(parts[:length]) for length in range(len(parts) + 1))
+
+
+def _gates_experts(lineage: Sequence[nn.Module], parameter: Tensor) -> bool:
+    """Whether a small matrix sits beside experts and has one output for each of them, or a single one."""
+    for depth, parent in enumerate(lineage[:-1]):
+        branch = lineage[depth + 1 :]
+        for name, child in parent.named_children():
+            if name != "experts" and "Experts" not in type(child).__name__:
+                continue
+            inside_other = child is not branch[0] and not any(_DENSE_FFN.search(type(m).__name__) for m in branch)
+            if inside_other and parameter.shape[0] in (1, _count_experts(child)):
+                return True
+    return False
+
+
+def _count_experts(experts: nn.Module) -> int:
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+        return len(experts)
+    return next((int(parameter.shape[0]) for parameter in experts.parameters()), 1)

@@ -1,0 +1,153 @@
+"""The report of a run: the one model from which every rendering is made.
+
+``report-v1.schema.json`` beside this module is its JSON Schema. What was not measured is null, never a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Final, Literal
+
+from invarlock.core.results import plain
+
+FORMAT_VERSION: Final = "report-v1"
+
+Actions = Literal["continue", "warn", "rollback", "abort"]
+
+
+@dataclass
+class ModelSection:
+    id: str
+    adapter: str
+    devices: list[str]
+    description: dict[str, Any]
+    fingerprint_before: str
+    """Of the baseline: a digest of every tensor's name, dtype, shape and bytes, and of what is tied."""
+    fingerprint_after: str
+    """Of the model as the run left it; after a rollback or an abort it equals the one before."""
+    restored: bool | None
+    """Whether the baseline came back bit for bit; null when the edit was kept."""
+
+
+@dataclass
+class ModuleSection:
+    name: str
+    role: str
+    bits: int
+    parameters: int
+    relative_error: float | None
+    """Frobenius norm of the change over that of the weight."""
+    sqnr_db: float | None
+    """Signal to quantization noise, decibels."""
+    clipped_share: float
+    """Share of the weights that the quantile clip changed."""
+    non_finite_rows: int
+    """Rows with NaN or Inf; they were left as they are."""
+    device: str
+
+
+@dataclass
+class EditSection:
+    name: str
+    plan: dict[str, Any]
+    modules: list[ModuleSection]
+    params_changed: int
+    """Parameters of the quantized weights."""
+
+
+@dataclass
+class GuardSection:
+    name: str
+    origin: Literal["builtin", "plugin", "local"]
+    version: str | None
+    passed: bool | None
+    action: Actions
+    message: str
+    warnings: list[str]
+    metrics: dict[str, Any]
+    prepare: dict[str, Any]
+    seconds: float
+    error: str | None
+
+
+@dataclass
+class MetricSection:
+    kind: Literal["perplexity", "masked_perplexity", "target_perplexity"]
+    baseline: float | None
+    edited: float | None
+    ratio: float | None
+    ci: tuple[float, float] | None
+    ci_level: float
+    windows: int
+    tokens: int
+    limit: float
+    action: Actions
+    message: str
+
+
+@dataclass
+class VerdictSection:
+    action: Actions
+    accepted: bool
+    decided_by: str
+    reasons: list[str]
+    exit_code: int
+
+
+@dataclass
+class AttemptSection:
+    attempt: int
+    bitwidth: int
+    action: Actions
+    decided_by: str
+    ratio: float | None
+
+
+@dataclass
+class Report:
+    invarlock_version: str
+    created: str
+    config: dict[str, Any]
+    config_sha256: str
+    model: ModelSection
+    edit: EditSection
+    guards: list[GuardSection]
+    metrics: dict[Literal["primary"], MetricSection | None]
+    verdict: VerdictSection
+    attempts: list[AttemptSection]
+    timings: dict[str, float]
+    """Seconds a stage."""
+    environment: dict[str, Any]
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file that was saved beside the report."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What plugins add in ``invarlock_run_finished``."""
+    format_version: Literal["report-v1"] = FORMAT_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as ``report.json`` holds it: only what JSON can hold, the format version first."""
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
+        return {"format_version": values.pop("format_version"), **values}
+
+
+def to_json(report: dict[str, Any]) -> str:
+    return json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of ``report.json``, as shipped in the package."""
+    text = (resources.files(__package__) / "report-v1.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def make_json_schema() -> dict[str, Any]:
+    """The schema made anew from the data classes; a test holds the shipped one against it."""
+    from pydantic import TypeAdapter
+
+    schema = TypeAdapter(Report).json_schema()
+    schema["required"] = list(schema["properties"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": FORMAT_VERSION, **schema}

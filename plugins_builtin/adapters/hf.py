@@ -1,0 +1,159 @@
+"""Checkpoints of transformers: one adapter for each kind of language model, and a generic one that answers last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from invarlock import hookimpl
+from invarlock.core.api import ModelAdapter
+from invarlock.core.errors import UsageError, one_line
+
+
+class _TransformersAdapter(ModelAdapter):
+    """Loads safetensors only; a pickled checkpoint is refused."""
+
+    architecture_suffixes: ClassVar[tuple[str, ...]]
+    """How the names of the architectures end that this adapter owns when it is asked with ``adapter: auto``."""
+    auto_class: ClassVar[str]
+
+    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
+        """Load a checkpoint folder, or an id from a hub, in evaluation mode.
+
+        :param kwargs: ``dtype`` (by default the checkpoint's), ``trust_remote_code`` (off) and ``revision``.
+        :raises UsageError: when there is no such checkpoint, or it is broken, incomplete or pickled.
+        """
+        import transformers
+
+        loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
+        return load_checkpoint(loader, model_id, device, **{"dtype": "auto", "use_safetensors": True, **kwargs})
+
+    def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
+        return self.auto_class
+
+    @hookimpl
+    def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
+        if not self.owns(model_id, options):
+            return None
+        return self.load_model(model_id, device, **options)
+
+    def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
+        names = architectures(model_id, options)
+        return any(name.endswith(self.architecture_suffixes) for name in names)
+
+
+class HF_Causal_Adapter(_TransformersAdapter):
+    """Causal language models: Llama, GPT-2, Mixtral, ..."""
+
+    name = "hf_causal"
+    architecture_suffixes = ("ForCausalLM", "LMHeadModel")
+    auto_class = "AutoModelForCausalLM"
+
+
+class HF_MLM_Adapter(_TransformersAdapter):
+    """Masked language models: BERT, RoBERTa, ..."""
+
+    name = "hf_mlm"
+    architecture_suffixes = ("ForMaskedLM",)
+    auto_class = "AutoModelForMaskedLM"
+
+
+class HF_Seq2Seq_Adapter(_TransformersAdapter):
+    """Encoder-decoder language models: T5, BART, ..."""
+
+    name = "hf_seq2seq"
+    architecture_suffixes = ("ForConditionalGeneration",)
+    auto_class = "AutoModelForSeq2SeqLM"
+
+    def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
+        # Vision-language models carry the same suffix without being encoder-decoders.
+        return super().owns(model_id, options) and bool(read_config(model_id, options).get("is_encoder_decoder"))
+
+
+class HF_Auto_Adapter(_TransformersAdapter):
+    """Whatever class of transformers the checkpoint's ``architectures`` name; asked last."""
+
+    name = "hf_auto"
+    architecture_suffixes = ("",)
+
+    def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
+        import transformers
+
+        names = architectures(model_id, options)
+        for name in names:
+            if hasattr(transformers, name):
+                return name
+        raise UsageError(f"model.id: {model_id}: config.json names no class of transformers (architectures: {names})")
+
+    @hookimpl(trylast=True)
+    def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
+        return super().invarlock_load_model(model_id, device, options)
+
+
+def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
+    return list(read_config(model_id, options).get("architectures") or [])
+
+
+def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's ``config.json``.
+
+    :raises UsageError: when there is none to be had.
+    """
+    path = Path(model_id) / "config.json"
+    if not Path(model_id).exists():
+        path = _cached_config(model_id, options)
+    elif not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"model.id: {path} is not valid JSON: {one_line(error)}") from None
+    return config
+
+
+def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(str(cached_file(model_id, "config.json", revision=options.get("revision"))))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"model.id: {model_id} is no folder here and no cached checkpoint; "
+            "check the path, or add --allow-network to fetch it from a hub"
+        ) from error
+
+
+def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> Any:
+    """Call a transformers class's ``from_pretrained``; what it says of a broken checkpoint becomes one line.
+
+    :raises UsageError: also when weights are missing from the checkpoint: transformers would invent them.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, loading = loader.from_pretrained(model_id, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise UsageError(f"model.id: {model_id}: a safetensors file is corrupt: {one_line(error)}") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise UsageError(f"model.id: {model_id}: cannot be loaded: {one_line(error)}") from error
+    unloaded = sorted(map(str, [*loading["missing_keys"], *loading.get("mismatched_keys", [])]))
+    if unloaded:
+        raise UsageError(
+            f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
+        )
+    try:
+        return model.eval().to(_resolve(device))
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _resolve(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,234 @@
+"""Structure and sanity: what no edit of weights may change, and what no usable model has."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from invarlock.core.api import Guard
+
+if TYPE_CHECKING:
+    import torch
+
+# Fields that a round trip through a file rewrites without any meaning for the model.
+BOOKKEEPING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What is remembered of one tensor of the baseline."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    finite: bool
+    constant_rows: int
+    constant_columns: int
+    zero: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Tensor:
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+        if not tensor.is_floating_point() or not tensor.numel():
+            return cls(shape, dtype, True, 0, 0, False)
+        if tensor.ndim < 2:
+            finite = bool(tensor.isfinite().all())
+            return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
+        # The extremes of rows tell finite, constant and zero in two reductions without a temporary of the weight's size.
+        low, high = tensor.amin(-1), tensor.amax(-1)
+        columns = int((tensor.amin(-2) == tensor.amax(-2)).sum()) if tensor.shape[-2] > 1 else 0
+        rows = int((low == high).sum()) if tensor.shape[-1] > 1 else 0
+        finite = bool((low.isfinite() & high.isfinite()).all())
+        return cls(shape, dtype, finite, rows, columns, bool((low == 0).all() & (high == 0).all()))
+
+
+@dataclass(frozen=True)
+class _State:
+    parameters: dict[str, _Tensor]
+    buffers: dict[str, _Tensor]
+    ties: frozenset[frozenset[str]]
+    norms: dict[str, str]
+    embedding_rows: int | None
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _State:
+        by_identity: dict[int, list[str]] = defaultdict(list)
+        parameters: dict[str, _Tensor] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names = by_identity[id(parameter)]
+            parameters[name] = parameters[names[0]] if names else _Tensor.of(parameter.detach())
+            names.append(name)
+        return cls(
+            parameters=parameters,
+            buffers={name: _Tensor.of(buffer) for name, buffer in model.named_buffers()},
+            ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
+            norms={name: type(module).__name__ for name, module in model.named_modules() if _is_norm(module)},
+            embedding_rows=_embedding_rows(model),
+            config=_config_of(model),
+        )
+
+
+class InvariantsGuard(Guard):
+    """Compares the model with its own baseline.
+
+    - Abort: names, shapes or norm layers that are missing, new or different; NaN or Inf that the baseline has not;
+      fewer embedding rows than the vocabulary has entries.
+    - Rollback: a norm's weight that has become all zero; tied weights that now differ, untied ones that are now tied.
+    - Warn: a tie that has become an exact copy; rows or columns that have become constant or all zero; a data type, or
+      a field of the model's configuration, that has changed. Each may be harmless, and the outputs tell.
+    """
+
+    name = "invariants"
+
+    def __init__(self) -> None:
+        self._baseline: _State | None = None
+
+    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
+        self._baseline = _State.of(model)
+        broken = [name for name, tensor in self._baseline.parameters.items() if not tensor.finite]
+        return {
+            "ready": True,
+            "parameters": len(self._baseline.parameters),
+            "buffers": len(self._baseline.buffers),
+            "norms": len(self._baseline.norms),
+            "tied_groups": len(self._baseline.ties),
+            "non_finite_in_baseline": broken[:5],
+        }
+
+    def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+        if self._baseline is None:
+            return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
+        before, after = self._baseline, _State.of(model)
+        fatal = [
+            *_named("missing", before.parameters.keys() - after.parameters.keys()),
+            *_named("new", after.parameters.keys() - before.parameters.keys()),
+            *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
+            *_named("norm layer gone", before.norms.keys() - after.norms.keys()),
+            *_differences(before, after, "shape"),
+            *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
+            *_too_few_embeddings(before, after, context.get("vocabulary")),
+        ]
+        torn, copied = _torn_ties(model, before.ties, after.ties)
+        grave = [
+            *_named("norm weight zeroed", _zeroed_norms(before, after)),
+            *_named("no longer tied, and different:", torn),
+            *_named("now tied:", _new_ties(before.ties, after.ties)),
+        ]
+        doubtful = [
+            *_named("no longer tied, an exact copy:", copied),
+            *_named("constant rows in", _newly(before, after, lambda old, new: new.constant_rows > old.constant_rows)),
+            *_named(
+                "constant columns in",
+                _newly(before, after, lambda old, new: new.constant_columns > old.constant_columns),
+            ),
+            *_differences(before, after, "dtype"),
+            *_named("configuration changed:", _changed_fields(before.config, after.config)),
+        ]
+        findings = [*fatal, *grave, *doubtful]
+        action = "abort" if fatal else "rollback" if grave else "warn" if doubtful else "continue"
+        return {
+            "passed": not (fatal or grave),
+            "action": action,
+            "message": _summary(findings)
+            if findings
+            else f"{len(after.parameters)} parameters sound, structure unchanged",
+            "warnings": doubtful,
+            "metrics": {
+                "parameters": len(after.parameters),
+                "abort": fatal,
+                "rollback": grave,
+                "warn": doubtful,
+            },
+        }
+
+
+def _summary(findings: list[str]) -> str:
+    rest = len(findings) - 3
+    return "; ".join(findings[:3]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _named(what: str, names: Iterable[str]) -> list[str]:
+    return [f"{what} {name}" for name in sorted(names)]
+
+
+def _newly(before: _State, after: _State, worse: Any) -> list[str]:
+    """Names of parameters and buffers of both sides for which a comparison of old and new holds."""
+    return [
+        name
+        for old, new in ((before.parameters, after.parameters), (before.buffers, after.buffers))
+        for name in old.keys() & new.keys()
+        if worse(old[name], new[name])
+    ]
+
+
+def _differences(before: _State, after: _State, attribute: str) -> list[str]:
+    changed = _newly(before, after, lambda old, new: getattr(old, attribute) != getattr(new, attribute))
+    old, new = {**before.parameters, **before.buffers}, {**after.parameters, **after.buffers}
+    return [
+        f"{attribute} of {name}: {getattr(old[name], attribute)} became {getattr(new[name], attribute)}"
+        for name in sorted(changed)
+    ]
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
+
+
+def _zeroed_norms(before: _State, after: _State) -> list[str]:
+    weights = [f"{norm}.weight" for norm in before.norms]
+    return [
+        name
+        for name in weights
+        if name in after.parameters and after.parameters[name].zero > before.parameters[name].zero
+    ]
+
+
+def _torn_ties(
+    model: torch.nn.Module, before: frozenset[frozenset[str]], after: frozenset[frozenset[str]]
+) -> tuple[list[str], list[str]]:
+    """Ties of the baseline that are gone: those whose tensors now differ, and those that are exact copies."""
+    torn: list[str] = []
+    copied: list[str] = []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for tie in before:
+        if any(tie <= other for other in after) or not tie <= parameters.keys():
+            continue
+        first, *others = (parameters[name] for name in sorted(tie))
+        same = all(first.shape == other.shape and bool((first == other).all()) for other in others)
+        (copied if same else torn).append(" = ".join(sorted(tie)))
+    return torn, copied
+
+
+def _new_ties(before: frozenset[frozenset[str]], after: frozenset[frozenset[str]]) -> list[str]:
+    return [" = ".join(sorted(tie)) for tie in after if not any(tie <= other for other in before)]
+
+
+def _embedding_rows(model: Any) -> int | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return None if embeddings is None else int(embeddings.weight.shape[0])
+
+
+def _too_few_embeddings(before: _State, after: _State, vocabulary: int | None) -> list[str]:
+    # A baseline whose tokenizer has entries without a row is as it is; what an edit took away is the edit's.
+    rows = after.embedding_rows
+    if rows is None or vocabulary is None or rows >= vocabulary or rows >= (before.embedding_rows or 0):
+        return []
+    return [f"{rows} embedding rows for a vocabulary of {vocabulary}"]
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    fields: dict[str, Any] = to_dict()
+    return {name: value for name, value in fields.items() if name not in BOOKKEEPING}
+
+
+def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    names = before.keys() | after.keys()
+    return [
+        f"{name}: {before.get(name)!r} became {after.get(name)!r}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
