@@ -117,7 +117,8 @@ class _Run:
         with self.stage("load"):
             self.load()
         with self.stage("windows"):
-            self.preview, self.final = make_windows(self.config.dataset, self.model, self.tokenizer, task=self.task)
+            tokenizer = self.tokenizer if self.reads_text else None
+            self.preview, self.final = make_windows(self.config.dataset, self.model, tokenizer, task=self.task)
         with self.stage("snapshot"):
             self.baseline_print = Fingerprint.of(self.model)
             self.snapshot = self.adapter.snapshot(self.model)
@@ -147,15 +148,15 @@ class _Run:
         select_targets(self.model, self.plans[0])
         self.task: Task = task_of(self.model)
         self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
-        required = self.config.dataset.provider != "generated" or self.task == "masked"
-        wanted = required or self.config.output.save_model
-        self.tokenizer = self.load_tokenizer(trust, required=required) if wanted else None
+        self.reads_text = self.config.dataset.provider != "generated" or self.task == "masked"
+        wanted = self.reads_text or self.config.output.save_model
+        self.tokenizer = self.load_tokenizer(trust) if wanted else None
 
-    def load_tokenizer(self, options: Mapping[str, Any], *, required: bool) -> Any:
+    def load_tokenizer(self, options: Mapping[str, Any]) -> Any:
         try:
             return self.adapter.load_tokenizer(self.config.model.id, **options)
         except UsageError as error:
-            if required:
+            if self.reads_text:
                 raise
             log.warning("%s; the saved model will have none", one_line(error))
             return None

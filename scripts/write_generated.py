@@ -33,7 +33,7 @@ def _hook_sections() -> Iterator[str]:
 
 
 def _prose(docstring: str) -> str:
-    """A docstring as Markdown: field lists become lists, ``code`` becomes `code`, indented examples become blocks."""
+    """A docstring as Markdown: fields become lists, ``code`` becomes `code`, indented examples become blocks."""
     lines, in_code = [], False
     for line in docstring.splitlines():
         code = line.startswith("    ") and (in_code or (bool(lines) and lines[-1] == ""))

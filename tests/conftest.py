@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+# Before transformers is imported, as the command line does it: a test must not wait for a network.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from invarlock.cli.commands.run import demo_folder
 from invarlock.cli.main import main

@@ -15,6 +15,10 @@ from invarlock import hookimpl
 from invarlock.core.errors import UsageError
 
 
+class OptionNotTakenError(UsageError):
+    """A key of ``model`` is set that an adapter has no use for; with ``adapter: auto`` the next one is asked."""
+
+
 class Guard(ABC):
     """Looks at a model before and after an edit, and says what is to be done with the edit.
 
@@ -91,12 +95,16 @@ class ModelAdapter(ABC):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(model_id, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(model_id, **kwargs)
+            # Where there are no files, some classes of transformers are made without a vocabulary.
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise ValueError("its vocabulary is empty")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"model.id: {model_id}: no tokenizer could be loaded from there ({type(error).__name__}); "
                 "put the model's tokenizer files beside its weights, or judge without text: dataset.provider: generated"
             ) from error
+        return tokenizer
 
     def describe(self, model: Any) -> dict[str, Any]:
         """Tell what the model is, for guards and the report."""
@@ -157,5 +165,5 @@ def _accepted(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     defaults = {"device": "auto", "dtype": "auto", "trust_remote_code": False, "revision": None}
     for name, value in arguments.items():
         if name not in parameters and value != defaults.get(name, value):
-            raise UsageError(f"model.{name}: the adapter's load_model does not take it; remove the key")
+            raise OptionNotTakenError(f"model.{name}: the adapter's load_model does not take it; remove the key")
     return {name: value for name, value in arguments.items() if name in parameters}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,8 @@ class Snapshot:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="invarlock-snapshot-")
+        self._folder = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._structure = [_Structure.of(module) for module in model.modules()]
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         for path, tensor in self._files():
@@ -87,7 +90,7 @@ class Snapshot:
 
     def _files(self) -> Iterator[tuple[Path, torch.Tensor]]:
         for number, tensor in enumerate(self._tensors):
-            yield Path(self._folder.name, f"{number}.safetensors"), tensor
+            yield self._folder / f"{number}.safetensors", tensor
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def _hf(dataset: Dataset) -> Sequence[Any]:
         table = datasets.load_dataset(dataset.path, dataset.name, split=dataset.split)
     except ConnectionError:
         raise UsageError(
-            f"dataset.path: {dataset.path} is not on this machine and the network is off; --allow-network turns it on"
+            f"dataset.path: {dataset.path} is not on this machine and the hub cannot be reached; the network is off "
+            "without --allow-network"
         ) from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(

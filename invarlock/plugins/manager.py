@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.api import ModelAdapter
+from invarlock.core.api import ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import PluginError, UsageError, nearest, one_line
 from invarlock.core.results import GuardResult, plain
 from invarlock.plugins.catalog import Catalog, Kind, Plugin, Selection, Status, hook_marks
@@ -133,6 +133,8 @@ class PluginManager:
             plugin = by_instance[id(instance)]
             try:
                 model = self._only("invarlock_load_model", instance)(model_id=model_id, device=device, options=options)
+            except OptionNotTakenError as error:
+                reasons.append(f"{plugin.name}: {one_line(error)}")
             except UsageError:
                 raise
             except Exception as error:

@@ -2,7 +2,7 @@
 
 from invarlock.quantization import Plan, Scheme, quantize_model
 
-quantize_model(model, Plan(Scheme(bitwidth=4, group_size=128), scope="all"))
+quantize_model(model, Plan(Scheme(bitwidth=4, group_size=128), scope="all"))  # doctest: +SKIP
 """
 
 from __future__ import annotations

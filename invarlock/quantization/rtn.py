@@ -119,7 +119,7 @@ def quantize_(
 
 def unfit(weight: Tensor, layout: Layout) -> str | None:
     """Why ``quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
-    if weight.device.type == "meta":
+    if weight.is_meta:
         return (
             "is offloaded or not loaded (device meta), so there is nothing to quantize; load the whole model onto its "
             "devices or leave this out with edit.plan.exclude"
@@ -159,7 +159,9 @@ class _Grid:
         else:
             scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
         finite = math.isfinite(float(scale.sum()))
-        scale = scale.to(part.dtype).float().clamp_(*_scale_limits(part.dtype, scheme.bitwidth))
+        if part.dtype != torch.float32:
+            scale = scale.to(part.dtype).float()
+        scale.clamp_(*_scale_limits(part.dtype, scheme.bitwidth))
         if scheme.symmetric:
             return cls(scale, None, lowest, highest, finite)
         zero = (lowest - low / scale).round_().clamp_(lowest, highest)
@@ -275,7 +277,7 @@ def _finite_rows(rows: Tensor) -> Tensor:
 
 
 def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
-    return (part,) if len(part) <= at_once else part.split(at_once)
+    return (part,) if part.shape[0] <= at_once else torch.split(part, at_once)
 
 
 def _rows_at_once(matrix: Tensor) -> int:
@@ -290,7 +292,7 @@ def _parts(rows: Tensor, group_size: int | None) -> list[Tensor]:
     if group_size is None or group_size >= columns:
         return [rows]
     whole = columns // group_size * group_size
-    parts = [rows[:, :whole].unflatten(1, (-1, group_size))]
+    parts = [rows[:, :whole].view(rows.shape[0], -1, group_size)]
     if whole < columns:
         parts.append(rows[:, whole:])
     return parts

@@ -32,8 +32,8 @@ class Role(StrEnum):
 
 SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
 
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_ROUTER = re.compile("router|(gate|gating)$", re.IGNORECASE)
+_ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
+_ROUTER = re.compile(r"router|gating$|moe\w*gate$", re.IGNORECASE)
 _FFN = re.compile("mlp|feed_?forward|ffn|expert|moe", re.IGNORECASE)
 _DENSE_FFN = re.compile("mlp|feed_?forward|ffn", re.IGNORECASE)
 _RECURRENT = re.compile("mamba|mixer|deltanet", re.IGNORECASE)
@@ -227,14 +227,16 @@ def _prefixes(path: str) -> Iterator[str]:
 
 
 def _gates_experts(lineage: Sequence[nn.Module], parameter: Tensor) -> bool:
-    """Whether a small matrix sits beside experts and has one output for each of them, or a single one."""
+    """Whether a matrix sits beside experts, in no feed-forward of its own, with one output for each of them or one."""
+    if parameter.ndim != 2:
+        return False
     for depth, parent in enumerate(lineage[:-1]):
         branch = lineage[depth + 1 :]
+        if any(_DENSE_FFN.search(type(module).__name__) for module in branch):
+            continue
         for name, child in parent.named_children():
-            if name != "experts" and "Experts" not in type(child).__name__:
-                continue
-            inside_other = child is not branch[0] and not any(_DENSE_FFN.search(type(m).__name__) for m in branch)
-            if inside_other and parameter.shape[0] in (1, _count_experts(child)):
+            is_experts = name == "experts" or "Experts" in type(child).__name__
+            if is_experts and child is not branch[0] and parameter.shape[0] in (1, _count_experts(child)):
                 return True
     return False
 

@@ -97,11 +97,13 @@ def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
 
 
 def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's ``config.json``.
+    """The checkpoint's ``config.json``; empty for a GGUF file, which has none.
 
     :raises UsageError: when there is none to be had.
     """
     path = Path(model_id) / "config.json"
+    if model_id.endswith(".gguf"):
+        return {}
     if not Path(model_id).exists():
         path = _cached_config(model_id, options)
     elif not path.is_file():

@@ -35,7 +35,7 @@ class _Tensor:
         if tensor.ndim < 2:
             finite = bool(tensor.isfinite().all())
             return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
-        # The extremes of rows tell finite, constant and zero in two reductions without a temporary of the weight's size.
+        # The extremes of rows tell finite, constant and zero without a temporary of the weight's size.
         low, high = tensor.amin(-1), tensor.amax(-1)
         columns = int((tensor.amin(-2) == tensor.amax(-2)).sum()) if tensor.shape[-2] > 1 else 0
         rows = int((low == high).sum()) if tensor.shape[-1] > 1 else 0
@@ -154,13 +154,13 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def _newly(before: _State, after: _State, worse: Any) -> list[str]:
-    """Names of parameters and buffers of both sides for which a comparison of old and new holds."""
-    return [
-        name
-        for old, new in ((before.parameters, after.parameters), (before.buffers, after.buffers))
-        for name in old.keys() & new.keys()
-        if worse(old[name], new[name])
-    ]
+    """Names of tensors on both sides for which a comparison of old and new holds; tied ones by their first name."""
+    found: dict[int, str] = {}
+    for old, new in ((before.parameters, after.parameters), (before.buffers, after.buffers)):
+        for name, tensor in new.items():
+            if name in old and worse(old[name], tensor):
+                found.setdefault(id(tensor), name)
+    return list(found.values())
 
 
 def _differences(before: _State, after: _State, attribute: str) -> list[str]:

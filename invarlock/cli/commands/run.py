@@ -57,9 +57,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Before any library that reads them is imported.
-    if not args.allow_network:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    _set_environment(args)
     from invarlock.config.loading import load
 
     config = load(_config_path(args), args.settings, _overrides(args))
@@ -80,6 +78,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_verdict(result.report, folder.path, args)
     return ExitCode(result.report["verdict"]["exit_code"])
+
+
+def _set_environment(args: argparse.Namespace) -> None:
+    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal."""
+    if not args.allow_network:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if args.quiet or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def _config_path(args: argparse.Namespace) -> str:

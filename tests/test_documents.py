@@ -1,0 +1,96 @@
+"""What is written about the code is true: generated pages are current, man pages are whole, examples run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from invarlock.cli import manpages
+from invarlock.config.schema import keys
+from invarlock.core.errors import ExitCode
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_generated_pages_are_current() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "write_generated.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["run", "plugins", "config"])
+def test_every_option_stands_in_the_man_page(name: str) -> None:
+    page = (ROOT / "man" / f"invarlock-{name}.1").read_text().replace("\\-", "-")
+    for action in getattr(manpages, f"{name}_parser")()._actions:
+        for option in action.option_strings:
+            assert option in page or option in ("-h", "--help"), f"{option}: tox -e man writes the page anew"
+    for section in ("NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "EXIT STATUS", "ENVIRONMENT", "FILES", "SEE ALSO"):
+        assert re.search(rf'^\.SH "?{section}"?$', page, re.MULTILINE), section
+
+
+def test_every_command_stands_in_the_main_page_and_every_key_in_that_of_run() -> None:
+    page = (ROOT / "man" / "invarlock.1").read_text().replace("\\-", "-")
+    for name in ("run", "plugins", "config"):
+        assert name in page
+    page = (ROOT / "man" / "invarlock-run.1").read_text().replace("\\-", "-")
+    for key in keys():
+        assert key.path in page
+
+
+@pytest.mark.parametrize("document", ["README.md", "man/include/invarlock.man"])
+def test_exit_codes_are_told_alike_everywhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for code in ExitCode:
+        assert re.search(rf"(\| {code.value} \||\\fB{code.value}\\fR)", text), f"{code!r} is not in {document}"
+
+
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_the_guard_of_the_readme_runs_as_printed(invarlock, module) -> None:
+    module("no_huge_weights", python_blocks("README.md")[0])
+    order = "guards.order=[invariants, no_huge_weights]"
+    done = invarlock(
+        "run", "--demo", "-p", "no_huge_weights", "--set", order, "--set", "dataset.final_n=4", "--out", "out"
+    )
+    assert done.code == 0, done.err
+    assert "largest weight" in done.out
+
+
+def test_the_ten_line_guard_of_the_docs_arrives_and_runs(invarlock, module) -> None:
+    module("finite", python_blocks("docs/plugins.md")[0])
+    assert "finite" in invarlock("plugins", "guards", "-p", "finite").out
+    done = invarlock(
+        "run", "--demo", "-p", "finite", "--set", "guards.order=[finite]", "--set", "dataset.final_n=4", "--out", "o"
+    )
+    assert done.code == 0, done.err
+    assert "all weights are finite" in done.out
+
+
+def test_the_class_of_the_docs_takes_its_option(invarlock, module) -> None:
+    module("finite_class", python_blocks("docs/plugins.md")[1])
+    settings = ("guards.order=[finite]", "guards.finite.strict=false", "dataset.final_n=4")
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    done = invarlock("run", "--demo", "-p", "finite_class", *arguments, "--out", "out")
+    assert done.code == 0, done.err
+
+
+def test_every_yaml_of_the_docs_is_a_configuration_without_a_mistake() -> None:
+    from invarlock.config.loading import load
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for number, block in enumerate([*blocks, (ROOT / "examples" / "smollm2.yaml").read_text()]):
+        assert yaml.safe_load(block)
+        path = Path(f"{number}.yaml")
+        path.write_text(block)
+        assert load(str(path)).model.id

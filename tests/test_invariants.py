@@ -1,0 +1,121 @@
+"""The guard ``invariants``: passes what is sound, catches and names what is not."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+from torch import nn
+
+from plugins_builtin.guards.invariants import InvariantsGuard
+
+BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+
+
+def judge(model: nn.Module, damage=None, context=None):
+    guard = InvariantsGuard()
+    assert guard.prepare(model, None, None, {})["ready"] is True
+    if damage:
+        with torch.no_grad():
+            damage(model)
+    return guard.validate(model, None, context or {})
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unedited_model_passes_without_a_warning(build, dtype) -> None:
+    result = judge(build().to(dtype), context={"vocabulary": 96})
+    assert (result["passed"], result["action"], result["warnings"]) == (True, "continue", [])
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_aborts_wherever_it_is(build, value) -> None:
+    for number in range(len([*build().parameters()])):
+        model = build()
+        name, parameter = [*model.named_parameters()][number]
+        result = judge(model, lambda _, parameter=parameter: parameter.view(-1)[-1:].fill_(value))
+        assert result["action"] == "abort"
+        assert name in result["message"]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_every_norm_is_watched(build) -> None:
+    norms = [name for name, module in build().named_modules() if "norm" in type(module).__name__.lower()]
+    assert norms
+    for name in norms:
+        zeroed = judge(build(), lambda model, name=name: model.get_submodule(name).weight.zero_())
+        assert zeroed["action"] == "rollback"
+        assert f"norm weight zeroed {name}.weight" in zeroed["message"]
+        parent, _, last = name.rpartition(".")
+        gone = judge(
+            build(), lambda model, parent=parent, last=last: setattr(model.get_submodule(parent), last, nn.Identity())
+        )
+        assert gone["action"] == "abort"
+        assert name in gone["message"]
+
+
+def test_shapes_names_and_types() -> None:
+    def cut(model):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight[:50])
+
+    def shorten(model):
+        embedding = model.model.embed_tokens
+        embedding.weight = nn.Parameter(embedding.weight[:50])
+
+    assert judge(architectures.llama(), cut)["action"] == "abort"
+    assert "50 embedding rows for a vocabulary of 96" in " ".join(
+        judge(architectures.llama(), shorten, {"vocabulary": 96})["metrics"]["abort"]
+    )
+    added = judge(architectures.llama(), lambda model: model.register_parameter("more", nn.Parameter(torch.ones(1))))
+    assert (added["action"], "new more" in added["message"]) == ("abort", True)
+    buffer = judge(architectures.llama(), lambda model: model.model.rotary_emb.inv_freq.fill_(float("nan")))
+    assert (buffer["action"], "inv_freq" in buffer["message"]) == ("abort", True)
+    retyped = judge(architectures.llama(), lambda model: model.lm_head.to(torch.bfloat16))
+    assert (retyped["passed"], retyped["action"]) == (True, "warn")
+
+
+def test_ties() -> None:
+    def copy(model):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+
+    def differ(model):
+        copy(model)
+        model.lm_head.weight[0, 0] += 1
+
+    def tie(model):
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+    assert judge(architectures.gpt2(), copy)["action"] == "warn"
+    assert judge(architectures.gpt2(), differ)["action"] == "rollback"
+    assert judge(architectures.llama(), tie)["action"] == "rollback"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_rows_and_columns_that_became_constant_warn(axis: int, value: float) -> None:
+    def damage(model):
+        model.model.layers[1].mlp.up_proj.weight.select(axis, 2).fill_(value)
+
+    result = judge(architectures.llama(), damage)
+    assert (result["passed"], result["action"]) == (True, "warn")
+    assert "model.layers.1.mlp.up_proj.weight" in result["message"]
+
+
+def test_an_expert_is_looked_into() -> None:
+    result = judge(architectures.mixtral(), lambda model: model.model.layers[0].mlp.experts.down_proj[2, 5].zero_())
+    assert (result["action"], "experts.down_proj" in result["message"]) == ("warn", True)
+
+
+def test_a_changed_field_of_the_configuration_warns() -> None:
+    result = judge(architectures.llama(), lambda model: setattr(model.config, "rms_norm_eps", 0.5))
+    assert (result["action"], "rms_norm_eps" in result["message"]) == ("warn", True)
+
+
+def test_what_the_baseline_already_had_is_not_the_edits() -> None:
+    model = architectures.llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+        model.model.layers[0].mlp.up_proj.weight[1] = 0
+    result = judge(model)
+    assert (result["passed"], result["action"]) == (True, "continue")

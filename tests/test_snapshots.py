@@ -1,0 +1,105 @@
+"""A model's exact state: told apart to the bit, and brought back to the bit, ties and structure included."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+from torch import nn
+
+from invarlock.core.snapshots import Fingerprint, Snapshot
+
+BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+
+
+def flip_one_bit(model: nn.Module) -> None:
+    next(model.parameters()).data.view(torch.int32).view(-1)[3] ^= 1
+
+
+def set_to_nan(model: nn.Module) -> None:
+    [*model.parameters()][-1].data.fill_(float("nan"))
+
+
+def swap_two_equal_shapes(model: nn.Module) -> None:
+    seen: dict[torch.Size, torch.Tensor] = {}
+    for parameter in model.parameters():
+        other = seen.setdefault(parameter.shape, parameter)
+        if other is not parameter and not torch.equal(other, parameter):
+            kept = other.data.clone()
+            other.data.copy_(parameter.data)
+            parameter.data.copy_(kept)
+            return
+    raise AssertionError("no two parameters to swap")
+
+
+def replace_storage(model: nn.Module) -> None:
+    parameter = next(model.parameters())
+    parameter.data = torch.zeros(1, dtype=torch.bfloat16)
+
+
+def drop_a_parameter(model: nn.Module) -> None:
+    module, name = next((m, n) for m in model.modules() for n in m._parameters)
+    setattr(module, name, None)
+
+
+def replace_a_module(model: nn.Module) -> None:
+    name, linear = next((n, m) for n, m in model.named_modules() if m._parameters and n)
+    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Linear(2, 2))
+
+
+def change_a_buffer(model: nn.Module) -> None:
+    model.register_buffer("new_buffer", torch.ones(3))
+
+
+CHANGES = [
+    flip_one_bit,
+    set_to_nan,
+    swap_two_equal_shapes,
+    replace_storage,
+    drop_a_parameter,
+    replace_a_module,
+    change_a_buffer,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("build", BUILDERS)
+def test_every_change_is_seen_and_undone_bit_for_bit(build, change) -> None:
+    model = build()
+    before, snapshot = Fingerprint.of(model), Snapshot(model)
+    change(model)
+    assert Fingerprint.of(model) != before
+    assert Fingerprint.of(model).digest != before.digest
+    snapshot.restore(model)
+    assert Fingerprint.of(model) == before
+    assert Fingerprint.of(build()) == before
+
+
+def test_a_tie_that_was_cut_is_tied_again() -> None:
+    model = architectures.gpt2()
+    before, snapshot = Fingerprint.of(model), Snapshot(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert Fingerprint.of(model).changed_since(before) == ["lm_head.weight"], "an exact copy is no tie"
+    snapshot.restore(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_come_back_too(dtype: torch.dtype) -> None:
+    model = architectures.llama().to(dtype)
+    before, snapshot = Fingerprint.of(model), Snapshot(model)
+    model.float().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    snapshot.restore(model)
+    assert Fingerprint.of(model) == before
+
+
+def test_the_folder_of_a_snapshot_goes_with_it() -> None:
+    snapshot = Snapshot(architectures.llama())
+    folder = snapshot._folder
+    assert any(folder.iterdir())
+    assert not [path for path in folder.iterdir() if path.suffix != ".safetensors"], "nothing is pickled"
+    del snapshot
+    assert not folder.exists()

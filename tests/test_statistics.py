@@ -1,0 +1,197 @@
+"""The ratio, its interval, and the verdict on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from invarlock.core.errors import UsageError
+from invarlock.core.results import Action, plain
+from invarlock.evaluation.metric import MetricResult, compare, kind_of
+from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.statistics import ratio_interval
+
+TOKENS = np.array([255, 255, 200, 31, 128, 255, 90, 10])
+LOSSES = TOKENS * np.array([2.5, 2.8, 2.4, 3.3, 2.2, 2.6, 2.9, 2.0])
+RISES = np.array([0.03, 0.05, 0.02, 0.2, 0.04, 0.01, -0.02, 0.3])
+
+
+def interval(differences: Any, tokens: Any = TOKENS, **settings: Any) -> tuple[float, float] | None:
+    return ratio_interval(
+        np.asarray(differences, dtype=float), np.asarray(tokens), **{"level": 0.95, "reps": 1000, "seed": 0} | settings
+    )
+
+
+def judged(edited: Any, baseline: Any = LOSSES, tokens: Any = TOKENS, limit: float = 1.1) -> MetricResult:
+    one, other = (PassResult(np.asarray(losses, dtype=float), np.asarray(tokens)) for losses in (baseline, edited))
+    return compare(one, other, kind="perplexity", limit=limit, level=0.95, reps=1000, seed=0)
+
+
+# The ratio
+
+
+def test_every_token_weighs_the_same() -> None:
+    metric = judged(LOSSES + RISES * TOKENS)
+    assert metric.ratio == pytest.approx(math.exp(sum(RISES * TOKENS) / sum(TOKENS)))
+    assert metric.ratio != pytest.approx(math.exp(RISES.mean()), rel=1e-3)
+    assert metric.baseline == pytest.approx(math.exp(sum(LOSSES) / sum(TOKENS)))
+    assert metric.ratio == pytest.approx(metric.edited / metric.baseline)
+    assert (metric.windows, metric.tokens) == (8, sum(TOKENS))
+
+
+# The interval
+
+
+def test_the_interval_is_bca_of_windows_drawn_together_with_their_tokens() -> None:
+    """By hand, from Efron and Tibshirani 1993, section 14.3, with other draws: equal but for chance."""
+    differences = RISES * TOKENS
+    draws = np.random.default_rng(7).integers(len(TOKENS), size=(200_000, len(TOKENS)))
+    statistics = np.sort(differences[draws].sum(axis=1) / TOKENS[draws].sum(axis=1))
+    point = differences.sum() / TOKENS.sum()
+    left_out = (differences.sum() - differences) / (TOKENS.sum() - TOKENS)
+    skew = left_out.mean() - left_out
+    acceleration = (skew**3).sum() / (6 * (skew**2).sum() ** 1.5)
+    bias = stats.norm.ppf(((statistics < point).mean() + (statistics <= point).mean()) / 2)
+    ends = bias + stats.norm.ppf([0.025, 0.975])
+    expected = np.exp(np.quantile(statistics, stats.norm.cdf(bias + ends / (1 - acceleration * ends))))
+    assert interval(differences, reps=50_000) == pytest.approx(tuple(expected), rel=2e-3)
+
+
+def test_the_seed_decides_the_interval() -> None:
+    assert interval(RISES * TOKENS) == interval(RISES * TOKENS)
+    assert interval(RISES * TOKENS) != interval(RISES * TOKENS, seed=1)
+
+
+def test_a_higher_level_is_wider() -> None:
+    narrow, wide = interval(RISES * TOKENS, level=0.8), interval(RISES * TOKENS, level=0.99)
+    assert narrow is not None and wide is not None
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_the_size_of_batches_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = interval(RISES * TOKENS)
+    monkeypatch.setattr("invarlock.evaluation.statistics.BATCH_NUMBERS", 100)
+    assert interval(RISES * TOKENS) == pytest.approx(whole, rel=1e-12)
+
+
+def test_windows_that_agree_give_a_point() -> None:
+    assert interval(np.zeros(8)) == (1.0, 1.0)
+    low, high = interval(0.5 * np.array([2, 4, 8]), [2, 4, 8]) or (0, 0)
+    assert low == high == pytest.approx(math.exp(0.5))
+
+
+def test_equal_differences_of_unequal_windows_are_no_point() -> None:
+    low, high = interval([1, 1, 1, 1], [2, 4, 8, 16]) or (0, 0)
+    assert low < math.exp(4 / 30) < high
+
+
+def test_fewer_than_two_windows_give_no_interval() -> None:
+    assert interval([0.1], [5]) is None
+    assert interval([], []) is None
+
+
+@pytest.mark.parametrize("differences", [[0.0, 1.0], [0, 0, 0, 0, 0, 3.0], [1e-300, 0.0, 0.0], [1e5, -1e5, 3e5]])
+def test_where_bca_is_not_defined_there_are_still_two_ends(differences: list[float]) -> None:
+    ends = interval(differences, [10] * len(differences))
+    assert ends is not None
+    assert not any(math.isnan(end) for end in ends)
+    assert ends[0] <= ends[1]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """300 samples of 32 windows, their rises skewed to the right about a known mean; seeded, so it never flickers."""
+    rng = np.random.default_rng(0)
+    covered = above = 0
+    for _ in range(300):
+        tokens = rng.integers(50, 256, size=32)
+        differences = tokens * (0.02 + 0.03 * (rng.gamma(4, size=32) - 4))
+        low, high = interval(differences, tokens, reps=500) or (0, 0)
+        covered += low <= math.exp(0.02) <= high
+        above += math.exp(0.02) > high
+    assert 0.90 <= covered / 300 <= 0.97
+    assert above / 300 < 0.07
+
+
+# The verdict
+
+
+def test_the_upper_end_decides_not_the_point() -> None:
+    edited = LOSSES + RISES * TOKENS
+    sure = judged(edited)
+    assert sure.ci is not None and sure.ratio is not None
+    between = (sure.ratio + sure.ci[1]) / 2
+    assert judged(edited, limit=sure.ci[1]).action is Action.CONTINUE
+    refused = judged(edited, limit=between)
+    assert refused.action is Action.ROLLBACK
+    assert refused.ratio is not None and refused.ratio < refused.limit
+    assert "upper end is above the limit" in refused.message
+
+
+def test_the_message_has_the_numbers() -> None:
+    assert judged(LOSSES).message == (
+        "perplexity 13.213 -> 13.213, ratio 1 (95 % interval 1 to 1) on 8 windows: within the limit 1.1"
+    )
+
+
+def test_an_edited_model_that_is_not_finite_is_rolled_back() -> None:
+    for bad in (math.nan, math.inf):
+        edited = LOSSES.copy()
+        edited[3] = bad
+        metric = judged(edited)
+        assert (metric.action, metric.edited, metric.ratio, metric.ci) == (Action.ROLLBACK, None, None, None)
+        assert metric.baseline is not None
+        assert "-> not finite on 8 windows: the edited model's loss is not finite" in metric.message
+
+
+def test_a_baseline_that_is_not_finite_judges_nothing() -> None:
+    for bad in (math.nan, math.inf):
+        metric = judged(LOSSES, baseline=[bad, *LOSSES[1:]])
+        assert (metric.action, metric.baseline, metric.ratio, metric.ci) == (Action.ABORT, None, None, None)
+        assert "not measured" in metric.message
+    assert judged([0, 0], [0, 0], tokens=[0, 0]).action is Action.ABORT
+
+
+def test_one_window_is_not_measured_and_not_accepted() -> None:
+    metric = judged([25.0], [25.0], tokens=[10])
+    assert (metric.action, metric.ratio, metric.ci) == (Action.ROLLBACK, 1.0, None)
+    assert "not measured" in metric.message and "dataset.final_n" in metric.message
+
+
+def test_a_ratio_too_large_for_a_float_is_infinite() -> None:
+    metric = judged(LOSSES + 1000.0 * TOKENS + RISES)
+    assert (metric.edited, metric.ratio, metric.action) == (math.inf, math.inf, Action.ROLLBACK)
+
+
+def test_an_edit_may_also_help() -> None:
+    metric = judged(LOSSES * 0.99)
+    assert metric.action is Action.CONTINUE
+    assert metric.ratio is not None and metric.ratio < 1
+
+
+def test_passes_over_other_tokens_are_not_compared() -> None:
+    other = PassResult(LOSSES, TOKENS + 1)
+    with pytest.raises(ValueError, match="same tokens"):
+        compare(PassResult(LOSSES, TOKENS), other, kind="perplexity", limit=1.1, level=0.95, reps=10, seed=0)
+
+
+def test_a_result_fits_a_report() -> None:
+    written = plain(asdict(judged(LOSSES)))
+    assert written == {
+        "kind": "perplexity", "baseline": pytest.approx(13.213, abs=1e-3), "edited": pytest.approx(13.213, abs=1e-3),
+        "ratio": 1.0, "ci": [1.0, 1.0], "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
+        "message": judged(LOSSES).message,
+    }  # fmt: skip
+
+
+def test_a_task_has_one_metric() -> None:
+    assert [kind_of(task) for task in ("causal", "masked", "seq2seq")] == [
+        "perplexity", "masked_perplexity", "target_perplexity",
+    ]  # fmt: skip
+    assert kind_of("causal", "perplexity") == "perplexity"
+    with pytest.raises(UsageError, match=r"^eval\.metric\.kind: perplexity is not for a masked model; say masked_perp"):
+        kind_of("masked", "perplexity")
