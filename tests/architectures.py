@@ -46,7 +46,7 @@ def bert(**changes: Any) -> transformers.BertForMaskedLM:
 
 
 def t5(**changes: Any) -> transformers.T5ForConditionalGeneration:
-    """Encoder and decoder, one embedding shared by both and by the output head."""
+    """Encoder and decoder, one embedding shared by both and by the output head, whatever the config says."""
     config = {
         "vocab_size": VOCABULARY,
         "d_model": 32,

@@ -43,7 +43,7 @@ def drop_a_parameter(model: nn.Module) -> None:
 
 
 def replace_a_module(model: nn.Module) -> None:
-    name, linear = next((n, m) for n, m in model.named_modules() if m._parameters and n)
+    name = next(n for n, m in model.named_modules() if m._parameters and n)
     setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Linear(2, 2))
 
 
