@@ -65,7 +65,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "A YAML file; all sections but `model` are optional. `--set KEY=VALUE` on the command line goes before the file,",
+        "A YAML file; all sections but `model` are optional. `--set KEY=VALUE` goes before the file,",
         "the file before the defaults. An unknown key is an error that names it, its line and the nearest known one.",
         "`invarlock config --schema` prints a JSON Schema for editors.",
     ]
