@@ -98,8 +98,11 @@ def test_sixteen_bits_come_back_too(dtype: torch.dtype) -> None:
 
 def test_the_folder_of_a_snapshot_goes_with_it() -> None:
     snapshot = Snapshot(architectures.llama())
-    folder = snapshot._folder
+    folder = snapshot._folder.path
     assert any(folder.iterdir())
     assert not [path for path in folder.iterdir() if path.suffix != ".safetensors"], "nothing is pickled"
+    weights = snapshot.parameters()
     del snapshot
+    assert torch.equal(weights["lm_head.weight"], architectures.llama().lm_head.weight)
+    del weights
     assert not folder.exists()

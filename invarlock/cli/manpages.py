@@ -29,6 +29,11 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def compare_parser() -> argparse.ArgumentParser:
+    """``invarlock-compare(1)``."""
+    return _command_parser("compare")
+
+
 def plugins_parser() -> argparse.ArgumentParser:
     """``invarlock-plugins(1)``."""
     return _command_parser("plugins")

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,10 @@ class Snapshot:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder = _Folder()
         self._structure = [_Structure.of(module) for module in model.modules()]
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
+        self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
         for path, tensor in self._files():
             save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
 
@@ -88,9 +88,38 @@ class Snapshot:
             else:
                 tensor.data = saved.to(tensor.device)
 
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for."""
+        paths = {id(tensor): path for path, tensor in self._files()}
+        return _OnDisk(self._folder, {name: paths[identity] for name, identity in self._names.items()})
+
     def _files(self) -> Iterator[tuple[Path, torch.Tensor]]:
         for number, tensor in enumerate(self._tensors):
-            yield self._folder / f"{number}.safetensors", tensor
+            yield self._folder.path / f"{number}.safetensors", tensor
+
+
+class _Folder:
+    """A temporary folder that goes with the last object that holds it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+class _OnDisk(Mapping[str, torch.Tensor]):
+    """Tensors by name, read when asked for. It holds the folder, but not the model that was saved there."""
+
+    def __init__(self, folder: _Folder, paths: Mapping[str, Path]) -> None:
+        self._folder, self._paths = folder, paths
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return load_file(self._paths[name])["tensor"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 @dataclass(frozen=True)

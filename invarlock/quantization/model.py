@@ -31,6 +31,7 @@ class QuantizedWeight(WeightFigures):
     bits: int
     scheme: Scheme
     device: str
+    change: str = "quantized"
 
 
 def quantize_model(

@@ -143,7 +143,7 @@ class _Grid:
     lowest: int
     highest: int
     finite: bool
-    """Whether the weights surely hold no NaN and no Inf; a sum, which may overflow, stands for all of them."""
+    """Whether the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
 
     @classmethod
     def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None) -> _Grid:
@@ -155,13 +155,16 @@ class _Grid:
             low, high = low.clamp_(*clip), high.clamp_(*clip)
         lowest, highest = scheme.code_range
         if scheme.symmetric:
-            scale = torch.maximum(high, low.neg_()).div_((highest - lowest) / 2)
+            scale = torch.maximum(high, low.neg_(), out=high).div_((highest - lowest) / 2)
         else:
             scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
-        finite = math.isfinite(float(scale.sum()))
+        smallest, largest = map(float, torch.aminmax(scale))
+        finite = math.isfinite(largest)
         if part.dtype != torch.float32:
             scale = scale.to(part.dtype).float()
-        scale.clamp_(*_scale_limits(part.dtype, scheme.bitwidth))
+        floor, ceiling = _scale_limits(part.dtype, scheme.bitwidth)
+        if not floor <= smallest <= largest <= ceiling:
+            scale.clamp_(floor, ceiling)
         if scheme.symmetric:
             return cls(scale, None, lowest, highest, finite)
         zero = (lowest - low / scale).round_().clamp_(lowest, highest)

@@ -36,15 +36,17 @@ class ModelSection:
 class ModuleSection:
     name: str
     role: str
-    bits: int
+    change: str
+    """``quantized``; of a comparison ``unchanged``, ``changed`` or the inferred grid."""
+    bits: int | None
     parameters: int
     relative_error: float | None
     """Frobenius norm of the change over that of the weight."""
     sqnr_db: float | None
     """Signal to quantization noise, decibels."""
-    clipped_share: float
+    clipped_share: float | None
     """Share of the weights that the quantile clip changed."""
-    non_finite_rows: int
+    non_finite_rows: int | None
     """Rows with NaN or Inf; they were left as they are."""
     device: str
 
@@ -89,18 +91,30 @@ class MetricSection:
 
 
 @dataclass
+class SuspectSection:
+    module: str
+    score: float
+    """Reciprocal rank over all guards that suspect it."""
+    evidence: list[str]
+
+
+@dataclass
 class VerdictSection:
     action: Actions
     accepted: bool
     decided_by: str
+    rests_on: str
+    """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
     reasons: list[str]
+    suspects: list[SuspectSection]
+    """Of a rejection: the modules most likely responsible, best first."""
     exit_code: int
 
 
 @dataclass
 class AttemptSection:
     attempt: int
-    bitwidth: int
+    bitwidth: int | None
     action: Actions
     decided_by: str
     ratio: float | None

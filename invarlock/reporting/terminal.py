@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,16 +12,19 @@ from rich.table import Table
 
 COLOURS = {"continue": "green", "warn": "yellow", "rollback": "red", "abort": "bold red"}
 NOT_MEASURED = "not measured"
+MOST_SUSPECTS = 3
 
 
 def render(report: Mapping[str, Any], console: Console, *, verbose: bool = False) -> None:
     """Print a report, as ``report.json`` holds it.
 
-    :param verbose: a row for each quantized module, too.
+    :param verbose: a row for each weight, too.
     """
     for line in _lines(report):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
+    if families := report["edit"]["plan"].get("families"):
+        console.print(_families(families))
     console.print(_guards(report))
     if verbose:
         console.print(_modules(report))
@@ -39,10 +42,13 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield verdict_line(report)
     for reason in verdict["reasons"]:
         yield f"  - {escape(reason)}"
+    for suspect in verdict["suspects"][:MOST_SUSPECTS]:
+        yield f"suspect  {escape(suspect['module'])} ({escape('; '.join(suspect['evidence']))})"
     yield ""
     yield f"model    {escape(model['id'])} (adapter {escape(model['adapter'])}, {_described(model['description'])})"
     yield f"edit     {escape(_edit(edit))}"
     yield f"metric   {escape(_metric(report['metrics']['primary']))}"
+    yield f"rests on {escape(verdict['rests_on'])}"
     if model["restored"] is not None:
         yield f"model    {'restored bit for bit' if model['restored'] else 'NOT RESTORED'}"
     for attempt in report["attempts"][:-1]:
@@ -62,20 +68,32 @@ def _described(description: Mapping[str, Any]) -> str:
 
 
 def _edit(edit: Mapping[str, Any]) -> str:
-    plan, modules = edit["plan"], edit["modules"]
+    what = _compared(edit) if "subject" in edit["plan"] else _planned(edit)
+    modules = edit["modules"]
+    if not modules:
+        return f"{what}: not made"
+    errors = [module["relative_error"] for module in modules if module["relative_error"] is not None]
+    if not errors:
+        return f"{what}, relative error {NOT_MEASURED}"
+    worst = max(modules, key=lambda module: module["relative_error"] or 0.0)
+    return f"{what}, relative error up to {max(errors):.3g} ({worst['name']})"
+
+
+def _compared(edit: Mapping[str, Any]) -> str:
+    changed = sum(module["change"] != "unchanged" for module in edit["modules"])
+    what = f"{changed} of {len(edit['modules'])} weights, {edit['params_changed']:,} parameters"
+    return f"{edit['plan']['subject']} differs in {what}"
+
+
+def _planned(edit: Mapping[str, Any]) -> str:
+    plan = edit["plan"]
     kind = "symmetric" if plan["symmetric"] else "asymmetric"
     if plan["group_size"]:
         grain = f"groups of {plan['group_size']}"
     else:
         grain = "per output channel" if plan["per_channel"] else "per tensor"
     what = f"{edit['name']}, {plan['bitwidth']} bits, {kind}, {grain}, scope {plan['scope']}"
-    if not modules:
-        return f"{what}: not made"
-    errors = [module["relative_error"] for module in modules if module["relative_error"] is not None]
-    worst = max(modules, key=lambda module: module["relative_error"] or 0.0)
-    return f"{what}: {len(modules)} weights, {edit['params_changed']:,} parameters, relative error " + (
-        f"up to {max(errors):.3g} ({worst['name']})" if errors else NOT_MEASURED
-    )
+    return f"{what}: {len(edit['modules'])} weights, {edit['params_changed']:,} parameters"
 
 
 def _metric(metric: Mapping[str, Any] | None) -> str:
@@ -91,6 +109,18 @@ def _guards(report: Mapping[str, Any]) -> Padding:
         said = "not run" if guard["passed"] is None else guard["action"]
         style = COLOURS[guard["action"]] if guard["passed"] is not None else "dim"
         table.add_row(escape(guard["name"]), f"[{style}]{said}[/]", f"{guard['seconds']:.2f}", escape(guard["message"]))
+    return Padding(table, (0, 0, 1, 0))
+
+
+def _families(families: Sequence[Mapping[str, Any]]) -> Padding:
+    """What was changed, by family: a layer that was meant to be quantized and was not stands out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("family", overflow="fold")
+    table.add_column("weights", no_wrap=True, justify="right")
+    table.add_column("change", overflow="fold")
+    for family in families:
+        for change, count in family["changes"].items():
+            table.add_row(escape(family["family"]), str(count), escape(change))
     return Padding(table, (0, 0, 1, 0))
 
 

@@ -106,7 +106,7 @@ class InvariantsGuard(Guard):
             *_named("new", after.parameters.keys() - before.parameters.keys()),
             *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
             *_named("norm layer gone", before.norms.keys() - after.norms.keys()),
-            *_differences(before, after, "shape"),
+            *_new_shapes(before, after),
             *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
             *_too_few_embeddings(before, after, context.get("vocabulary")),
         ]
@@ -123,7 +123,7 @@ class InvariantsGuard(Guard):
                 "constant columns in",
                 _newly(before, after, lambda old, new: new.constant_columns > old.constant_columns),
             ),
-            *_differences(before, after, "dtype"),
+            *_new_types(before, after),
             *_named("configuration changed:", _changed_fields(before.config, after.config)),
         ]
         findings = [*fatal, *grave, *doubtful]
@@ -137,11 +137,22 @@ class InvariantsGuard(Guard):
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),
+                "suspects": _suspects([*fatal, *grave, *doubtful], after),
                 "abort": fatal,
                 "rollback": grave,
                 "warn": doubtful,
             },
         }
+
+
+def _suspects(findings: list[str], after: _State) -> list[dict[str, Any]]:
+    """The modules that findings name, in their order."""
+    found: dict[str, str] = {}
+    for finding in findings:
+        for name in after.parameters:
+            if name in finding.split():
+                found.setdefault(name.removesuffix(".weight").removesuffix(".bias"), finding)
+    return [{"module": module, "evidence": finding} for module, finding in found.items()]
 
 
 def _summary(findings: list[str]) -> str:
@@ -163,13 +174,20 @@ def _newly(before: _State, after: _State, worse: Any) -> list[str]:
     return list(found.values())
 
 
-def _differences(before: _State, after: _State, attribute: str) -> list[str]:
-    changed = _newly(before, after, lambda old, new: getattr(old, attribute) != getattr(new, attribute))
+def _new_shapes(before: _State, after: _State) -> list[str]:
     old, new = {**before.parameters, **before.buffers}, {**after.parameters, **after.buffers}
-    return [
-        f"{attribute} of {name}: {getattr(old[name], attribute)} became {getattr(new[name], attribute)}"
-        for name in sorted(changed)
-    ]
+    names = _newly(before, after, lambda old, new: old.shape != new.shape)
+    return [f"shape of {name}: {old[name].shape} became {new[name].shape}" for name in sorted(names)]
+
+
+def _new_types(before: _State, after: _State) -> list[str]:
+    """Changes of data type, summed up: a checkpoint in another precision changes them all."""
+    counts: dict[str, int] = defaultdict(int)
+    for name in before.parameters.keys() & after.parameters.keys():
+        old, new = before.parameters[name].dtype, after.parameters[name].dtype
+        if old != new:
+            counts[f"{old.removeprefix('torch.')} became {new.removeprefix('torch.')}"] += 1
+    return [f"dtype of {count} parameters: {change}" for change, count in sorted(counts.items())]
 
 
 def _is_norm(module: torch.nn.Module) -> bool:

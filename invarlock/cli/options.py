@@ -1,0 +1,85 @@
+"""Options that the commands which judge share, and what they do with them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_judging_options(parser: argparse.ArgumentParser) -> None:
+    """How to set keys, where the output goes, and how much is said."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
+    )  # fmt: skip
+    parser.add_argument("--device", help="same as --set model.device=DEVICE")
+    parser.add_argument("--out", metavar="DIR", help="same as --set output.dir=DIR")
+    parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
+    parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
+    parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
+    parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings"
+    )
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys that options other than ``--set`` set."""
+    given = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def set_environment(args: argparse.Namespace) -> None:
+    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal."""
+    if not args.allow_network:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if args.quiet or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def quieten_libraries(*, verbose: bool) -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not verbose:
+        transformers.utils.logging.set_verbosity_error()
+        return
+    logger = logging.getLogger("invarlock")
+    logger.setLevel(min(logging.INFO, logger.level))
+
+
+def output_folder(configured: str | None, name: str) -> Path:
+    """The folder that was asked for, or a new one below ``runs`` named after the run and the time."""
+    if configured is not None:
+        return Path(configured)
+    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path, number = Path("runs", stem), 1
+    while path.exists():
+        number += 1
+        path = Path("runs", f"{stem}-{number}")
+    return path
+
+
+def show(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
+    """Print a report as the options ask for it."""
+    from rich.console import Console
+
+    from invarlock.reporting.report import to_json
+    from invarlock.reporting.terminal import render, verdict_line
+
+    if args.json:
+        sys.stdout.write(to_json(report))
+        return
+    console = Console(soft_wrap=True)
+    if args.quiet:
+        console.print(verdict_line(report), highlight=False)
+    else:
+        render(report, console, verbose=args.verbose)
+        console.print(f"report   {folder / 'report.json'}", highlight=False, markup=False)

@@ -1,0 +1,7 @@
+"""From a configuration to a verdict: ``run`` edits a model under guard, ``compare`` judges an edit of somebody else."""
+
+from invarlock.pipeline.comparison import compare
+from invarlock.pipeline.judging import Progress, RunResult
+from invarlock.pipeline.quantizing import run
+
+__all__ = ["Progress", "RunResult", "compare", "run"]

@@ -1,0 +1,150 @@
+"""The report of a judgement, put together and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from invarlock import __version__
+from invarlock.checkpoints.writing import OutputFolder, write_text
+from invarlock.core.results import GuardResult
+from invarlock.evaluation.metric import MetricResult
+from invarlock.pipeline.judging import Attempt, Clock, Judge
+from invarlock.pipeline.suspects import blame
+from invarlock.reporting import report as reporting
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What became of the model: fingerprints, and whether the baseline came back (None when the edit was kept)."""
+
+    before: str
+    after: str
+    restored: bool | None
+    devices: list[str]
+
+
+def assemble(
+    judge: Judge, attempts: Sequence[Attempt], facts: ModelFacts, *, edit_name: str, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The report as ``report.json`` holds it; the last attempt is the one that stands."""
+    last, config = attempts[-1], judge.config.as_dict()
+    return reporting.Report(
+        invarlock_version=__version__,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=config,
+        config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        model=reporting.ModelSection(
+            id=judge.config.model.id,
+            adapter=judge.adapter.name,
+            devices=facts.devices,
+            description=judge.description,
+            fingerprint_before=facts.before,
+            fingerprint_after=facts.after,
+            restored=facts.restored,
+        ),
+        edit=reporting.EditSection(
+            name=edit_name,
+            plan=dict(plan),
+            modules=[_module_section(module) for module in last.modules],
+            params_changed=sum(module.parameters for module in last.modules if module.change != "unchanged"),
+        ),
+        guards=[_guard_section(judge, place, result) for place, result in enumerate(last.results)],
+        metrics={"primary": _metric_section(last.metric, judge.config.eval.metric.ci_level)},
+        verdict=_verdict_section(judge, last),
+        attempts=[_attempt_section(attempt) for attempt in attempts],
+        timings={stage: round(seconds, 4) for stage, seconds in judge.clock.stages.items()},
+        environment=_environment(),
+    ).as_dict()
+
+
+def write(
+    report: dict[str, Any], output: OutputFolder, clock: Clock, model: torch.nn.Module | None, tokenizer: Any
+) -> None:
+    """Write the report, after the model if there is one to save."""
+    output.clear()
+    if model is not None:
+        with clock.stage("save"):
+            report["artifacts"] |= output.save_model(model, tokenizer)
+    write_text(output.path / "report.json", reporting.to_json(report))
+
+
+def _module_section(module: Any) -> reporting.ModuleSection:
+    return reporting.ModuleSection(
+        **{entry.name: getattr(module, entry.name) for entry in dataclasses.fields(reporting.ModuleSection)}
+    )
+
+
+def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.GuardSection:
+    plugin = judge.slots[place].plugin
+    return reporting.GuardSection(
+        name=result.name,
+        origin=plugin.origin.value,
+        version=plugin.version,
+        passed=result.passed,
+        action=result.action.value,
+        message=result.message,
+        warnings=list(result.warnings),
+        metrics=dict(result.metrics),
+        prepare=dict(judge.prepared[place].returned),
+        seconds=round(judge.clock.guards[place], 4),
+        error=result.error,
+    )
+
+
+def _metric_section(metric: MetricResult | None, level: float) -> reporting.MetricSection | None:
+    if metric is None:
+        return None
+    values = {entry.name: getattr(metric, entry.name) for entry in dataclasses.fields(metric)}
+    return reporting.MetricSection(**{**values, "action": metric.action.value, "ci_level": level})
+
+
+def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection:
+    verdict = attempt.verdict
+    return reporting.VerdictSection(
+        action=verdict.action.value,
+        accepted=verdict.accepted,
+        decided_by=verdict.decided_by,
+        rests_on=_rests_on(judge),
+        reasons=list(verdict.reasons),
+        suspects=[] if verdict.accepted else blame(attempt.results),
+        exit_code=int(verdict.exit_code),
+    )
+
+
+def _rests_on(judge: Judge) -> str:
+    if judge.windows is None:
+        return "weights alone, no outputs were measured"
+    preview, final = map(len, judge.windows)
+    source = "windows that the baseline wrote" if judge.config.dataset.provider == "generated" else "windows of text"
+    return f"{preview} + {final} {source}"
+
+
+def _attempt_section(attempt: Attempt) -> reporting.AttemptSection:
+    return reporting.AttemptSection(
+        attempt=attempt.number,
+        bitwidth=attempt.bitwidth,
+        action=attempt.verdict.action.value,
+        decided_by=attempt.verdict.decided_by,
+        ratio=attempt.metric.ratio if attempt.metric else None,
+    )
+
+
+def _environment() -> dict[str, Any]:
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }

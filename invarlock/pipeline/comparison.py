@@ -1,0 +1,200 @@
+"""A comparison: the same guards, metric and verdict as a run, with a second checkpoint in place of an edit.
+
+One model is in memory at a time; the baseline's weights are read back from disk one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from invarlock.checkpoints.writing import OutputFolder
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import UsageError, one_line
+from invarlock.core.results import Action, Finding
+from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.pipeline.assembly import ModelFacts, assemble, write
+from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.plugins.manager import PluginManager
+from invarlock.quantization.inference import infer_grid
+from invarlock.quantization.selection import WeightTarget, find_weights
+
+
+@dataclass(frozen=True)
+class ChangedWeight:
+    """How one weight of the subject differs from the baseline's."""
+
+    name: str
+    role: str
+    change: str
+    """``unchanged``, ``a grid of ...`` (an inferred scheme), ``changed``, or ``not in the baseline``."""
+    parameters: int
+    bits: int | None
+    relative_error: float | None
+    device: str
+    sqnr_db: None = None
+    clipped_share: None = None
+    non_finite_rows: int | None = None
+
+    @property
+    def family(self) -> str:
+        """The name with its numbers left out: the same weight of every layer."""
+        return re.sub(r"\d+", "*", self.name)
+
+
+def compare(
+    config: RunConfig,
+    subject: str,
+    plugins: PluginManager,
+    *,
+    weights_only: bool = False,
+    output: OutputFolder | None = None,
+    strict: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> RunResult:
+    """Judge an edit that somebody else made: ``config.model.id`` is the baseline, ``subject`` the edited checkpoint.
+
+    Both are only read.
+
+    :param weights_only: measure no outputs; the verdict rests on weights and single blocks.
+    :returns: the report, and the subject's model.
+    :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
+    """
+    for model_id in (config.model.id, subject):
+        if output is not None:
+            output.check(model_id)
+    slots = plugins.guard_slots(config.guards.order, config.guards.options)
+    judge = Judge(config, plugins, slots, strict, on_progress)
+    ready, baseline = _prepare_baseline(judge, weights_only)
+    # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
+    gc.collect()
+    model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
+    report = _report(judge, subject, attempt, baseline, model)
+    plugins.run_finished(report)
+    if output is not None:
+        write(report, output, judge.clock, None, None)
+    return RunResult(report, model)
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """What is left of the baseline once its model has gone."""
+
+    fingerprint: Fingerprint
+    weights: Mapping[str, torch.Tensor]
+    vocabulary: Mapping[str, int] | None
+
+
+def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
+    model, adapter = judge.load(judge.config.model.id)
+    judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+    if weights_only:
+        judge.windows = None
+    else:
+        judge.make_windows(model)
+    snapshot = Snapshot(model)
+    keeper = Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock)
+    judge.measure_baseline(model)
+    ready = judge.prepare(model, lambda: keeper.undo(model))
+    vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
+    return ready, _Baseline(keeper.fingerprint, snapshot.parameters(), vocabulary)
+
+
+def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
+    model, _ = judge.load(subject)
+    changes = list(_changes(model, baseline.weights, judge.on_progress))
+    edited = Fingerprint.of(model)
+    edit = {
+        "name": "compare",
+        "plan": {"subject": subject},
+        "modules": [dataclasses.asdict(change) for change in changes],
+    }
+    attempt = judge.judge(
+        model,
+        edit,
+        lambda: Fingerprint.of(model).changed_since(edited),
+        modules=changes,
+        baseline_weights=baseline.weights,
+        findings=_tokenizer_findings(judge, subject, baseline.vocabulary),
+    )
+    return model, attempt
+
+
+def _changes(
+    model: torch.nn.Module, before: Mapping[str, torch.Tensor], on_progress: Progress
+) -> Iterator[ChangedWeight]:
+    """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
+    targets = find_weights(model)
+    for done, target in enumerate(targets, start=1):
+        yield _change(target, before)
+        on_progress("changes", done, len(targets))
+
+
+@torch.no_grad()
+def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> ChangedWeight:
+    weight = target.parameter.detach()
+    changed = partial(
+        ChangedWeight,
+        name=target.name,
+        role=target.role.value,
+        parameters=weight.numel(),
+        device=str(weight.device),
+    )
+    old = before.get(target.parameter_name)
+    if old is None or old.shape != weight.shape:
+        return changed(change="not in the baseline", bits=None, relative_error=None)
+    old = old.to(weight.device)
+    if torch.equal(old.float(), weight.float()):
+        return changed(change="unchanged", bits=None, relative_error=0.0)
+    difference = torch.linalg.vector_norm(weight.float() - old.float(), dtype=torch.float64)
+    error = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    grid = infer_grid(weight, target.layout)
+    if grid is not None and infer_grid(old, target.layout) != grid:
+        return changed(change=str(grid), bits=grid.bits, relative_error=error)
+    return changed(change="changed", bits=None, relative_error=error)
+
+
+def _tokenizer_findings(judge: Judge, subject: str, vocabulary: Mapping[str, int] | None) -> list[Finding]:
+    """The baseline's tokenizer is used for both; a subject with another one is said."""
+    try:
+        other = judge.adapter.load_tokenizer(subject, **judge.trust).get_vocab()
+    except UsageError as error:
+        return (
+            []
+            if vocabulary is None
+            else [Finding("tokenizer", Action.WARN, f"the subject has none: {one_line(error)}")]
+        )
+    if vocabulary is None or other == vocabulary:
+        return []
+    differing = len(other.items() ^ vocabulary.items())
+    message = f"the subject's vocabulary differs in {differing} entries; the baseline's was used for both"
+    return [Finding("tokenizer", Action.WARN, message)]
+
+
+def _report(
+    judge: Judge, subject: str, attempt: Attempt, baseline: _Baseline, model: torch.nn.Module | None
+) -> dict[str, Any]:
+    facts = ModelFacts(
+        before=baseline.fingerprint.digest,
+        after=Fingerprint.of(model).digest if model is not None else baseline.fingerprint.digest,
+        restored=None,
+        devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
+    )
+    plan = {"subject": subject, "families": families(attempt.modules)}
+    return assemble(judge, [attempt], facts, edit_name="compare", plan=plan)
+
+
+def families(changes: Sequence[ChangedWeight]) -> list[dict[str, Any]]:
+    """What was changed, summed by family: how many weights of each were changed in which way."""
+    counts: dict[str, dict[str, int]] = {}
+    for change in changes:
+        family = counts.setdefault(change.family, {})
+        family[change.change] = family.get(change.change, 0) + 1
+    return [{"family": family, "changes": changes_of_it} for family, changes_of_it in counts.items()]

@@ -1,0 +1,354 @@
+"""What a run and a comparison share: one pass a side, guards asked one by one, and the fold to a verdict.
+
+It calls hooks and knows no plugin by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
+from invarlock.core.snapshots import Fingerprint
+from invarlock.evaluation.layout import Windows
+from invarlock.evaluation.metric import Kind, MetricResult, compare, kind_of
+from invarlock.evaluation.models import Task, task_of
+from invarlock.evaluation.passes import PassResult, measure
+from invarlock.evaluation.windows import make_windows
+from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
+from invarlock.plugins.observation import Observation
+
+log = logging.getLogger("invarlock")
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, what is done of it and how much there is."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The report as ``report.json`` holds it, and the model as it was left.
+
+    Of a run the model is the edited one if it was accepted, else the baseline; of a comparison it is the subject, or
+    None where it was not loaded because a guard was not ready.
+    """
+
+    report: dict[str, Any]
+    model: torch.nn.Module | None
+
+
+@dataclass
+class Clock:
+    """Seconds a stage and seconds a guard."""
+
+    stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    guards: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] += time.perf_counter() - started
+
+    @contextmanager
+    def guard(self, place: int) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            with self.stage("guards"):
+                yield
+        finally:
+            self.guards[place] += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One edit and what was said of it; ``modules`` is what the edit did to each weight."""
+
+    number: int
+    bitwidth: int | None
+    modules: Sequence[Any]
+    results: list[GuardResult]
+    metric: MetricResult | None
+    verdict: Verdict
+
+
+@dataclass
+class Judge:
+    """The guards of one run, the windows, and what the baseline measured."""
+
+    config: RunConfig
+    plugins: PluginManager
+    slots: list[GuardSlot]
+    strict: bool
+    on_progress: Progress
+    clock: Clock = field(default_factory=Clock)
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, model_id: str) -> tuple[torch.nn.Module, Adapter]:
+        """Load a checkpoint as ``model`` of the configuration says.
+
+        :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
+        """
+        section = self.config.model
+        torch.manual_seed(self.config.dataset.seed)
+        options = {"dtype": section.dtype, **self.trust}
+        with self.clock.stage("load"):
+            model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
+        for name, parameter in model.named_parameters():
+            if parameter.device.type == "meta":
+                raise UsageError(
+                    f"model.device: {name} is offloaded (on the meta device) and cannot be quantized in place; "
+                    "load the whole model onto devices"
+                )
+        return model, adapter
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        section = self.config.model
+        return {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+
+    def begin(
+        self,
+        model: torch.nn.Module,
+        adapter: Adapter,
+        *,
+        wants_tokenizer: bool = False,
+        reads_text: bool | None = None,
+    ) -> None:
+        """Take a loaded baseline.
+
+        :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
+        :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
+        """
+        self.adapter = adapter
+        self.description = adapter.describe(model)
+        self.task: Task = task_of(model)
+        self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
+        needs_text = self.config.dataset.provider != "generated" or self.task == "masked"
+        self.reads_text = needs_text if reads_text is None else reads_text
+        self.tokenizer = self._load_tokenizer() if self.reads_text or wants_tokenizer else None
+
+    def _load_tokenizer(self) -> Any:
+        try:
+            return self.adapter.load_tokenizer(self.config.model.id, **self.trust)
+        except UsageError as error:
+            if self.reads_text:
+                raise
+            log.warning("%s; going on without it", one_line(error))
+            return None
+
+    def make_windows(self, model: torch.nn.Module) -> None:
+        with self.clock.stage("windows"):
+            tokenizer = self.tokenizer if self.reads_text else None
+            self.windows: tuple[Windows, Windows] | None = make_windows(
+                self.config.dataset, model, tokenizer, task=self.task
+            )
+
+    # -- the baseline --------------------------------------------------------------------------------------------------
+
+    def measure_baseline(self, model: torch.nn.Module) -> None:
+        self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass")
+
+    def prepare(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> bool:
+        """Prepare the guards one by one.
+
+        :param check: called after each: undoes what the guard changed of the model, and names it.
+        :returns: whether all are ready.
+        """
+        self.prepared: list[Prepared] = []
+        calib = _Calibration(self.windows[0] if self.windows else None)
+        for place, slot in enumerate(self.slots):
+            with self.clock.guard(place):
+                prepared = self.plugins.prepare(slot, model, self.adapter, calib)
+            observed = self.baseline_observed[place]
+            if observed.message:
+                prepared = Prepared(message=observed.message, error=observed.trace)
+            if changed := check():
+                message = changed_message(changed)
+                prepared = Prepared(message=message, error=message)
+            self.prepared.append(prepared)
+        return all(prepared.ready for prepared in self.prepared)
+
+    def not_ready(self) -> Attempt:
+        """The abort before the edit, when a guard was not ready."""
+        results = [
+            self._unready_result(slot, prepared) for slot, prepared in zip(self.slots, self.prepared, strict=True)
+        ]
+        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, self._fold(results, []))
+
+    def _unready_result(self, slot: GuardSlot, prepared: Prepared) -> GuardResult:
+        if prepared.error:
+            return GuardResult.failed(slot.name, prepared.message or "", prepared.error)
+        if prepared.ready:
+            return GuardResult(
+                slot.name, None, Action.CONTINUE, "not run: a guard was not ready, so no edit was judged"
+            )
+        message = str(prepared.returned.get("message") or "not ready: prepare returned ready=False")
+        return GuardResult(slot.name, False, Action.ABORT, message)
+
+    # -- the edit ------------------------------------------------------------------------------------------------------
+
+    def judge(
+        self,
+        model: torch.nn.Module,
+        edit: Mapping[str, Any],
+        check: Callable[[], Sequence[str]],
+        *,
+        number: int = 1,
+        bitwidth: int | None = None,
+        modules: Sequence[Any] = (),
+        baseline_weights: Mapping[str, torch.Tensor] | None = None,
+        findings: Iterable[Finding] = (),
+    ) -> Attempt:
+        """Run the edited model over the windows once, ask every guard, and fold.
+
+        :param edit: what guards get to know of the edit.
+        :param check: called after each guard: undoes what it changed of the model, and names it.
+        :param baseline_weights: the baseline's parameters by name, read from disk one at a time.
+        :param findings: what was found besides.
+        """
+        observed, edited_pass = self._observed_pass(model, "edited pass")
+        metric = self._compare(edited_pass)
+        context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
+        results: list[GuardResult] = []
+        for place, slot in enumerate(self.slots):
+            if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
+                results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
+                continue
+            result = self._validate(place, model, context, observed[place])
+            if changed := check():
+                result = GuardResult.failed(slot.name, changed_message(changed))
+            results.append(result)
+        outputs = [Finding("primary metric", metric.action, metric.message)] if metric else []
+        return Attempt(number, bitwidth, modules, results, metric, self._fold(results, [*outputs, *findings]))
+
+    def _validate(
+        self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation
+    ) -> GuardResult:
+        """Ask one guard; a tap of its own that failed is its error, whatever it says."""
+        slot, baseline = self.slots[place], self.baseline_observed[place]
+        observations = {"baseline": baseline.results(), "edited": edited.results()}
+        with self.clock.guard(place):
+            result = self.plugins.validate(slot, model, self.adapter, {**context, "observations": observations})
+        failed = next((observation for observation in (baseline, edited) if observation.message), None)
+        return GuardResult.failed(slot.name, failed.message or "", failed.trace) if failed else result
+
+    def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
+        said = [Finding.of_guard(result) for result in results if result.passed is not None]
+        return fold([*said, *findings], strict=self.strict)
+
+    def _context(
+        self, model: torch.nn.Module, edit: Mapping[str, Any], metric: MetricResult | None, number: int
+    ) -> dict[str, Any]:
+        """What every guard gets to know; ``baseline`` and ``edited`` are None where no outputs were measured."""
+        return {
+            "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
+            "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
+            "edit": edit,
+            "attempt": number,
+            "device": str(next(model.parameters()).device),
+            "rank": 0,
+            "vocabulary": len(self.tokenizer) if self.tokenizer is not None else None,
+        }
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _observed_pass(self, model: torch.nn.Module, stage: str) -> tuple[list[Observation], PassResult | None]:
+        """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way."""
+        observations = [self.plugins.observe(slot, model, self.adapter) for slot in self.slots]
+        if self.windows is None:
+            return observations, None
+        with self.clock.stage(stage):
+            measured = measure(
+                model,
+                *self.windows,
+                task=self.task,
+                taps=[observation.taps for observation in observations],
+                on_progress=lambda done, total: self.on_progress(stage, done, total),
+            )
+        return observations, measured
+
+    def _compare(self, edited_pass: PassResult | None) -> MetricResult | None:
+        if self.baseline_pass is None or edited_pass is None:
+            return None
+        metric = self.config.eval.metric
+        return compare(
+            self.baseline_pass,
+            edited_pass,
+            kind=self.kind,
+            limit=self.config.eval.max_pm_ratio,
+            level=metric.ci_level,
+            reps=metric.reps,
+            seed=self.config.dataset.seed,
+        )
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The preview windows as guards see them: batches of ``input_ids`` and ``attention_mask``, to be read at will."""
+
+    windows: Windows | None
+    batch_size: int = 8
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.windows.batches(self.batch_size) if self.windows else ():
+            yield {"input_ids": batch.input_ids.clone(), "attention_mask": batch.attention_mask.clone()}
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch_size) if self.windows else 0
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """The baseline of a run: brings it back, and tells whether a model still is what it was."""
+
+    adapter: Adapter
+    snapshot: Any
+    fingerprint: Fingerprint
+    clock: Clock
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, adapter: Adapter, clock: Clock) -> Keeper:
+        with clock.stage("snapshot"):
+            return cls(adapter, adapter.snapshot(model), Fingerprint.of(model), clock)
+
+    def restore(self, model: torch.nn.Module) -> None:
+        """Bring the baseline back.
+
+        :raises PluginError: when the adapter's snapshot did not bring it back bit for bit.
+        """
+        with self.clock.stage("restore"):
+            self.adapter.restore(model, self.snapshot)
+        if changed := self.changed(model, self.fingerprint):
+            raise PluginError(
+                f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
+            )
+
+    def changed(self, model: torch.nn.Module, earlier: Fingerprint) -> list[str]:
+        with self.clock.stage("fingerprint"):
+            return Fingerprint.of(model).changed_since(earlier)
+
+    def undo(self, model: torch.nn.Module) -> list[str]:
+        """What differs from the baseline; it is brought back."""
+        if changed := self.changed(model, self.fingerprint):
+            self.restore(model)
+        return changed
+
+
+def changed_message(names: Sequence[str]) -> str:
+    return f"the guard changed the model ({some(names)}); the change was undone"
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

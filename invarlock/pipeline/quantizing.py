@@ -1,0 +1,129 @@
+"""A run: quantize a model under guard, and keep the edit, roll it back or abort."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from invarlock.checkpoints.writing import OutputFolder
+from invarlock.config.schema import PlanConfig, RunConfig
+from invarlock.core.results import Action
+from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.pipeline.assembly import ModelFacts, assemble, write
+from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.plugins.manager import PluginManager
+from invarlock.quantization.model import quantize_model
+from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.selection import select_targets
+
+
+def run(
+    config: RunConfig,
+    plugins: PluginManager,
+    *,
+    output: OutputFolder | None = None,
+    strict: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> RunResult:
+    """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
+
+    :param output: where the report and, if ``output.save_model`` is set, an accepted model go; None writes nothing.
+    :param strict: a warning makes the exit code of the verdict 1.
+    :raises UsageError: for a mistake in the configuration or a broken input; nothing was written.
+    :raises PluginError: when an adapter failed; nothing was written.
+
+    Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
+    """
+    plans = _plans(config)
+    if output is not None:
+        output.check(config.model.id)
+    slots = plugins.guard_slots(config.guards.order, config.guards.options)
+    judge = Judge(config, plugins, slots, strict, on_progress)
+    model, adapter = judge.load(config.model.id)
+    select_targets(model, plans[0])
+    judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
+    judge.make_windows(model)
+    keeper = Keeper.of(model, adapter, judge.clock)
+    try:
+        attempts = _attempts(judge, model, keeper, plans)
+        report = _report(judge, attempts, model, keeper)
+        plugins.run_finished(report)
+        if output is not None:
+            keep = attempts[-1].verdict.accepted and config.output.save_model
+            write(report, output, judge.clock, model if keep else None, judge.tokenizer)
+    except BaseException:
+        keeper.restore(model)
+        raise
+    return RunResult(report, model)
+
+
+def _plans(config: RunConfig) -> list[Plan]:
+    """The plan of each attempt: after a rollback one more bit, up to 8."""
+    plan = config.edit.plan
+    widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
+    return [_plan(dataclasses.replace(plan, bitwidth=width)) for width in widths]
+
+
+def _plan(plan: PlanConfig) -> Plan:
+    return Plan(
+        Scheme(plan.bitwidth, plan.symmetric, plan.per_channel, plan.group_size, plan.clamp_ratio),
+        scope=plan.scope,
+        include=plan.include,
+        exclude=plan.exclude,
+        max_modules=plan.max_modules,
+    )
+
+
+def _attempts(judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Sequence[Plan]) -> list[Attempt]:
+    """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left."""
+    judge.measure_baseline(model)
+    if not judge.prepare(model, lambda: keeper.undo(model)):
+        return [judge.not_ready()]
+    attempts: list[Attempt] = []
+    for number, plan in enumerate(plans, start=1):
+        attempts.append(_attempt(judge, model, keeper, number, plan))
+        if attempts[-1].verdict.accepted:
+            break
+        keeper.restore(model)
+        if attempts[-1].verdict.action is Action.ABORT:
+            break
+    return attempts
+
+
+def _attempt(judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan) -> Attempt:
+    with judge.clock.stage("quantize"):
+        modules = quantize_model(
+            model, plan, on_progress=lambda done, total, name: judge.on_progress("quantize", done, total)
+        )
+    edited = Fingerprint.of(model)
+
+    def check() -> list[str]:
+        if changed := keeper.changed(model, edited):
+            keeper.restore(model)
+            quantize_model(model, plan, measure=False)
+        return changed
+
+    edit = {
+        "name": judge.config.edit.name,
+        "plan": dataclasses.asdict(plan),
+        "modules": [dataclasses.asdict(module) for module in modules],
+    }
+    weights = keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None
+    return judge.judge(
+        model, edit, check, number=number, bitwidth=plan.scheme.bitwidth, modules=modules, baseline_weights=weights
+    )
+
+
+def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, keeper: Keeper) -> dict[str, Any]:
+    last, after = attempts[-1], Fingerprint.of(model)
+    facts = ModelFacts(
+        before=keeper.fingerprint.digest,
+        after=after.digest,
+        restored=None if last.verdict.accepted else after == keeper.fingerprint,
+        devices=sorted({str(parameter.device) for parameter in model.parameters()}),
+    )
+    plan: Mapping[str, Any] = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
+    return assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)

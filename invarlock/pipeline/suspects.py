@@ -1,0 +1,41 @@
+"""Blame: the modules most likely responsible for a rejection, from what each guard suspects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from invarlock.core.results import Action, GuardResult
+from invarlock.reporting.report import SuspectSection
+
+MOST = 10
+RANK_OFFSET = 1
+"""A small one: the first place of a guard shall weigh much more than its fifth."""
+
+
+def blame(results: Iterable[GuardResult]) -> list[SuspectSection]:
+    """The suspects of all guards as one list, best first.
+
+    A guard lists its own in ``metrics["suspects"]``, best first: dicts with ``module`` and ``evidence``. What a guard
+    that calls for abort or rollback suspects comes before what others do; among equals the lists are merged by
+    reciprocal rank (Cormack et al. 2009, "Reciprocal Rank Fusion"), which needs no common scale of scores.
+    """
+    severity: dict[str, int] = {}
+    score: dict[str, float] = {}
+    evidence: dict[str, list[str]] = {}
+    for result in results:
+        decides = result.action.severity if not result.action.accepted else Action.CONTINUE.severity
+        for rank, suspect in enumerate(_listed(result)):
+            module = str(suspect["module"])
+            severity[module] = max(severity.get(module, 0), decides)
+            score[module] = score.get(module, 0.0) + 1 / (RANK_OFFSET + rank)
+            evidence.setdefault(module, []).append(f"{result.name}: {suspect.get('evidence', 'suspected')}")
+    order = sorted(score, key=lambda module: (-severity[module], -score[module]))
+    return [SuspectSection(module, round(score[module], 4), evidence[module]) for module in order[:MOST]]
+
+
+def _listed(result: GuardResult) -> list[Mapping[str, Any]]:
+    suspects = result.metrics.get("suspects")
+    if not isinstance(suspects, list):
+        return []
+    return [suspect for suspect in suspects if isinstance(suspect, Mapping) and "module" in suspect]

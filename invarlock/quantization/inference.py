@@ -1,0 +1,92 @@
+"""Which grid a weight lies on: how somebody else quantized it, read off the numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from invarlock.quantization.rtn import Layout
+
+GROUP_SIZES = (32, 64, 128, 256)
+MOST_LEVELS = 256
+"""Of 8 bits, the widest grid of the schemes that are told apart."""
+STEPS_TO_SMALLEST = 12
+"""A small group need not hold its grid's smallest step; its smallest number is at most so many."""
+SHARE = 0.98
+"""Of the units that must lie on a grid: in a small group the smallest number can be many steps."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Numbers that are whole multiples of a scale."""
+
+    bits: int
+    """The fewest that hold as many levels as any unit spans."""
+    group_size: int | None
+    """None where a whole output channel shares a scale."""
+
+    def __str__(self) -> str:
+        grain = f"group of {self.group_size}" if self.group_size else "row"
+        return f"a grid of {2**self.bits} levels a {grain} ({self.bits} bits)"
+
+
+@torch.no_grad()
+def infer_grid(weight: Tensor, layout: Layout = Layout.OUT_IN) -> Grid | None:
+    """The coarsest grid of at most 256 levels that a weight lies on, or None.
+
+    :param weight: a matrix, or several (fused experts, convolutions), as ``layout`` says; of any floating dtype.
+
+    A unit (a row, or a group of it) lies on a grid if all its numbers are whole multiples of one scale, up to the
+    rounding of the weight's dtype. The scale is read off the small codes, where rounding cannot hide it: the smallest
+    magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares.
+    """
+    rows = _rows(weight.detach(), layout)
+    for group_size in (None, *reversed(GROUP_SIZES)):
+        if group_size is not None and (rows.shape[1] <= group_size or rows.shape[1] % group_size):
+            continue
+        units = rows if group_size is None else rows.reshape(-1, group_size)
+        levels = _levels(units.float(), torch.finfo(weight.dtype).eps)
+        if levels is not None:
+            return Grid(max(2, math.ceil(math.log2(levels))), group_size)
+    return None
+
+
+def _rows(weight: Tensor, layout: Layout) -> Tensor:
+    if layout is Layout.CONV:
+        return weight.flatten(1)
+    return (weight if layout is Layout.OUT_IN else weight.mT).flatten(0, -2)
+
+
+def _levels(units: Tensor, eps: float) -> int | None:
+    """The most levels that a unit spans, if nearly all units lie on a grid; units are float32 (units, numbers)."""
+    magnitudes = units.abs()
+    smallest = torch.where(magnitudes > 0, magnitudes, torch.inf).amin(1, keepdim=True)
+    smallest = torch.where(smallest.isfinite(), smallest, 1.0)
+    if (magnitudes.amax(1, keepdim=True) / smallest > MOST_LEVELS).float().mean() > 1 - SHARE:
+        return None
+    spans = torch.zeros(len(units), device=units.device)
+    for steps in range(1, STEPS_TO_SMALLEST + 1):
+        found = _spans(units, smallest / steps, eps)
+        spans = torch.where(spans > 0, spans, found)
+    if (spans > 0).float().mean() < SHARE:
+        return None
+    levels = int(spans.max())
+    return levels if levels > 1 else None
+
+
+def _spans(units: Tensor, step: Tensor, eps: float) -> Tensor:
+    """How many levels each unit spans on the grid of about this step; 0 for one that does not lie on it."""
+    magnitudes = units.abs()
+    codes = (magnitudes / step).round_()
+    small = codes <= 16
+    fitted = (magnitudes * codes * small).sum(1, keepdim=True) / (codes * codes * small).sum(1, keepdim=True).clamp(
+        min=1
+    )
+    step = torch.where(fitted > 0, fitted, step)
+    codes = (units / step).round_()
+    spans = codes.amax(1).clamp(min=0) - codes.amin(1).clamp(max=0) + 1
+    on_grid = ((units - codes * step).abs() <= 2 * eps * magnitudes + 1e-4 * step).all(1) & (spans <= MOST_LEVELS)
+    return torch.where(on_grid, spans, 0.0)
