@@ -156,6 +156,9 @@ def test_rows_that_are_not_finite_are_left_and_counted(granularity: dict, symmet
     assert torch.equal(result[[1, 2, 3, 4, 7]], sound)
     assert figures.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
     assert figures.clipped_share * 8 == pytest.approx(alone.clipped_share * 5)
+    transposed = weight.T.contiguous()
+    assert quantize_(transposed, scheme, layout=Layout.IN_OUT).non_finite_rows == 3
+    assert torch.equal(transposed.T[[1, 2, 3, 4, 7]], sound)
 
 
 @pytest.mark.parametrize("clamp_ratio", [0.0, 0.2])

@@ -33,7 +33,6 @@ BLOCK = 1 << 22
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 Clip = tuple[float, float]
 """The smallest and the largest number that clipping leaves."""
 
@@ -255,7 +254,8 @@ class _Rounding:
             copy.sub_(grid.snap_(self._clip_(block, clip) if clip else block))
         else:
             rounded = grid.snap_(self._clip_(copy, clip) if clip else copy).to(block.dtype)
-            copy.copy_(rounded).sub_(block)
+            if self.measure:
+                copy.copy_(rounded).sub_(block)
             block.copy_(rounded)
         if self.measure:
             self.noise += _energy(flat)

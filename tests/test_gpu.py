@@ -1,0 +1,47 @@
+"""On a CUDA device: the same numbers as on the CPU. Run by ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from conftest import read_report
+
+from invarlock.quantization import Plan, Scheme, quantize_, quantize_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8), Scheme(4, group_size=32), Scheme(4, symmetric=False), Scheme(3, per_channel=False)]
+)
+def test_a_weight_is_rounded_to_the_same_bits(dtype: torch.dtype, scheme: Scheme) -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    there = weight.cuda()
+    quantize_(weight, scheme)
+    quantize_(there, scheme)
+    assert torch.equal(weight, there.cpu())
+
+
+def test_devices_are_quantized_side_by_side() -> None:
+    here, there = architectures.llama(), architectures.llama()
+    there.model.layers[0].cuda()
+    plan = Plan(Scheme(4), scope="all")
+    assert {weight.device for weight in quantize_model(there, plan)} == {"cpu", "cuda:0"}
+    quantize_model(here, plan)
+    for name, parameter in here.named_parameters():
+        assert torch.equal(parameter, there.get_parameter(name).cpu())
+
+
+def test_the_demo_runs_on_the_device(invarlock) -> None:
+    done = invarlock("run", "--demo", "--device", "cuda", "--set", "edit.plan.bitwidth=2", "--out", "out")
+    assert done.code == 1, done.err
+    report = read_report(Path("out"))
+    assert report["model"]["devices"] == ["cuda:0"]
+    assert report["model"]["restored"] is True
