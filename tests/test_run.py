@@ -71,13 +71,15 @@ def test_every_architecture_runs_on_windows_of_its_own(architecture: str, tmp_pa
     path = config(
         model={"id": str(folder), "device": "cpu"},
         dataset={"seq_len": 16, "preview_n": 2, "final_n": 4},
+        guards={},
         output={"save_model": True},
     )
     done = invarlock("run", "-c", path, "--out", "out", "--strict")
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     jsonschema.validate(report, json_schema())
-    assert report["guards"][0]["action"] == "continue"
+    assert [guard["action"] for guard in report["guards"]] == ["continue"] * 5
+    assert report["metrics"]["predictions"]["action"] == "continue"
     assert report["metrics"]["primary"]["ratio"] == pytest.approx(1.0, abs=0.05)
     assert report["model"]["adapter"] == {"bert": "hf_mlm", "t5": "hf_seq2seq"}.get(architecture, "hf_causal")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "the input is never touched"

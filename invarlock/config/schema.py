@@ -97,7 +97,13 @@ class EditConfig:
 class GuardsConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
-    order: Annotated[tuple[str, ...], "Guards to run, in this order; a name listed twice runs twice."] = ("invariants",)
+    order: Annotated[tuple[str, ...], "Guards to run, in this order; a name listed twice runs twice."] = (
+        "invariants",
+        "reconstruction",
+        "spectral",
+        "rmt",
+        "variance",
+    )
     fail_fast: Annotated[bool, "Stop at the first guard that calls for rollback or abort."] = False
     options: Annotated[
         dict[str, dict[str, Any]], "Written as guards.NAME.OPTION: the options of guard NAME, given to its constructor."

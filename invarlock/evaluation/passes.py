@@ -1,4 +1,4 @@
-"""One pass of a model over its windows: taps on the preview ones, the log loss of the final ones."""
+"""One pass of a model over its windows: taps on the preview ones, log loss and predictions of the final ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from invarlock.evaluation.layout import UNSCORED, Windows
 from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, logits_of
+from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached
 
@@ -30,11 +31,14 @@ class PassResult:
     """What one pass measured, window by window, in the order of the final windows.
 
     ``losses`` is float64 (n,): the negative log-likelihood of a window's scored tokens, summed, in nats; it is NaN or
-    infinite where the model's is. ``tokens`` is int64 (n,): how many tokens were scored.
+    infinite where the model's is. ``tokens`` is int64 (n,): how many tokens were scored. Beside them, for every scored
+    token, a pass without a reference has its ``record``, a pass with one has the ``changes`` from it.
     """
 
     losses: NDArray[np.float64]
     tokens: NDArray[np.int64]
+    record: TokenRecord | None = None
+    changes: TokenChanges | None = None
 
     @property
     def perplexity(self) -> float:
@@ -49,6 +53,7 @@ def measure(
     *,
     task: Task,
     taps: Iterable[Mapping[str, Tap]] = (),
+    reference: TokenRecord | None = None,
     on_progress: Progress | None = None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
@@ -57,8 +62,11 @@ def measure(
     at a time. A model that gives NaN is measured, not refused.
 
     :param taps: what each guard wants to look at during the preview windows, by module name.
+    :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
     :raises PluginError: the model's output has no logits, or a tap names no module of the model.
+    :raises ValueError: the reference is of other windows.
     """
+    watch = Recorder() if reference is None else Comparer(reference)
     batches = _Batches(model, len(preview) + len(final), on_progress)
     with evaluating(model):
         with ExitStack() as stack:
@@ -66,9 +74,11 @@ def measure(
                 stack.enter_context(attached(model, wanted))
             for batch in batches.of(preview):
                 _logits(model, batch)
-        scores = [_score(_logits(model, batch), _targets(batch, task)) for batch in batches.of(final)]
+        scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
-    return PassResult(losses, tokens)
+    if isinstance(watch, Recorder):
+        return PassResult(losses, tokens, record=watch.result())
+    return PassResult(losses, tokens, changes=watch.result())
 
 
 class _Batches:
@@ -96,21 +106,29 @@ def _targets(batch: Windows, task: Task) -> Tensor:
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _score(logits: Tensor, targets: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
     """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU."""
-    losses = [
-        functional.cross_entropy(some_logits, some_targets, reduction="none", ignore_index=UNSCORED)
-        for some_logits, some_targets in _chunks(logits, targets.to(logits.device))
-    ]
+    scored = targets != UNSCORED
+    found = []
+    for log_probs, wanted in _chunks(logits.flatten(0, 1), targets.flatten()):
+        found.append(log_probs.gather(1, wanted.unsqueeze(1)).squeeze(1))
+        watch.see(log_probs)
     # Summed on the CPU: not every device has float64.
-    summed = torch.cat(losses).cpu().double().view(targets.shape).sum(dim=1)
-    return summed, (targets != UNSCORED).sum(dim=1)
+    losses = torch.zeros(targets.shape, dtype=torch.float64)
+    losses[scored] = -torch.cat(found).cpu().double()
+    return losses.sum(dim=1), scored.sum(dim=1)
 
 
 def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits (tokens, vocabulary) and targets (tokens,), a few tokens at a time."""
-    size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-    for some_logits, some_targets in zip(
-        torch.split(logits.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True
-    ):
-        yield some_logits.float(), some_targets
+    """Log-probabilities in float32 (tokens, vocabulary) and targets (tokens,), a few scored tokens at a time."""
+    scored = (targets != UNSCORED).nonzero().squeeze(1)
+    for rows in torch.split(scored, max(1, CHUNK_BYTES // (4 * logits.shape[1]))):
+        some = _rows(logits, rows).float()
+        yield functional.log_softmax(some, dim=-1), targets[rows].to(logits.device)
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table, in ascending order; not copied where they lie side by side."""
+    if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
+        return table[rows[0] : int(rows[-1]) + 1]
+    return table[rows.to(table.device)]

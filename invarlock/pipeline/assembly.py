@@ -16,6 +16,7 @@ import torch
 from invarlock import __version__
 from invarlock.checkpoints.writing import OutputFolder, write_text
 from invarlock.core.results import GuardResult
+from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.pipeline.judging import Attempt, Clock, Judge
 from invarlock.pipeline.suspects import blame
@@ -58,7 +59,10 @@ def assemble(
             params_changed=sum(module.parameters for module in last.modules if module.change != "unchanged"),
         ),
         guards=[_guard_section(judge, place, result) for place, result in enumerate(last.results)],
-        metrics={"primary": _metric_section(last.metric, judge.config.eval.metric.ci_level)},
+        metrics=reporting.MetricsSection(
+            primary=_metric_section(last.metric, judge.config.eval.metric.ci_level),
+            predictions=_divergence_section(last.divergence),
+        ),
         verdict=_verdict_section(judge, last),
         attempts=[_attempt_section(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in judge.clock.stages.items()},
@@ -105,6 +109,14 @@ def _metric_section(metric: MetricResult | None, level: float) -> reporting.Metr
         return None
     values = {entry.name: getattr(metric, entry.name) for entry in dataclasses.fields(metric)}
     return reporting.MetricSection(**{**values, "action": metric.action.value, "ci_level": level})
+
+
+def _divergence_section(divergence: DivergenceResult | None) -> reporting.DivergenceSection | None:
+    if divergence is None:
+        return None
+    values = {entry.name: getattr(divergence, entry.name) for entry in dataclasses.fields(divergence)}
+    limits = dataclasses.asdict(divergence.limits) if divergence.limits else None
+    return reporting.DivergenceSection(**{**values, "action": divergence.action.value, "limits": limits})
 
 
 def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection:

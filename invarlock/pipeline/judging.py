@@ -19,10 +19,12 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, one_line
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
 from invarlock.core.snapshots import Fingerprint
+from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
 from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.metric import Kind, MetricResult, compare, kind_of
 from invarlock.evaluation.models import Task, task_of
 from invarlock.evaluation.passes import PassResult, measure
+from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
@@ -79,6 +81,7 @@ class Attempt:
     modules: Sequence[Any]
     results: list[GuardResult]
     metric: MetricResult | None
+    divergence: DivergenceResult | None
     verdict: Verdict
 
 
@@ -185,7 +188,7 @@ class Judge:
         results = [
             self._unready_result(slot, prepared) for slot, prepared in zip(self.slots, self.prepared, strict=True)
         ]
-        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, self._fold(results, []))
+        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, self._fold(results, []))
 
     def _unready_result(self, slot: GuardSlot, prepared: Prepared) -> GuardResult:
         if prepared.error:
@@ -218,8 +221,9 @@ class Judge:
         :param baseline_weights: the baseline's parameters by name, read from disk one at a time.
         :param findings: what was found besides.
         """
-        observed, edited_pass = self._observed_pass(model, "edited pass")
-        metric = self._compare(edited_pass)
+        record = self.baseline_pass.record if self.baseline_pass else None
+        observed, edited_pass = self._observed_pass(model, "edited pass", record)
+        metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
         results: list[GuardResult] = []
         for place, slot in enumerate(self.slots):
@@ -230,8 +234,14 @@ class Judge:
             if changed := check():
                 result = GuardResult.failed(slot.name, changed_message(changed))
             results.append(result)
-        outputs = [Finding("primary metric", metric.action, metric.message)] if metric else []
-        return Attempt(number, bitwidth, modules, results, metric, self._fold(results, [*outputs, *findings]))
+        outputs = []
+        if metric and divergence:
+            outputs = [
+                Finding("primary metric", metric.action, metric.message),
+                Finding("predictions", divergence.action, divergence.message),
+            ]
+        verdict = self._fold(results, [*outputs, *findings])
+        return Attempt(number, bitwidth, modules, results, metric, divergence, verdict)
 
     def _validate(
         self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation
@@ -264,7 +274,9 @@ class Judge:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def _observed_pass(self, model: torch.nn.Module, stage: str) -> tuple[list[Observation], PassResult | None]:
+    def _observed_pass(
+        self, model: torch.nn.Module, stage: str, reference: TokenRecord | None = None
+    ) -> tuple[list[Observation], PassResult | None]:
         """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way."""
         observations = [self.plugins.observe(slot, model, self.adapter) for slot in self.slots]
         if self.windows is None:
@@ -275,23 +287,26 @@ class Judge:
                 *self.windows,
                 task=self.task,
                 taps=[observation.taps for observation in observations],
+                reference=reference,
                 on_progress=lambda done, total: self.on_progress(stage, done, total),
             )
         return observations, measured
 
-    def _compare(self, edited_pass: PassResult | None) -> MetricResult | None:
+    def _compare(self, edited_pass: PassResult | None) -> tuple[MetricResult, DivergenceResult] | tuple[None, None]:
+        """The two voices of the outputs: the loss, and the predictions token by token."""
         if self.baseline_pass is None or edited_pass is None:
-            return None
-        metric = self.config.eval.metric
-        return compare(
+            return None, None
+        section = self.config.eval
+        metric = compare(
             self.baseline_pass,
             edited_pass,
             kind=self.kind,
-            limit=self.config.eval.max_pm_ratio,
-            level=metric.ci_level,
-            reps=metric.reps,
+            limit=section.max_pm_ratio,
+            level=section.metric.ci_level,
+            reps=section.metric.reps,
             seed=self.config.dataset.seed,
         )
+        return metric, compare_predictions(self.baseline_pass, edited_pass, ratio=section.max_pm_ratio)
 
 
 @dataclass(frozen=True)

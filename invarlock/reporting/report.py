@@ -91,6 +91,32 @@ class MetricSection:
 
 
 @dataclass
+class DivergenceSection:
+    """The edited model's predictions against the baseline's, token by token; divergences are lower bounds, in nats."""
+
+    kl_mean: float | None
+    kl_p95: float | None
+    kl_p99: float | None
+    window_p95: float | None
+    """95th percentile over windows of the rise of the loss, nats a token."""
+    flips: float | None
+    """Share of the tokens whose likeliest prediction is another one."""
+    broken: float | None
+    """Share of the tokens whose divergence is above log 2."""
+    margin_baseline: float | None
+    margin_loss: float | None
+    limits: dict[str, float] | None
+    action: Actions
+    message: str
+
+
+@dataclass
+class MetricsSection:
+    primary: MetricSection | None
+    predictions: DivergenceSection | None
+
+
+@dataclass
 class SuspectSection:
     module: str
     score: float
@@ -129,7 +155,7 @@ class Report:
     model: ModelSection
     edit: EditSection
     guards: list[GuardSection]
-    metrics: dict[Literal["primary"], MetricSection | None]
+    metrics: MetricsSection
     verdict: VerdictSection
     attempts: list[AttemptSection]
     timings: dict[str, float]

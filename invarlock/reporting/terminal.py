@@ -48,6 +48,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"model    {escape(model['id'])} (adapter {escape(model['adapter'])}, {_described(model['description'])})"
     yield f"edit     {escape(_edit(edit))}"
     yield f"metric   {escape(_metric(report['metrics']['primary']))}"
+    if predictions := report["metrics"]["predictions"]:
+        yield f"tokens   {escape(predictions['message'])}"
     yield f"rests on {escape(verdict['rests_on'])}"
     if model["restored"] is not None:
         yield f"model    {'restored bit for bit' if model['restored'] else 'NOT RESTORED'}"

@@ -1,0 +1,216 @@
+"""How well the verdict tells harm from harmless: named edits, labelled by perplexity on text that no guard sees.
+
+    python benchmarks/judgement/judge.py
+    python benchmarks/judgement/judge.py --model smollm2.gguf --text acts.txt --label-text kings.txt --every 3
+
+An edit that raises perplexity by at most 2 % is harmless, by 10 % or more harmful; those in between are not counted. It
+prints, for each mode (with text, with generated windows, weights alone), how often each guard and the verdict object to
+a harmless edit, how many harmful ones they let pass, and how often the damaged module is named first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from edits import Edit, edits
+
+from invarlock.cli.commands.run import demo_folder
+from invarlock.config.schema import DatasetConfig, EvalConfig, GuardsConfig, ModelConfig, RunConfig
+from invarlock.core.results import Action
+from invarlock.core.snapshots import Snapshot
+from invarlock.evaluation.passes import measure
+from invarlock.evaluation.windows import make_windows
+from invarlock.pipeline.judging import Attempt, Judge, Keeper
+from invarlock.pipeline.suspects import blame
+from invarlock.plugins.catalog import Selection
+from invarlock.plugins.manager import PluginManager
+
+HARMLESS, HARMFUL = 1.02, 1.10
+MODES = ("text", "generated", "weights only")
+
+
+@dataclass
+class Tally:
+    """What one voice said of the labelled edits in one mode."""
+
+    false_alarms: list[str] = field(default_factory=list)
+    misses: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Score:
+    """One mode: a tally for each guard and for the verdict, and the blame."""
+
+    voices: dict[str, Tally] = field(default_factory=dict)
+    harmless: int = 0
+    harmful: int = 0
+    located: int = 0
+    misplaced: list[str] = field(default_factory=list)
+
+    def add(self, edit: Edit, harmful: bool, attempt: Attempt) -> None:
+        self.harmful += harmful
+        self.harmless += not harmful
+        objected = {result.name: result.action is not Action.CONTINUE for result in attempt.results}
+        for voice, objects in {**objected, "verdict": not attempt.verdict.accepted}.items():
+            tally = self.voices.setdefault(voice, Tally())
+            if objects != harmful:
+                (tally.misses if harmful else tally.false_alarms).append(edit.name)
+        if harmful and edit.module and not attempt.verdict.accepted:
+            suspects = [suspect.module for suspect in blame(attempt.results)]
+            if suspects[:1] == [edit.module]:
+                self.located += 1
+            else:
+                self.misplaced.append(f"{edit.name} (named {', '.join(suspects[:2]) or 'nobody'})")
+
+
+@dataclass
+class Bench:
+    """A baseline with a judge for each mode, all prepared once."""
+
+    model: Any
+    judges: dict[str, Judge]
+    snapshot: Snapshot
+    label: Any
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, *, untied: bool) -> Bench:
+        model = None
+        judges, keeper, label = {}, None, None
+        for mode in MODES:
+            config = _config(args, mode)
+            plugins = PluginManager.load(Selection())
+            judge = Judge(config, plugins, plugins.guard_slots(config.guards.order, {}), False, lambda *done: None)
+            if model is None:
+                model, adapter = judge.load(config.model.id)
+                if untied and model.lm_head.weight is model.model.embed_tokens.weight:
+                    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+                keeper = Keeper.of(model, adapter, judge.clock)
+            judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if mode == "weights only" else None)
+            if mode == "weights only":
+                judge.windows = None
+            else:
+                judge.make_windows(model)
+            judge.measure_baseline(model)
+            assert judge.prepare(model, list), [prepared.message for prepared in judge.prepared]
+            judges[mode] = judge
+            if label is None:
+                _, label = make_windows(_label_dataset(args), model, judge.tokenizer, task="causal")
+        return cls(model, judges, keeper.snapshot, label)
+
+    def perplexity(self) -> float:
+        return measure(self.model, self.label[:1], self.label, task="causal").perplexity
+
+    def attempts(self, edit: Edit) -> Iterator[tuple[str, Attempt]]:
+        description = {"name": "compare", "plan": {}, "modules": []}
+        for mode, judge in self.judges.items():
+            yield mode, judge.judge(self.model, description, list, baseline_weights=self.snapshot.parameters())
+
+
+def _config(args: argparse.Namespace, mode: str) -> RunConfig:
+    dataset = _text_dataset(args, args.text, seed=42) if mode != "generated" else DatasetConfig(**_sizes(args), seed=42)
+    adapter = "hf_gguf" if args.model.endswith(".gguf") else "auto"
+    return RunConfig(
+        model=ModelConfig(id=args.model, adapter=adapter, device="cpu", dtype="float32"),
+        dataset=dataset,
+        guards=GuardsConfig(order=tuple(args.guards.split(","))),
+        eval=EvalConfig(),
+    )
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, int]:
+    return {"seq_len": args.seq_len, "preview_n": args.preview, "final_n": args.final}
+
+
+def _text_dataset(args: argparse.Namespace, path: str | None, seed: int) -> DatasetConfig:
+    if path is None:
+        return DatasetConfig(provider="demo", **_sizes(args), seed=seed)
+    provider = "local_jsonl" if path.endswith(".jsonl") else "local_text"
+    return DatasetConfig(provider=provider, path=path, **_sizes(args), seed=seed)
+
+
+def _label_dataset(args: argparse.Namespace) -> DatasetConfig:
+    return _text_dataset(args, args.label_text, seed=7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(demo_folder() / "checkpoint"), help="the baseline, Llama-style")
+    parser.add_argument("--text", help="text for the guards and the metric")
+    parser.add_argument("--label-text", help="other text, for the labels")
+    parser.add_argument("--guards", default="invariants,reconstruction,spectral,rmt,variance")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--preview", type=int, default=8)
+    parser.add_argument("--final", type=int, default=24)
+    parser.add_argument("--every", type=int, default=1, help="take every so manieth edit of single matrices")
+    args = parser.parse_args()
+    logging.getLogger("invarlock").setLevel(logging.ERROR)
+    if args.text is None:
+        args.text, args.label_text = _split_demo_text()
+    scores = {mode: Score() for mode in MODES}
+    ratios = {}
+    for untied in (False, True):
+        bench = Bench.of(args, untied=untied)
+        baseline = bench.perplexity()
+        for edit in _chosen(bench.model, untied, args.every):
+            edit(bench.model)
+            ratio = bench.perplexity() / baseline
+            ratios[edit.name] = ratio
+            harmful = not math.isfinite(ratio) or ratio >= HARMFUL
+            if harmful or ratio <= HARMLESS:
+                for mode, attempt in bench.attempts(edit):
+                    scores[mode].add(edit, harmful, attempt)
+            bench.snapshot.restore(bench.model)
+    _print(args, scores, ratios)
+
+
+def _chosen(model: Any, untied: bool, every: int) -> list[Edit]:
+    """All edits of the whole model, and every so manieth of a single matrix."""
+    found = [edit for edit in edits(model) if edit.untied == untied]
+    single = [edit for edit in found if edit.module]
+    return [edit for edit in found if not edit.module] + single[::every]
+
+
+def _split_demo_text() -> tuple[str, str]:
+    """The demo's held-out chapters, every other one for the labels."""
+    lines = (demo_folder() / "text.jsonl").read_text().splitlines(keepends=True)
+    paths = []
+    for start, name in enumerate(("judged", "label")):
+        path = Path("/tmp") / f"invarlock-demo-{name}.jsonl"
+        path.write_text("".join(lines[start::2]))
+        paths.append(str(path))
+    return paths[0], paths[1]
+
+
+def _print(args: argparse.Namespace, scores: dict[str, Score], ratios: dict[str, float]) -> None:
+    some = next(iter(scores.values()))
+    print(f"\n{len(ratios)} edits of {Path(args.model).name}: {some.harmless} harmless, {some.harmful} harmful\n")
+    print("| mode | voice | false alarms | misses |\n|---|---|---|---|")
+    for mode, score in scores.items():
+        for voice, tally in score.voices.items():
+            shares = f"{_share(tally.false_alarms, score.harmless)} | {_share(tally.misses, score.harmful)}"
+            print(f"| {mode} | {voice} | {shares} |")
+    print("\n| mode | damaged module first |\n|---|---|")
+    for mode, score in scores.items():
+        named = score.located + len(score.misplaced)
+        print(f"| {mode} | {score.located} of {named} |")
+    for mode, score in scores.items():
+        print(f"\n{mode}: verdict's false alarms: {score.voices['verdict'].false_alarms}")
+        print(
+            f"{mode}: verdict's misses: {[(name, round(ratios[name], 3)) for name in score.voices['verdict'].misses]}"
+        )
+        print(f"{mode}: wrongly blamed: {score.misplaced}")
+
+
+def _share(names: list[str], total: int) -> str:
+    return f"{len(names)} of {total} ({len(names) / max(total, 1):.1%})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A small, seeded sample of the tokens that pass through a module: the same tokens before and after an edit.
+
+It is uniform over all tokens of a pass, however many windows there are: every token draws a random key, and those with
+the smallest keys are kept (reservoir sampling by keys; Efraimidis and Spirakis 2006, with equal weights). The keys
+depend on the seed and on the numbers of tokens in the calls so far, so two passes over the same windows keep the same
+tokens, and so do all samples of a pass. Memory does not grow with the number of windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The sample of one pass."""
+
+    rows: Tensor
+    """(tokens, features), as the model computed them and where."""
+    calls: int
+    tokens: int
+    """How many tokens passed in all."""
+
+    def comparable(self, other: Sampled | None) -> bool:
+        """Whether both are of the same tokens, with the same features."""
+        if other is None or self.rows.shape != other.rows.shape:
+            return False
+        return (self.calls, self.tokens) == (other.calls, other.tokens)
+
+
+class Sample:
+    """Collects ``size`` tokens of what passes, call by call."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._draw = _start(size, seed)
+        self._rows: Tensor | None = None
+
+    def add(self, activations: Tensor) -> None:
+        """Let the activations of one call pass: (..., features)."""
+        rows = activations.detach().reshape(-1, activations.shape[-1])
+        self._draw = _after(self._draw, len(rows))
+        taken = rows.index_select(0, self._draw.take.to(rows.device))
+        if self._rows is None:
+            self._rows = taken
+        else:
+            self._rows = torch.cat([self._rows.index_select(0, self._draw.keep.to(rows.device)), taken])
+
+    def result(self) -> Sampled | None:
+        """The sample; None where nothing passed."""
+        if self._rows is None:
+            return None
+        return Sampled(self._rows, self._draw.calls, self._draw.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a tap saw in one pass; None where it saw nothing of the kind."""
+
+    inputs: Sampled | None
+    outputs: Sampled | None
+    inputs_finite: bool | None
+    """Whether all that went in was finite, sampled or not; None if that was not looked at."""
+    order: int
+    """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
+
+
+class Tap:
+    """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens.
+
+    :param tokens: how many tokens to keep.
+    :param order: a counter that the taps of a pass share.
+    :param budget: how many numbers to keep at most of either; of many features fewer tokens are kept, down to 8.
+    :param inputs: whether to sample what goes in.
+    :param outputs: whether to sample what comes out.
+    :param thorough: whether to look for NaN and infinity in all that goes in.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        seed: int,
+        order: Iterator[int],
+        *,
+        budget: int = 1 << 20,
+        inputs: bool = False,
+        outputs: bool = False,
+        thorough: bool = False,
+    ) -> None:
+        self._tokens, self._seed, self._budget, self._order = tokens, seed, budget, order
+        self._wants_inputs, self._wants_outputs, self._thorough = inputs, outputs, thorough
+        self._placed = -1
+        self._inputs: Sample | None = None
+        self._outputs: Sample | None = None
+        self._finite: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        entering = _first_tensor((args, kwargs)) if self._wants_inputs or self._thorough else None
+        leaving = _first_tensor(output) if self._wants_outputs else None
+        if self._placed < 0:
+            self._placed = next(self._order)
+            widest = max((tensor.shape[-1] for tensor in (entering, leaving) if tensor is not None), default=1)
+            size = min(self._tokens, max(8, self._budget // widest))
+            self._inputs, self._outputs = Sample(size, self._seed), Sample(size, self._seed)
+        if entering is not None and self._wants_inputs and self._inputs:
+            self._inputs.add(entering)
+        if leaving is not None and self._outputs:
+            self._outputs.add(leaving)
+        if entering is not None and self._thorough:
+            # The extremes tell NaN and infinity without a temporary of the activations' size.
+            finite = torch.stack(torch.aminmax(entering.detach())).isfinite().all()
+            self._finite = finite if self._finite is None else self._finite & finite
+
+    def result(self) -> Seen:
+        return Seen(
+            self._inputs.result() if self._inputs else None,
+            self._outputs.result() if self._outputs else None,
+            None if self._finite is None else bool(self._finite),
+            self._placed,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """Which tokens are in a sample after some calls."""
+
+    size: int
+    seed: int
+    keys: Tensor
+    keep: Tensor
+    """Places in the sample before the last call of what stays in it."""
+    take: Tensor
+    """Places in the last call of what comes into it."""
+    calls: int = 0
+    tokens: int = 0
+
+
+@lru_cache(maxsize=64)
+def _start(size: int, seed: int) -> _Draw:
+    nothing = torch.empty(0, dtype=torch.long)
+    return _Draw(size, seed, torch.empty(0, dtype=torch.float64), nothing, nothing)
+
+
+# All samples of a pass draw alike, one after the other, so a few entries serve them all.
+@lru_cache(maxsize=64)
+def _after(draw: _Draw, tokens: int) -> _Draw:
+    generator = torch.Generator().manual_seed(draw.seed * 1_000_003 + draw.calls)
+    keys = torch.cat([draw.keys, torch.rand(tokens, generator=generator, dtype=torch.float64)])
+    kept = keys.topk(min(draw.size, len(keys)), largest=False).indices.sort().values
+    old = len(draw.keys)
+    return _Draw(
+        draw.size,
+        draw.seed,
+        keys[kept],
+        kept[kept < old],
+        kept[kept >= old] - old,
+        draw.calls + 1,
+        draw.tokens + tokens,
+    )
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() and value.numel() else None
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return None
+    return next((found for entry in value if (found := _first_tensor(entry)) is not None), None)
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The name of the module that makes logits of hidden states, if the model has one of its own."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = (get() if callable(get) else None) or getattr(model, "lm_head", None)
+    return next((name for name, module in model.named_modules() if module is head), None)

@@ -1,0 +1,267 @@
+"""The parts of a model that ``reconstruction`` runs alone, and the calls that it runs them with.
+
+A part is a block (an element of an outermost ``nn.ModuleList``) or, outside of the blocks, a largest module without a
+block in it: the embedding, the final norm, the head. A call is what a part was given while the baseline read a few
+tokens, so that the part can be run again by itself, with its own weights or with edited ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invarlock.evaluation.models import context_of, device_of, evaluating, task_of
+from invarlock.evaluation.taps import attached
+from plugins_builtin.guards.embedding_rows import token_frequency
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The elements of outermost ``nn.ModuleList``s, by name; one that stands in several places once."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in found):
+            found |= {f"{path}.{name}": block for name, block in module.named_children() if has_weights(block)}
+    return found
+
+
+def find_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks, and the largest modules with weights that neither hold a block nor are inside of one."""
+    blocks = find_blocks(model)
+    parts: dict[str, nn.Module] = {}
+    for path, module in model.named_modules() if blocks else ():
+        inside = any(path.startswith(f"{part}.") for part in parts)
+        holds = not path or any(block.startswith(f"{path}.") for block in blocks)
+        if path in blocks or (has_weights(module) and not inside and not holds):
+            parts[path] = module
+    return parts
+
+
+def has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Cuts the tensors of a call down to the first ``tokens`` tokens of its first window."""
+
+    windows: int | None
+    """None where tokens come first, as experts take them: (tokens, size)."""
+    length: int
+    tokens: int
+
+    @classmethod
+    def of(cls, leading: Tensor, tokens: int) -> Cut:
+        """Cut as the leading tensor of a call needs it: hidden states (windows, length, size) or token ids."""
+        is_flat = leading.ndim == 1 or (leading.ndim == 2 and leading.is_floating_point())
+        windows, length = (None, leading.shape[0]) if is_flat else leading.shape[:2]
+        return cls(windows, length, min(tokens, length))
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.windows is not None and tensor.ndim > 1 and tensor.shape[0] == self.windows:
+            tensor = tensor[:1]
+        if self.tokens < self.length:
+            for axis in self._token_axes(tensor.shape):
+                tensor = tensor.narrow(axis, 0, self.tokens)
+        return tensor.detach().clone()
+
+    def _token_axes(self, shape: Sequence[int]) -> list[int]:
+        """Axis 0 of positions, 1 of hidden states and rotary angles, the last two of attention's masks and biases.
+
+        The last axis of (1, tokens, size) and of (1, heads, tokens, size) is none, even if it has that length.
+        """
+        if self.windows is None or len(shape) == 1:
+            axes = [0]
+        elif len(shape) == 4:
+            axes = [1] if shape[2] != self.length else [2, 3] if shape[3] == shape[2] else [2]
+        else:
+            # What a module has made of (1, tokens, size) may be (tokens, size): a router's choice.
+            axes = [0] if len(shape) == 2 and shape[0] == self.length else [1]
+        return [axis for axis in axes if axis < len(shape) and shape[axis] == self.length]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a module was called with: tensors of its own; caches, modules and whatever else lives on are left out."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dtype: torch.dtype | None
+    """Of the module's weights when it was called; with weights of another type its tensors are given that type."""
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: Callable[[Tensor], Tensor]
+    ) -> Call:
+        given = {key: False if key == "use_cache" else value for key, value in kwargs.items()}
+        return cls(tuple(_map(args, keep)), _map(given, keep), _dtype(module))
+
+    @property
+    def leading(self) -> Tensor | None:
+        return leading_of(self.args, self.kwargs)
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The leading hidden states and every other argument of their kind, such as the encoder's; none twice."""
+        first = self.leading
+        if first is None or not first.is_floating_point():
+            return []
+        alike = [
+            tensor
+            for tensor in tensors_in((self.args, self.kwargs))
+            if tensor.is_floating_point() and (tensor.ndim, tensor.shape[-1]) == (first.ndim, first.shape[-1])
+        ]
+        return list({id(tensor): tensor for tensor in [first, *alike]}.values())
+
+    def run(self, module: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> Any:
+        """Run a module on the call.
+
+        :param replaced: by the id of a tensor of the call, the one to give in its place.
+        """
+        dtype, device = _dtype(module), next((entry.device for entry in module.parameters()), None)
+
+        def give(tensor: Tensor) -> Tensor:
+            tensor = (replaced or {}).get(id(tensor), tensor)
+            wanted = dtype if dtype is not None and tensor.dtype == self.dtype else tensor.dtype
+            return tensor.to(device or tensor.device, wanted)
+
+        return module(*_map(self.args, give), **_map(dict(self.kwargs), give))
+
+    def run_with_graph(
+        self, module: nn.Module, replaced: Mapping[int, Tensor] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run a module; its first output, and each stream with the leaf of the graph that stands for it."""
+        given = replaced or {}
+        streams = [(tensor, given.get(id(tensor), tensor).detach().requires_grad_()) for tensor in self.streams]
+        with torch.enable_grad():
+            output = self.run(module, {id(tensor): leaf for tensor, leaf in streams})
+        return first_tensor(output), streams
+
+
+def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The hidden states or token ids that a module is called with: the first positional tensor, or one by its name."""
+    by_name = [kwargs.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds", "input", "x")]
+    candidates = [*args[:1], *by_name, *args[1:], *kwargs.values()]
+    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim > 0), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The tensor that a module puts out, or the first of several.
+
+    :raises ValueError: there is none.
+    """
+    for tensor in tensors_in(value):
+        return tensor
+    raise ValueError(f"the output is a {type(value).__name__} without a tensor")
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(entry, change) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_map(entry, change) for entry in value)
+    return value if isinstance(value, bool | int | float | str | slice | torch.dtype | torch.device) else None
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((entry.dtype for entry in module.parameters() if entry.is_floating_point()), None)
+
+
+class Kept:
+    """What was cut out of tensors: the same object for the masks and angles that every block is given."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[int, Cut], tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def part(self, tensor: Tensor, cut: Cut) -> Tensor:
+        known = self._parts.get((id(tensor), cut))
+        # An id may have passed on to another tensor, so the first one has to be there still.
+        if known is None or known[0]() is not tensor:
+            known = self._parts[id(tensor), cut] = weakref.ref(tensor), cut(tensor)
+        return known[1]
+
+
+@dataclass
+class Recorder:
+    """Notes the first call of each part, in the order of the calls."""
+
+    tokens: int
+    calls: dict[str, Call] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+
+    def taps(self, model: nn.Module) -> dict[str, PartTap]:
+        return {name: PartTap(self, name) for name in find_parts(model)}
+
+    def note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        leading = leading_of(args, kwargs)
+        if name in self.calls or leading is None:
+            return
+        cut = Cut.of(leading, self.tokens)
+        self.calls[name] = Call.of(module, args, kwargs, lambda tensor: self.kept.part(tensor, cut))
+
+    def take(self) -> dict[str, Call]:
+        """Hand the calls over: whoever still holds a tap holds no tensors."""
+        calls, self.calls, self.kept = self.calls, {}, Kept()
+        return calls
+
+
+@dataclass(frozen=True)
+class PartTap:
+    """Notes how one part is called; it has no result of its own."""
+
+    recorder: Recorder
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self.recorder.note(self.name, module, args, kwargs)
+
+    def result(self) -> None:
+        return None
+
+
+def record_batch(model: nn.Module, batch: Mapping[str, Tensor], tokens: int) -> dict[str, Call]:
+    """The calls of one forward pass over the beginning of a batch's first window."""
+    return _record(model, batch["input_ids"][:1, :tokens])
+
+
+def record_random(model: nn.Module, tokens: int, seed: int) -> dict[str, Call]:
+    """The calls of one forward pass over random tokens."""
+    return _record(model, random_tokens(model, tokens, seed))
+
+
+def _record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
+    recorder = Recorder(ids.shape[1])
+    given = {"input_ids": ids.to(device_of(model))}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    if task_of(model) == "seq2seq":
+        given["decoder_input_ids"] = given["input_ids"]
+    uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with evaluating(model), attached(model, recorder.taps(model)):
+        model(**given, **uncached)
+    return recorder.take()
+
+
+def random_tokens(model: Any, tokens: int, seed: int) -> Tensor:
+    """Random token ids, int64 (1, tokens), as frequent as in text; uniform ones would be rare tokens nearly all."""
+    frequency = token_frequency(model.get_input_embeddings().weight.shape[0])
+    length = min(tokens, context_of(model) or tokens)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(frequency, length, replacement=True, generator=generator)[None]

@@ -1,0 +1,79 @@
+"""How guards put what they measured: rounded numbers, suspects, and that nothing was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TOP = 10
+"""Modules that a result names; a report is to be read."""
+HIGHEST = 1e9
+"""Stands for every higher score, infinite ones too, which JSON has no number for."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A module that may be to blame for what an edit did."""
+
+    module: str
+    score: float
+    evidence: str
+
+
+def suspects(found: Iterable[Suspect]) -> list[dict[str, Any]]:
+    """The modules that are most to blame, best first, each with its strongest evidence."""
+    ranked: dict[str, Suspect] = {}
+    for suspect in sorted(found, key=lambda suspect: -suspect.score):
+        ranked.setdefault(suspect.module, suspect)
+    return [
+        {"module": suspect.module, "score": rounded(min(suspect.score, HIGHEST)), "evidence": suspect.evidence}
+        for suspect in list(ranked.values())[:TOP]
+    ]
+
+
+def not_measured(why: str) -> dict[str, Any]:
+    """The result of a guard that could not measure: no objection, and no pass either."""
+    return {
+        "passed": False,
+        "action": "continue",
+        "message": f"not measured: {why}",
+        "warnings": [],
+        "metrics": {"measured": False, "modules": None, "suspects": []},
+    }
+
+
+def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
+    """The abort for NaN or Inf that the baseline has not.
+
+    :param modules: where it was found, in the order in which the model computes.
+    :param before: what is suspected more than they are.
+    """
+    some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    return {
+        "passed": False,
+        "action": "abort",
+        "message": f"NaN or Inf in the {what} of {some}",
+        "warnings": [],
+        "metrics": {
+            "measured": True,
+            "non_finite": list(modules[:TOP]),
+            # The first in order is the likeliest source of the others.
+            "suspects": suspects(
+                [*before, *(Suspect(name, 1 / rank, evidence) for rank, name in enumerate(modules, start=1))]
+            ),
+        },
+    }
+
+
+def rounded(value: float | None) -> float | None:
+    """Four significant digits; None for what was not measured or is not a finite number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.4g}")
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest of the values that at least this share of them does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -1,0 +1,77 @@
+"""The options of guards: checked when a guard is made, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from invarlock.core.errors import UsageError, nearest
+
+FAMILIES = ("ffn", "attn", "embed", "other")
+_FAMILY_OF_ROLE = {"ffn": "ffn", "attention": "attn", "embedding": "embed", "head": "embed"}
+_SCOPES = {"ffn": ("ffn",), "attn": ("attn",), "all": FAMILIES}
+
+
+def family_of(role: str) -> str:
+    """The family of a weight's role (``invarlock.quantization.selection.Role``); routers are other."""
+    return _FAMILY_OF_ROLE.get(role, "other")
+
+
+def refuse(options: Mapping[str, Any], retired: Mapping[str, str], accepted: Iterable[str]) -> None:
+    """Say of options that a guard does not take what to do instead.
+
+    :param retired: what took the place of an option that InvarLock 0.3 has, by its name.
+    :raises UsageError: when there is any option at all.
+    """
+    for name in options:
+        if name in retired:
+            raise UsageError(f"{name}: {retired[name]}")
+        known = list(accepted)
+        raise UsageError(f"{name}: the guard has no such option{nearest(name, known)}; it takes {', '.join(known)}")
+
+
+def families_in(scope: object) -> tuple[str, ...]:
+    """The families that a ``scope`` names.
+
+    :raises UsageError: for an unknown scope.
+    """
+    if scope not in _SCOPES:
+        hint = "; 'all' is what was 'both'" if scope == "both" else nearest(str(scope), _SCOPES)
+        raise UsageError(f"scope: {scope!r} is not one of {', '.join(_SCOPES)}{hint}")
+    return _SCOPES[str(scope)]
+
+
+def number(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """A number from ``low`` to ``high``.
+
+    :raises UsageError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise UsageError(f"{name}: {value!r} is not a number {bounds}")
+    return float(value)
+
+
+def whole(name: str, value: object, low: int) -> int:
+    """A whole number of at least ``low``.
+
+    :raises UsageError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{name}: {value!r} is not a whole number of at least {low}")
+    return value
+
+
+def by_family(name: str, values: object, default: float, low: float, high: float = math.inf) -> dict[str, float]:
+    """A number for each family; those that are not given have the default.
+
+    :raises UsageError: for an unknown family or a value that is not a number in range.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{name}: {values!r} is not a mapping of {', '.join(FAMILIES)} to numbers")
+    for family in values:
+        if family not in FAMILIES:
+            hint = nearest(str(family), FAMILIES)
+            raise UsageError(f"{name}: there is no family {family!r}{hint}; known are {', '.join(FAMILIES)}")
+    return {family: number(f"{name}.{family}", values.get(family, default), low, high) for family in FAMILIES}

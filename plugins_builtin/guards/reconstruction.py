@@ -1,0 +1,178 @@
+"""Block reconstruction error: what each part of the edited model, run alone, does to the baseline's hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from invarlock.core.api import Guard
+from invarlock.core.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
+    from plugins_builtin.guards.block_suspects import Suspect
+    from plugins_builtin.guards.blocks import Recorder
+
+MOST_TOKENS = 256
+LIMIT = math.log(1.10)
+"""The rise of the log loss at which perplexity is 10 % up: the default of ``eval.max_pm_ratio``."""
+HARMLESS = math.log(1.02)
+DOUBT = 2.0
+"""The factor between score and true rise, either way: the score is a second-order estimate from few tokens."""
+
+
+class ReconstructionGuard(Guard):
+    """Runs every part of the edited model alone, on what the baseline gave it, and adds up what the errors cost.
+
+    A part is a block, or a module outside of the blocks: embedding, final norm, head. The error of a block is that of
+    its update, ||(f'(h) - h) - (f(h) - h)|| relative to ||f(h) - h|| (block reconstruction: Li et al. 2021, "BRECQ"),
+    with h the baseline's hidden states, so that no block answers for those before it. What leaves the function of a
+    block as it is (permuted or rescaled units, permuted heads, folded norms) leaves no error. Neither does a rotation
+    of all hidden states, where the embedding shows it.
+
+    The score estimates the rise of the log loss, in nats a token. For small errors it is a sum over parts of a
+    sensitivity times the squared relative error (Malinovskii et al. 2024, the linearity theorem). The sensitivity
+    comes from the curvature of the loss: an error d at the output of a part costs d'Fd / 2, where F is the Fisher
+    information, the mean of g g' over gradients g of the log likelihood of outcomes that the model itself draws (BRECQ,
+    equations 7 to 10; Martens 2020, "New Insights and Perspectives on the Natural Gradient Method", section 5). One
+    outcome is drawn at each position, and its gradient carried back from the head, part by part. Final norm and head
+    cost the divergence of their distributions, exactly. Rows of an embedding that the probe did not read count as
+    often as tokens of their ids occur.
+
+    The probe is the first window, as it passes through the model anyway. Where there are no windows it is random
+    tokens, in one forward pass of the baseline.
+
+    - Abort: a part that gives NaN or infinity, or cannot be run.
+    - Rollback, if no outputs were measured: a score above ``max_score``.
+    - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
+
+    :param tokens: how many tokens of the first window are used, at most 256. Default 64: twice as many cost twice the
+        time and change no verdict of the test bed.
+    :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
+        differ more from each other than text does, and there is no evaluation pass beside which the time would count.
+    :param seed: of the random tokens and of the outcomes that are drawn.
+    :param max_score: default log(1.10) / 2, since the true rise may be twice the score, and 10 % more perplexity is the
+        limit for measured outputs: as there, the upper end is held against it.
+    :param warn_score: default 2 log(1.02), since the true rise may be half the score, and edits that cost up to 2 % are
+        called harmless.
+    :param suspects: how many modules are named at most. Default 5.
+    """
+
+    name = "reconstruction"
+
+    def __init__(
+        self,
+        tokens: int = 64,
+        random_tokens: int = 128,
+        seed: int = 42,
+        max_score: float = LIMIT / DOUBT,
+        warn_score: float = HARMLESS * DOUBT,
+        suspects: int = 5,
+    ) -> None:
+        for option, value in (("tokens", tokens), ("random_tokens", random_tokens)):
+            if not 1 <= value <= MOST_TOKENS:
+                raise UsageError(f"{option}: {value} is not between 1 and {MOST_TOKENS}")
+        for option, limit in (("max_score", max_score), ("warn_score", warn_score)):
+            if not limit > 0:
+                raise UsageError(f"{option}: {limit} is not above 0, the score of the unedited model")
+        self.tokens = tokens
+        self.random_tokens = random_tokens
+        self.seed = seed
+        self.max_score = max_score
+        self.warn_score = warn_score
+        self.suspects = suspects
+        self._recorder: Recorder | None = None
+        self._reference: Reference | None = None
+        self._unmeasured = "prepare was not called"
+
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._reference is not None:
+            return {}
+        from plugins_builtin.guards.blocks import Recorder
+
+        self._recorder = Recorder(self.tokens)
+        return self._recorder.taps(model)
+
+    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
+        from plugins_builtin.guards.block_errors import Reference
+        from plugins_builtin.guards.blocks import record_batch, record_random
+
+        calls = self._recorder.take() if self._recorder else {}
+        batch = next(iter(calib), None) if calib is not None else None
+        try:
+            if not calls and batch is not None:
+                calls = record_batch(model, batch, self.tokens)
+            if not calls:
+                calls = record_random(model, self.random_tokens, self.seed)
+            self._reference = Reference(model, calls, seed=self.seed)
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            self._unmeasured = one_line(error)
+            return {"ready": True, "not_measured": self._unmeasured}
+        return {
+            "ready": True,
+            "probe": "random tokens" if batch is None and self._recorder is None else "windows",
+            "parts": len(self._reference.parts),
+            "not_measured": self._reference.unmeasured,
+        }
+
+    def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+        outputs_decide = _outputs_were_measured(context)
+        if self._reference is None:
+            action = "warn" if outputs_decide else "abort"
+            return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
+        from plugins_builtin.guards.block_suspects import find_suspects
+
+        judgement = self._reference.judge(model)
+        suspects = find_suspects(self._reference, judgement, model, self.suspects)
+        action = self._action(judgement, outputs_decide)
+        message = _message(judgement, suspects if action != "continue" else [])
+        return {
+            "passed": action in ("continue", "warn"),
+            "action": action,
+            "message": message,
+            "warnings": [message] if action == "warn" else [],
+            "metrics": {
+                "score": judgement.score,
+                "max_score": self.max_score,
+                "warn_score": self.warn_score,
+                "rotated": judgement.rotated,
+                "parts": [_row(error, judgement.score) for error in judgement.errors],
+                "suspects": [suspect.as_dict() for suspect in suspects],
+                "not_measured": self._reference.unmeasured,
+            },
+        }
+
+    def _action(self, judgement: Judgement, outputs_decide: bool) -> str:
+        if any(error.failure for error in judgement.errors):
+            return "abort"
+        if judgement.score > self.max_score and not outputs_decide:
+            return "rollback"
+        return "warn" if judgement.score > self.warn_score else "continue"
+
+
+def _outputs_were_measured(context: Mapping[str, Any]) -> bool:
+    edited = context.get("edited")
+    return isinstance(edited, Mapping) and edited.get("ratio") is not None
+
+
+def _message(judgement: Judgement, suspects: Sequence[Suspect]) -> str:
+    failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
+    if failed:
+        rest = len(failed) - 3
+        return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
+    estimate = f"part by part, log loss rises by an estimated {judgement.score:.3g} nats a token"
+    if suspects:
+        return f"{estimate}, most of it by {suspects[0].module}: {suspects[0].evidence}"
+    worst = max(judgement.errors, key=lambda error: error.relative)
+    return f"{estimate}; the largest relative error is {worst.relative:.2g}, of {worst.name}"
+
+
+def _row(error: PartError, score: float) -> dict[str, Any]:
+    return {
+        "name": error.name,
+        "relative_error": error.relative,
+        "nats": error.nats,
+        "share": error.nats / score if 0 < score < math.inf else None,
+        "failure": error.failure,
+    }

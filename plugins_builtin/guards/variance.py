@@ -1,0 +1,290 @@
+"""What every module puts out, on the same tokens before and after the edit, and where the error comes in."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from invarlock.core.api import Guard
+from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
+from plugins_builtin.guards.options import families_in, family_of, number, refuse, whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from plugins_builtin.guards.activations import Seen, Tap
+
+NUMBERS = 1 << 25
+"""What all samples of one pass hold at most: 128 MiB in float32."""
+HUGE = 10.0
+"""An error so many times the output is no rounding, and may overflow where it goes."""
+
+
+class VarianceGuard(Guard):
+    """Compares the outputs of every module that has parameters, on the same few tokens of the preview windows.
+
+    For each: mean and variance before and after, the relative error ||y' - y|| / ||y|| of what comes out, and by how
+    much that exceeds the error of what went in, ``sqrt(max(0, out² - in²))``: errors of independent sources add up in
+    squares, so this *jump* is what the module itself adds, and a damaged module has the largest.
+
+    It warns when the logits are off by more than ``deadband`` (without an output head, the output that comes last), and
+    never more. Inner outputs alone are no harm: permuted units change them wholly and the logits not at all. NaN or Inf
+    that the baseline has not aborts.
+
+    Where one factor for each output channel would undo much of a module's error, the guard says so. The factor is the
+    least-squares one, ``a_c = <y_c, y'_c> / <y'_c, y'_c>``, fitted on one half of the tokens. Its gain is the share of
+    the squared error that it takes away on the other half, ``1 - sum ||y - a y'||² / sum ||y - y'||²``. The guard never
+    applies it.
+
+    Options:
+
+    ``deadband`` (0.1)
+        Relative error of the logits that is ignored. Errors d of the logits shift a next-token distribution p by a KL
+        divergence of Var_p(d) / 2, to second order. Where logits vary by about 2 among the tokens that p gives any
+        chance, an error of 0.1 comes to (0.1 * 2)² / 2 = 0.02 nats: 2 % of perplexity. A token's logits are taken
+        relative to their mean, which no probability depends on.
+    ``scope`` (all)
+        Whose jumps are told and may be corrected: ``ffn``, ``attn``, or ``all`` modules, norms and embeddings too.
+    ``min_gain`` (0.5)
+        The least gain of a correction that is worth proposing: half of the error. What rounding does has no such gain,
+        for its errors do not go along with the output; a scale that was lost or applied twice has nearly 1.
+    ``max_calib`` (64)
+        How many tokens to look at in each module; fewer where there are very many features, so that all samples of a
+        pass take at most 128 MiB. 64 tokens leave a share of 1 / 64 of the error that a fitted factor takes away by
+        chance.
+    ``seed`` (0)
+        Of the choice of tokens.
+    """
+
+    name = "variance"
+
+    RETIRED: ClassVar[Mapping[str, str]] = {
+        "absolute_floor_ppl": "perplexity is the primary metric's; see eval.max_pm_ratio",
+        "alpha": "errors are measured on the same tokens, not tested; use deadband",
+        "calibration": "the preview windows are looked at; max_calib says how many tokens of them",
+        "clamp": "a correction is proposed as it is and never applied; there is nothing to clamp",
+        "max_adjusted_modules": "no module is ever adjusted; the proposal names the modules that gain most",
+        "max_scale_step": "no scale is ever applied; there is nothing to limit",
+        "min_abs_adjust": "use min_gain, which a correction that changes little does not reach",
+        "min_effect_lognll": "log-loss is the primary metric's; use min_gain for what a correction takes away",
+        "min_rel_gain": "use min_gain",
+        "mode": "nothing is enabled or tried out; the guard measures and proposes",
+        "monitor_only": "the guard never does anything else",
+        "predictive_gate": "the gain of a correction is always predicted on tokens that it was not fitted on",
+        "predictive_one_sided": "the guard looks at both sides",
+        "tap": "every module with parameters is looked at; scope narrows what is told",
+        "target_modules": "every module with parameters is looked at; scope narrows what is told",
+        "tie_breaker_deadband": "use deadband",
+        "topk_backstop": "use min_gain; nothing is proposed for the sake of proposing",
+    }
+
+    def __init__(
+        self,
+        deadband: float = 0.1,
+        scope: str = "all",
+        min_gain: float = 0.5,
+        max_calib: int = 64,
+        seed: int = 0,
+        **unknown: Any,
+    ) -> None:
+        refuse(unknown, self.RETIRED, ("deadband", "scope", "min_gain", "max_calib", "seed"))
+        self._deadband = number("deadband", deadband, 0)
+        self._families = families_in(scope)
+        self._min_gain = number("min_gain", min_gain, 0, 1)
+        self._tokens = whole("max_calib", max_calib, 8)
+        self._seed = whole("seed", seed, 0)
+        self._modules: dict[str, _Module] = {}
+
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
+        from plugins_builtin.guards.activations import Tap
+
+        self._modules = _modules(model)
+        order, budget = itertools.count(), NUMBERS // max(1, 2 * len(self._modules))
+        return {
+            name: Tap(
+                self._tokens, self._seed, order, budget=budget, inputs=True, outputs=True, thorough=module.is_head
+            )
+            for name, module in self._modules.items()
+        }
+
+    def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+        before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
+        both = [name for name, seen in after.items() if name in before and seen.outputs]
+        pairs = [_Pair(self._modules[name], before[name], after[name]) for name in both]
+        pairs.sort(key=lambda pair: pair.after.order)
+        outputs = [_Output.of(pair) for pair in pairs if pair.comparable]
+        if broken := [pair for pair in pairs if pair.broken]:
+            return self._broken(broken, outputs)
+        if not outputs:
+            return not_measured("no outputs of the same tokens on both sides")
+        return self._result(outputs, [pair.module.name for pair in pairs if not pair.comparable])
+
+    def _broken(self, broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str, Any]:
+        # What is huge somewhere overflows later.
+        huge = [output for output in outputs if output.jump > HUGE and output.order < broken[0].after.order]
+        names = list(dict.fromkeys(pair.module.weight for pair in broken))
+        return not_finite("outputs", names, "its output holds NaN or Inf", [output.suspect for output in huge])
+
+    def _result(self, outputs: Sequence[_Output], unmeasured: Sequence[str]) -> dict[str, Any]:
+        last = next((output for output in outputs if output.module.is_head), outputs[-1])
+        ranked = sorted(outputs, key=lambda output: -output.jump)
+        told = [output for output in ranked if output.module.family in self._families]
+        message = f"the output of {last.module.name} is off by {last.error:.3g}"
+        if told and told[0].jump:
+            message += f"; most error comes in at {told[0].evidence}"
+        warnings = [message] if last.error > self._deadband else []
+        return {
+            "passed": True,
+            "action": "warn" if warnings else "continue",
+            "message": message,
+            "warnings": warnings,
+            "metrics": {
+                "measured": True,
+                "outputs": len(outputs),
+                "not_measured": list(unmeasured[:TOP]),
+                "last": last.metrics,
+                "median_error": rounded(quantile([output.error for output in outputs], 0.5)),
+                "modules": [output.metrics for output in told[:TOP] if output.jump],
+                "proposal": self._proposal(told[:TOP]),
+                "suspects": suspects(output.suspect for output in told if output.jump > 0),
+            },
+        }
+
+    def _proposal(self, outputs: Sequence[_Output]) -> list[dict[str, Any]]:
+        """Corrections that are worth it, the largest gain first."""
+        corrections = [correction for output in outputs if (correction := output.correction())]
+        worth = [correction for correction in corrections if (correction["predicted_gain"] or 0) >= self._min_gain]
+        return sorted(worth, key=lambda correction: -correction["predicted_gain"])
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module that has parameters of its own."""
+
+    name: str
+    weight: str
+    """The name that its weight goes by: another one for a head that is tied to the embedding."""
+    family: str
+    is_head: bool
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What was seen of a module on both sides."""
+
+    module: _Module
+    before: Seen
+    after: Seen
+
+    @property
+    def broken(self) -> bool:
+        return _finite(self.before) and not _finite(self.after)
+
+    @property
+    def comparable(self) -> bool:
+        before = self.before.outputs
+        return before is not None and before.comparable(self.after.outputs) and _finite(self.before) and not self.broken
+
+
+@dataclass(frozen=True, eq=False)
+class _Output:
+    """The output of a module on the same tokens, (tokens, channels) in float32, and how the two sides compare."""
+
+    module: _Module
+    before: torch.Tensor
+    after: torch.Tensor
+    error: float
+    error_in: float | None
+    """Of what went in; None where nothing of the kind did, as into an embedding."""
+    order: int
+
+    @classmethod
+    def of(cls, pair: _Pair) -> _Output:
+        assert pair.before.outputs
+        assert pair.after.outputs
+        before, after = pair.before.outputs.rows.float(), pair.after.outputs.rows.float()
+        if pair.module.is_head:
+            before, after = before - before.mean(dim=1, keepdim=True), after - after.mean(dim=1, keepdim=True)
+        error_in, entered = None, (pair.before.inputs, pair.after.inputs)
+        if entered[0] and entered[1] and entered[0].comparable(entered[1]):
+            error_in = _relative_error(entered[0].rows.float(), entered[1].rows.float())
+        return cls(pair.module, before, after, _relative_error(before, after), error_in, pair.after.order)
+
+    @property
+    def jump(self) -> float:
+        """The error that the module adds: errors of independent sources add up in squares."""
+        entered = self.error_in or 0.0
+        return 0.0 if self.error <= entered else math.sqrt((self.error - entered) * (self.error + entered))
+
+    @property
+    def evidence(self) -> str:
+        before, after = (float(rows.var()) for rows in (self.before, self.after))
+        entered = "" if self.error_in is None else f"{self.error_in:.3g} in, "
+        return f"{self.module.name}: relative error {entered}{self.error:.3g} out, variance {before:.3g} -> {after:.3g}"
+
+    @property
+    def suspect(self) -> Suspect:
+        return Suspect(self.module.weight, self.jump, self.evidence)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        sides = (self.before, self.after)
+        return {
+            "module": self.module.name,
+            "error": rounded(self.error),
+            "error_in": rounded(self.error_in),
+            "jump": rounded(self.jump),
+            "mean": [rounded(float(rows.mean())) for rows in sides],
+            "variance": [rounded(float(rows.var())) for rows in sides],
+        }
+
+    def correction(self) -> dict[str, Any] | None:
+        """The factor of each channel that brings the output closest to what it was, and what it gains."""
+        before, after = self.before[::2], self.after[::2]
+        factors = (before * after).sum(dim=0) / (after * after).sum(dim=0).clamp(min=1e-30)
+        before, after = self.before[1::2], self.after[1::2]
+        error = float((before - after).square().sum())
+        if not error:
+            return None
+        gain = 1 - float((before - factors * after).square().sum()) / error
+        return {
+            "module": self.module.name,
+            "predicted_gain": rounded(gain),
+            "channels": len(factors),
+            "factors": [rounded(float(factor)) for factor in (factors.min(), factors.median(), factors.max())],
+        }
+
+
+def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    size, error = float(before.norm()), float((after - before).norm())
+    return error / size if size else math.inf if error else 0.0
+
+
+def _finite(seen: Seen) -> bool:
+    """Whether what was seen of a module was finite: its sample, and where all was looked at, all that went in."""
+    import torch
+
+    if seen.inputs_finite is False or seen.outputs is None:
+        return False
+    return bool(torch.stack(torch.aminmax(seen.outputs.rows)).isfinite().all())
+
+
+def _modules(model: Any) -> dict[str, _Module]:
+    """The modules that have parameters of their own, by name."""
+    from invarlock.quantization.selection import find_weights
+    from plugins_builtin.guards.activations import output_head
+
+    weights = {name: target for target in find_weights(model) for name in target.names}
+    head = output_head(model)
+    found = {}
+    for name, module in model.named_modules():
+        parameters = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+        if not name or not parameters:
+            continue
+        target = next((weights[parameter] for parameter in parameters if parameter in weights), None)
+        family = family_of(target.role.value) if target else "other"
+        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, name == head)
+    return found
