@@ -102,6 +102,30 @@ def test_a_differing_vocabulary_is_said(invarlock) -> None:
     assert "vocabulary differs in 4 entries" in done.out
 
 
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda model: model.resize_token_embeddings(300), "the model knows only 300 tokens"),
+        (lambda model: setattr(model.config, "max_position_embeddings", 32), "the model reads only 32"),
+    ],
+)
+def test_a_subject_that_cannot_read_the_windows_is_not_measured_and_rejected(invarlock, edit, said: str) -> None:
+    done = invarlock("compare", "--baseline", BASELINE, "--subject", save(edit), *TEXT, *SMALL, "--out", "out")
+    assert done.code == 1, done.err
+    report = read_report(Path("out"))
+    jsonschema.validate(report, json_schema())
+    assert report["verdict"]["action"] == "abort"
+    assert report["metrics"]["primary"] is None
+    assert said in done.out
+
+
+def test_a_subject_of_another_task_is_not_measured_and_rejected(invarlock) -> None:
+    architectures.bert().save_pretrained("subject")
+    done = invarlock("compare", "--baseline", BASELINE, "--subject", "subject", *TEXT, *SMALL, "--out", "out")
+    assert done.code == 1, done.err
+    assert "a masked model and the baseline a causal one" in done.out
+
+
 @pytest.mark.parametrize("which", ["--baseline", "--subject"])
 def test_a_checkpoint_that_is_not_there_is_one_line(invarlock, which: str) -> None:
     paths = {"--baseline": BASELINE, "--subject": BASELINE} | {which: "nowhere"}

@@ -20,6 +20,7 @@ from invarlock.core.snapshots import Fingerprint
 from invarlock.evaluation.taps import attached
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
+from plugins_builtin.guards.block_errors import _tempered
 from plugins_builtin.guards.blocks import Cut, find_blocks, find_parts
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 
@@ -437,6 +438,56 @@ def test_every_weight_is_in_a_part(build) -> None:
     model = build()
     covered = {id(parameter) for part in find_parts(model).values() for parameter in part.parameters()}
     assert covered == {id(parameter) for parameter in model.parameters()}
+
+
+class Adding(nn.Module):
+    """A block that adds to its hidden states in place, and activates in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.activate, self.down = nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 16)
+
+    def forward(self, hidden):
+        hidden += self.down(self.activate(self.up(hidden)))
+        return (hidden,)
+
+
+class Plain(nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.blocks = nn.ModuleList(Adding() for _ in range(3))
+        self.head = nn.Linear(16, 40)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            (hidden,) = block(hidden)
+        return {"logits": self.head(hidden)}
+
+
+def test_modules_may_work_in_place() -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    guard = prepared(model)
+    result = guard.validate(model, None, {})
+    assert (result["metrics"]["score"], result["metrics"]["not_measured"]) == (0.0, {})
+    with torch.no_grad():
+        model.blocks[1].down.weight.neg_()
+    suspects = guard.validate(model, None, {})["metrics"]["suspects"]
+    assert [suspect["module"] for suspect in suspects] == ["blocks.1.down"]
+
+
+def test_no_token_counts_as_more_than_ten() -> None:
+    gradient = torch.ones(1, 5, 4)
+    gradient[0, 0] = 100
+    tempered = _tempered(gradient, torch.ones(1, 5, 4))
+    assert torch.allclose(tempered[0, :, 0], torch.tensor([10**0.5, 1, 1, 1, 1]))
 
 
 def test_what_has_no_blocks_is_not_measured() -> None:

@@ -16,6 +16,7 @@ from conftest import DEMO, read_report
 from safetensors.torch import load_file
 
 from invarlock.config.loading import load
+from invarlock.config.schema import GuardsConfig
 from invarlock.core.snapshots import Fingerprint
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
@@ -306,6 +307,30 @@ def test_a_guard_finds_what_its_taps_saw_before_and_after(invarlock, module, con
     before, after = seen["baseline"]["model.layers.0.mlp"], seen["edited"]["model.layers.0.mlp"]
     assert before["calls"] == after["calls"] > 0
     assert before["largest"] != after["largest"]
+
+
+def test_each_side_is_run_over_the_windows_exactly_once(invarlock, module, config) -> None:
+    """For the metric, the predictions and all built-in guards together."""
+    module(
+        "counter",
+        "from invarlock import hookimpl\nwindows = []\n"
+        "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n"
+        "    model = yield\n"
+        "    note = lambda module, args, kwargs: windows.append(kwargs['input_ids'])\n"
+        "    model.register_forward_pre_hook(note, with_kwargs=True)\n    return model\n"
+        "@hookimpl\ndef invarlock_run_finished(report):\n"
+        "    report['extra']['windows'] = [row for batch in windows for row in batch.tolist()]\n",
+    )
+    done = invarlock("run", "-c", config(plugins=["counter"], guards={}), "--out", "out")
+    assert done.code == 0, done.err
+    report = read_report(Path("out"))
+    assert [guard["name"] for guard in report["guards"]] == list(GuardsConfig().order)
+    assert not any("not measured" in guard["message"] for guard in report["guards"])
+    dataset, seen = report["config"]["dataset"], report["extra"]["windows"]
+    half = dataset["preview_n"] + dataset["final_n"]
+    assert len(seen) == 2 * half
+    assert seen[:half] == seen[half:]
+    assert len(set(map(tuple, seen[:half]))) == half
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ BROKEN = math.log(2)
 """Nats of divergence at which a prediction counts as broken: the perplexity there is expected to double."""
 
 SHOWN = {
-    "kl_mean": "mean KL divergence (nats a token)",
-    "kl_p95": "95th percentile of the KL divergence (nats a token)",
-    "kl_p99": "99th percentile of the KL divergence (nats a token)",
-    "window_p95": "95th percentile of the windows' rises (nats a token)",
+    "kl_mean": "mean KL divergence",
+    "kl_p95": "95th percentile of the KL divergence",
+    "kl_p99": "99th percentile of the KL divergence",
+    "window_p95": "95th percentile of the windows' rises",
     "flips": "share of likeliest tokens that flip",
-    "broken": "share of predictions that broke (divergence above log 2)",
+    "broken": "share of predictions that broke",
 }
 
 
@@ -154,7 +154,7 @@ def _judge(figures: dict[str, Any], limits: Limits) -> tuple[Action, str]:
     if not above:
         return Action.CONTINUE, "within the limits"
     action = Action.WARN if set(above) <= {"flips", "broken"} else Action.ROLLBACK
-    return action, "; ".join(f"the {SHOWN[name]} is above {getattr(limits, name):.4g}" for name in above)
+    return action, ", ".join(f"{SHOWN[name]} {figures[name]:.4g} above {getattr(limits, name):.4g}" for name in above)
 
 
 def _summary(figures: dict[str, Any]) -> str:
@@ -163,9 +163,7 @@ def _summary(figures: dict[str, Any]) -> str:
 
     before, loss = figures["margin_baseline"], figures["margin_loss"]
     return (
-        f"KL divergence at least {shown(figures['kl_mean'], '.4g')} nats a token (95th percentile "
-        f"{shown(figures['kl_p95'], '.4g')}, 99th {shown(figures['kl_p99'], '.4g')}), "
-        f"{figures['flips']:.2%} of the likeliest tokens flip, {figures['broken']:.2%} of predictions broke, "
-        f"mean margin {shown(before, '.3g')} -> {shown(None if loss is None else before - loss, '.3g')} nats, "
-        f"95th percentile of the windows' rises {shown(figures['window_p95'], '.4g')} nats a token"
+        f"KL divergence at least {shown(figures['kl_mean'], '.4g')} nats a token, {figures['flips']:.2%} of the "
+        f"likeliest tokens flip, mean margin {shown(before, '.3g')} -> "
+        f"{shown(None if loss is None else before - loss, '.3g')} nats"
     )

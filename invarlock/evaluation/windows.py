@@ -38,7 +38,8 @@ def make_windows(
     else:
         text = _read_text(dataset, tokenizer, layout, wanted)
     windows = layout.windows(text, seed=dataset.seed)
-    _check_vocabulary(windows, model)
+    if reason := unreadable(windows, model):
+        raise UsageError(f"model.id: its tokenizer does not fit it: {reason}")
     return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
 
@@ -52,10 +53,15 @@ def _check_lengths(dataset: Dataset, model: nn.Module) -> None:
         raise UsageError(f"dataset.seq_len: {dataset.seq_len} is more than the {context} tokens that the model reads")
 
 
-def _check_vocabulary(windows: Windows, model: nn.Module) -> None:
+def unreadable(windows: Windows, model: nn.Module) -> str | None:
+    """Why a model cannot read windows that were made for another one, or None."""
     largest, known = int(windows.input_ids.max()), vocabulary_of(model)
     if largest >= known:
-        raise UsageError(f"model.id: its tokenizer gives token {largest}, but the model knows only {known} tokens")
+        return f"the windows hold token {largest}, and the model knows only {known} tokens"
+    context = context_of(model)
+    if context is not None and windows.input_ids.shape[1] > context:
+        return f"the windows are {windows.input_ids.shape[1]} tokens long, and the model reads only {context}"
+    return None
 
 
 def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: int) -> Tensor:

@@ -20,6 +20,8 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, Finding
 from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.evaluation.models import task_of
+from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.plugins.manager import PluginManager
@@ -111,6 +113,10 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     model, _ = judge.load(subject)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
     edited = Fingerprint.of(model)
+    findings = _tokenizer_findings(judge, subject, baseline.vocabulary)
+    if reason := _unreadable(judge, model):
+        judge.windows = None
+        findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
     edit = {
         "name": "compare",
         "plan": {"subject": subject},
@@ -122,9 +128,18 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
         lambda: Fingerprint.of(model).changed_since(edited),
         modules=changes,
         baseline_weights=baseline.weights,
-        findings=_tokenizer_findings(judge, subject, baseline.vocabulary),
+        findings=findings,
     )
     return model, attempt
+
+
+def _unreadable(judge: Judge, model: torch.nn.Module) -> str | None:
+    """Why the subject cannot be run over the baseline's windows, or None."""
+    if judge.windows is None:
+        return None
+    if (task := task_of(model)) != judge.task:
+        return f"the subject is a {task} model and the baseline a {judge.task} one"
+    return next(filter(None, (unreadable(windows, model) for windows in judge.windows)), None)
 
 
 def _changes(

@@ -40,10 +40,10 @@ def verdict_line(report: Mapping[str, Any]) -> str:
 def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     verdict, edit, model = report["verdict"], report["edit"], report["model"]
     yield verdict_line(report)
-    for reason in verdict["reasons"]:
+    for reason in _reasons(report):
         yield f"  - {escape(reason)}"
     for suspect in verdict["suspects"][:MOST_SUSPECTS]:
-        yield f"suspect  {escape(suspect['module'])} ({escape('; '.join(suspect['evidence']))})"
+        yield f"suspect  {escape(suspect['module'])} ({escape(suspect['evidence'][0])})"
     yield ""
     yield f"model    {escape(model['id'])} (adapter {escape(model['adapter'])}, {_described(model['description'])})"
     yield f"edit     {escape(_edit(edit))}"
@@ -61,6 +61,16 @@ def _summary(verdict: Mapping[str, Any]) -> str:
     if verdict["action"] == "continue":
         return "no guard objected"
     return f"decided by {verdict['decided_by']}"
+
+
+def _reasons(report: Mapping[str, Any]) -> list[str]:
+    """What decided, and what stands in no line or table below."""
+    shown = [f"guard {guard['name']}" for guard in report["guards"]]
+    if report["metrics"]["primary"]:
+        shown += ["primary metric", "predictions"]
+    deciding = report["verdict"]["decided_by"]
+    others = tuple(f"{source}: " for source in shown if source != deciding)
+    return [reason for reason in report["verdict"]["reasons"] if not reason.startswith(others)]
 
 
 def _described(description: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """A small, seeded sample of the tokens that pass through a module: the same tokens before and after an edit.
 
-It is uniform over all tokens of a pass, however many windows there are: every token draws a random key, and those with
-the smallest keys are kept (reservoir sampling by keys; Efraimidis and Spirakis 2006, with equal weights). The keys
-depend on the seed and on the numbers of tokens in the calls so far, so two passes over the same windows keep the same
-tokens, and so do all samples of a pass. Memory does not grow with the number of windows.
+It is uniform over the tokens of the first ``CALLS`` calls, each of one batch of windows: every token draws a random
+key, and those with the smallest keys are kept (reservoir sampling by keys; Efraimidis and Spirakis 2006, with equal
+weights). The keys depend on the seed and on the numbers of tokens in the calls so far, so two passes over the same
+windows keep the same tokens, and so do all samples of a pass. Memory does not grow with the number of windows, and
+neither does the time: some dozens of tokens tell no more for coming from more windows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CALLS = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
@@ -26,6 +29,11 @@ class Sampled:
     calls: int
     tokens: int
     """How many tokens passed in all."""
+
+    @property
+    def finite(self) -> bool:
+        # The extremes tell NaN and infinity without a temporary of the activations' size.
+        return bool(torch.stack(torch.aminmax(self.rows)).isfinite().all())
 
     def comparable(self, other: Sampled | None) -> bool:
         """Whether both are of the same tokens, with the same features."""
@@ -40,10 +48,15 @@ class Sample:
     def __init__(self, size: int, seed: int) -> None:
         self._draw = _start(size, seed)
         self._rows: Tensor | None = None
+        self._calls = self._tokens = 0
 
     def add(self, activations: Tensor) -> None:
         """Let the activations of one call pass: (..., features)."""
         rows = activations.detach().reshape(-1, activations.shape[-1])
+        self._calls += 1
+        self._tokens += len(rows)
+        if self._calls > CALLS:
+            return
         self._draw = _after(self._draw, len(rows))
         taken = rows.index_select(0, self._draw.take.to(rows.device))
         if self._rows is None:
@@ -53,9 +66,7 @@ class Sample:
 
     def result(self) -> Sampled | None:
         """The sample; None where nothing passed."""
-        if self._rows is None:
-            return None
-        return Sampled(self._rows, self._draw.calls, self._draw.tokens)
+        return None if self._rows is None else Sampled(self._rows, self._calls, self._tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +75,8 @@ class Seen:
 
     inputs: Sampled | None
     outputs: Sampled | None
-    inputs_finite: bool | None
-    """Whether all that went in was finite, sampled or not; None if that was not looked at."""
+    all_finite: bool
+    """Whether all that went in was finite, sampled or not; True if that was not looked at."""
     order: int
     """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
 
@@ -112,7 +123,6 @@ class Tap:
         if leaving is not None and self._outputs:
             self._outputs.add(leaving)
         if entering is not None and self._thorough:
-            # The extremes tell NaN and infinity without a temporary of the activations' size.
             finite = torch.stack(torch.aminmax(entering.detach())).isfinite().all()
             self._finite = finite if self._finite is None else self._finite & finite
 
@@ -120,7 +130,7 @@ class Tap:
         return Seen(
             self._inputs.result() if self._inputs else None,
             self._outputs.result() if self._outputs else None,
-            None if self._finite is None else bool(self._finite),
+            self._finite is None or bool(self._finite),
             self._placed,
         )
 
@@ -137,7 +147,6 @@ class _Draw:
     take: Tensor
     """Places in the last call of what comes into it."""
     calls: int = 0
-    tokens: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -152,16 +161,8 @@ def _after(draw: _Draw, tokens: int) -> _Draw:
     generator = torch.Generator().manual_seed(draw.seed * 1_000_003 + draw.calls)
     keys = torch.cat([draw.keys, torch.rand(tokens, generator=generator, dtype=torch.float64)])
     kept = keys.topk(min(draw.size, len(keys)), largest=False).indices.sort().values
-    old = len(draw.keys)
-    return _Draw(
-        draw.size,
-        draw.seed,
-        keys[kept],
-        kept[kept < old],
-        kept[kept >= old] - old,
-        draw.calls + 1,
-        draw.tokens + tokens,
-    )
+    keep, take = kept[kept < len(draw.keys)], kept[kept >= len(draw.keys)] - len(draw.keys)
+    return _Draw(draw.size, draw.seed, keys[kept], keep, take, draw.calls + 1)
 
 
 def _first_tensor(value: Any) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from invarlock.core.errors import one_line
 from invarlock.evaluation.models import evaluating
 from plugins_builtin.guards.block_leaves import Leaf, observe_leaves
-from plugins_builtin.guards.blocks import Call, find_blocks, find_parts
+from plugins_builtin.guards.blocks import CANNOT_RUN, Call, find_blocks, find_parts
 from plugins_builtin.guards.embedding_rows import Rows
 
 UNKNOWN_SENSITIVITY = 0.5
@@ -91,7 +91,7 @@ class Reference:
             for name, call in reversed(list(calls.items())):
                 try:
                     self._add(name, model.get_submodule(name), call, name in blocks, backward, seed)
-                except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                except CANNOT_RUN as error:
                     self.unmeasured[name] = one_line(error)
         self.parts = dict(reversed(self.parts.items()))
         if not any(part.is_block for part in self.parts.values()):
@@ -153,7 +153,7 @@ class Reference:
             if rotation is not None and part.name != self.head and output.shape[-1] == len(rotation):
                 output = output @ rotation.T.to(output.device)
             difference = output - part.output.float()
-        except (AttributeError, RuntimeError, IndexError, ValueError, TypeError) as error:
+        except CANNOT_RUN as error:
             return PartError(part.name, math.inf, math.inf, f"cannot be run: {one_line(error)}")
         if not _is_finite(difference):
             return PartError(part.name, math.inf, math.inf, "gives NaN or infinity")
@@ -206,10 +206,9 @@ class _Backward:
 
     def carry(self, part: Part, output: Tensor, streams: list[tuple[Tensor, Tensor]], gradient: Tensor | None) -> None:
         """Carry the gradient at a part's output back to what it was called with."""
-        if gradient is None or not streams or not output.requires_grad:
+        if gradient is None or not streams:
             return
-        leaves = [leaf for _, leaf in streams]
-        carried = torch.autograd.grad(output, leaves, gradient.to(output.dtype), allow_unused=True)
+        carried = _carried(output, [leaf for _, leaf in streams], gradient.to(output.dtype))
         for (tensor, _), slope in zip(streams, carried, strict=True):
             if slope is not None:
                 before = self._waiting.get(id(tensor))
@@ -229,6 +228,14 @@ class _Backward:
                     parts[name].fed_by, parts[name].factor = part.name, factor
                 return (factor * gradient).to(part.output.device)
         return waiting[0][2].to(part.output.device) if waiting else None
+
+
+def _carried(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(output, leaves, gradient, allow_unused=True)
+    except RuntimeError:
+        # It works in place, or its kernels have no gradient: its residual connection is taken for the whole of it.
+        return [gradient if leaf is leaves[0] and leaf.shape == gradient.shape else None for leaf in leaves]
 
 
 def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:

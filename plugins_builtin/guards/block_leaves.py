@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.evaluation.taps import attached
-from plugins_builtin.guards.blocks import Call, Cut, Kept, tensors_in
+from plugins_builtin.guards.blocks import CANNOT_RUN, Call, Cut, Kept, tensors_in
 
 TOKENS = 64
 """Of a probe's tokens, how many are kept at every module."""
@@ -79,8 +79,8 @@ def leaf_errors(part: nn.Module, leaves: Mapping[str, Leaf]) -> dict[str, float]
     for path, leaf in leaves.items():
         try:
             errors[path] = leaf.error(part.get_submodule(path))
-        except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):
-            errors[path] = float("inf")
+        except CANNOT_RUN:
+            errors[path] = math.inf
     for path in errors:
         held = [errors[other] for other in errors if other != path and (not path or other.startswith(f"{path}."))]
         if any(error > 0 for error in held):

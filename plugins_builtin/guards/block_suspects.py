@@ -35,15 +35,16 @@ def find_suspects(reference: Reference, judgement: Judgement, model: nn.Module, 
     costly = sorted((error for error in judgement.errors if error.nats > NOISE), key=lambda error: -error.nats)
     names = _first_names(model)
     found: dict[str, Suspect] = {}
-    for error in costly[:most]:
-        cost = error.failure or f"{error.nats / judgement.score:.0%} of the score"
-        for suspect in _of_part(reference, error, model, cost, judgement.rotated):
-            name = names.get(suspect.module, suspect.module)
-            if name in found:
-                found[name].score += suspect.score
-            else:
-                found[name] = suspect
-                suspect.module = name
+    with evaluating(model):
+        for error in costly[:most]:
+            cost = error.failure or f"{error.nats / judgement.score:.0%} of the score"
+            for suspect in _of_part(reference, error, model, cost, judgement.rotated):
+                name = names.get(suspect.module, suspect.module)
+                if name in found:
+                    found[name].score += suspect.score
+                else:
+                    found[name] = suspect
+                    suspect.module = name
     return sorted(found.values(), key=lambda suspect: -suspect.score)[:most]
 
 
@@ -69,16 +70,15 @@ def _leaf_errors(reference: Reference, error: PartError, model: nn.Module) -> di
     """Squared errors by part and path in it; the parts after the last block share one cost."""
     members = reference.tail if error.name == reference.head else (error.name,)
     found: dict[tuple[str, str], float] = {}
-    with evaluating(model):
-        for name in members:
-            part = reference.parts[name]
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:  # It has gone, and that is the failure.
-                continue
-            for path, value in leaf_errors(module, part.leaves).items():
-                rows = part.rows.get(path)
-                found[name, path] = max(value, rows.expected_error(module)) if rows else value
+    for name in members:
+        part = reference.parts[name]
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:  # It has gone, and that is the failure.
+            continue
+        for path, value in leaf_errors(module, part.leaves).items():
+            rows = part.rows.get(path)
+            found[name, path] = max(value, rows.expected_error(module)) if rows else value
     return found
 
 

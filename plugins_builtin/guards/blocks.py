@@ -20,6 +20,9 @@ from invarlock.evaluation.models import context_of, device_of, evaluating, task_
 from invarlock.evaluation.taps import attached
 from plugins_builtin.guards.embedding_rows import token_frequency
 
+CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""What a part raises that is missing, mis-shaped, or written in a way that it cannot be run alone."""
+
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The elements of outermost ``nn.ModuleList``s, by name; one that stands in several places once."""
@@ -139,7 +142,8 @@ class Call:
         given = replaced or {}
         streams = [(tensor, given.get(id(tensor), tensor).detach().requires_grad_()) for tensor in self.streams]
         with torch.enable_grad():
-            output = self.run(module, {id(tensor): leaf for tensor, leaf in streams})
+            # Copies, for a module that adds to its input in place.
+            output = self.run(module, {id(tensor): leaf.clone() for tensor, leaf in streams})
         return first_tensor(output), streams
 
 
@@ -189,13 +193,15 @@ class Kept:
     """What was cut out of tensors: the same object for the masks and angles that every block is given."""
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[int, Cut], tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._parts: dict[tuple[int, int, Cut], tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def part(self, tensor: Tensor, cut: Cut) -> Tensor:
-        known = self._parts.get((id(tensor), cut))
+        # Its version changes with every operation in place.
+        key = id(tensor), tensor._version, cut
+        known = self._parts.get(key)
         # An id may have passed on to another tensor, so the first one has to be there still.
         if known is None or known[0]() is not tensor:
-            known = self._parts[id(tensor), cut] = weakref.ref(tensor), cut(tensor)
+            known = self._parts[key] = weakref.ref(tensor), cut(tensor)
         return known[1]
 
 

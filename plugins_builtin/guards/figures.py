@@ -47,14 +47,14 @@ def not_measured(why: str) -> dict[str, Any]:
 def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
     """The abort for NaN or Inf that the baseline has not.
 
-    :param modules: where it was found, in the order in which the model computes.
+    :param modules: where it was found, in the order in which the model computes; none if that is not known.
     :param before: what is suspected more than they are.
     """
     some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return {
         "passed": False,
         "action": "abort",
-        "message": f"NaN or Inf in the {what} of {some}",
+        "message": f"NaN or Inf in the {what} of {some}" if some else f"NaN or Inf in {what} at the output head",
         "warnings": [],
         "metrics": {
             "measured": True,
@@ -75,5 +75,5 @@ def rounded(value: float | None) -> float | None:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that at least this share of them does not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+    """One of the values: the largest for a share of 1, and for less, of more than one value, never the largest."""
+    return sorted(values)[int(share * (len(values) - 1))]

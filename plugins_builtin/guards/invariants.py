@@ -29,18 +29,33 @@ class _Tensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Tensor:
+        import torch
+
         shape, dtype = tuple(tensor.shape), str(tensor.dtype)
         if not tensor.is_floating_point() or not tensor.numel():
             return cls(shape, dtype, True, 0, 0, False)
         if tensor.ndim < 2:
             finite = bool(tensor.isfinite().all())
             return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
-        # The extremes of rows tell finite, constant and zero without a temporary of the weight's size.
-        low, high = tensor.amin(-1), tensor.amax(-1)
-        columns = int((tensor.amin(-2) == tensor.amax(-2)).sum()) if tensor.shape[-2] > 1 else 0
-        rows = int((low == high).sum()) if tensor.shape[-1] > 1 else 0
-        finite = bool((low.isfinite() & high.isfinite()).all())
-        return cls(shape, dtype, finite, rows, columns, bool((low == 0).all() & (high == 0).all()))
+        # The extremes tell finite and zero without a temporary of the weight's size.
+        low, high = torch.aminmax(tensor)
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            finite=bool(low.isfinite() & high.isfinite()),
+            constant_rows=_constant_rows(tensor),
+            constant_columns=_constant_rows(tensor.mT),
+            zero=bool((low == 0) & (high == 0)),
+        )
+
+
+def _constant_rows(matrices: torch.Tensor) -> int:
+    """How many rows of matrices (..., rows, columns) hold one number throughout; none if they are one number long."""
+    if matrices.shape[-1] < 2:
+        return 0
+    # Nearly every row is ruled out by two of its numbers.
+    candidates = matrices[matrices[..., 0] == matrices[..., -1]]
+    return int((candidates == candidates[:, :1]).all(-1).sum())
 
 
 @dataclass(frozen=True)

@@ -38,21 +38,20 @@ class RMTGuard(Guard):
 
     Options:
 
-    ``epsilon_default`` (0.05), ``epsilon_by_family`` ({})
+    ``epsilon_default`` (0.04), ``epsilon_by_family`` ({})
         Largest change of a place, for ffn, attn, other, and for embed, which is the output head and so decides. Held
         against it, up or down: the share of the energy that has turned away, the relative change of the energy, the
-        share of eigenvalues lost or gained. Energies are squares: 0.05 is a relative error of 0.22 in the direction
-        where it is all signal, the size at which rounding stops being usable (see ``family_caps`` of ``spectral``).
+        share of eigenvalues lost or gained. Energies are squares: 0.04 is a relative error of 0.2, the size at which
+        rounding stops being usable (``family_caps`` of ``spectral``).
     ``margin`` (2.02)
         How far beyond the edge a signal begins, as a quantile of the Tracy-Widom law: 2.02 is the one that the largest
         eigenvalue of noise exceeds in 1 % of cases. In InvarLock 0.3 it was a factor.
     ``deadband`` (0.1)
-        An eigenvalue counts as lost or gained when it has crossed the edge by this share on both sides. An eigenvalue
-        right at the edge crosses at the slightest rounding, and all of them move by about the relative error, 0.1 at 4
-        bits.
-    ``tokens`` (128)
-        How many tokens to look at. The eigenvalues of signal grow with them, the edge falls, and the time grows with
-        their cube: 1 ms a place for 128.
+        An eigenvalue counts as lost or gained only if it was, or is, beyond the edge by this share of it. One right at
+        the edge crosses it at the slightest rounding, and all of them move by about the relative error, 0.1 at 4 bits.
+    ``tokens`` (64)
+        How many tokens to look at: enough for the dozen or so directions of signal that layers have, and the time grows
+        with their cube, 1 ms a place for 64.
     ``seed`` (0)
         Of the choice of tokens.
     """
@@ -70,11 +69,11 @@ class RMTGuard(Guard):
 
     def __init__(
         self,
-        epsilon_default: float = 0.05,
+        epsilon_default: float = 0.04,
         epsilon_by_family: Mapping[str, float] | None = None,
         margin: float = 2.02,
         deadband: float = 0.1,
-        tokens: int = 128,
+        tokens: int = 64,
         seed: int = 0,
         **unknown: Any,
     ) -> None:
@@ -86,7 +85,6 @@ class RMTGuard(Guard):
         self._deadband = number("deadband", deadband, 0, 1)
         self._tokens = whole("tokens", tokens, 8)
         self._seed = whole("seed", seed, 0)
-
         self._places: dict[str, _Place] = {}
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
@@ -94,14 +92,19 @@ class RMTGuard(Guard):
 
         order = itertools.count()
         self._places = {place.module: place for place in _places(model)}
-        return {name: Tap(self._tokens, self._seed, order, inputs=True, thorough=True) for name in self._places}
+        return {
+            name: Tap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
+            for name, place in self._places.items()
+        }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
         pairs = [_Pair(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
         pairs = sorted((pair for pair in pairs if pair.after.inputs), key=lambda pair: pair.after.order)
-        if broken := [pair.place.fed_by for pair in pairs if pair.broken]:
-            return not_finite("activations", list(dict.fromkeys(broken)), "what comes out of it holds NaN or Inf")
+        if any(pair.before.all_finite and not pair.after.all_finite for pair in pairs) or any(map(_broken, pairs)):
+            # What is not in the samples is seen at the head alone, and may come from anywhere.
+            broken = dict.fromkeys(pair.place.fed_by for pair in pairs if _broken(pair))
+            return not_finite("activations", list(broken), "what comes out of it holds NaN or Inf")
         changes = self._changes(pair for pair in pairs if pair.comparable)
         if not changes:
             return not_measured("no activations of the same tokens on both sides")
@@ -167,14 +170,9 @@ class _Pair:
     after: Seen
 
     @property
-    def broken(self) -> bool:
-        return bool(self.before.inputs_finite) and not self.after.inputs_finite
-
-    @property
     def comparable(self) -> bool:
-        return bool(
-            self.before.inputs_finite and self.before.inputs and self.before.inputs.comparable(self.after.inputs)
-        )
+        before = self.before.inputs
+        return before is not None and before.comparable(self.after.inputs) and before.finite
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +211,12 @@ class _Change:
             "gained": self.spectra.gained,
             "edge": rounded(self.spectra.edge),
         }
+
+
+def _broken(pair: _Pair) -> bool:
+    """Whether NaN or Inf came into the sample with the edit."""
+    before, after = pair.before.inputs, pair.after.inputs
+    return bool(before and after and before.finite and not after.finite)
 
 
 def _places(model: Any) -> list[_Place]:

@@ -1,29 +1,36 @@
-"""The largest singular value of a matrix, its Frobenius norm, and a sketch that shows later how far it has moved.
+"""The largest singular values of matrices, their Frobenius norms, and sketches that show later how far they have moved.
 
 **Sketch.** For a vector ω of random signs E ||Δ ω||² = ||Δ||_F² (Hutchinson 1990), so W Ω with a block Ω of k such
 vectors, k numbers a row, tells the Frobenius norm of any later change Δ = W' - W without W itself::
 
-    ||Δ||_F ≈ sqrt(||W' Ω - W Ω||_F² / k)
+    ||Δ||_F ≈ sqrt(||D||_F² / k)    with D = W' Ω - W Ω
 
 Its square has the variance 2 (||Δᵀ Δ||_F² - sum_i (Δᵀ Δ)_ii²) / k (Avron and Toledo 2011, section 4), so for k = 8 the
 norm is right to 25 % (one standard deviation) where Δ has rank one, to 25 % / sqrt(r) where its stable rank is r, as
-rounding's is high, and exactly where Δ is single entries, one a row.
+rounding's is high, and exactly where Δ is single entries, one a row. In the same way, since for two independent vectors
+E (ω_1ᵀ Δᵀ Δ ω_2)² = ||Δᵀ Δ||_F², the entries of Dᵀ D beside its diagonal tell the Schatten 4-norm, which is not below
+the spectral norm (and not much above it for anything like rounding)::
+
+    ||Δ||_2 <= ||Δ||_4 ≈ (mean_{i != j} (Dᵀ D)_ij²)^(1/4)
+
+By Weyl's inequality no singular value has moved further than that. Where it is within ``STILL``, none is computed anew.
 
 **Largest singular value.** Block Lanczos on A = Wᵀ W with full reorthogonalization (Golub and Underwood 1977; Musco and
 Musco 2015, algorithm 2), begun with the sketch and with a few new directions a step. For a Ritz pair (θ, v) with the
 residual r = ||A v - θ v|| and the next Ritz value θ₂, an eigenvalue of A is within min(r, r² / (θ - θ₂)) of θ (Parlett
 1998, *The Symmetric Eigenvalue Problem*, sections 4.5 and 11.7, with θ₂ for the unknown λ₂). It goes on until that is
-at most ``ACCURACY`` of sigma. The estimate is never above sigma. That it is not further below is not proven, for θ₂
-may be low
-and the eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise, whose
-spectrum has no gap, against exact singular values.
+at most ``ACCURACY`` of sigma. The estimate is never above sigma. That it is not further below is not proven, for θ₂ may
+be low and the eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise,
+whose spectrum has no gap, against exact singular values.
+
+Matrices of one shape are worked on together: only the products with them are made one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import torch
@@ -33,13 +40,14 @@ PROBES = 8
 WIDTH = 4
 """Directions that a step adds; a product with 4 vectors costs less than twice one with a single vector."""
 ACCURACY = 0.01
+STILL = 0.02
+"""A singular value that has moved by no more than this counts as where it was."""
 MOST_STEPS = 16
-SLIGHT = 0.1
-"""A change whose norm is below this share of sigma is not searched for directions of its own."""
 EXACT_UP_TO = 32
 """With so few rows or columns a full decomposition costs no more."""
 TAME = (1e-8, 1e8)
 """Frobenius norms whose fourth power float32 holds; other matrices are scaled first."""
+TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +79,7 @@ class Change:
     """A matrix after an edit, against what was kept of it."""
 
     after: Spectrum
+    """Its sigma is to ``ACCURACY``, or where it was and right to ``ACCURACY + STILL``."""
     relative: float
     """About ``||W' - W||_F / ||W||_F``; infinite where W was zero and W' is not."""
     rows: Tensor
@@ -78,162 +87,227 @@ class Change:
     rounding changes as a whole, counts with the size of the others."""
 
 
-class NonFiniteError(ValueError):
-    """The matrix holds NaN or Inf."""
+@torch.no_grad()
+def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
+    """Measure matrices of one shape and device, of any floating type; None for one that holds NaN or Inf."""
+    sketched = [_Sketched.of(matrix) for matrix in matrices]
+    finite = [entry for entry in sketched if entry]
+    sigmas = _cold(finite) if finite else []
+    found = (entry.spectrum(*sigma) for entry, sigma in zip(finite, sigmas, strict=True))
+    return [next(found) if entry else None for entry in sketched]
 
 
 @torch.no_grad()
-def spectrum(matrix: Tensor) -> Spectrum:
-    """Measure a matrix, of any floating type, on its device.
+def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Change | None]:
+    """Measure matrices of one shape again after an edit; None for one that holds NaN or Inf.
 
-    :raises NonFiniteError: it holds NaN or Inf.
+    The search for sigma starts from the leading vectors that a matrix had and from where its change points, so that
+    neither an old direction nor a new one is missed.
     """
-    products = _Products.of(matrix)
-    probes, start, to_start = _probes(matrix.shape[1], matrix.device)
-    sketch, frobenius = products.sketch(probes)
-    if not _tame(frobenius):
-        products = products.rescaled()
-        sketch, frobenius = products.sketch(probes)
-    if _is_small(matrix):
-        sigma, leading = products.decomposed()
-    else:
-        sigma, leading = _largest(products, start, products.back(to_start @ sketch))
-    return Spectrum(sigma / products.scale, frobenius / products.scale, sketch, leading, products.scale)
+    sketched = [_Sketched.of(matrix) for matrix in matrices]
+    moved = [_Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
+    searched = [move for move in moved if move.bound > STILL * move.before.sigma]
+    sigmas = iter(_warm(searched) if searched else [])
+    found = (
+        move.change(*(next(sigmas) if move.bound > STILL * move.before.sigma else (None, move.before.leading)))
+        for move in moved
+    )
+    return [next(found) if entry else None for entry in sketched]
 
 
-@torch.no_grad()
-def change(matrix: Tensor, before: Spectrum) -> Change:
-    """Measure a matrix again after an edit.
-
-    The search for sigma starts from the leading vectors that it had and from where the change points, so that neither
-    an     old direction nor a new one is missed.
-
-    :raises NonFiniteError: it holds NaN or Inf.
-    """
-    products = _Products.of(matrix)
-    probes, *_ = _probes(matrix.shape[1], matrix.device)
-    sketch, frobenius = products.sketch(probes)
-    if not _tame(frobenius):
-        products = products.rescaled()
-        sketch, frobenius = products.sketch(probes)
-    unit = min(products.scale, before.scale)
-    old = before.sketch.to(matrix.device) * (unit / before.scale)
-    moved = sketch * (unit / products.scale) - old
-    distance = float(moved.norm()) / math.sqrt(PROBES) / unit
-    after = Spectrum(before.sigma, frobenius / products.scale, sketch, before.leading, products.scale)
-    # Weyl: no singular value moves by more than the norm of the change.
-    if distance > ACCURACY * before.sigma:
-        if _is_small(matrix):
-            sigma, leading = products.decomposed()
-        else:
-            start = before.leading.to(matrix.device)
-            if distance > SLIGHT * before.sigma:
-                start = torch.cat([start, products.back(_leading_rows(moved))])
-            start = _orthonormal(start)
-            sigma, leading = _largest(products, start, products.gram(start))
-        after = replace(after, sigma=sigma / products.scale, leading=leading)
-    sizes = old.norm(dim=0)
-    rows = moved.norm(dim=0) / sizes.clamp(min=float(sizes.median())).clamp(min=torch.finfo(torch.float32).tiny)
-    return Change(after, distance / before.frobenius if before.frobenius else math.inf if distance else 0.0, rows)
-
-
-@dataclass(frozen=True)
-class _Products:
-    """Products with ``scale * W``, in float32, a few rows of W at a time: little memory, and in cache for both."""
+@dataclass(frozen=True, eq=False)
+class _Sketched:
+    """A matrix, what it is multiplied with to keep its squares in range, and its sketch."""
 
     matrix: Tensor
-    at_once: int
-    scale: float = 1.0
+    scale: float
+    sketch: Tensor
+    frobenius: float
+    """Of ``scale * matrix``."""
 
     @classmethod
-    def of(cls, matrix: Tensor) -> _Products:
-        elements = 1 << (20 if matrix.device.type == "cpu" else 26)
-        return cls(matrix, max(1, elements // max(1, matrix.shape[1])))
-
-    def rescaled(self) -> _Products:
-        """
-        :raises NonFiniteError: the matrix holds NaN or Inf.
-        """
-        largest = float(torch.stack([rows.abs().max() for rows in torch.split(self.matrix, self.at_once)]).max())
+    def of(cls, matrix: Tensor) -> _Sketched | None:
+        sketched = cls._at(matrix, 1.0)
+        if TAME[0] <= sketched.frobenius <= TAME[1]:
+            return sketched
+        largest = float(torch.stack([rows.abs().max() for rows in torch.split(matrix, _rows_at_once(matrix))]).max())
         if not math.isfinite(largest):
-            raise NonFiniteError
-        return replace(self, scale=2.0 ** -math.frexp(largest)[1]) if largest else self
+            return None
+        return cls._at(matrix, 2.0 ** -math.frexp(largest)[1]) if largest else sketched
 
-    def sketch(self, probes: Tensor) -> tuple[Tensor, float]:
-        """``(W probesᵀ)ᵀ`` and the Frobenius norm."""
-        parts, norms = zip(*((probes @ rows.T, torch.linalg.vector_norm(rows)) for rows in self._rows()), strict=True)
-        return torch.cat(parts, dim=1), math.hypot(*torch.stack(norms).tolist())
+    @classmethod
+    def _at(cls, matrix: Tensor, scale: float) -> _Sketched:
+        probes = _probes(matrix.shape[1], matrix.device).signs
+        parts, norms = zip(
+            *((rows @ probes.T, torch.linalg.vector_norm(rows)) for rows in _blocks(matrix, scale)), strict=True
+        )
+        return cls(matrix, scale, torch.cat(parts).T, math.hypot(*torch.stack(norms).tolist()))
 
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
-        parts = zip(torch.split(block, self.at_once, dim=1), self._rows(), strict=True)
-        return reduce(torch.add, (part @ rows for part, rows in parts))
+        parts = torch.split(block, _rows_at_once(self.matrix), dim=1)
+        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self._blocks(), strict=True)))
 
     def gram(self, block: Tensor) -> Tensor:
         """``block Wᵀ W``."""
-        return reduce(torch.add, ((block @ rows.T) @ rows for rows in self._rows()))
+        # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
+        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self._blocks()))
 
-    def decomposed(self) -> tuple[float, Tensor]:
-        _, values, vectors = torch.linalg.svd(torch.cat(list(self._rows())), full_matrices=False)
-        return float(values[0]), vectors[:2]
+    def whole(self) -> Tensor:
+        return torch.cat(list(self._blocks()))
 
-    def _rows(self) -> Iterator[Tensor]:
-        for rows in torch.split(self.matrix, self.at_once):
-            yield rows.float() if self.scale == 1 else rows.float() * self.scale
+    def spectrum(self, sigma: float, leading: Tensor) -> Spectrum:
+        return Spectrum(sigma / self.scale, self.frobenius / self.scale, self.sketch, leading, self.scale)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        return _blocks(self.matrix, self.scale)
 
 
-def _largest(products: _Products, start: Tensor, image: Tensor) -> tuple[float, Tensor]:
-    """The largest singular value and the right singular vectors of the two largest.
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """What the sketches before and after tell; in units of ``unit``, which both are in range of."""
 
-    :param start: orthonormal rows to begin with, at least two.
-    :param image: ``start Wᵀ W``.
+    now: _Sketched
+    before: Spectrum
+    difference: Tensor
+    unit: float
+    distance: float
+    """About ``||W' - W||_F``."""
+    bound: float
+    """About the Schatten 4-norm of the change, and never more than its Frobenius norm."""
+
+    @classmethod
+    def of(cls, now: _Sketched, before: Spectrum) -> _Moved:
+        unit = min(now.scale, before.scale)
+        difference = now.sketch * (unit / now.scale) - before.sketch.to(now.sketch.device) * (unit / before.scale)
+        products = difference @ difference.T
+        squares = products.diagonal().sum()
+        fourth = (products.square().sum() - products.diagonal().square().sum()).clamp(min=0)
+        total, schatten = torch.stack([squares, fourth]).tolist()
+        distance = math.sqrt(total / PROBES)
+        bound = min(distance, (schatten / (PROBES * (PROBES - 1))) ** 0.25)
+        return cls(now, before, difference, unit, distance / unit, bound / unit)
+
+    def change(self, sigma: float | None, leading: Tensor) -> Change:
+        sigma = self.before.sigma * self.now.scale if sigma is None else sigma
+        old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
+        rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
+        before = self.before.frobenius
+        relative = self.distance / before if before else math.inf if self.distance else 0.0
+        return Change(self.now.spectrum(sigma, leading), relative, rows)
+
+
+def _cold(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
+    """The largest singular value of ``scale * W``, and the two leading right singular vectors, of each."""
+    if _is_small(matrices[0]):
+        return _decomposed(matrices)
+    probes = _probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
+    images = torch.stack([matrix.back(probes.to_basis @ matrix.sketch) for matrix in matrices])
+    return _largest(matrices, probes.basis.expand(len(matrices), -1, -1), images)
+
+
+def _warm(moved: Sequence[_Moved]) -> list[tuple[float, Tensor]]:
+    """As ``_cold``, from where the matrices were and where they went."""
+    matrices = [move.now for move in moved]
+    if _is_small(matrices[0]):
+        return _decomposed(matrices)
+    differences = torch.stack([move.difference for move in moved])
+    most = torch.linalg.eigh(differences @ differences.mT)[1][..., -2:].mT @ differences
+    pointed = torch.stack([matrix.back(block) for matrix, block in zip(matrices, most, strict=True)])
+    leading = torch.stack([move.before.leading.to(pointed.device) for move in moved])
+    # A change can be larger than any vector by far.
+    start = _orthonormal(torch.cat([leading, torch.nn.functional.normalize(pointed, dim=-1)], dim=1))
+    return _largest(
+        matrices, start, torch.stack([matrix.gram(block) for matrix, block in zip(matrices, start, strict=True)])
+    )
+
+
+def _decomposed(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
+    _, values, vectors = torch.linalg.svd(torch.stack([matrix.whole() for matrix in matrices]), full_matrices=False)
+    return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))
+
+
+def _largest(matrices: Sequence[_Sketched], basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
     """
-    size, columns = start.shape
-    basis, images = start.new_empty(2, min(columns, size + WIDTH * (MOST_STEPS - 1)), columns)
-    basis[:size], images[:size] = start, image
-    while True:
-        known, their_images = basis[:size], images[:size]
-        rotation = torch.linalg.eigh(known @ their_images.T)[1][:, -WIDTH:].T
-        vectors, moved = rotation @ known, rotation @ their_images
+    :param basis: for each matrix orthonormal rows to begin with, at least two: (matrices, rows, columns).
+    :param images: ``basis Wᵀ W``.
+    """
+    found: dict[int, tuple[float, Tensor]] = {}
+    left = list(range(len(matrices)))
+    for step in range(MOST_STEPS):
+        rotation = torch.linalg.eigh(basis @ images.mT)[1][..., -WIDTH:].mT
+        vectors, moved = rotation @ basis, rotation @ images
         # Rayleigh quotients are never above the largest eigenvalue, even where the basis is not quite orthogonal.
-        values = (vectors * moved).sum(dim=1) / (vectors * vectors).sum(dim=1)
-        residuals = torch.addcmul(moved, values[:, None], vectors, value=-1)
-        second, top, residual = torch.cat((values[-2:], residuals[-1:].norm(dim=1))).tolist()
-        error = min(residual, residual**2 / max(top - second, 1e-30))
-        if error <= 2 * ACCURACY * top or size + WIDTH > len(basis):
-            return math.sqrt(max(top, 0.0)), vectors[-2:]
+        values = (vectors * moved).sum(dim=-1) / (vectors * vectors).sum(dim=-1)
+        residuals = torch.addcmul(moved, values.unsqueeze(-1), vectors, value=-1)
+        top, size = values[:, -1], residuals[:, -1].norm(dim=-1)
+        error = torch.minimum(size, size**2 / (top - values[:, -2]).clamp(min=TINY))
+        full = step == MOST_STEPS - 1 or basis.shape[1] + WIDTH > basis.shape[2]
+        sure = [full or close for close in (error <= 2 * ACCURACY * top).tolist()]
+        for place, value in enumerate(top.tolist()):
+            if sure[place]:
+                found[left[place]] = math.sqrt(max(value, 0.0)), vectors[place, -2:].clone()
+        open_ = [place for place, done in enumerate(sure) if not done]
+        if not open_:
+            break
+        left = [left[place] for place in open_]
+        basis, images, residuals = basis[open_], images[open_], residuals[open_]
         # In exact arithmetic residuals are orthogonal to the basis.
-        added = _orthonormal(residuals - (residuals @ known.T) @ known)
-        size, old = size + len(added), size
-        basis[old:size], images[old:size] = added, products.gram(added)
+        added = _orthonormal(residuals - (residuals @ basis.mT) @ basis)
+        grown = torch.stack([matrices[place].gram(block) for place, block in zip(left, added, strict=True)])
+        basis, images = torch.cat([basis, added], dim=1), torch.cat([images, grown], dim=1)
+    return [found[place] for place in range(len(matrices))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Probes:
+    """Random signs Ωᵀ (PROBES, columns), the same in every process, and orthonormal rows that span them."""
+
+    signs: Tensor
+    basis: Tensor
+    to_basis: Tensor
+    """``basis = to_basis @ signs``."""
 
 
 @lru_cache(maxsize=64)
-def _probes(columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Random signs Ωᵀ (PROBES, columns), the same in every process; orthonormal rows that span them; the one's matrix
-    that makes the other."""
+def _probes(columns: int, device: torch.device) -> _Probes:
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (PROBES, columns), generator=generator).mul_(2).sub_(1).float()
     if columns <= EXACT_UP_TO:
-        return signs.to(device), signs[:0], signs[:0]
+        return _Probes(signs.to(device), signs[:0], signs[:0])
     rotated, triangle = torch.linalg.qr(signs.T)
-    return signs.to(device), rotated.T.contiguous().to(device), torch.linalg.inv(triangle).T.contiguous().to(device)
+    return _Probes(
+        signs.to(device), rotated.T.contiguous().to(device), torch.linalg.inv(triangle).T.contiguous().to(device)
+    )
 
 
-def _leading_rows(block: Tensor) -> Tensor:
-    """The two directions among the rows of a block that hold most of it."""
-    vectors: Tensor = torch.linalg.eigh(block @ block.T)[1]
-    return vectors[:, -2:].T @ block
+def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
+    """``scale`` times a matrix, in float32, a few rows at a time: little memory, and in cache for several products."""
+    for rows in torch.split(matrix, _rows_at_once(matrix)):
+        yield rows.float() if scale == 1 else rows.float() * scale
 
 
-def _orthonormal(block: Tensor) -> Tensor:
-    columns: Tensor = torch.linalg.qr(block.T)[0]
-    return columns.T.contiguous()
+def _rows_at_once(matrix: Tensor) -> int:
+    return max(1, (1 << (20 if matrix.device.type == "cpu" else 26)) // max(1, matrix.shape[1]))
 
 
-def _is_small(matrix: Tensor) -> bool:
-    return min(matrix.shape) <= EXACT_UP_TO
+def _times(block: Tensor, rows: Tensor) -> Tensor:
+    """``block @ rows``, as a sum over quarters, because BLAS gives a block of few rows to a single core."""
+    if len(rows) % 4:
+        return block @ rows
+    quarters = block.view(len(block), 4, -1).movedim(1, 0)
+    return torch.bmm(quarters, rows.view(4, -1, rows.shape[1])).sum(dim=0)
 
 
-def _tame(frobenius: float) -> bool:
-    return TAME[0] <= frobenius <= TAME[1]
+def _orthonormal(blocks: Tensor) -> Tensor:
+    columns: Tensor = torch.linalg.qr(blocks.mT)[0]
+    return columns.mT.contiguous()
+
+
+def _lengths(columns: Tensor) -> Tensor:
+    """The norms of the columns; ``norm(dim=0)`` would take ten times as long."""
+    return columns.square().sum(dim=0).sqrt()
+
+
+def _is_small(sketched: _Sketched) -> bool:
+    return min(sketched.matrix.shape) <= EXACT_UP_TO

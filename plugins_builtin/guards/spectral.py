@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from plugins_builtin.guards.singular import Change, Spectrum
+
+
+AT_ONCE = 64
 
 
 class SpectralGuard(Guard):
@@ -87,14 +90,12 @@ class SpectralGuard(Guard):
         self._baseline: dict[str, Spectrum | None] | None = None
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.singular import NonFiniteError, spectrum
+        from plugins_builtin.guards.singular import spectra
 
         self._baseline = {}
-        for matrix in _matrices(model, self._families):
-            try:
-                self._baseline[matrix.name] = spectrum(matrix.values)
-            except NonFiniteError:
-                self._baseline[matrix.name] = None
+        for alike in _alike(_matrices(model, self._families)):
+            measured = spectra([matrix.values for matrix in alike])
+            self._baseline |= {matrix.name: entry for matrix, entry in zip(alike, measured, strict=True)}
         finite = [entry for entry in self._baseline.values() if entry]
         return {
             "ready": True,
@@ -104,27 +105,27 @@ class SpectralGuard(Guard):
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.singular import NonFiniteError, change
+        from plugins_builtin.guards.singular import changes
 
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
-        moves: list[_Move] = []
-        broken: list[str] = []
-        unmeasured = dict.fromkeys(self._baseline)
-        for matrix in _matrices(model, self._families):
-            before = self._baseline.get(matrix.name)
-            if before is None or before.shape != tuple(matrix.values.shape):
-                continue
-            del unmeasured[matrix.name]
-            try:
-                moves.append(self._move(matrix, before, change(matrix.values, before)))
-            except NonFiniteError:
-                broken.append(matrix.module)
-        if broken:
+        before = {name: entry for name, entry in self._baseline.items() if entry}
+        comparable = [
+            matrix
+            for matrix in _matrices(model, self._families)
+            if matrix.name in before and before[matrix.name].shape == tuple(matrix.values.shape)
+        ]
+        moves: dict[str, _Move | None] = {}
+        for alike in _alike(comparable):
+            measured = changes([matrix.values for matrix in alike], [before[matrix.name] for matrix in alike])
+            for matrix, change in zip(alike, measured, strict=True):
+                moves[matrix.name] = self._move(matrix, before[matrix.name], change) if change else None
+        if broken := [matrix.module for matrix in comparable if not moves[matrix.name]]:
             return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
-        if not moves:
+        if not comparable:
             return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
-        return self._result(sorted(moves, key=lambda move: -move.score), list(unmeasured))
+        ranked = sorted((move for move in moves.values() if move), key=lambda move: -move.score)
+        return self._result(ranked, [name for name in self._baseline if name not in moves])
 
     def _move(self, matrix: _Matrix, before: Spectrum, change: Change) -> _Move:
         rows = int((change.rows > self._row_cap).sum())
@@ -247,6 +248,18 @@ def _matrices(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Matr
         else:
             experts = enumerate(weight.flatten(0, -3))
             yield from (_Matrix(f"{target.name}[{place}]", target.name, family, expert) for place, expert in experts)
+
+
+def _alike(matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Matrices of one shape, type and device together, some dozens at a time."""
+    together: dict[Any, list[_Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        group = together[matrix.values.shape, matrix.values.dtype, matrix.values.device]
+        group.append(matrix)
+        if len(group) == AT_ONCE:
+            yield [*group]
+            group.clear()
+    yield from filter(None, together.values())
 
 
 def _replaced(moves: Sequence[_Move]) -> list[str]:

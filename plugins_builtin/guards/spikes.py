@@ -46,24 +46,25 @@ class Spectra:
     """The sum of the eigenvalues beyond the edge over the baseline's sum of all."""
     lost: int
     gained: int
-    """Spikes that have gone below or come beyond the edge, by more than the deadband."""
+    """How many that were beyond the edge by more than the deadband are no longer, and the other way round."""
     energy_ratio: float
     """The sum of the leading eigenvalues after over before, of as many as the side with more spikes has. Unlike the sum
     of those beyond the edge it does not jump when one crosses it (Ky Fan norms are Lipschitz)."""
     turned: float
-    """The share of the baseline's energy in those directions that the edited ones no longer span:
-    ``1 - sum_i lambda_i ||P' v_i||² / sum_i lambda_i``, from 0 to 1; sin² of the angle for a single direction."""
+    """The share of the baseline's energy beyond the edge in directions that as many leading edited ones do not span:
+    ``1 - sum_i w_i ||P' v_i||² / sum_i w_i`` with ``w_i = max(0, lambda_i - edge)``, from 0 to 1; sin² of the angle for
+    a single direction. A direction right at the edge, which may change places with noise, has no weight."""
 
 
 @torch.no_grad()
 def compare(before: Tensor, after: Tensor, *, margin: float, deadband: float) -> Spectra:
     """Compare the spectra of two matrices (tokens, features), both standardized with the first one's figures.
 
-    :param deadband: a spike is lost only if it was beyond the edge by this share of it and is now below by this share;
-        gained, the other way round.
+    :param deadband: a spike is lost or gained only if it was, or is, beyond the edge by this share of it.
     """
     before, after = before.float(), after.float()
-    centre, deviation = before.mean(dim=0), before.std(dim=0)
+    centre = before.mean(dim=0)
+    deviation = ((before - centre).square().sum(dim=0) / (len(before) - 1)).sqrt()
     floor = SMALLEST_DEVIATION * float(deviation.square().mean().sqrt())
     deviation = deviation.clamp(min=max(floor, 1e-30))
     old = _Eigen.of((before - centre) / deviation)
@@ -71,16 +72,16 @@ def compare(before: Tensor, after: Tensor, *, margin: float, deadband: float) ->
     limit = edge(len(before), before.shape[1], margin)
     counts = old.beyond(limit), new.beyond(limit)
     most, total = max(*counts, 1), float(old.values.sum()) or 1.0
-    weights = old.values[:most] / (float(old.values[:most].sum()) or 1.0)
+    weights = (old.values[:most] - limit).clamp(min=0)
     spanned = (new.directions(most) @ old.directions(most).T).square().sum(dim=0)
     return Spectra(
         edge=limit,
         counts=counts,
         energies=(float(old.values[: counts[0]].sum()) / total, float(new.values[: counts[1]].sum()) / total),
-        lost=max(0, old.beyond(limit * (1 + deadband)) - new.beyond(limit * (1 - deadband))),
-        gained=max(0, new.beyond(limit * (1 + deadband)) - old.beyond(limit * (1 - deadband))),
+        lost=old.above(new, limit, deadband),
+        gained=new.above(old, limit, deadband),
         energy_ratio=float(new.values[:most].sum()) / (float(old.values[:most].sum()) or 1.0),
-        turned=max(0.0, 1 - float((spanned * weights).sum())) if new is not old and float(weights.sum()) else 0.0,
+        turned=max(0.0, 1 - float((spanned * weights).sum() / weights.sum())) if counts[0] and new is not old else 0.0,
     )
 
 
@@ -101,6 +102,10 @@ class _Eigen:
 
     def beyond(self, limit: float) -> int:
         return int((self.values > limit).sum())
+
+    def above(self, other: _Eigen, limit: float, deadband: float) -> int:
+        """How many eigenvalues are clearly beyond the limit while those of the same rank on the other side are not."""
+        return int(((self.values > limit * (1 + deadband)) & (other.values <= limit)).sum())
 
     def directions(self, most: int) -> Tensor:
         """The leading eigenvectors as unit rows: (most, features)."""

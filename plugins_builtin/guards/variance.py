@@ -36,8 +36,8 @@ class VarianceGuard(Guard):
 
     Where one factor for each output channel would undo much of a module's error, the guard says so. The factor is the
     least-squares one, ``a_c = <y_c, y'_c> / <y'_c, y'_c>``, fitted on one half of the tokens. Its gain is the share of
-    the squared error that it takes away on the other half, ``1 - sum ||y - a y'||² / sum ||y - y'||²``. The guard never
-    applies it.
+    the squared error that it takes away on the other half, compared with doing nothing or with leaving the output out,
+    whichever is better: ``1 - sum ||y - a y'||² / min(sum ||y - y'||², sum ||y||²)``. The guard never applies it.
 
     Options:
 
@@ -116,17 +116,12 @@ class VarianceGuard(Guard):
         pairs = [_Pair(self._modules[name], before[name], after[name]) for name in both]
         pairs.sort(key=lambda pair: pair.after.order)
         outputs = [_Output.of(pair) for pair in pairs if pair.comparable]
-        if broken := [pair for pair in pairs if pair.broken]:
-            return self._broken(broken, outputs)
+        broken = [pair for pair in pairs if pair.broken]
+        if broken or any(pair.before.all_finite and not pair.after.all_finite for pair in pairs):
+            return _not_finite(broken, outputs)
         if not outputs:
             return not_measured("no outputs of the same tokens on both sides")
         return self._result(outputs, [pair.module.name for pair in pairs if not pair.comparable])
-
-    def _broken(self, broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str, Any]:
-        # What is huge somewhere overflows later.
-        huge = [output for output in outputs if output.jump > HUGE and output.order < broken[0].after.order]
-        names = list(dict.fromkeys(pair.module.weight for pair in broken))
-        return not_finite("outputs", names, "its output holds NaN or Inf", [output.suspect for output in huge])
 
     def _result(self, outputs: Sequence[_Output], unmeasured: Sequence[str]) -> dict[str, Any]:
         last = next((output for output in outputs if output.module.is_head), outputs[-1])
@@ -181,12 +176,13 @@ class _Pair:
 
     @property
     def broken(self) -> bool:
-        return _finite(self.before) and not _finite(self.after)
+        before, after = self.before.outputs, self.after.outputs
+        return bool(before and after and before.finite and not after.finite)
 
     @property
     def comparable(self) -> bool:
-        before = self.before.outputs
-        return before is not None and before.comparable(self.after.outputs) and _finite(self.before) and not self.broken
+        before, after = self.before.outputs, self.after.outputs
+        return bool(before and after and before.comparable(after) and before.finite and after.finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +242,7 @@ class _Output:
         before, after = self.before[::2], self.after[::2]
         factors = (before * after).sum(dim=0) / (after * after).sum(dim=0).clamp(min=1e-30)
         before, after = self.before[1::2], self.after[1::2]
-        error = float((before - after).square().sum())
+        error = min(float((before - after).square().sum()), float(before.square().sum()))
         if not error:
             return None
         gain = 1 - float((before - factors * after).square().sum()) / error
@@ -263,13 +259,12 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     return error / size if size else math.inf if error else 0.0
 
 
-def _finite(seen: Seen) -> bool:
-    """Whether what was seen of a module was finite: its sample, and where all was looked at, all that went in."""
-    import torch
-
-    if seen.inputs_finite is False or seen.outputs is None:
-        return False
-    return bool(torch.stack(torch.aminmax(seen.outputs.rows)).isfinite().all())
+def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str, Any]:
+    # What is huge somewhere overflows later. What no sample has is seen at the head alone, and may come from anywhere.
+    first = broken[0].after.order if broken else 0
+    huge = [output.suspect for output in outputs if output.jump > HUGE and output.order < first]
+    names = list(dict.fromkeys(pair.module.weight for pair in broken))
+    return not_finite("outputs", names, "its output holds NaN or Inf", huge)
 
 
 def _modules(model: Any) -> dict[str, _Module]:
