@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,9 +53,12 @@ class Rows:
         """The squared relative error to expect of a row, if rows are used as often as tokens with their ids are.
 
         :param rotation: what the edited model rotated its hidden states by.
-        :raises RuntimeError: the edited embedding has rows of another number or size.
+        :returns: infinity where rows are of another number or size.
         """
-        difference = _projections(self._edited(part), rotation) - self.projections
+        edited = self._edited(part)
+        if edited.shape != (len(self.norms), self.sample.shape[1]):
+            return math.inf
+        difference = _projections(edited, rotation) - self.projections
         sizes = self.norms.square()
         errors = difference.square().sum(-1) / sizes.clamp(min=1e-6 * float(sizes.mean()) + 1e-30)
         frequency = token_frequency(len(errors)).to(errors)
