@@ -17,7 +17,8 @@ LAYERS = {
     "config": {"core"},
     "quantization": {"core"},
     "evaluation": {"core"},
-    "checkpoints": {"core"},
+    # Exports store the codes and scales of a scheme.
+    "checkpoints": {"core", "quantization"},
     "reporting": {"core"},
     "plugins": {"core", "hookspecs"},
     "pipeline": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins"},

@@ -73,7 +73,7 @@ def test_every_architecture_runs_on_windows_of_its_own(architecture: str, tmp_pa
         model={"id": str(folder), "device": "cpu"},
         dataset={"seq_len": 16, "preview_n": 2, "final_n": 4},
         guards={},
-        output={"save_model": True},
+        output={"save_model": True, "format": "dequantized"},
     )
     done = invarlock("run", "-c", path, "--out", "out", "--strict")
     assert done.code == 0, done.out + done.err

@@ -7,10 +7,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from invarlock.core.errors import UsageError
 
@@ -54,12 +53,12 @@ def _umask() -> int:
     return mask
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path from the folder's parent."""
+def digests(folder: Path, name: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path there, under the name that the folder will have."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            found[path.relative_to(folder.parent).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[f"{name}/{path.relative_to(folder).as_posix()}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -98,10 +97,6 @@ class OutputFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def save_model(self, model: Any, tokenizer: Any) -> dict[str, str]:
-        """Save an accepted model in its own layout and dtype; returns the digests of its files."""
-        with staged_folder(self.path / "model") as folder:
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        return digests(self.path / "model")
+    def staged_model(self) -> AbstractContextManager[Path]:
+        """An empty folder that becomes the model's if the block ends well."""
+        return staged_folder(self.path / "model")

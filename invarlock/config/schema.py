@@ -138,9 +138,11 @@ class OutputConfig:
 
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
-    format: Annotated[Literal["dequantized"], "Format of the saved model: its own layout and data type."] = (
-        "dequantized"
-    )
+    format: Annotated[
+        Literal["compressed-tensors", "dequantized", "gguf"],
+        "Format of the saved model: packed codes for vLLM and transformers; its own layout and data type; or Q8_0 "
+        "blocks for llama.cpp (bitwidth 8, group_size 32).",
+    ] = "compressed-tensors"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from invarlock import __version__
-from invarlock.checkpoints.writing import OutputFolder, write_text
+from invarlock.checkpoints.writing import OutputFolder, digests, write_text
+from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
@@ -70,15 +72,23 @@ def assemble(
     ).as_dict()
 
 
-def write(
-    report: dict[str, Any], output: OutputFolder, clock: Clock, model: torch.nn.Module | None, tokenizer: Any
-) -> None:
-    """Write the report, after the model if there is one to save."""
-    output.clear()
-    if model is not None:
-        with clock.stage("save"):
-            report["artifacts"] |= output.save_model(model, tokenizer)
-    write_text(output.path / "report.json", reporting.to_json(report))
+def write(report: dict[str, Any], output: OutputFolder, clock: Clock, save: Callable[..., None] | None = None) -> None:
+    """Write the report, after the model if there is one to save.
+
+    :param save: writes an accepted model to an empty folder, given that and the report.
+    :raises UsageError: something could not be written; then there is no report and no model.
+    """
+    try:
+        output.clear()
+        if save is not None:
+            with clock.stage("save"), output.staged_model() as folder:
+                save(folder, report=report)
+                report["artifacts"] |= digests(folder, "model")
+                write_text(folder / "report.json", reporting.to_json(report))
+        write_text(output.path / "report.json", reporting.to_json(report))
+    except (OSError, SafetensorError) as error:
+        output.clear()
+        raise UsageError(f"output.dir: {output.path} could not be written: {one_line(error)}") from error
 
 
 def _module_section(module: Any) -> reporting.ModuleSection:

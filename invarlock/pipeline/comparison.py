@@ -24,7 +24,7 @@ from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
-from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 
@@ -81,7 +81,7 @@ def compare(
     report = _report(judge, subject, attempt, baseline, model)
     plugins.run_finished(report)
     if output is not None:
-        write(report, output, judge.clock, None, None)
+        write(report, output, judge.clock)
     return RunResult(report, model)
 
 
@@ -110,10 +110,10 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
 
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
-    model, _ = judge.load(subject)
+    model, adapter = judge.load(subject)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
     edited = Fingerprint.of(model)
-    findings = _tokenizer_findings(judge, subject, baseline.vocabulary)
+    findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := _unreadable(judge, model):
         judge.windows = None
         findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
@@ -176,10 +176,12 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> Changed
     return changed(change="changed", bits=None, relative_error=error)
 
 
-def _tokenizer_findings(judge: Judge, subject: str, vocabulary: Mapping[str, int] | None) -> list[Finding]:
+def _tokenizer_findings(
+    adapter: Adapter, subject: str, trust: Mapping[str, Any], vocabulary: Mapping[str, int] | None
+) -> list[Finding]:
     """The baseline's tokenizer is used for both; a subject with another one is said."""
     try:
-        other = judge.adapter.load_tokenizer(subject, **judge.trust).get_vocab()
+        other = adapter.load_tokenizer(subject, **trust).get_vocab()
     except UsageError as error:
         return (
             []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import PlanConfig, RunConfig
 from invarlock.core.results import Action
@@ -38,22 +40,26 @@ def run(
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
     plans = _plans(config)
+    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if output is not None:
         output.check(config.model.id)
     slots = plugins.guard_slots(config.guards.order, config.guards.options)
     judge = Judge(config, plugins, slots, strict, on_progress)
     model, adapter = judge.load(config.model.id)
-    select_targets(model, plans[0])
+    targets = select_targets(model, plans[0])
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
+    if export is not None:
+        export.check(model, targets, judge.tokenizer)
     judge.make_windows(model)
     keeper = Keeper.of(model, adapter, judge.clock)
     try:
-        attempts = _attempts(judge, model, keeper, plans)
+        attempts = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
         plugins.run_finished(report)
         if output is not None:
-            keep = attempts[-1].verdict.accepted and config.output.save_model
-            write(report, output, judge.clock, model if keep else None, judge.tokenizer)
+            keep = attempts[-1].verdict.accepted and export is not None
+            save = partial(export.write, model=model, tokenizer=judge.tokenizer) if keep and export else None
+            write(report, output, judge.clock, save)
     except BaseException:
         keeper.restore(model)
         raise
@@ -64,12 +70,13 @@ def _plans(config: RunConfig) -> list[Plan]:
     """The plan of each attempt: after a rollback one more bit, up to 8."""
     plan = config.edit.plan
     widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
-    return [_plan(dataclasses.replace(plan, bitwidth=width)) for width in widths]
+    half_scales = config.output.save_model and config.output.format == "gguf"
+    return [_plan(dataclasses.replace(plan, bitwidth=width), half_scales) for width in widths]
 
 
-def _plan(plan: PlanConfig) -> Plan:
+def _plan(plan: PlanConfig, half_scales: bool) -> Plan:
     return Plan(
-        Scheme(plan.bitwidth, plan.symmetric, plan.per_channel, plan.group_size, plan.clamp_ratio),
+        Scheme(plan.bitwidth, plan.symmetric, plan.per_channel, plan.group_size, plan.clamp_ratio, half_scales),
         scope=plan.scope,
         include=plan.include,
         exclude=plan.exclude,
@@ -77,14 +84,16 @@ def _plan(plan: PlanConfig) -> Plan:
     )
 
 
-def _attempts(judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Sequence[Plan]) -> list[Attempt]:
+def _attempts(
+    judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Sequence[Plan], export: Export | None
+) -> list[Attempt]:
     """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left."""
     judge.measure_baseline(model)
     if not judge.prepare(model, lambda: keeper.undo(model)):
         return [judge.not_ready()]
     attempts: list[Attempt] = []
     for number, plan in enumerate(plans, start=1):
-        attempts.append(_attempt(judge, model, keeper, number, plan))
+        attempts.append(_attempt(judge, model, keeper, number, plan, export))
         if attempts[-1].verdict.accepted:
             break
         keeper.restore(model)
@@ -93,10 +102,17 @@ def _attempts(judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Seque
     return attempts
 
 
-def _attempt(judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan) -> Attempt:
+def _attempt(
+    judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan, export: Export | None
+) -> Attempt:
+    if export is not None:
+        export.scheme = plan.scheme
     with judge.clock.stage("quantize"):
         modules = quantize_model(
-            model, plan, on_progress=lambda done, total, name: judge.on_progress("quantize", done, total)
+            model,
+            plan,
+            scales=export.scales if export is not None and export.stores_codes else None,
+            on_progress=lambda done, total, name: judge.on_progress("quantize", done, total),
         )
     edited = Fingerprint.of(model)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import count
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
-from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, unfit
+from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, scales_of, unfit
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.quantization.selection import WeightTarget, select_targets
 
@@ -35,11 +35,17 @@ class QuantizedWeight(WeightFigures):
 
 
 def quantize_model(
-    model: nn.Module, plan: Plan, *, measure: bool = True, on_progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    measure: bool = True,
+    scales: dict[str, Tensor] | None = None,
+    on_progress: Progress | None = None,
 ) -> list[QuantizedWeight]:
     """Round the weights that a plan selects, in place.
 
     :param measure: whether to work out the error figures of each weight.
+    :param scales: filled with the scales of each matrix (``scales_of``), by the name of the parameter, for an export.
     :returns: one result a weight, in the order of the model.
     :raises UsageError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
         dtype that RTN does not take. Nothing has been changed then.
@@ -55,6 +61,8 @@ def quantize_model(
         scratch = Scratch()
         results = []
         for target in of_one_device:
+            if scales is not None:
+                scales[target.parameter_name] = scales_of(target.parameter, plan.scheme, layout=target.layout)
             results.append(_round(target, plan.scheme, measure, scratch))
             if on_progress is not None:
                 on_progress(next(done), len(targets), target.name)

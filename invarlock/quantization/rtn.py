@@ -9,8 +9,8 @@ to even:
   ``zero = clamp(round(-2^(b-1) - min / scale))``, ``code = clamp(round(w / scale + zero))``,
   ``w = (code - zero) * scale``.
 
-The scale is rounded to the dtype of the weight before it is used, as a checkpoint would store it; everything else is
-float32, and the product is rounded to the dtype of the weight.
+The scale is rounded to the dtype of the weight (or to float16, with ``half_scales``) before it is used, as a checkpoint
+would store it; everything else is float32, and the product is rounded to the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -116,6 +116,19 @@ def quantize_(
     return rounding.figures(weight.numel())
 
 
+@torch.no_grad()
+def scales_of(weight: Tensor, scheme: Scheme, *, layout: Layout = Layout.OUT_IN) -> Tensor:
+    """The scales that ``quantize_`` will use for a matrix: (out, groups), (out, 1) or, where all of it has one, (1, 1).
+
+    They have the dtype in which they are stored. A row with NaN or Inf has one that is not finite.
+    """
+    (matrix,) = _matrices(weight.detach(), layout)
+    clip = _clip_bounds(matrix, scheme.clamp_ratio) if scheme.clamp_ratio else None
+    grids = [_Grid.over(part, scheme, clip) for part in _parts(matrix, scheme.group_size)]
+    dtype = torch.float16 if scheme.half_scales else weight.dtype
+    return torch.cat([grid.scale.flatten(1) for grid in grids], dim=1).to(dtype)
+
+
 def unfit(weight: Tensor, layout: Layout) -> str | None:
     """Why ``quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
     if weight.is_meta:
@@ -159,9 +172,10 @@ class _Grid:
             scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
         smallest, largest = map(float, torch.aminmax(scale))
         finite = math.isfinite(largest)
-        if part.dtype != torch.float32:
-            scale = scale.to(part.dtype).float()
-        floor, ceiling = _scale_limits(part.dtype, scheme.bitwidth)
+        dtype = torch.float16 if scheme.half_scales else part.dtype
+        if dtype != torch.float32:
+            scale = scale.to(dtype).float()
+        floor, ceiling = _scale_limits(dtype, scheme.bitwidth)
         if not floor <= smallest <= largest <= ceiling:
             scale.clamp_(floor, ceiling)
         if scheme.symmetric:

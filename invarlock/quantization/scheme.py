@@ -29,6 +29,8 @@ class Scheme:
     """With a size, every group of that many inputs of an output channel has a scale; the last may be short."""
     clamp_ratio: float = 0.0
     """The share c of a matrix, 0 to 0.5, that is first clipped to its quantiles c/2 and 1 - c/2."""
+    half_scales: bool = False
+    """Whether scales are rounded to float16, for a format that stores no other; else they are to the weight's dtype."""
 
     def __post_init__(self) -> None:
         if not _is_whole(self.bitwidth) or not 2 <= self.bitwidth <= 8:

@@ -28,7 +28,8 @@ class _TransformersAdapter(ModelAdapter):
         import transformers
 
         loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
-        return load_checkpoint(loader, model_id, device, **{"dtype": "auto", "use_safetensors": True, **kwargs})
+        options = {"dtype": "auto", "use_safetensors": True, **kwargs, **_dequantized(model_id, kwargs)}
+        return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
         return self.auto_class
@@ -115,6 +116,19 @@ def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes transformers turn packed codes into weights while it loads them; nothing for any other checkpoint."""
+    packing = read_config(model_id, options).get("quantization_config") or {}
+    if packing.get("quant_method") != "compressed-tensors":
+        return {}
+    from transformers import AutoConfig
+
+    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(model_id, **accepted)
+    config.quantization_config["dequantize"] = True
+    return {"config": config}
+
+
 def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
     from transformers.utils import cached_file
 
@@ -145,10 +159,20 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         raise UsageError(
             f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
         )
+    _forget_packing(model)
     try:
         return model.eval().to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _forget_packing(model: Any) -> None:
+    """Call a model dense that is: else it could not be moved or saved as one."""
+    if any(parameter.is_floating_point() is False for parameter in model.parameters()):
+        return
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
 
 
 def _resolve(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 # Fields that a round trip through a file rewrites without any meaning for the model.
-BOOKKEEPING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})
+BOOKKEEPING = frozenset(
+    {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
+)
 
 
 @dataclass(frozen=True)
@@ -263,5 +266,12 @@ def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     return [
         f"{name}: {before.get(name)!r} became {after.get(name)!r}"
         for name in names
-        if before.get(name) != after.get(name)
+        if not _alike(before.get(name), after.get(name))
     ]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of a configuration are the same; a file may have held a number in single precision."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)

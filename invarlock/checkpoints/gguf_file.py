@@ -1,0 +1,162 @@
+"""Export as GGUF with Q8_0 blocks: 32 codes of 8 bits and a float16 scale, for llama.cpp and what is built on it.
+
+The numbers are those of ``code * scale``, as they stand in the model, exactly, because the plan rounds to the same
+blocks and scales (``Scheme.half_scales``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from invarlock.quantization.scheme import Scheme
+from invarlock.quantization.selection import WeightTarget
+
+BLOCK = 32
+ARCHITECTURES = ("llama", "qwen2")
+FILE = "model.gguf"
+
+
+def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+    """Why a GGUF file cannot hold what a plan makes of these weights, or None."""
+    if (scheme.bitwidth, scheme.symmetric, scheme.group_size) != (8, True, BLOCK):
+        return f"Q8_0 is 8 bits, symmetric, in groups of {BLOCK}: set edit.plan.bitwidth 8 and edit.plan.group_size 32"
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        return f"it is written for {' and '.join(ARCHITECTURES)} models, and this one is {kind}"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        return "it is written for plain rotary embeddings, and this model scales its own"
+    for target in targets:
+        if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
+            shape = tuple(target.parameter.shape)
+            return (
+                f"Q8_0 holds weights of Linear with a multiple of {BLOCK} inputs, and {target.name} has shape {shape}"
+            )
+    if tokenizer is None or not _is_byte_level(tokenizer):
+        return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
+    return None
+
+
+def save(folder: Path, model: Any, tokenizer: Any, scales: Mapping[str, Tensor]) -> None:
+    """Write ``model.gguf`` beside the tokenizer's own files, which are there already.
+
+    :param scales: of each quantized weight, by the name of the parameter.
+    """
+    import gguf
+
+    config = model.config
+    architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
+    writer = gguf.GGUFWriter(folder / FILE, config.model_type)
+    _write_configuration(writer, config)
+    _write_tokenizer(writer, folder, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        stem, _, suffix = name.rpartition(".")
+        target = f"{names.get_name(stem)}.{suffix}"
+        heads = _heads(name, config)
+        if name in scales:
+            blocks = _blocks(_rotary_order(tensor, heads), _rotary_order(scales[name], heads))
+            writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            numbers, kind = _plain(_rotary_order(tensor, heads))
+            writer.add_tensor(target, numbers, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_configuration(writer: Any, config: Any) -> None:
+    import gguf
+
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+
+
+def _write_tokenizer(writer: Any, folder: Path, tokenizer: Any, rows: int) -> None:
+    """The vocabulary, one entry for each row of the embedding."""
+    import gguf
+
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in range(rows)])
+    writer.add_token_types(
+        [
+            kinds.UNUSED
+            if number not in words
+            else kinds.CONTROL
+            if number in special
+            else kinds.USER_DEFINED
+            if number in added
+            else kinds.NORMAL
+            for number in range(rows)
+        ]
+    )
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows).add_to_gguf(writer, quiet=True)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    described = json.loads(backend.to_str())
+    return described["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(described["decoder"])
+
+
+def _heads(name: str, config: Any) -> int | None:
+    """Of a query or key projection of Llama: how many heads it has."""
+    if config.model_type != "llama" or ".self_attn." not in name:
+        return None
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+
+
+def _rotary_order(rows: Tensor, heads: int | None) -> Tensor:
+    """Rows in llama.cpp's order: the two halves of each head's rotary dimensions interleaved."""
+    if heads is None:
+        return rows
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
+    """A tensor that is not quantized, in its own type; vectors, as llama.cpp wants them, in float32."""
+    import gguf
+
+    if tensor.ndim == 1 or tensor.dtype == torch.float32:
+        return tensor.float().cpu().numpy(), gguf.GGMLQuantizationType.F32
+    if tensor.dtype == torch.float16:
+        return tensor.cpu().numpy(), gguf.GGMLQuantizationType.F16
+    return tensor.cpu().contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
+
+
+def _blocks(weight: Tensor, scale: Tensor) -> NDArray[np.uint8]:
+    """Rows of Q8_0 blocks as bytes: for each block its float16 scale, then 32 codes."""
+    wide = scale.float().unsqueeze(-1)
+    codes = (weight.float().view(*scale.shape, BLOCK) / wide).round_().to(torch.int8)
+    blocks = torch.cat([scale.unsqueeze(-1).view(torch.uint8), codes.view(torch.uint8)], dim=-1)
+    return np.asarray(blocks.flatten(1).cpu().numpy())
