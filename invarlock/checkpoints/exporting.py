@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,17 +44,41 @@ class Export:
 
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         if self.format == "compressed-tensors":
             packed.save(folder, model, self.scheme, self.scales)
-        elif self.format == "gguf":
+        elif self.format == "dequantized":
+            model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
+        self._accompany(folder, model, tokenizer, report)
+        if self.format == "gguf":
+            gguf_file.save(folder, model, tokenizer, self.scales)
+
+    def stored(self, name: str, weight: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+        """What is stored of one weight, by name, where weights are written one by one.
+
+        :param scale: of a quantized weight.
+        """
+        if scale is None or self.format == "dequantized":
+            return {name: weight}
+        return packed.pack(name, weight, scale, self.scheme)
+
+    def complete(
+        self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any], quantized: Container[str]
+    ) -> None:
+        """Add to a folder of weights that were written one by one all that is not weights.
+
+        :param quantized: the names of the parameters that were.
+        """
+        self._accompany(folder, model, tokenizer, report)
+        if self.format == "compressed-tensors":
+            packed.configure(folder, model, self.scheme, quantized)
+
+    def _accompany(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if not (folder / "config.json").exists():
             model.config.save_pretrained(folder)
             if getattr(model, "generation_config", None):
                 model.generation_config.save_pretrained(folder)
-            gguf_file.save(folder, model, tokenizer, self.scales)
-        else:
-            model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
         _write_card(folder, self, report)
 
     @property

@@ -6,7 +6,7 @@ vLLM and transformers load it. The numbers are those of ``code * scale``, as the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,45 @@ def save(folder: Path, model: Any, scheme: Scheme, scales: Mapping[str, Tensor])
 
     :param scales: of each quantized weight, by the name of the parameter.
     """
-    model.save_pretrained(folder, state_dict=_packed(model.state_dict(), scheme, scales))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        state |= pack(name, tensor, scales[name], scheme) if name in scales else {name: tensor}
+    model.save_pretrained(folder, state_dict=state)
+    configure(folder, model, scheme, scales)
+
+
+def configure(folder: Path, model: nn.Module, scheme: Scheme, quantized: Container[str]) -> None:
+    """Say in the ``config.json`` of a folder which weights are packed, and how.
+
+    :param quantized: the names of their parameters.
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    described = QuantizationConfig(
+        config_groups={"group_0": _library_scheme(scheme)},
+        format="pack-quantized",
+        quantization_status="compressed",
+        ignore=[name for name in linear if f"{name}.weight" not in quantized],
+    )
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = _configuration(model, scheme, scales)
+    config["quantization_config"] = described.model_dump(mode="json")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _scheme(scheme: Scheme) -> Any:
+def pack(name: str, weight: Tensor, scale: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """What is stored of a quantized weight, by name."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+
+    scale = scale if scheme.per_channel else scale.flatten()
+    # In float32: in 16 bits the quotient can be off by a code.
+    wide = {"weight": weight.float(), "weight_scale": scale.float()}
+    parts = PackedQuantizationCompressor.compress(wide, _library_scheme(scheme)) | {"weight_scale": scale}
+    return {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+
+
+def _library_scheme(scheme: Scheme) -> Any:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if scheme.group_size else "channel" if scheme.per_channel else "tensor"
@@ -56,33 +87,3 @@ def _scheme(scheme: Scheme) -> Any:
             num_bits=scheme.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=scheme.group_size
         ),
     )
-
-
-def _configuration(model: nn.Module, scheme: Scheme, scales: Mapping[str, Tensor]) -> dict[str, Any]:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    config = QuantizationConfig(
-        config_groups={"group_0": _scheme(scheme)},
-        format="pack-quantized",
-        quantization_status="compressed",
-        ignore=[name for name in linear if f"{name}.weight" not in scales],
-    )
-    return dict(config.model_dump(mode="json"))
-
-
-def _packed(state: Mapping[str, Tensor], scheme: Scheme, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-
-    library_scheme = _scheme(scheme)
-    packed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name not in scales:
-            packed[name] = tensor
-            continue
-        scale = scales[name] if scheme.per_channel else scales[name].flatten()
-        # In float32: in 16 bits the quotient can be off by a code.
-        wide = {"weight": tensor.float(), "weight_scale": scale.float()}
-        parts = PackedQuantizationCompressor.compress(wide, library_scheme) | {"weight_scale": scale}
-        packed |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
-    return packed

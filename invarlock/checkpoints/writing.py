@@ -6,24 +6,44 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from invarlock.core.errors import UsageError
+from safetensors import SafetensorError
+
+from invarlock.core.errors import UsageError, one_line
 
 ARTIFACTS = ("report.json", "model")
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it does not."""
+def unwritable_said(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What the system says of a disk that is full, or of a folder that may not be written to, as one line.
+
+    :raises UsageError: in place of an ``OSError``, after ``undo``.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        undo()
+        raise UsageError(f"output.dir: {path} could not be written: {one_line(error)}") from error
+
+
+@contextmanager
+def staged_folder(target: Path, staged: Path | None = None) -> Iterator[Path]:
+    """A folder beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    :param staged: one that is there already.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    staged = staged or Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
     try:
         yield staged
         staged.chmod(0o777 & ~_umask())
+        for file in staged.iterdir():
+            file.chmod(0o666 & ~_umask())
         staged.rename(target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
@@ -97,6 +117,6 @@ class OutputFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def staged_model(self) -> AbstractContextManager[Path]:
-        """An empty folder that becomes the model's if the block ends well."""
-        return staged_folder(self.path / "model")
+    def staged_model(self, staged: Path | None = None) -> AbstractContextManager[Path]:
+        """An empty folder, or the one given, that becomes the model's if the block ends well."""
+        return staged_folder(self.path / "model", staged)

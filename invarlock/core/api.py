@@ -162,7 +162,7 @@ def _accepted(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments
-    defaults = {"device": "auto", "dtype": "auto", "trust_remote_code": False, "revision": None}
+    defaults = {"device": "auto", "dtype": "auto", "trust_remote_code": False, "revision": None, "stream": False}
     for name, value in arguments.items():
         if name not in parameters and value != defaults.get(name, value):
             raise OptionNotTakenError(f"model.{name}: the adapter's load_model does not take it; remove the key")

@@ -58,6 +58,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model's weights are on disk, and read at each use."""
+    return hasattr(model, "streaming")
+
+
 def batch_size(model: nn.Module, length: int) -> int:
     """How many windows of ``length`` tokens go through the model at once.
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from invarlock.evaluation.heads import Head, set_aside_head
 from invarlock.evaluation.layout import UNSCORED, Windows
-from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, logits_of
+from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, is_streamed, logits_of
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached
@@ -68,13 +69,15 @@ def measure(
     """
     watch = Recorder() if reference is None else Comparer(reference)
     batches = _Batches(model, len(preview) + len(final), on_progress)
-    with evaluating(model):
+    with evaluating(model), ExitStack() as outer:
+        # All windows pass through a streamed model together, and their logits would not fit.
+        head = outer.enter_context(set_aside_head(model)) if is_streamed(model) else None
         with ExitStack() as stack:
             for wanted in taps:
                 stack.enter_context(attached(model, wanted))
             for batch in batches.of(preview):
                 _logits(model, batch)
-        scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
+        scores = [_score(_logits(model, batch), _targets(batch, task), watch, head) for batch in batches.of(final)]
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
     if isinstance(watch, Recorder):
         return PassResult(losses, tokens, record=watch.result())
@@ -88,7 +91,8 @@ class _Batches:
         self.model, self.total, self.on_progress, self.done = model, total, on_progress, 0
 
     def of(self, windows: Windows) -> Iterator[Windows]:
-        for batch in windows.batches(batch_size(self.model, windows.length)):
+        size = len(windows) if is_streamed(self.model) else batch_size(self.model, windows.length)
+        for batch in windows.batches(size):
             yield batch
             self.done += len(batch)
             if self.on_progress:
@@ -106,11 +110,14 @@ def _targets(batch: Windows, task: Task) -> Tensor:
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 
 
-def _score(logits: Tensor, targets: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
-    """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU."""
+def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None) -> tuple[Tensor, Tensor]:
+    """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU.
+
+    :param head: what makes logits of what is given in their place, if it is not they.
+    """
     scored = targets != UNSCORED
     found = []
-    for log_probs, wanted in _chunks(logits.flatten(0, 1), targets.flatten()):
+    for log_probs, wanted in _chunks(logits.flatten(0, 1), targets.flatten(), head):
         found.append(log_probs.gather(1, wanted.unsqueeze(1)).squeeze(1))
         watch.see(log_probs)
     # Summed on the CPU: not every device has float64.
@@ -119,12 +126,18 @@ def _score(logits: Tensor, targets: Tensor, watch: Watch) -> tuple[Tensor, Tenso
     return losses.sum(dim=1), scored.sum(dim=1)
 
 
-def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(table: Tensor, targets: Tensor, head: Head | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities in float32 (tokens, vocabulary) and targets (tokens,), a few scored tokens at a time."""
     scored = (targets != UNSCORED).nonzero().squeeze(1)
-    for rows in torch.split(scored, max(1, CHUNK_BYTES // (4 * logits.shape[1]))):
-        some = _rows(logits, rows).float()
-        yield functional.log_softmax(some, dim=-1), targets[rows].to(logits.device)
+    for many in torch.split(scored, head.tokens) if head else (scored,):
+        logits = head(_rows(table, many)) if head else table
+        places = torch.arange(len(many)) if head else many
+        for rows, some in zip(*(torch.split(each, _at_once(logits)) for each in (places, many)), strict=True):
+            yield functional.log_softmax(_rows(logits, rows).float(), dim=-1), targets[some].to(logits.device)
+
+
+def _at_once(logits: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (4 * logits.shape[1]))
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:

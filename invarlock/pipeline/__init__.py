@@ -3,5 +3,6 @@
 from invarlock.pipeline.comparison import compare
 from invarlock.pipeline.judging import Progress, RunResult
 from invarlock.pipeline.quantizing import run
+from invarlock.pipeline.streaming import run_streamed
 
-__all__ = ["Progress", "RunResult", "compare", "run"]
+__all__ = ["Progress", "RunResult", "compare", "run", "run_streamed"]

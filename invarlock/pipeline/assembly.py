@@ -9,14 +9,13 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from invarlock import __version__
-from invarlock.checkpoints.writing import OutputFolder, digests, write_text
-from invarlock.core.errors import UsageError, one_line
+from invarlock.checkpoints.writing import OutputFolder, digests, unwritable_said, write_text
 from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
@@ -72,23 +71,28 @@ def assemble(
     ).as_dict()
 
 
-def write(report: dict[str, Any], output: OutputFolder, clock: Clock, save: Callable[..., None] | None = None) -> None:
+def write(
+    report: dict[str, Any],
+    output: OutputFolder,
+    clock: Clock,
+    save: Callable[..., None] | None = None,
+    *,
+    staged: Path | None = None,
+) -> None:
     """Write the report, after the model if there is one to save.
 
-    :param save: writes an accepted model to an empty folder, given that and the report.
+    :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
+    :param staged: the folder, if it has the weights already.
     :raises UsageError: something could not be written; then there is no report and no model.
     """
-    try:
+    with unwritable_said(output.path, undo=output.clear):
         output.clear()
         if save is not None:
-            with clock.stage("save"), output.staged_model() as folder:
+            with clock.stage("save"), output.staged_model(staged) as folder:
                 save(folder, report=report)
                 report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
         write_text(output.path / "report.json", reporting.to_json(report))
-    except (OSError, SafetensorError) as error:
-        output.clear()
-        raise UsageError(f"output.dir: {output.path} could not be written: {one_line(error)}") from error
 
 
 def _module_section(module: Any) -> reporting.ModuleSection:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from invarlock.checkpoints.streamed import streaming_of
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
@@ -27,6 +29,8 @@ from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResu
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
+
+log = logging.getLogger("invarlock")
 
 
 @dataclass(frozen=True)
@@ -89,30 +93,49 @@ def compare(
 class _Baseline:
     """What is left of the baseline once its model has gone."""
 
-    fingerprint: Fingerprint
+    fingerprint: str
     weights: Mapping[str, torch.Tensor]
     vocabulary: Mapping[str, int] | None
 
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
-    model, adapter = judge.load(judge.config.model.id)
+    model, adapter = _load(judge, judge.config.model.id, weights_only)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:
         judge.windows = None
     else:
         judge.make_windows(model)
-    snapshot = Snapshot(model)
-    keeper = Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock)
+    keeper = None
+    weights: Mapping[str, torch.Tensor] | None = streaming_of(model)
+    if weights is None:
+        snapshot = Snapshot(model)
+        keeper = Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock)
+        weights = snapshot.parameters()
     judge.measure_baseline(model)
-    ready = judge.prepare(model, lambda: keeper.undo(model))
+    ready = judge.prepare(model, lambda: keeper.undo(model) if keeper else [])
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
-    return ready, _Baseline(keeper.fingerprint, snapshot.parameters(), vocabulary)
+    return ready, _Baseline(_fingerprint(model), weights, vocabulary)
+
+
+def _load(judge: Judge, model_id: str, weights_only: bool) -> tuple[torch.nn.Module, Adapter]:
+    """Where no outputs are measured weights stay on disk, if they can."""
+    if weights_only:
+        try:
+            return judge.load(model_id, stream=True)
+        except UsageError as error:
+            log.info("%s; loading the whole model", one_line(error))
+    return judge.load(model_id)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    streaming = streaming_of(model)
+    return streaming.checkpoint.fingerprint() if streaming else Fingerprint.of(model).digest
 
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
-    model, adapter = judge.load(subject)
+    model, adapter = _load(judge, subject, weights_only=judge.windows is None)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
-    edited = Fingerprint.of(model)
+    edited = None if streaming_of(model) else Fingerprint.of(model)
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := _unreadable(judge, model):
         judge.windows = None
@@ -125,7 +148,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     attempt = judge.judge(
         model,
         edit,
-        lambda: Fingerprint.of(model).changed_since(edited),
+        lambda: Fingerprint.of(model).changed_since(edited) if edited else [],
         modules=changes,
         baseline_weights=baseline.weights,
         findings=findings,
@@ -199,8 +222,8 @@ def _report(
     judge: Judge, subject: str, attempt: Attempt, baseline: _Baseline, model: torch.nn.Module | None
 ) -> dict[str, Any]:
     facts = ModelFacts(
-        before=baseline.fingerprint.digest,
-        after=Fingerprint.of(model).digest if model is not None else baseline.fingerprint.digest,
+        before=baseline.fingerprint,
+        after=_fingerprint(model) if model is not None else baseline.fingerprint,
         restored=None,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )

@@ -98,14 +98,15 @@ class Judge:
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def load(self, model_id: str) -> tuple[torch.nn.Module, Adapter]:
+    def load(self, model_id: str, *, stream: bool = False) -> tuple[torch.nn.Module, Adapter]:
         """Load a checkpoint as ``model`` of the configuration says.
 
+        :param stream: leave its weights on disk, to be read at each use.
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
         torch.manual_seed(self.config.dataset.seed)
-        options = {"dtype": section.dtype, **self.trust}
+        options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         with self.clock.stage("load"):
             model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
         for name, parameter in model.named_parameters():

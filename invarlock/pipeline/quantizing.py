@@ -11,14 +11,15 @@ import torch
 
 from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.writing import OutputFolder
-from invarlock.config.schema import PlanConfig, RunConfig
+from invarlock.config.schema import RunConfig
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import select_targets
 
 
@@ -39,7 +40,7 @@ def run(
 
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
-    plans = _plans(config)
+    plans = plans_of(config)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if output is not None:
         output.check(config.model.id)
@@ -64,24 +65,6 @@ def run(
         keeper.restore(model)
         raise
     return RunResult(report, model)
-
-
-def _plans(config: RunConfig) -> list[Plan]:
-    """The plan of each attempt: after a rollback one more bit, up to 8."""
-    plan = config.edit.plan
-    widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
-    half_scales = config.output.save_model and config.output.format == "gguf"
-    return [_plan(dataclasses.replace(plan, bitwidth=width), half_scales) for width in widths]
-
-
-def _plan(plan: PlanConfig, half_scales: bool) -> Plan:
-    return Plan(
-        Scheme(plan.bitwidth, plan.symmetric, plan.per_channel, plan.group_size, plan.clamp_ratio, half_scales),
-        scope=plan.scope,
-        include=plan.include,
-        exclude=plan.exclude,
-        max_modules=plan.max_modules,
-    )
 
 
 def _attempts(

@@ -16,7 +16,7 @@ class HF_GGUF_Adapter(ModelAdapter):
     """Causal language models in a ``.gguf`` file, with their tokenizer."""
 
     name = "hf_gguf"
-    requires = ("gguf", "accelerate")
+    requires = ("gguf",)
 
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
         """Load a model.

@@ -22,11 +22,19 @@ class _TransformersAdapter(ModelAdapter):
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
         """Load a checkpoint folder, or an id from a hub, in evaluation mode.
 
-        :param kwargs: ``dtype`` (by default the checkpoint's), ``trust_remote_code`` (off) and ``revision``.
+        :param kwargs: ``dtype`` (by default the checkpoint's), ``trust_remote_code`` (off), ``revision``, and
+            ``stream`` to leave the weights on disk.
         :raises UsageError: when there is no such checkpoint, or it is broken, incomplete or pickled.
         """
         import transformers
 
+        from invarlock.checkpoints.reading import Checkpoint
+
+        if kwargs.pop("stream", False):
+            return _streamed(model_id, self.auto_class_for(model_id, kwargs), device, kwargs)
+        if any((Path(model_id) / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            # Transformers would read what an index names, wherever it is.
+            Checkpoint(Path(model_id))
         loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
         options = {"dtype": "auto", "use_safetensors": True, **kwargs, **_dequantized(model_id, kwargs)}
         return load_checkpoint(loader, model_id, device, **options)
@@ -164,6 +172,37 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         return model.eval().to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str, Any]) -> Any:
+    """A model whose weights stay in its safetensors files.
+
+    :raises UsageError: they are packed, or not laid out as the model has them.
+    """
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    from invarlock.checkpoints.reading import Checkpoint
+    from invarlock.checkpoints.streamed import attach
+
+    if read_config(model_id, options).get("quantization_config"):
+        raise UsageError(f"model.id: {model_id}: cannot be streamed, its weights are packed")
+    checkpoint = Checkpoint(Path(model_id))
+    dtype = None if options.get("dtype", "auto") == "auto" else getattr(torch, options["dtype"])
+    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    config = transformers.AutoConfig.from_pretrained(model_id, **accepted)
+    config.dtype = dtype or config.dtype
+    loader = getattr(transformers, auto_class)
+    make = getattr(loader, "from_config", None) or loader._from_config
+    # Its buffers are real: rotary angles and masks are computed, not stored.
+    with init_empty_weights(include_buffers=False):
+        model = make(config).eval()
+    model.tie_weights()
+    attach(model, checkpoint, device=_resolve(device), dtype=dtype)
+    if getattr(model, "generation_config", None) and (Path(model_id) / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(model_id)
+    return model
 
 
 def _forget_packing(model: Any) -> None:

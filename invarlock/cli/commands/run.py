@@ -42,6 +42,10 @@ def invarlock_add_commands(subparsers: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-c", "--config", metavar="CONFIG", help="the run's configuration, a YAML file")
     source.add_argument("--demo", action="store_true", help="a small trained model that is shipped along, offline")
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="leave the weights on disk and work tensor by tensor, whatever the size of the model",
+    )  # fmt: skip
     add_judging_options(parser)
     parser.set_defaults(run=run)
 
@@ -54,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
     args.manager.add(config.plugins, args.selection.blocked)
 
     # Only now: a mistake in the configuration is said without waiting for torch.
+    from invarlock import pipeline
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
-    from invarlock.pipeline import run as run_pipeline
 
     quieten_libraries(verbose=args.verbose)
     name = "demo" if args.demo else Path(args.config).stem
     folder = OutputFolder(output_folder(config.output.dir, name), force=args.force)
+    run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
     with progress.bars(shown=not args.quiet) as on_progress:
         result = run_pipeline(config, args.manager, output=folder, strict=args.strict, on_progress=on_progress)
     show(result.report, folder.path, args)

@@ -1,0 +1,172 @@
+"""A safetensors checkpoint in a folder, read tensor by tensor and never changed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from invarlock.core.errors import UsageError, one_line
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, and what it is."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Tensors by name, read from disk when asked for: pages of the file itself, which the system may drop again.
+
+    :raises UsageError: the folder holds no sound checkpoint, or a file changed since it was opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _files(folder)
+        self._shards = {file: _Shard.open(folder / file) for file in self.files}
+        self.entries: dict[str, Entry] = {}
+        for file, shard in self._shards.items():
+            for name, shape, dtype in shard.entries():
+                if name in self.entries:
+                    raise _broken(folder, f"tensor {name} is in both {self.entries[name].file} and {file}")
+                self.entries[name] = Entry(file, shape, dtype)
+        _check_index(folder, self.entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shard = self._shards[self.entries[name].file]
+        shard.check_unchanged()
+        try:
+            tensor: Tensor = shard.handle.get_tensor(name)
+        except SafetensorError as error:
+            raise _broken(self.folder, f"{shard.path.name}: {one_line(error)}") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def current_identity(self) -> dict[str, list[int]]:
+        """Size and time of each file, to tell whether they are the same ones later.
+
+        :raises UsageError: a file changed since it was opened.
+        """
+        for shard in self._shards.values():
+            shard.check_unchanged()
+        return {file: [shard.stat.st_size, shard.stat.st_mtime_ns] for file, shard in self._shards.items()}
+
+    def fingerprint(self, edit: Mapping[str, Any] | None = None) -> str:
+        """A digest of the files as they are now, by size and time, and of what is made of them."""
+        described = {"files": self.current_identity(), "edit": edit}
+        return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+
+    def names_in(self, file: str) -> list[str]:
+        return [name for name, entry in self.entries.items() if entry.file == file]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    handle: Any
+    stat: os.stat_result
+
+    @classmethod
+    def open(cls, path: Path) -> _Shard:
+        try:
+            return cls(path, safe_open(path, framework="pt"), path.stat())
+        except SafetensorError as error:
+            raise _broken(path.parent, f"{path.name}: {one_line(error)}") from error
+        except OSError as error:
+            raise _broken(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        for name in self.handle.keys():  # noqa: SIM118 - it is no mapping
+            part = self.handle.get_slice(name)
+            if (dtype := DTYPES.get(part.get_dtype())) is None:
+                raise _broken(self.path.parent, f"{self.path.name}: {name} has type {part.get_dtype()}, unknown here")
+            yield name, tuple(part.get_shape()), dtype
+
+    def check_unchanged(self) -> None:
+        try:
+            now = self.path.stat()
+        except OSError as error:
+            raise _broken(self.path.parent, f"{self.path.name} went away while it was read") from error
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (self.stat.st_size, self.stat.st_mtime_ns, self.stat.st_ino):
+            raise _broken(self.path.parent, f"{self.path.name} changed while it was read")
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of the shards, each a file of the folder itself."""
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise _broken(folder, f"there is neither {SINGLE} nor {INDEX}")
+        return [SINGLE]
+    files = sorted(set(_weight_map(folder).values()))
+    for file in files:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise _broken(folder, f"{INDEX} names {file}, which is not a file of this folder")
+        if not (folder / file).is_file():
+            raise _broken(folder, f"{INDEX} names {file}, which is not there")
+    return files
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(folder, f"{INDEX} holds no weight_map: {one_line(error)}") from error
+
+
+def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    for name, file in _weight_map(folder).items():
+        if name not in entries or entries[name].file != file:
+            raise _broken(folder, f"{INDEX} says that {name} is in {file}, and it is not")
+
+
+def _broken(folder: Path, what: str) -> UsageError:
+    return UsageError(f"model.id: {folder}: {what}")

@@ -1,0 +1,244 @@
+"""A run on weights that stay on disk: each is read, rounded and written by itself, whatever the size of the model.
+
+Guards and passes see a model whose weights are read when an operation needs them (``checkpoints.streamed``), before the
+edit as they are stored, after it as rounding leaves them. Nothing in memory has to be restored, and the input is only
+read. Shards are written beside the verdict's being found, under a name that is none of a checkpoint, and renamed if the
+edit is accepted; a run that was cut off goes on after the last whole shard when it is started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invarlock.checkpoints.exporting import Export
+from invarlock.checkpoints.sharding import ShardedOutput
+from invarlock.checkpoints.streamed import Edit, Streaming, streaming_of
+from invarlock.checkpoints.writing import OutputFolder, unwritable_said
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import UsageError
+from invarlock.core.results import Action
+from invarlock.pipeline.assembly import ModelFacts, assemble, write
+from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
+from invarlock.pipeline.plans import plans_of
+from invarlock.plugins.manager import PluginManager
+from invarlock.quantization.model import QuantizedWeight
+from invarlock.quantization.rtn import Scratch, quantize_, scales_of
+from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.selection import WeightTarget, select_targets
+
+log = logging.getLogger("invarlock")
+
+
+def run_streamed(
+    config: RunConfig,
+    plugins: PluginManager,
+    *,
+    output: OutputFolder,
+    strict: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> RunResult:
+    """As ``run``, tensor by tensor.
+
+    Without text, outputs are not measured: a model writes windows token by token, and would be read for each of them.
+
+    :raises UsageError: also for a checkpoint that cannot be streamed: packed, or laid out unlike the model.
+    """
+    if config.output.save_model and config.output.format == "gguf":
+        raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
+    plans = plans_of(config)
+    output.check(config.model.id)
+    judge = Judge(config, plugins, plugins.guard_slots(config.guards.order, config.guards.options), strict, on_progress)
+    model, adapter = judge.load(config.model.id, stream=True)
+    streaming = streaming_of(model)
+    if streaming is None:
+        raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
+    targets = select_targets(model, plans[0])
+    reads_text = config.dataset.provider != "generated"
+    judge.begin(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
+    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
+    if export is not None:
+        export.check(model, targets, judge.tokenizer)
+    if reads_text:
+        judge.make_windows(model)
+    else:
+        log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
+        judge.windows = None
+    judge.measure_baseline(model)
+    streamed = _StreamedRun(judge, model, streaming, targets, output, export)
+    try:
+        attempts = streamed.attempts(plans) if judge.prepare(model, list) else [judge.not_ready()]
+        streamed.report(attempts)
+    except Exception:
+        # Not after Ctrl-C: the same command goes on with the shards that are whole.
+        streamed.discard()
+        raise
+    return RunResult(streamed.written, model)
+
+
+class _StreamedRun:
+    """One model, the shards that are made of it, and the report."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        model: torch.nn.Module,
+        streaming: Streaming,
+        targets: Sequence[WeightTarget],
+        output: OutputFolder,
+        export: Export | None,
+    ) -> None:
+        self.judge, self.model, self.streaming = judge, model, streaming
+        self.output, self.export = output, export
+        self.targets = {streaming.stored[target.parameter_name]: target for target in targets}
+        self.shards: ShardedOutput | None = None
+        self.written: dict[str, Any] = {}
+
+    def attempts(self, plans: Sequence[Plan]) -> list[Attempt]:
+        attempts: list[Attempt] = []
+        for number, plan in enumerate(plans, start=1):
+            attempts.append(self._attempt(number, plan))
+            if attempts[-1].verdict.action is not Action.ROLLBACK:
+                break
+            self.streaming.edit = None
+        return attempts
+
+    def report(self, attempts: Sequence[Attempt]) -> None:
+        """Put the report together, and keep the shards or throw them away."""
+        judge, last = self.judge, attempts[-1]
+        accepted = last.verdict.accepted
+        if not accepted:
+            self.streaming.edit = None
+        plan = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
+        facts = ModelFacts(
+            before=self.streaming.checkpoint.fingerprint(),
+            after=self.streaming.checkpoint.fingerprint(plan if accepted else None),
+            restored=None if accepted else True,
+            devices=[str(self.streaming.device)],
+        )
+        report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
+        judge.plugins.run_finished(report)
+        if accepted and self.export and self.shards:
+            complete = partial(
+                self.export.complete, model=self.model, tokenizer=judge.tokenizer, quantized=self._quantized
+            )
+            self.shards.finish()
+            write(report, self.output, judge.clock, complete, staged=self.shards.folder)
+        else:
+            self.discard()
+            write(report, self.output, judge.clock)
+        self.written = report
+
+    def discard(self) -> None:
+        if self.shards is not None:
+            self.shards.discard()
+
+    @property
+    def _quantized(self) -> set[str]:
+        return {target.parameter_name for target in self.targets.values()}
+
+    def _attempt(self, number: int, plan: Plan) -> Attempt:
+        judge = self.judge
+        if self.export is not None:
+            self.export.scheme = plan.scheme
+            self.shards = ShardedOutput(self.output.path / ".model.partial", self._identity(plan))
+        with judge.clock.stage("quantize"), unwritable_said(self.output.path):
+            modules = self._round_all(plan.scheme)
+        self.streaming.edit = self._edit(plan.scheme)
+        edit = {
+            "name": judge.config.edit.name,
+            "plan": dataclasses.asdict(plan),
+            "modules": [dataclasses.asdict(module) for module in modules],
+        }
+        return judge.judge(
+            self.model,
+            edit,
+            list,
+            number=number,
+            bitwidth=plan.scheme.bitwidth,
+            modules=modules,
+            baseline_weights=self.streaming,
+        )
+
+    def _identity(self, plan: Plan) -> dict[str, Any]:
+        identity: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "files": self.streaming.checkpoint.current_identity(),
+                    "plan": dataclasses.asdict(plan),
+                    "format": self.judge.config.output.format,
+                    "dtype": str(self.streaming.dtype),
+                }
+            )
+        )
+        return identity
+
+    def _round_all(self, scheme: Scheme) -> list[QuantizedWeight]:
+        """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept."""
+        checkpoint, scratch = self.streaming.checkpoint, Scratch()
+        done = 0
+        found: dict[str, QuantizedWeight] = {}
+        for file in checkpoint.files:
+            notes = self.shards.notes(file) if self.shards else None
+            if notes is None:
+                tensors: dict[str, Tensor] = {}
+                results: list[QuantizedWeight] = []
+                for name in checkpoint.names_in(file):
+                    if name in self.targets:
+                        stored, result = self._round(name, scheme, scratch)
+                        results.append(result)
+                    else:
+                        stored = {name: self.streaming.read(name)} if self.shards else {}
+                    tensors |= stored if self.shards else {}
+                    done += checkpoint.entries[name].nbytes
+                    self.judge.on_progress("quantize", done, checkpoint.nbytes)
+                notes = [dataclasses.asdict(result) for result in results]
+                if self.shards:
+                    self.shards.write(file, tensors, notes)
+            else:
+                done += sum(checkpoint.entries[name].nbytes for name in checkpoint.names_in(file))
+                self.judge.on_progress("quantize", done, checkpoint.nbytes)
+            found |= {
+                note["parameter_name"]: QuantizedWeight(**{**note, "scheme": Scheme(**note["scheme"])})
+                for note in notes
+            }
+        return [found[target.parameter_name] for target in self.targets.values()]
+
+    def _round(self, name: str, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], QuantizedWeight]:
+        """One weight: what is stored of it, and what was done to it."""
+        target, export = self.targets[name], self.export
+        weight = self.streaming.read(name).clone()
+        stores_codes = export is not None and export.stores_codes
+        scale = scales_of(weight, scheme, layout=target.layout) if stores_codes else None
+        figures = quantize_(weight, scheme, layout=target.layout, scratch=scratch)
+        result = QuantizedWeight(
+            **vars(figures),
+            name=target.name,
+            parameter_name=target.parameter_name,
+            role=target.role.value,
+            bits=scheme.bitwidth,
+            scheme=scheme,
+            device=str(weight.device),
+        )
+        return ({} if export is None else export.stored(name, weight, scale)), result
+
+    def _edit(self, scheme: Scheme) -> Edit:
+        """What the edited model's weights are, each time that one is read."""
+        layouts = {target.parameter_name: target.layout for target in self.targets.values()}
+        scratch = Scratch()
+
+        def rounded(name: str, weight: Tensor) -> Tensor:
+            if name not in layouts:
+                return weight
+            copy = weight.clone()
+            quantize_(copy, scheme, layout=layouts[name], measure=False, scratch=scratch)
+            return copy
+
+        return rounded

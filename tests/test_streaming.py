@@ -1,0 +1,333 @@
+"""Models whose weights stay on disk: judged and written as in memory, resumed where they were, and never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from conftest import DEMO, read_report
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from invarlock.checkpoints.reading import Checkpoint
+from invarlock.checkpoints.sharding import ShardedOutput
+from invarlock.checkpoints.writing import digests
+from invarlock.core.errors import UsageError
+
+# Of compressed-tensors, on import.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+STREAMABLE = [architectures.llama, architectures.gpt2, architectures.t5, architectures.opt]
+"""Experts are stored one by one, and are one tensor in the model."""
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The demo model in several files."""
+    folder = tmp_path / "sharded"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint")
+    model.save_pretrained(folder, max_shard_size="300KB")
+    AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def saving(config: Callable[..., Path], folder: Path, format_: str = "dequantized", **sections: Any) -> Path:
+    output = {"save_model": True, "format": format_}
+    return config(**({"model": {"id": str(folder), "device": "cpu"}, "output": output, "guards": {}} | sections))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("format_", ["dequantized", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_streamed_run_says_and_saves_what_one_in_memory_does(invarlock, config, sharded, format_, dtype) -> None:
+    path = saving(config, sharded, format_, model={"id": str(sharded), "device": "cpu", "dtype": dtype})
+    before = digests(sharded, "input")
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        done = invarlock("run", "-c", path, "--out", out, *stream)
+        assert done.code == 0, done.out + done.err
+    memory, streamed = read_report(Path("memory")), read_report(Path("streamed"))
+    assert digests(sharded, "input") == before
+    assert streamed["verdict"] == memory["verdict"]
+    assert streamed["edit"] == memory["edit"]
+    assert [guard["action"] for guard in streamed["guards"]] == ["continue"] * 5
+    primary = streamed["metrics"]["primary"]
+    assert primary["edited"] == pytest.approx(memory["metrics"]["primary"]["edited"], rel=1e-3)
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+    configs = (json.loads(Path(out, "model/config.json").read_text()) for out in ("memory", "streamed"))
+    assert next(configs) == next(configs)
+    names = {path.name for path in sharded.glob("model*")}
+    assert {path.name for path in Path("streamed/model").glob("model*")} == names
+    present = digests(Path("streamed/model"), "model")
+    present.pop("model/report.json")
+    assert present == streamed["artifacts"]
+
+
+@pytest.mark.parametrize("build", STREAMABLE, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_architecture_whose_tensors_are_stored_as_they_are(invarlock, config, build, dtype) -> None:
+    build().to(getattr(torch, dtype)).save_pretrained("checkpoint")
+    path = saving(config, Path("checkpoint").absolute(), dataset={})
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        arguments = () if stream else ("--set", "dataset.seq_len=16", "--set", "dataset.final_n=2")
+        done = invarlock("run", "-c", path, "--out", out, *stream, *arguments, "--strict")
+        assert done.code == 0, done.out + done.err
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_text_outputs_are_not_measured_and_that_is_said(invarlock, config, sharded) -> None:
+    done = invarlock("run", "-c", saving(config, sharded, dataset={}), "--out", "out", "--stream")
+    assert "a streamed model needs text" in done.err
+    assert "rests on weights alone" in done.out
+    assert read_report(Path("out"))["metrics"]["primary"] is None
+
+
+def test_damage_is_rejected_and_nothing_is_left(invarlock, config, sharded) -> None:
+    path = saving(config, sharded, edit={"plan": {"bitwidth": 2, "scope": "all"}, "retry": {"max_attempts": 2}})
+    done = invarlock("run", "-c", path, "--out", "out", "--stream")
+    assert done.code == 1
+    assert [entry.name for entry in Path("out").iterdir()] == ["report.json"]
+    report = read_report(Path("out"))
+    assert [attempt["bitwidth"] for attempt in report["attempts"]] == [2, 3]
+    assert report["model"]["restored"] is True
+    assert report["verdict"]["suspects"]
+
+
+def test_guards_of_the_class_form_see_weights_as_they_know_them(invarlock, config, sharded, module) -> None:
+    module(
+        "looker",
+        "from invarlock.core.api import Guard\nimport torch\nclass Looker(Guard):\n    name = 'looker'\n"
+        "    def sizes(self, model):\n"
+        "        return {name: (param.abs().max().item(), bool(torch.isnan(param).any()), tuple(param.shape),\n"
+        "                       str(param.dtype), isinstance(param, torch.nn.Parameter), param.data.sum().item())\n"
+        "                for name, param in model.named_parameters()}\n"
+        "    def prepare(self, model, adapter, calib, policy):\n"
+        "        self.before = self.sizes(model)\n        return {'ready': True}\n"
+        "    def validate(self, model, adapter, context):\n"
+        "        return {'passed': True, 'metrics': {'before': self.before, 'after': self.sizes(model)}}\n",
+    )
+    path = saving(config, sharded, guards={"order": ["looker"]}, edit={"plan": {"bitwidth": 4, "scope": "all"}})
+    seen = []
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        assert invarlock("run", "-c", path, "-p", "looker", "--out", out, *stream).code == 0
+        seen.append(read_report(Path(out))["guards"][0]["metrics"])
+    assert seen[0] == seen[1]
+    assert seen[0]["before"] != seen[0]["after"]
+
+
+def test_a_guard_that_would_change_a_weight_is_named(invarlock, config, sharded, module) -> None:
+    module(
+        "changer",
+        "from invarlock import hookimpl\nimport torch\n"
+        "@hookimpl\ndef invarlock_validate(model):\n"
+        "    with torch.no_grad(): model.model.norm.weight.mul_(2)\n    return {'passed': True}\n",
+    )
+    path = saving(config, sharded, guards={"order": ["changer"]})
+    done = invarlock("run", "-c", path, "-p", "changer", "--out", "out", "--stream")
+    assert done.code == 3
+    assert "a streamed model is read only" in read_report(Path("out"))["guards"][0]["message"]
+    assert not Path("out/model").exists()
+
+
+# -- cut off -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, sharded) -> None:
+    path = saving(config, sharded, guards={"order": ["invariants"]})
+    # Slow enough to be killed between two shards.
+    program = (
+        "import sys, time\nfrom invarlock.checkpoints import sharding\nwrite = sharding.ShardedOutput.write\n"
+        "def slowly(self, file, *rest):\n    print('writing', file, flush=True)\n    time.sleep(0.2)\n    write(self, file, *rest)\n"
+        "sharding.ShardedOutput.write = slowly\n"
+        "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+
+    def start(out: str) -> subprocess.Popen[str]:
+        arguments = ["run", "-c", str(path), "--out", out, "--stream", "-q"]
+        return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+
+    def finish(out: str) -> int:
+        with start(out) as process:
+            written = process.communicate()[0].count("writing")
+        assert process.returncode == 0
+        return written
+
+    shards = len(list(sharded.glob("*.safetensors")))
+    assert finish("whole") == shards
+    for sign in (signal.SIGKILL, signal.SIGINT):
+        with start("cut") as cut:
+            assert cut.stdout is not None
+            assert all("writing" in cut.stdout.readline() for _ in range(2))
+            cut.send_signal(sign)
+        assert cut.returncode != 0
+        assert not Path("cut/model").exists()
+        assert not Path("cut/report.json").exists()
+    assert 0 < finish("cut") <= shards - 2
+    one, other = digests(Path("whole/model"), "model"), digests(Path("cut/model"), "model")
+    for reports in (one, other):
+        reports.pop("model/report.json")
+    assert one == other
+    assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.json"]
+
+
+def test_another_plan_does_not_go_on_with_the_shards_of_the_first(tmp_path) -> None:
+    first = ShardedOutput(tmp_path / "shards", {"bits": 8})
+    first.write("model.safetensors", {"weight": torch.ones(2)}, ["noted"])
+    assert ShardedOutput(tmp_path / "shards", {"bits": 8}).notes("model.safetensors") == ["noted"]
+    (tmp_path / "shards" / "model.safetensors").write_bytes(b"short")
+    assert ShardedOutput(tmp_path / "shards", {"bits": 8}).notes("model.safetensors") is None
+    assert ShardedOutput(tmp_path / "shards", {"bits": 4}).notes("model.safetensors") is None
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == []
+
+
+# -- broken input ------------------------------------------------------------------------------------------------------
+
+
+def _edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def _truncate(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _garble_header(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    content = bytearray(path.read_bytes())
+    content[12] ^= 0x40
+    path.write_bytes(content)
+
+
+def _repeat_tensor(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+
+
+def _remove_file(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+BROKEN = {
+    "truncated": (_truncate, "model-00002-of"),
+    "header": (_garble_header, "model-00002-of"),
+    "outside": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": "../secret.safetensors"})), "not a file of this folder"),
+    "absolute": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": "/etc/passwd"})), "not a file of this folder"),
+    "missing file": (_remove_file, "is not there"),
+    "wrong file": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": names["model.embed_tokens.weight"]})), "and it is not"),
+    "unknown tensor": (lambda folder: _edit_index(folder, lambda names: names.update({"ghost": names["model.norm.weight"]})), "says that ghost is in"),
+    "twice": (_repeat_tensor, "is in both"),
+    "no map": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+    "no weights": (lambda folder: [path.unlink() for path in folder.glob("model*")], "model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "memory"])
+def test_a_broken_checkpoint_is_one_line_and_nothing_written(invarlock, config, sharded, how, stream) -> None:
+    spoil, said = BROKEN[how]
+    spoil(sharded)
+    before = digests(sharded, "input")
+    done = invarlock("run", "-c", saving(config, sharded), "--out", "out", *(["--stream"] if stream else []))
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1
+    assert said in done.err
+    assert digests(sharded, "input") == before
+    assert not Path("out").exists()
+
+
+def test_a_shard_that_changes_while_it_is_read_is_noticed(sharded) -> None:
+    checkpoint = Checkpoint(sharded)
+    name = next(iter(checkpoint))
+    assert checkpoint[name].numel()
+    path = sharded / checkpoint.entries[name].file
+    os.utime(path, ns=(time.time_ns(), time.time_ns()))
+    with pytest.raises(UsageError, match="changed while it was read"):
+        checkpoint[name]
+    path.unlink()
+    with pytest.raises(UsageError, match="went away"):
+        checkpoint.fingerprint()
+
+
+def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
+    architectures.mixtral().save_pretrained("experts")
+    done = invarlock("run", "-c", saving(config, Path("experts").absolute(), dataset={}), "--out", "out", "--stream")
+    assert done.code == 2
+    assert "cannot be streamed, it has no tensor model.layers.0.mlp." in done.err
+    done = invarlock("run", "--demo", "--stream", "--out", "out", "--set", "output.save_model=true", "--set", "output.format=gguf")  # fmt: skip
+    assert done.code == 2
+    assert "run without --stream" in done.err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, sharded) -> None:
+    path = saving(config, sharded, guards={"order": ["invariants"]})
+    program = (
+        "import resource, signal, sys\nfrom invarlock.cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [sys.executable, "-c", program, "run", "-c", str(path), "--out", "out", "-q", "--stream"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "output.dir: out could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(Path("out").iterdir()) == []
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def test_comparing_weights_leaves_them_on_disk(invarlock, config, sharded, module) -> None:
+    invarlock("run", "-c", saving(config, sharded), "--out", "saved")
+    module(
+        "spy",
+        "from invarlock import hookimpl\n"
+        "@hookimpl\ndef invarlock_validate(model):\n"
+        "    return {'passed': True, 'metrics': {'streamed': hasattr(model, 'streaming')}}\n",
+    )
+    arguments = ("compare", "--baseline", sharded, "--subject", "saved/model", "--out", "out", "-p", "spy")
+    order = "guards.order=[spy, invariants, reconstruction, spectral]"
+    assert invarlock(*arguments, "--weights-only", "--set", order).code == 0
+    report = read_report(Path("out"))
+    assert report["guards"][0]["metrics"]["streamed"] is True
+    assert report["verdict"]["action"] == "continue"
+    changes = {module["change"] for module in report["edit"]["modules"]}
+    assert changes == {"unchanged", "a grid of 256 levels a row (8 bits)"}
+
+
+def test_streamed_weights_of_experts_are_compared_in_memory(invarlock) -> None:
+    architectures.mixtral().save_pretrained("experts")
+    done = invarlock("compare", "--baseline", "experts", "--subject", "experts", "--weights-only", "--out", "out", "--strict")  # fmt: skip
+    assert done.code == 0, done.err
+
+
+def test_files_are_written_for_everybody_to_read(invarlock, config, sharded) -> None:
+    invarlock("run", "-c", saving(config, sharded), "--out", "out", "--stream")
+    assert {path.stat().st_mode & 0o777 for path in Path("out/model").iterdir()} == {0o644}
+    with safe_open(sorted(Path("out/model").glob("*.safetensors"))[0], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    shutil.rmtree("out")
