@@ -84,9 +84,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
+    def nbytes_of(self, file: str) -> int:
+        return sum(entry.nbytes for entry in self.entries.values() if entry.file == file)
 
     def current_identity(self) -> dict[str, list[int]]:
         """Size and time of each file, to tell whether they are the same ones later.

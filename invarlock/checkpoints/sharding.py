@@ -15,7 +15,7 @@ from torch import Tensor
 from invarlock.checkpoints.reading import INDEX, SINGLE
 from invarlock.checkpoints.writing import write_text
 
-JOURNAL = "journal.json"
+JOURNAL = "journal-{}.json"
 
 
 @dataclass
@@ -27,17 +27,18 @@ class ShardedOutput:
 
     folder: Path
     identity: Mapping[str, Any]
+    rank: int = 0
+    """Of the process that writes: each has a journal of its own, and all read those of all."""
     _done: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    _own: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        journal = self.folder / JOURNAL
-        if journal.is_file():
-            kept = json.loads(journal.read_text(encoding="utf-8"))
-            if kept["identity"] == self.identity:
-                self._done = kept["shards"]
-        if not self._done and self.folder.exists():
+        self._done = self._kept()
+        if not self._done and self.rank == 0 and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        own = self.folder / JOURNAL.format(self.rank)
+        self._own = json.loads(own.read_text(encoding="utf-8"))["shards"] if own.is_file() else {}
 
     def notes(self, file: str) -> Any | None:
         """What was noted with a shard, or None if it is not whole yet."""
@@ -55,17 +56,27 @@ class ShardedOutput:
         size = staged.stat().st_size
         staged.replace(self.folder / file)
         names = {name: tensor.nbytes for name, tensor in tensors.items()}
-        self._done[file] = {"size": size, "tensors": names, "notes": notes}
-        write_text(self.folder / JOURNAL, json.dumps({"identity": self.identity, "shards": self._done}))
+        self._own[file] = {"size": size, "tensors": names, "notes": notes}
+        journal = json.dumps({"identity": self.identity, "shards": self._own})
+        write_text(self.folder / JOURNAL.format(self.rank), journal)
 
     def finish(self) -> None:
-        """Write the index, if there are several shards, and end the journal."""
-        if set(self._done) != {SINGLE}:
-            weight_map = {name: file for file, entry in self._done.items() for name in entry["tensors"]}
-            total = sum(size for entry in self._done.values() for size in entry["tensors"].values())
+        """Write the index, if there are several shards, and end the journals of all processes."""
+        done = self._kept()
+        if set(done) != {SINGLE}:
+            weight_map = {name: file for file, entry in done.items() for name in entry["tensors"]}
+            total = sum(size for entry in done.values() for size in entry["tensors"].values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        (self.folder / JOURNAL).unlink()
+        for journal in self.folder.glob(JOURNAL.format("*")):
+            journal.unlink()
 
     def discard(self) -> None:
         shutil.rmtree(self.folder)
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        """What the journals say is whole, if all are of this identity."""
+        journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob(JOURNAL.format("*"))]
+        if any(journal["identity"] != self.identity for journal in journals):
+            return {}
+        return {file: entry for journal in journals for file, entry in journal["shards"].items()}

@@ -7,7 +7,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+BYTES_FROM = 1_000_000
+"""A total from here on is one of bytes: there are never so many windows or weights."""
+
+
+class _Amount(ProgressColumn):
+    """How many of how many; of bytes, with their rate."""
+
+    def render(self, task: Task) -> Text:
+        if (task.total or 0) < BYTES_FROM:
+            return MofNCompleteColumn().render(task)
+        return Text.assemble(DownloadColumn().render(task), " ", TransferSpeedColumn().render(task))
 
 
 @contextmanager
@@ -16,7 +39,7 @@ def bars(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     if not (shown and sys.stderr.isatty()):
         yield lambda stage, done, total: None
         return
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), _Amount(), TimeRemainingColumn())
     tasks = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 

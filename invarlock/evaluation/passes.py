@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -40,6 +40,16 @@ class PassResult:
     tokens: NDArray[np.int64]
     record: TokenRecord | None = None
     changes: TokenChanges | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[PassResult]) -> PassResult:
+        """One result of passes over windows that follow each other, without their records."""
+        changes = [part.changes for part in parts if part.changes is not None]
+        return cls(
+            np.concatenate([part.losses for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            changes=TokenChanges.joined(changes) if changes else None,
+        )
 
     @property
     def perplexity(self) -> float:
@@ -91,7 +101,7 @@ class _Batches:
         self.model, self.total, self.on_progress, self.done = model, total, on_progress, 0
 
     def of(self, windows: Windows) -> Iterator[Windows]:
-        size = len(windows) if is_streamed(self.model) else batch_size(self.model, windows.length)
+        size = max(1, len(windows)) if is_streamed(self.model) else batch_size(self.model, windows.length)
         for batch in windows.batches(size):
             yield batch
             self.done += len(batch)

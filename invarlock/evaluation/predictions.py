@@ -5,7 +5,8 @@ Both are taken from the log-probabilities that the loss is taken from, a few tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +56,11 @@ class TokenChanges:
     flipped: NDArray[np.bool_]
     margin: NDArray[np.float64]
     margin_before: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenChanges]) -> TokenChanges:
+        """Of positions that follow each other."""
+        return cls(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(cls)))
 
 
 class Watch(Protocol):

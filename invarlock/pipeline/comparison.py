@@ -26,6 +26,7 @@ from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -63,6 +64,7 @@ def compare(
     weights_only: bool = False,
     output: OutputFolder | None = None,
     strict: bool = False,
+    ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> RunResult:
     """Judge an edit that somebody else made: ``config.model.id`` is the baseline, ``subject`` the edited checkpoint.
@@ -70,6 +72,7 @@ def compare(
     Both are only read.
 
     :param weights_only: measure no outputs; the verdict rests on weights and single blocks.
+    :param ranks: the processes that share the comparison; the first one writes.
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
@@ -77,15 +80,16 @@ def compare(
         if output is not None:
             output.check(model_id)
     slots = plugins.guard_slots(config.guards.order, config.guards.options)
-    judge = Judge(config, plugins, slots, strict, on_progress)
+    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     ready, baseline = _prepare_baseline(judge, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
     model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
     report = _report(judge, subject, attempt, baseline, model)
     plugins.run_finished(report)
-    if output is not None:
+    if output is not None and ranks.is_first:
         write(report, output, judge.clock)
+    ranks.gather(None)
     return RunResult(report, model)
 
 

@@ -5,6 +5,7 @@ It calls hooks and knows no plugin by name.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import defaultdict
@@ -26,6 +27,7 @@ from invarlock.evaluation.models import Task, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
+from invarlock.pipeline.ranks import Ranks
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
 
@@ -94,6 +96,7 @@ class Judge:
     slots: list[GuardSlot]
     strict: bool
     on_progress: Progress
+    ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(default_factory=Clock)
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -162,6 +165,7 @@ class Judge:
     # -- the baseline --------------------------------------------------------------------------------------------------
 
     def measure_baseline(self, model: torch.nn.Module) -> None:
+        self.record: TokenRecord | None = None
         self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass")
 
     def prepare(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> bool:
@@ -170,7 +174,11 @@ class Judge:
         :param check: called after each: undoes what the guard changed of the model, and names it.
         :returns: whether all are ready.
         """
-        self.prepared: list[Prepared] = []
+        self.prepared: list[Prepared] = self.ranks.from_first(lambda: self._prepare_all(model, check))
+        return all(prepared.ready for prepared in self.prepared)
+
+    def _prepare_all(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> list[Prepared]:
+        found: list[Prepared] = []
         calib = _Calibration(self.windows[0] if self.windows else None)
         for place, slot in enumerate(self.slots):
             with self.clock.guard(place):
@@ -181,8 +189,8 @@ class Judge:
             if changed := check():
                 message = changed_message(changed)
                 prepared = Prepared(message=message, error=message)
-            self.prepared.append(prepared)
-        return all(prepared.ready for prepared in self.prepared)
+            found.append(prepared)
+        return found
 
     def not_ready(self) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
@@ -222,10 +230,26 @@ class Judge:
         :param baseline_weights: the baseline's parameters by name, read from disk one at a time.
         :param findings: what was found besides.
         """
-        record = self.baseline_pass.record if self.baseline_pass else None
-        observed, edited_pass = self._observed_pass(model, "edited pass", record)
+        observed, edited_pass = self._observed_pass(model, "edited pass", self.record)
         metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
+        results = self.ranks.from_first(lambda: self._validate_all(model, context, observed, check))
+        outputs = []
+        if metric and divergence:
+            outputs = [
+                Finding("primary metric", metric.action, metric.message),
+                Finding("predictions", divergence.action, divergence.message),
+            ]
+        verdict = self._fold(results, [*outputs, *findings])
+        return Attempt(number, bitwidth, modules, results, metric, divergence, verdict)
+
+    def _validate_all(
+        self,
+        model: torch.nn.Module,
+        context: Mapping[str, Any],
+        observed: Sequence[Observation],
+        check: Callable[[], Sequence[str]],
+    ) -> list[GuardResult]:
         results: list[GuardResult] = []
         for place, slot in enumerate(self.slots):
             if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
@@ -235,14 +259,7 @@ class Judge:
             if changed := check():
                 result = GuardResult.failed(slot.name, changed_message(changed))
             results.append(result)
-        outputs = []
-        if metric and divergence:
-            outputs = [
-                Finding("primary metric", metric.action, metric.message),
-                Finding("predictions", divergence.action, divergence.message),
-            ]
-        verdict = self._fold(results, [*outputs, *findings])
-        return Attempt(number, bitwidth, modules, results, metric, divergence, verdict)
+        return results
 
     def _validate(
         self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation
@@ -278,20 +295,28 @@ class Judge:
     def _observed_pass(
         self, model: torch.nn.Module, stage: str, reference: TokenRecord | None = None
     ) -> tuple[list[Observation], PassResult | None]:
-        """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way."""
-        observations = [self.plugins.observe(slot, model, self.adapter) for slot in self.slots]
+        """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way.
+
+        Processes share the final windows; the preview ones, which are the guards', are the first one's.
+        """
+        taken = self.slots if self.ranks.is_first else []
+        observations = [self.plugins.observe(slot, model, self.adapter) for slot in taken]
         if self.windows is None:
             return observations, None
+        preview, final = self.windows
         with self.clock.stage(stage):
             measured = measure(
                 model,
-                *self.windows,
+                preview if self.ranks.is_first else preview[:0],
+                final[self.ranks.share(len(final), ahead=len(preview))],
                 task=self.task,
                 taps=[observation.taps for observation in observations],
                 reference=reference,
                 on_progress=lambda done, total: self.on_progress(stage, done, total),
             )
-        return observations, measured
+            self.record = measured.record or self.record
+            whole = PassResult.joined(self.ranks.gather(dataclasses.replace(measured, record=None)))
+        return observations, whole
 
     def _compare(self, edited_pass: PassResult | None) -> tuple[MetricResult, DivergenceResult] | tuple[None, None]:
         """The two voices of the outputs: the loss, and the predictions token by token."""

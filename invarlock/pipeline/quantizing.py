@@ -17,6 +17,7 @@ from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
@@ -29,12 +30,14 @@ def run(
     *,
     output: OutputFolder | None = None,
     strict: bool = False,
+    ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> RunResult:
     """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
 
     :param output: where the report and, if ``output.save_model`` is set, an accepted model go; None writes nothing.
     :param strict: a warning makes the exit code of the verdict 1.
+    :param ranks: the processes that share the run; the first one writes.
     :raises UsageError: for a mistake in the configuration or a broken input; nothing was written.
     :raises PluginError: when an adapter failed; nothing was written.
 
@@ -45,7 +48,7 @@ def run(
     if output is not None:
         output.check(config.model.id)
     slots = plugins.guard_slots(config.guards.order, config.guards.options)
-    judge = Judge(config, plugins, slots, strict, on_progress)
+    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     model, adapter = judge.load(config.model.id)
     targets = select_targets(model, plans[0])
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
@@ -57,10 +60,11 @@ def run(
         attempts = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
         plugins.run_finished(report)
-        if output is not None:
+        if output is not None and ranks.is_first:
             keep = attempts[-1].verdict.accepted and export is not None
             save = partial(export.write, model=model, tokenizer=judge.tokenizer) if keep and export else None
             write(report, output, judge.clock, save)
+        ranks.gather(None)
     except BaseException:
         keeper.restore(model)
         raise

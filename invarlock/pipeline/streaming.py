@@ -28,6 +28,7 @@ from invarlock.core.results import Action
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight
 from invarlock.quantization.rtn import Scratch, quantize_, scales_of
@@ -43,6 +44,7 @@ def run_streamed(
     *,
     output: OutputFolder,
     strict: bool = False,
+    ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> RunResult:
     """As ``run``, tensor by tensor.
@@ -55,7 +57,8 @@ def run_streamed(
         raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
     plans = plans_of(config)
     output.check(config.model.id)
-    judge = Judge(config, plugins, plugins.guard_slots(config.guards.order, config.guards.options), strict, on_progress)
+    slots = plugins.guard_slots(config.guards.order, config.guards.options)
+    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     model, adapter = judge.load(config.model.id, stream=True)
     streaming = streaming_of(model)
     if streaming is None:
@@ -125,7 +128,9 @@ class _StreamedRun:
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
         judge.plugins.run_finished(report)
-        if accepted and self.export and self.shards:
+        if not judge.ranks.is_first:
+            pass
+        elif accepted and self.export and self.shards:
             complete = partial(
                 self.export.complete, model=self.model, tokenizer=judge.tokenizer, quantized=self._quantized
             )
@@ -134,10 +139,11 @@ class _StreamedRun:
         else:
             self.discard()
             write(report, self.output, judge.clock)
+        judge.ranks.gather(None)
         self.written = report
 
     def discard(self) -> None:
-        if self.shards is not None:
+        if self.shards is not None and self.judge.ranks.is_first:
             self.shards.discard()
 
     @property
@@ -148,7 +154,11 @@ class _StreamedRun:
         judge = self.judge
         if self.export is not None:
             self.export.scheme = plan.scheme
-            self.shards = ShardedOutput(self.output.path / ".model.partial", self._identity(plan))
+            shards = partial(ShardedOutput, self.output.path / ".model.partial", self._identity(plan), judge.ranks.rank)
+            # The first process makes room for what the others write.
+            self.shards = shards() if judge.ranks.is_first else None
+            judge.ranks.gather(None)
+            self.shards = self.shards or shards()
         with judge.clock.stage("quantize"), unwritable_said(self.output.path):
             modules = self._round_all(plan.scheme)
         self.streaming.edit = self._edit(plan.scheme)
@@ -181,35 +191,37 @@ class _StreamedRun:
         return identity
 
     def _round_all(self, scheme: Scheme) -> list[QuantizedWeight]:
-        """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept."""
-        checkpoint, scratch = self.streaming.checkpoint, Scratch()
+        """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
+
+        Processes share the shards.
+        """
+        checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.judge.ranks
+        files = checkpoint.files[ranks.rank :: ranks.size]
+        total = sum(checkpoint.nbytes_of(file) for file in files)
+        notes: list[dict[str, Any]] = []
         done = 0
-        found: dict[str, QuantizedWeight] = {}
-        for file in checkpoint.files:
-            notes = self.shards.notes(file) if self.shards else None
-            if notes is None:
-                tensors: dict[str, Tensor] = {}
-                results: list[QuantizedWeight] = []
-                for name in checkpoint.names_in(file):
-                    if name in self.targets:
-                        stored, result = self._round(name, scheme, scratch)
-                        results.append(result)
-                    else:
-                        stored = {name: self.streaming.read(name)} if self.shards else {}
-                    tensors |= stored if self.shards else {}
-                    done += checkpoint.entries[name].nbytes
-                    self.judge.on_progress("quantize", done, checkpoint.nbytes)
-                notes = [dataclasses.asdict(result) for result in results]
-                if self.shards:
-                    self.shards.write(file, tensors, notes)
-            else:
-                done += sum(checkpoint.entries[name].nbytes for name in checkpoint.names_in(file))
-                self.judge.on_progress("quantize", done, checkpoint.nbytes)
-            found |= {
-                note["parameter_name"]: QuantizedWeight(**{**note, "scheme": Scheme(**note["scheme"])})
-                for note in notes
-            }
-        return [found[target.parameter_name] for target in self.targets.values()]
+        for file in files:
+            noted = self.shards.notes(file) if self.shards else None
+            notes += self._round_shard(file, scheme, scratch) if noted is None else noted
+            done += checkpoint.nbytes_of(file)
+            self.judge.on_progress("quantize", done, total)
+        found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
+        return [_weight_of(found[target.parameter_name]) for target in self.targets.values()]
+
+    def _round_shard(self, file: str, scheme: Scheme, scratch: Scratch) -> list[dict[str, Any]]:
+        """One shard: what was done to each of its weights."""
+        tensors: dict[str, Tensor] = {}
+        notes: list[dict[str, Any]] = []
+        for name in self.streaming.checkpoint.names_in(file):
+            if name in self.targets:
+                stored, result = self._round(name, scheme, scratch)
+                notes.append(dataclasses.asdict(result))
+                tensors |= stored
+            elif self.shards:
+                tensors[name] = self.streaming.read(name)
+        if self.shards:
+            self.shards.write(file, tensors, notes)
+        return notes
 
     def _round(self, name: str, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], QuantizedWeight]:
         """One weight: what is stored of it, and what was done to it."""
@@ -242,3 +254,7 @@ class _StreamedRun:
             return copy
 
         return rounded
+
+
+def _weight_of(note: dict[str, Any]) -> QuantizedWeight:
+    return QuantizedWeight(**{**note, "scheme": Scheme(**note["scheme"])})

@@ -40,6 +40,8 @@ class _Tensor:
         if tensor.ndim < 2:
             finite = bool(tensor.isfinite().all())
             return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
+        # A view, because every operation on a streamed weight itself would read it again.
+        tensor = tensor.view(shape)
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
         return cls(

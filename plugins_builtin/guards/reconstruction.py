@@ -51,7 +51,7 @@ class ReconstructionGuard(Guard):
     - Rollback, if no outputs were measured: a score above ``max_score``.
     - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
 
-    :param tokens: how many tokens of the first window are used, at most 256. Default 32: they cost as much as 200
+    :param tokens: how many tokens of the first window are used, at most 256. Default 24: they cost as much as 150
         tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by less than ``DOUBT``.
     :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
@@ -67,7 +67,7 @@ class ReconstructionGuard(Guard):
 
     def __init__(
         self,
-        tokens: int = 32,
+        tokens: int = 24,
         random_tokens: int = 128,
         seed: int = 42,
         max_score: float = LIMIT / DOUBT,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 AT_ONCE = 64
+BYTES_AT_ONCE = 256 * 2**20
+"""Larger matrices gain nothing from company, and streamed ones are read again for each product."""
 
 
 class SpectralGuard(Guard):
@@ -256,7 +258,7 @@ def _alike(matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:
     for matrix in matrices:
         group = together[matrix.values.shape, matrix.values.dtype, matrix.values.device]
         group.append(matrix)
-        if len(group) == AT_ONCE:
+        if len(group) == AT_ONCE or len(group) * matrix.values.nbytes >= BYTES_AT_ONCE:
             yield [*group]
             group.clear()
     yield from filter(None, together.values())

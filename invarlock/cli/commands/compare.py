@@ -58,16 +58,18 @@ def run(args: argparse.Namespace) -> int:
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
     from invarlock.pipeline import compare
+    from invarlock.pipeline.ranks import joined_ranks
 
     quieten_libraries(verbose=args.verbose)
     name = f"compare-{Path(args.subject).name}"
-    folder = OutputFolder(output_folder(config.output.dir, name), force=args.force)
-    with progress.bars(shown=not args.quiet) as on_progress:
+    with joined_ranks() as ranks, progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
+        folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
         result = compare(
             config, args.subject, args.manager, weights_only=args.weights_only, output=folder, strict=args.strict,
-            on_progress=on_progress,
+            ranks=ranks, on_progress=on_progress,
         )  # fmt: skip
-    show(result.report, folder.path, args)
+    if ranks.is_first:
+        show(result.report, folder.path, args)
     return ExitCode(result.report["verdict"]["exit_code"])
 
 

@@ -61,14 +61,18 @@ def run(args: argparse.Namespace) -> int:
     from invarlock import pipeline
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
+    from invarlock.pipeline.ranks import joined_ranks
 
     quieten_libraries(verbose=args.verbose)
     name = "demo" if args.demo else Path(args.config).stem
-    folder = OutputFolder(output_folder(config.output.dir, name), force=args.force)
     run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
-    with progress.bars(shown=not args.quiet) as on_progress:
-        result = run_pipeline(config, args.manager, output=folder, strict=args.strict, on_progress=on_progress)
-    show(result.report, folder.path, args)
+    with joined_ranks() as ranks, progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
+        folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+        result = run_pipeline(
+            config, args.manager, output=folder, strict=args.strict, ranks=ranks, on_progress=on_progress
+        )
+    if ranks.is_first:
+        show(result.report, folder.path, args)
     return ExitCode(result.report["verdict"]["exit_code"])
 
 

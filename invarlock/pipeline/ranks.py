@@ -1,0 +1,145 @@
+"""Several processes on one run: torchrun, Slurm or MPI start them, and they meet wherever one needs what others found.
+
+They share the evaluation windows, and the shards of a streamed model. Guards run on the first of them alone, so that
+each result is there once, as in a run of one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from invarlock.core.errors import PluginError, UsageError, one_line
+
+Found = TypeVar("Found")
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long to wait for the others, who may work for hours. One that dies is noticed at once: its connections break."""
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun; sbatch alone sets no number of tasks of a step
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH and its kin
+)
+
+
+class PeerError(PluginError):
+    """Another process of the run failed."""
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes of this run, met; whatever is raised in the block ends it on all of them."""
+    ranks = Ranks.join()
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    finally:
+        ranks.leave()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this one is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Meet the other processes, if a launcher has started several.
+
+        :raises PluginError: they could not be reached.
+        """
+        rank, size = next(
+            ((os.environ[rank], os.environ[size]) for rank, size in LAUNCHERS if {rank, size} <= os.environ.keys()),
+            ("0", "1"),
+        )
+        ranks = cls(int(rank), int(size))
+        if ranks.size > 1:
+            ranks._meet()
+        return ranks
+
+    def _meet(self) -> None:
+        import torch.distributed as dist
+
+        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
+        os.environ.setdefault("MASTER_PORT", "29500")
+        try:
+            # What is exchanged are results on the CPU, whatever device the models are on.
+            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise PluginError(
+                f"rank {self.rank}: the other processes were not reached at {where}: {one_line(error)}"
+            ) from error
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, found: Found) -> list[Found]:
+        """What each process found, in the order of their ranks, on all of them.
+
+        :raises PeerError: one of them failed instead, or is gone.
+        """
+        return self._exchange(found, None)
+
+    def from_first(self, make: Callable[[], Found]) -> Found:
+        """What the first process makes of it, on all of them; no other one makes it."""
+        return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, where they next wait for this one, that it failed."""
+        if self.size > 1 and not isinstance(error, PeerError):
+            try:
+                self._exchange(None, f"{type(error).__name__}: {one_line(error)}")
+            except PeerError:
+                return
+
+    def leave(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def share(self, count: int, *, ahead: int = 0) -> slice:
+        """This process's part of so many things, side by side.
+
+        :param ahead: how many more of them the first one has to do besides.
+        :raises UsageError: there are fewer than processes.
+        """
+        if count < self.size:
+            raise UsageError(f"dataset.final_n: {count} windows cannot be shared by {self.size} processes; start fewer")
+        each = (count + ahead) / self.size
+        # At least one for everybody.
+        ends = [
+            max(rank + 1, min(count - self.size + rank + 1, round(each * (rank + 1)) - ahead))
+            for rank in range(self.size)
+        ]
+        return slice(ends[self.rank - 1] if self.rank else 0, ends[self.rank])
+
+    def _exchange(self, found: Found, failure: str | None) -> list[Found]:
+        if self.size == 1:
+            return [found]
+        import torch.distributed as dist
+
+        entries: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(entries, (found, failure))
+        except RuntimeError as error:
+            raise PeerError(f"rank {self.rank}: another process of the run is gone: {one_line(error)}") from error
+        failures = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(entries) if said and rank != self.rank]
+        if failures:
+            raise PeerError("; ".join(failures))
+        return [entry for entry, _ in entries]
+
+
+ALONE = Ranks()

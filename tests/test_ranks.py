@@ -1,0 +1,139 @@
+"""One run by several processes: what they find and save is what one would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEMO, read_report
+
+from invarlock.checkpoints.writing import digests
+from invarlock.core.errors import UsageError
+from invarlock.pipeline.ranks import Ranks
+
+Finished = tuple[int, str, str]
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Callable[..., list[Finished]]:
+    """Start so many processes of one run, as a launcher does; the exit status and what was said, of each."""
+
+    def start(size: int, *arguments: object) -> list[Finished]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "invarlock", *map(str, arguments)]
+        common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        processes = [
+            subprocess.Popen(
+                command, env=common | {"RANK": str(rank), "WORLD_SIZE": str(size)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120) for process in processes]
+        return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+    return start
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    report = read_report(folder)
+    for key in ("created", "timings", "config_sha256", "artifacts"):
+        del report[key]
+    del report["config"]["output"]["dir"]
+    for guard in report["guards"]:
+        del guard["seconds"]
+    return report
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint").save_pretrained("sharded", max_shard_size="300KB")
+    AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained("sharded")
+    path = config(
+        model={"id": str(Path("sharded").absolute()), "device": "cpu"}, guards={}, output={"save_model": True}
+    )
+    for size, out in ((1, "one"), (2, "two")):
+        finished = together(size, "run", "-c", path, "--out", out, *stream)
+        assert [code for code, _, _ in finished] == [0] * size, finished
+        assert finished[0][1].startswith("ACCEPTED")
+        assert all(out == "" for _, out, _ in finished[1:])
+    one, two = comparable(Path("one")), comparable(Path("two"))
+    assert two == one
+    saved = [digests(Path(out, "model"), "model") for out in ("one", "two")]
+    for files in saved:
+        files.pop("model/report.json")
+    assert saved[0] == saved[1]
+
+
+def test_all_reject_what_one_would(config, together) -> None:
+    path = config(edit={"plan": {"bitwidth": 2, "scope": "all"}}, output={"save_model": True})
+    finished = together(2, "run", "-c", path, "--out", "out", "-q")
+    assert [code for code, _, _ in finished] == [1, 1]
+    assert [entry.name for entry in Path("out").iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [("raise RuntimeError('out of luck')", "rank 1: PluginError: "), ("os.kill(os.getpid(), signal.SIGKILL)", "is gone")],
+)  # fmt: skip
+def test_a_process_that_dies_ends_the_run_on_all_with_its_reason(config, module, together, failing, said) -> None:
+    module(
+        "dying",
+        "import os, signal\nfrom invarlock import hookimpl\n"
+        "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n    model = yield\n"
+        f"    if os.environ['RANK'] == '1': {failing}\n    return model\n",
+    )
+    path = config(output={"save_model": True}, plugins=["dying"])
+    started = time.monotonic()
+    first, second = together(2, "run", "-c", path, "--out", "out")
+    assert time.monotonic() - started < 60
+    assert first[0] == 3, first
+    assert second[0] != 0
+    assert said in first[2]
+    assert not Path("out/model").exists()
+    assert not Path("out/report.json").exists()
+
+
+def test_a_mistake_is_said_by_all_and_none_waits(together, config) -> None:
+    finished = together(
+        2, "run", "-c", config(dataset={"provider": "demo", "final_n": 1, "seq_len": 64}), "--out", "out"
+    )
+    assert [code for code, _, _ in finished] == [2, 2]
+    assert all("1 windows cannot be shared by 2 processes" in err for _, _, err in finished), finished
+
+
+@pytest.mark.parametrize(("count", "size", "ahead"), [(24, 2, 4), (24, 3, 8), (5, 4, 8), (4, 4, 0), (100, 7, 3), (6, 1, 2)])  # fmt: skip
+def test_shares_are_all_there_is_and_even(count: int, size: int, ahead: int) -> None:
+    shares = [Ranks(rank, size).share(count, ahead=ahead) for rank in range(size)]
+    assert [place for share in shares for place in range(count)[share]] == list(range(count))
+    work = [share.stop - share.start for share in shares]
+    assert min(work) >= 1
+    if count > size * ahead:
+        assert abs(max(work[1:], default=work[0] + ahead) - (work[0] + ahead)) <= 1
+    with pytest.raises(UsageError):
+        Ranks(0, count + 1).share(count)
+
+
+@pytest.mark.parametrize(
+    "names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")],
+    ids=" ".join,
+)  # fmt: skip
+def test_launchers_are_known_by_their_environment(names: tuple[str, str], monkeypatch) -> None:
+    met = []
+    monkeypatch.setattr(Ranks, "_meet", lambda self: met.append(self))
+    assert Ranks.join() == Ranks(0, 1)
+    monkeypatch.setenv(names[0], "2")
+    monkeypatch.setenv(names[1], "4")
+    assert Ranks.join() == Ranks(2, 4)
+    assert met == [Ranks(2, 4)]
