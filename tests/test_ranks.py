@@ -106,11 +106,10 @@ def test_a_process_that_dies_ends_the_run_on_all_with_its_reason(config, module,
 
 
 def test_a_mistake_is_said_by_all_and_none_waits(together, config) -> None:
-    finished = together(
-        2, "run", "-c", config(dataset={"provider": "demo", "final_n": 1, "seq_len": 64}), "--out", "out"
-    )
-    assert [code for code, _, _ in finished] == [2, 2]
-    assert all("1 windows cannot be shared by 2 processes" in err for _, _, err in finished), finished
+    path = config(dataset={"provider": "demo", "preview_n": 2, "final_n": 2, "seq_len": 64})
+    finished = together(3, "run", "-c", path, "--out", "out")
+    assert [code for code, _, _ in finished] == [2, 2, 2]
+    assert all("2 windows cannot be shared by 3 processes" in err for _, _, err in finished), finished
 
 
 @pytest.mark.parametrize(("count", "size", "ahead"), [(24, 2, 4), (24, 3, 8), (5, 4, 8), (4, 4, 0), (100, 7, 3), (6, 1, 2)])  # fmt: skip
