@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from invarlock.checkpoints.reading import Checkpoint
 from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
+from invarlock.evaluation.layout import Windows
+from invarlock.evaluation.passes import measure
+from plugins_builtin.adapters.hf import HF_Causal_Adapter
 
 # Of compressed-tensors, on import.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -93,6 +97,24 @@ def test_every_architecture_whose_tensors_are_stored_as_they_are(invarlock, conf
     one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_pass_reads_each_weight_once_and_measures_the_same(sharded, monkeypatch) -> None:
+    loaded, streamed = (HF_Causal_Adapter().load_model(str(sharded), "cpu", stream=stream) for stream in (False, True))
+    ids = torch.randint(0, 1000, (7, 32), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, torch.ones_like(ids), ids)
+    reads: Counter[str] = Counter()
+    read = Checkpoint.__getitem__
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: reads.update([name]) or read(self, name))
+    progress: list[tuple[int, int]] = []
+    one = measure(loaded, windows[:2], windows[2:], task="causal")
+    other = measure(streamed, windows[:2], windows[2:], task="causal", on_progress=lambda *done: progress.append(done))
+    assert other.losses == pytest.approx(one.losses, rel=1e-3)
+    # It is the output head too.
+    assert reads.pop("model.embed_tokens.weight") == 2
+    assert set(reads.values()) == {1}
+    assert len(reads) == len(list(streamed.parameters())) - 1
+    assert progress == [(done, 4) for done in range(1, 5)]
 
 
 def test_without_text_outputs_are_not_measured_and_that_is_said(invarlock, config, sharded) -> None:

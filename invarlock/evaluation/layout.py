@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,12 @@ class Windows:
     def __getitem__(self, rows: slice) -> Windows:
         decoder_input_ids = None if self.decoder_input_ids is None else self.decoder_input_ids[rows]
         return Windows(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], decoder_input_ids)
+
+    @classmethod
+    def joined(cls, *parts: Windows) -> Windows:
+        """Windows of the same layout, one after the other."""
+        columns = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(cls)}
+        return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
 
     def batches(self, size: int) -> Iterator[Windows]:
         """The windows in order, ``size`` at a time; the last batch may be smaller."""

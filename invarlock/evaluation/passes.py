@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from invarlock.evaluation.layout import UNSCORED, Windows
 from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, is_streamed, logits_of
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
 from invarlock.evaluation.statistics import exp, mean_per_token
-from invarlock.evaluation.taps import Tap, attached
+from invarlock.evaluation.taps import Rows, Tap, attached
 
 CHUNK_BYTES = 4 * 2**20
 
@@ -78,16 +79,17 @@ def measure(
     :raises ValueError: the reference is of other windows.
     """
     watch = Recorder() if reference is None else Comparer(reference)
-    batches = _Batches(model, len(preview) + len(final), on_progress)
-    with evaluating(model), ExitStack() as outer:
-        # All windows pass through a streamed model together, and their logits would not fit.
-        head = outer.enter_context(set_aside_head(model)) if is_streamed(model) else None
-        with ExitStack() as stack:
-            for wanted in taps:
-                stack.enter_context(attached(model, wanted))
-            for batch in batches.of(preview):
-                _logits(model, batch)
-        scores = [_score(_logits(model, batch), _targets(batch, task), watch, head) for batch in batches.of(final)]
+    with evaluating(model):
+        if is_streamed(model):
+            scores = [_together(model, preview, final, task, taps, watch, on_progress)]
+        else:
+            batches = _Batches(model, len(preview) + len(final), on_progress)
+            with ExitStack() as stack:
+                for wanted in taps:
+                    stack.enter_context(attached(model, wanted))
+                for batch in batches.of(preview):
+                    _logits(model, batch)
+            scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
     if isinstance(watch, Recorder):
         return PassResult(losses, tokens, record=watch.result())
@@ -101,12 +103,40 @@ class _Batches:
         self.model, self.total, self.on_progress, self.done = model, total, on_progress, 0
 
     def of(self, windows: Windows) -> Iterator[Windows]:
-        size = max(1, len(windows)) if is_streamed(self.model) else batch_size(self.model, windows.length)
-        for batch in windows.batches(size):
+        for batch in windows.batches(batch_size(self.model, windows.length)):
             yield batch
             self.done += len(batch)
             if self.on_progress:
                 self.on_progress(self.done, self.total)
+
+
+def _together(
+    model: nn.Module,
+    preview: Windows,
+    final: Windows,
+    task: Task,
+    taps: Iterable[Mapping[str, Tap]],
+    watch: Watch,
+    on_progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit.
+
+    Progress is by blocks.
+    """
+    windows = Windows.joined(preview, final)
+    rows = Rows(len(preview), len(windows), windows.input_ids.shape[1])
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    done = itertools.count(1)
+    with ExitStack() as stack:
+        if on_progress:
+            for block in blocks:
+                handle = block.register_forward_hook(lambda *_: on_progress(next(done), len(blocks)))
+                stack.callback(handle.remove)
+        head = stack.enter_context(set_aside_head(model))
+        for wanted in taps if len(preview) else ():
+            stack.enter_context(attached(model, wanted, rows))
+        hidden = _logits(model, windows)
+    return _score(hidden[len(preview) :], _targets(final, task), watch, head)
 
 
 def _logits(model: nn.Module, batch: Windows) -> Tensor:
@@ -120,7 +150,7 @@ def _targets(batch: Windows, task: Task) -> Tensor:
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 
 
-def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None) -> tuple[Tensor, Tensor]:
+def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None = None) -> tuple[Tensor, Tensor]:
     """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU.
 
     :param head: what makes logits of what is given in their place, if it is not they.

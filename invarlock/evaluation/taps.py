@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from invarlock.core.errors import PluginError, nearest
 
@@ -21,18 +23,41 @@ class Tap(Protocol):
         """What was collected, once the pass is over."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The first windows of a larger batch: what taps see of it."""
+
+    first: int
+    of: int
+    length: int
+    """Tokens of a window."""
+
+    def __call__(self, value: Any) -> Any:
+        """The part of what a module is given, or gives, that belongs to them; what has another shape, as it is."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            size = tensor.shape[0] if tensor.ndim else 0
+            if size == self.of:
+                return tensor[: self.first]
+            # Experts take all tokens of all windows in one row.
+            return tensor[: self.first * self.length] if size == self.of * self.length else tensor
+
+        return tree_map_only(Tensor, cut, value)
+
+
 @contextmanager
-def attached(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
+def attached(model: nn.Module, taps: Mapping[str, Tap], rows: Rows | None = None) -> Iterator[None]:
     """Let taps look at modules; they are off again afterwards, whatever happens.
 
     :param taps: by module name, as in ``model.named_modules()``.
+    :param rows: show them only a part of what passes.
     :raises PluginError: the model has no module of that name.
     """
     modules = dict(model.named_modules())
     for name in taps:
         if name not in modules:
             raise PluginError(f"{type(model).__name__} has no module {name!r} to tap{nearest(name, modules)}")
-    handles = [modules[name].register_forward_hook(_hook(tap), with_kwargs=True) for name, tap in taps.items()]
+    handles = [modules[name].register_forward_hook(_hook(tap, rows), with_kwargs=True) for name, tap in taps.items()]
     try:
         yield
     finally:
@@ -40,9 +65,9 @@ def attached(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
             handle.remove()
 
 
-def _hook(tap: Tap) -> Any:
+def _hook(tap: Tap, rows: Rows | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Returns None whatever the tap returns: torch would put anything else in the output's place.
-        tap(module, args, kwargs, output)
+        tap(module, *((args, kwargs, output) if rows is None else rows((args, kwargs, output))))
 
     return hook
