@@ -37,7 +37,8 @@ def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any])
 
     :param model_id: ``model.id`` of the configuration: a path or an id on a hub.
     :param device: ``model.device``: "auto", "cpu", "cuda", "cuda:1", "mps".
-    :param options: ``dtype``, ``trust_remote_code`` and ``revision`` of the configuration.
+    :param options: ``dtype``, ``trust_remote_code`` and ``revision`` of the configuration, and ``stream``, true where
+        weights shall stay on disk.
     :returns: a ``torch.nn.Module``, or None from an adapter that does not own the id.
         Stops at the first non-None result.
 

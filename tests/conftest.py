@@ -116,5 +116,25 @@ def config(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    """The demo model, float32; to be copied before it is changed."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype="float32").eval()
+
+
+@pytest.fixture(scope="session")
+def text() -> list[Any]:
+    """Two batches of real text for the demo model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint")
+    lines = (DEMO / "text.jsonl").read_text().splitlines()[:30]
+    ids = tokenizer(" ".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
+    return list(torch.tensor(ids[: 4 * 128]).view(2, 2, 128))
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 
-import architectures
+import activation_guards
 import pytest
 import torch
-import transformers
-from conftest import DEMO
+from activation_guards import BUILDERS, on, tokens
 from torch import nn
 
 from invarlock.core.errors import UsageError
-from invarlock.core.snapshots import Fingerprint
-from invarlock.evaluation.models import evaluating
-from invarlock.evaluation.taps import attached
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.quantization.selection import Role, find_weights
@@ -23,56 +18,9 @@ from plugins_builtin.guards import spikes
 from plugins_builtin.guards.activations import Sample
 from plugins_builtin.guards.rmt import RMTGuard
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return transformers.AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def text() -> list[torch.Tensor]:
-    """Two batches of real text."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO / "checkpoint")
-    lines = (DEMO / "text.jsonl").read_text().splitlines()[:30]
-    ids = tokenizer(" ".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
-    return list(torch.tensor(ids[: 4 * 128]).view(2, 2, 128))
-
-
-def tokens(seed: int = 0) -> list[torch.Tensor]:
-    """Two batches for the tiny models."""
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(architectures.VOCABULARY, (2, 3, 24), generator=generator))
-
-
-def observe(guard, model: nn.Module, batches):
-    taps = guard.observe(model, None, {})
-    with evaluating(model), attached(model, taps):
-        for batch in batches:
-            decoder = {"decoder_input_ids": batch} if model.config.is_encoder_decoder else {}
-            model(input_ids=batch, attention_mask=torch.ones_like(batch), **decoder)
-    return {name: tap.result() for name, tap in taps.items()}
-
 
 def judge(model: nn.Module, batches, damage=None, *, edited_batches=None, **options):
-    guard = RMTGuard(**options)
-    baseline = observe(guard, model, batches)
-    assert guard.prepare(model, None, [], {})["ready"] is True
-    edited = copy.deepcopy(model)
-    if damage:
-        with torch.no_grad():
-            damage(edited)
-    before = Fingerprint.of(edited)
-    observations = {"baseline": baseline, "edited": observe(guard, edited, edited_batches or batches)}
-    result = guard.validate(edited, None, {"observations": observations})
-    assert Fingerprint.of(edited) == before
-    json.dumps(result, allow_nan=False)
-    return result
-
-
-def on(module: str, change):
-    return lambda model: change(model.get_submodule(module).weight)
+    return activation_guards.judge(RMTGuard(**options), model, batches, damage, edited_batches=edited_batches)
 
 
 # -- the edge of noise ---------------------------------------------------------------------------------------------------
@@ -251,8 +199,8 @@ def test_activations_that_are_not_finite_abort(build, value: float) -> None:
 def test_one_token_that_is_not_finite_is_seen_whether_it_is_sampled_or_not(demo, text) -> None:
     rare = int(text[1][1, 127])
     damage = on("model.embed_tokens", lambda weight: weight[rare].fill_(float("nan")))
-    for tokens in (8, 512):
-        assert judge(demo, text, damage, tokens=tokens)["action"] == "abort"
+    for size in (8, 512):
+        assert judge(demo, text, damage, tokens=size)["action"] == "abort"
     assert judge(demo, text, damage, tokens=512)["metrics"]["suspects"][0]["module"] == "model.embed_tokens"
 
 
