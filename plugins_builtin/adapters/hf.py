@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,8 @@ from typing import Any, ClassVar
 from invarlock import hookimpl
 from invarlock.core.api import ModelAdapter
 from invarlock.core.errors import UsageError, one_line
+
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 class _TransformersAdapter(ModelAdapter):
@@ -220,5 +223,7 @@ def _resolve(device: str) -> str:
     if device != "auto":
         return device
     if torch.cuda.is_available():
-        return "cuda"
+        # Each process of a run has a device of its own, as its launcher numbers them.
+        local = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
