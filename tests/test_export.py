@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ def test_gguf_of_untied_and_biased_weights(config) -> None:
         (architectures.llama, "gguf", {}, "set edit.plan.bitwidth 8 and edit.plan.group_size 32"),
         (architectures.llama, "gguf", {"group_size": 32}, "mlp.down_proj has shape (32, 48)"),
         (architectures.opt, "gguf", {"group_size": 32}, "this one is opt"),
+        (partial(architectures.llama, attention_bias=True), "gguf", {"group_size": 32}, "does not say that attention_bias is True"),
+        (partial(architectures.llama, hidden_act="gelu"), "gguf", {"group_size": 32}, "does not say that hidden_act is gelu"),
     ],
 )  # fmt: skip
 def test_what_a_format_cannot_hold_is_refused_before_the_run(invarlock, config, build, format_, plan, said) -> None:

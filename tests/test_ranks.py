@@ -16,7 +16,7 @@ from conftest import DEMO, read_report
 
 from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
-from invarlock.pipeline.ranks import Ranks
+from invarlock.core.ranks import Ranks
 
 Finished = tuple[int, str, str]
 

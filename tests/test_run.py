@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -525,6 +526,20 @@ def test_an_output_inside_the_input_is_refused(invarlock, config, checkpoint) ->
     done = invarlock("run", "-c", config(model={"id": str(checkpoint)}), "--out", checkpoint / "out")
     assert done.code == 2
     assert "inside the input" in done.err
+
+
+@pytest.mark.parametrize("out", ["work", "link", "elsewhere/../work"])
+def test_an_input_that_lies_where_the_output_goes_is_never_removed(invarlock, config, checkpoint, out) -> None:
+    Path("work").mkdir()
+    Path("elsewhere").mkdir()
+    shutil.copytree(checkpoint, "work/model")
+    Path("link").symlink_to("work")
+    path = config(model={"id": "work/model", "device": "cpu"}, edit={"plan": {"bitwidth": 2, "scope": "all"}})
+    for arguments in (("run", "-c", path), ("compare", "--baseline", checkpoint, "--subject", "work/model")):
+        done = invarlock(*arguments, "--out", out, "--force")
+        assert done.code == 2
+        assert "the input work/model" in done.err
+    assert {path.name for path in Path("work/model").iterdir()} == {path.name for path in checkpoint.iterdir()}
 
 
 def test_without_a_folder_each_run_gets_a_new_one(invarlock, config) -> None:

@@ -157,18 +157,92 @@ def test_guards_of_the_class_form_see_weights_as_they_know_them(invarlock, confi
     assert seen[0]["before"] != seen[0]["after"]
 
 
-def test_a_guard_that_would_change_a_weight_is_named(invarlock, config, sharded, module) -> None:
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ("weight.mul_(2)", 3, "a streamed model is read only"),
+        ("torch.mul(weight, 2, out=weight)", 3, "a streamed model is read only"),
+        ("torch._foreach_mul_([weight], 2.0)", 3, "a streamed model is read only"),
+        ("model.model.norm.weight = torch.nn.Parameter(weight * 2)", 3, "the guard changed the model (model.norm.weight)"),
+        ("model.model.rotary_emb.inv_freq.mul_(2)", 3, "the guard changed the model (model.rotary_emb.inv_freq)"),
+        ("weight[0] = 7", 0, ""),
+        ("weight.view(-1)[:3].mul_(9)", 0, ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("when", ["prepare", "validate"])
+def test_what_a_guard_does_to_a_streamed_weight_is_never_saved(
+    invarlock, config, sharded, module, change, code, said, when
+) -> None:
     module(
         "changer",
-        "from invarlock import hookimpl\nimport torch\n"
-        "@hookimpl\ndef invarlock_validate(model):\n"
-        "    with torch.no_grad(): model.model.norm.weight.mul_(2)\n    return {'passed': True}\n",
+        f"from invarlock import hookimpl\nimport torch\n@hookimpl\ndef invarlock_{when}(model):\n"
+        f"    weight = model.model.norm.weight\n    with torch.no_grad(): {change}\n"
+        "    return {'passed': True, 'ready': True}\n"
+        + ("" if when == "validate" else "@hookimpl\ndef invarlock_validate(): return {'passed': True}\n"),
     )
-    path = saving(config, sharded, guards={"order": ["changer"]})
+    path = saving(config, sharded, guards={"order": ["changer", "invariants"]})
     done = invarlock("run", "-c", path, "-p", "changer", "--out", "out", "--stream")
-    assert done.code == 3
-    assert "a streamed model is read only" in read_report(Path("out"))["guards"][0]["message"]
-    assert not Path("out/model").exists()
+    assert done.code == code, done.out + done.err
+    assert said in read_report(Path("out"))["guards"][0]["message"]
+    if code:
+        assert not Path("out/model").exists()
+    else:
+        assert torch.equal(weights(Path("out/model"))["model.norm.weight"], weights(sharded)["model.norm.weight"])
+
+
+def test_tied_weights_that_are_stored_twice(invarlock, config, sharded) -> None:
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    embedding = weights(sharded)["model.embed_tokens.weight"]
+
+    def store_head(head: torch.Tensor) -> None:
+        save_file(load_file(last) | {"lm_head.weight": head}, last, metadata={"format": "pt"})
+        _edit_index(sharded, lambda names: names.update({"lm_head.weight": last.name}))
+
+    store_head(embedding.clone())
+    plan = {"plan": {"bitwidth": 8, "scope": "all", "include": ["*embed*", "*mlp*"]}}
+    path = saving(config, sharded, edit=plan)
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        assert invarlock("run", "-c", path, "--out", out, *stream).code == 0
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    store_head(embedding * 2)
+    done = invarlock("run", "-c", path, "--out", "out", "--stream")
+    assert done.code == 2
+    assert "are tied, and differ" in done.err
+
+
+def test_types_are_those_that_loading_into_memory_gives(invarlock, config, sharded) -> None:
+    for path in sharded.glob("*.safetensors"):
+        wide = {name: tensor.float() if "norm" in name else tensor for name, tensor in load_file(path).items()}
+        save_file(wide, path, metadata={"format": "pt"})
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        assert invarlock("run", "-c", saving(config, sharded), "--out", out, *stream).code == 0
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert {name: tensor.dtype for name, tensor in one.items()} == {
+        name: tensor.dtype for name, tensor in other.items()
+    }
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_where_there_is_a_single_file_too_that_is_read(sharded) -> None:
+    single = {name: tensor * 2 for name, tensor in weights(sharded).items()}
+    save_file(single, sharded / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(Checkpoint(sharded)["model.norm.weight"], single["model.norm.weight"])
+    loaded = HF_Causal_Adapter().load_model(str(sharded), "cpu")
+    assert torch.equal(loaded.model.norm.weight, single["model.norm.weight"])
+
+
+def test_a_model_that_changes_its_heads_logits_is_not_measured_wrongly(invarlock, config) -> None:
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    Gemma2ForCausalLM(Gemma2Config(**shape, **heads, final_logit_softcapping=5.0)).save_pretrained("gemma")
+    AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained("gemma")
+    done = invarlock("run", "-c", saving(config, Path("gemma").absolute()), "--out", "out", "--stream")
+    assert done.code == 2
+    assert "it changes its head's logits" in done.err
 
 
 # -- cut off -----------------------------------------------------------------------------------------------------------
@@ -213,13 +287,20 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
 
 
 def test_another_plan_does_not_go_on_with_the_shards_of_the_first(tmp_path) -> None:
-    first = ShardedOutput(tmp_path / "shards", {"bits": 8})
-    first.write("model.safetensors", {"weight": torch.ones(2)}, ["noted"])
-    assert ShardedOutput(tmp_path / "shards", {"bits": 8}).notes("model.safetensors") == ["noted"]
-    (tmp_path / "shards" / "model.safetensors").write_bytes(b"short")
-    assert ShardedOutput(tmp_path / "shards", {"bits": 8}).notes("model.safetensors") is None
-    assert ShardedOutput(tmp_path / "shards", {"bits": 4}).notes("model.safetensors") is None
-    assert [path.name for path in (tmp_path / "shards").iterdir()] == []
+    def shards(**identity: int) -> ShardedOutput:
+        return ShardedOutput(tmp_path / "model", ["one.safetensors", "two.safetensors"], identity)
+
+    first = shards(bits=8)
+    first.write("one.safetensors", {"weight": torch.ones(2)}, ["noted"])
+    with pytest.raises(UsageError, match=r"lacks two\.safetensors"), first.completed():
+        pass
+    assert not (tmp_path / "model").exists()
+    assert shards(bits=8).notes("one.safetensors") == ["noted"]
+    assert shards(bits=8).notes("two.safetensors") is None
+    (tmp_path / ".model.partial" / "one.safetensors").write_bytes(b"short")
+    assert shards(bits=8).notes("one.safetensors") is None
+    assert shards(bits=4).notes("one.safetensors") is None
+    assert list((tmp_path / ".model.partial").iterdir()) == []
 
 
 # -- broken input ------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Export:
 def _shard_size(source: str) -> int | str:
     """The size of the largest shard of the input, so that the output is cut as the input was; else one file."""
     index = Path(source) / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.is_file() or (Path(source) / "model.safetensors").is_file():
         return "1000TB"
     files: set[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return max((Path(source) / file).stat().st_size for file in files)

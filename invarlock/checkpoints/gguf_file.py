@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,28 @@ from invarlock.quantization.selection import WeightTarget
 BLOCK = 32
 ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
+USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+"""What those who read a file of these architectures take for granted."""
 
 
 def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
     """Why a GGUF file cannot hold what a plan makes of these weights, or None."""
     if (scheme.bitwidth, scheme.symmetric, scheme.group_size) != (8, True, BLOCK):
         return f"Q8_0 is 8 bits, symmetric, in groups of {BLOCK}: set edit.plan.bitwidth 8 and edit.plan.group_size 32"
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         return f"it is written for {' and '.join(ARCHITECTURES)} models, and this one is {kind}"
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
         return "it is written for plain rotary embeddings, and this model scales its own"
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kind == "qwen2" and head * config.num_attention_heads != config.hidden_size:
+        return f"a qwen2 file does not say that heads have {head} dimensions"
+    unusual = [name for name, usual in USUAL.items() if getattr(config, name, usual) != usual]
+    if unusual:
+        return f"a {kind} file does not say that {unusual[0]} is {getattr(config, unusual[0])}"
+    if find_spec("gguf") is None:
+        return "the package gguf is missing: pip install 'invarlock[gguf]'"
     for target in targets:
         if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
             shape = tuple(target.parameter.shape)

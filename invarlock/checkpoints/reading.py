@@ -67,7 +67,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 if name in self.entries:
                     raise _broken(folder, f"tensor {name} is in both {self.entries[name].file} and {file}")
                 self.entries[name] = Entry(file, shape, dtype)
-        _check_index(folder, self.entries)
+        if self.files != [SINGLE]:
+            _check_index(folder, self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
         shard = self._shards[self.entries[name].file]
@@ -88,16 +89,16 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(entry.nbytes for entry in self.entries.values() if entry.file == file)
 
     def current_identity(self) -> dict[str, list[int]]:
-        """Size and time of each file, to tell whether they are the same ones later.
+        """Size, time and inode of each file by its path, to tell whether they are the same ones later.
 
         :raises UsageError: a file changed since it was opened.
         """
         for shard in self._shards.values():
             shard.check_unchanged()
-        return {file: [shard.stat.st_size, shard.stat.st_mtime_ns] for file, shard in self._shards.items()}
+        return {str(shard.path.resolve()): _told_by(shard.stat) for shard in self._shards.values()}
 
     def fingerprint(self, edit: Mapping[str, Any] | None = None) -> str:
-        """A digest of the files as they are now, by size and time, and of what is made of them."""
+        """A digest of the files as they are now, by path, size, time and inode, and of what is made of them."""
         described = {"files": self.current_identity(), "edit": edit}
         return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
@@ -132,16 +133,21 @@ class _Shard:
             now = self.path.stat()
         except OSError as error:
             raise _broken(self.path.parent, f"{self.path.name} went away while it was read") from error
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (self.stat.st_size, self.stat.st_mtime_ns, self.stat.st_ino):
+        if _told_by(now) != _told_by(self.stat):
             raise _broken(self.path.parent, f"{self.path.name} changed while it was read")
+
+
+def _told_by(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _files(folder: Path) -> list[str]:
     """The names of the shards, each a file of the folder itself."""
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise _broken(folder, f"there is neither {SINGLE} nor {INDEX}")
+    # Where there are both, transformers reads the single file.
+    if (folder / SINGLE).is_file():
         return [SINGLE]
+    if not (folder / INDEX).is_file():
+        raise _broken(folder, f"there is neither {SINGLE} nor {INDEX}")
     files = sorted(set(_weight_map(folder).values()))
     for file in files:
         if Path(file).name != file or file in ("", ".", ".."):
@@ -160,8 +166,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
-    if not (folder / INDEX).is_file():
-        return
     for name, file in _weight_map(folder).items():
         if name not in entries or entries[name].file != file:
             raise _broken(folder, f"{INDEX} says that {name} is in {file}, and it is not")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from invarlock.checkpoints.reading import INDEX, SINGLE
-from invarlock.checkpoints.writing import write_text
+from invarlock.checkpoints.writing import PARTIAL, put_in_place, write_text
+from invarlock.core.errors import UsageError
 
-JOURNAL = "journal-{}.json"
+JOURNALS = ".model.journals"
 
 
 @dataclass
@@ -25,7 +28,10 @@ class ShardedOutput:
     Only what has the same identity is gone on with: the same input files, plan and format.
     """
 
-    folder: Path
+    target: Path
+    """The folder that it all becomes."""
+    files: Sequence[str]
+    """The names of all its shards."""
     identity: Mapping[str, Any]
     rank: int = 0
     """Of the process that writes: each has a journal of its own, and all read those of all."""
@@ -33,18 +39,19 @@ class ShardedOutput:
     _own: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.folder = self.target.with_name(PARTIAL)
+        self.journals = self.target.with_name(JOURNALS)
         self._done = self._kept()
-        if not self._done and self.rank == 0 and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = self.folder / JOURNAL.format(self.rank)
+        if not self._done and self.rank == 0:
+            self.discard()
+        for folder in (self.folder, self.journals):
+            folder.mkdir(parents=True, exist_ok=True)
+        own = self.journals / f"{self.rank}.json"
         self._own = json.loads(own.read_text(encoding="utf-8"))["shards"] if own.is_file() else {}
 
     def notes(self, file: str) -> Any | None:
         """What was noted with a shard, or None if it is not whole yet."""
-        entry = self._done.get(file)
-        there = entry is not None and (self.folder / file).is_file()
-        return entry["notes"] if entry and there and (self.folder / file).stat().st_size == entry["size"] else None
+        return self._done[file]["notes"] if self._is_whole(file, self._done) else None
 
     def write(self, file: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Write a shard to the side, rename it into place, and enter it in the journal.
@@ -53,30 +60,53 @@ class ShardedOutput:
         """
         staged = self.folder / f".{file}.partial"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, metadata={"format": "pt"})
+        # On the disk before the journal says so.
+        with staged.open("rb") as written:
+            os.fsync(written.fileno())
         size = staged.stat().st_size
         staged.replace(self.folder / file)
         names = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._own[file] = {"size": size, "tensors": names, "notes": notes}
         journal = json.dumps({"identity": self.identity, "shards": self._own})
-        write_text(self.folder / JOURNAL.format(self.rank), journal)
+        write_text(self.journals / f"{self.rank}.json", journal)
 
-    def finish(self) -> None:
-        """Write the index, if there are several shards, and end the journals of all processes."""
+    @contextmanager
+    def completed(self) -> Iterator[Path]:
+        """The folder, to be given what it lacks yet; then it takes its place. If that fails, the shards stay.
+
+        :raises UsageError: shards are missing.
+        """
         done = self._kept()
-        if set(done) != {SINGLE}:
-            weight_map = {name: file for file, entry in done.items() for name in entry["tensors"]}
-            total = sum(size for entry in done.values() for size in entry["tensors"].values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        for journal in self.folder.glob(JOURNAL.format("*")):
-            journal.unlink()
+        if missing := [file for file in self.files if not self._is_whole(file, done)]:
+            raise UsageError(
+                f"output.dir: {self.folder} lacks {missing[0]}, which another process wrote somewhere else; give all "
+                "processes one output folder that they share"
+            )
+        for stray in self.folder.glob(".*.partial"):
+            stray.unlink()
+        if list(self.files) != [SINGLE]:
+            self._write_index(done)
+        yield self.folder
+        put_in_place(self.folder, self.target)
+        shutil.rmtree(self.journals, ignore_errors=True)
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder)
+        for folder in (self.folder, self.journals):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_index(self, done: Mapping[str, dict[str, Any]]) -> None:
+        weight_map = {name: file for file, entry in done.items() for name in entry["tensors"]}
+        total = sum(size for entry in done.values() for size in entry["tensors"].values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _is_whole(self, file: str, done: Mapping[str, dict[str, Any]]) -> bool:
+        path = self.folder / file
+        return file in done and path.is_file() and path.stat().st_size == done[file]["size"]
 
     def _kept(self) -> dict[str, dict[str, Any]]:
         """What the journals say is whole, if all are of this identity."""
-        journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob(JOURNAL.format("*"))]
+        journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.journals.glob("[0-9]*.json")]
         if any(journal["identity"] != self.identity for journal in journals):
             return {}
         return {file: entry for journal in journals for file, entry in journal["shards"].items()}

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from invarlock.core.errors import UsageError, one_line
 
 ARTIFACTS = ("report.json", "model")
+PARTIAL = ".model.partial"
+"""Where a model is until it is whole."""
 
 
 @contextmanager
@@ -32,22 +34,28 @@ def unwritable_said(path: Path, undo: Callable[[], None] = lambda: None) -> Iter
 
 
 @contextmanager
-def staged_folder(target: Path, staged: Path | None = None) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it does not.
+def staged_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target`` that becomes ``target`` when the block ends well, and else vanishes.
 
-    :param staged: one that is there already.
+    What an earlier process left there, that was killed, goes first.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = staged or Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    staged = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     try:
         yield staged
-        staged.chmod(0o777 & ~_umask())
-        for file in staged.iterdir():
-            file.chmod(0o666 & ~_umask())
-        staged.rename(target)
+        put_in_place(staged, target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Let a whole folder take its place, readable for everybody that the umask allows."""
+    mask = _umask()
+    for path in (staged, *staged.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    staged.rename(target)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -92,17 +100,23 @@ class OutputFolder:
     def check(self, model_id: str) -> None:
         """Refuse, before anything is loaded, what must not be written to.
 
-        :raises UsageError: another run's output lies there, or the folder lies in the input checkpoint.
+        :raises UsageError: another run's output lies there, or the folder and the input checkpoint lie in each other.
         """
-        checkpoint, folder = Path(model_id).absolute(), self.path.absolute()
+        checkpoint, folder = Path(model_id).resolve(), self.path.resolve()
         if checkpoint.is_dir() and (checkpoint == folder or checkpoint in folder.parents):
             raise UsageError(
                 f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
             )
+        for name in (*ARTIFACTS, PARTIAL):
+            artifact = (folder / name).resolve()
+            if checkpoint.exists() and (checkpoint == artifact or artifact in checkpoint.parents):
+                raise UsageError(f"output.dir: {self.path / name} is, or holds, the input {model_id}; choose another")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output.dir: {self.path} is a file; choose a folder")
         there = [name for name in ARTIFACTS if (self.path / name).exists()]
-        if there and not self.force:
+        # A run that was killed when it had saved the model, and not yet its report, is no other one's.
+        unfinished = there == ["model"] and (self.path / "model" / "report.json").is_file()
+        if there and not self.force and not unfinished:
             raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
         nearest_existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not os.access(nearest_existing, os.W_OK):
@@ -116,7 +130,3 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-    def staged_model(self, staged: Path | None = None) -> AbstractContextManager[Path]:
-        """An empty folder, or the one given, that becomes the model's if the block ends well."""
-        return staged_folder(self.path / "model", staged)

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.errors import UsageError
 from invarlock.evaluation.models import LOGITS_BYTES
-
-CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
-"""Settings by which a model's forward changes what its head gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +20,8 @@ class Head:
 
     weight: Tensor
     bias: Tensor | None
+    given: list[Tensor]
+    """What the model gave its head to make logits of."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) of hidden states (tokens, features)."""
@@ -32,28 +32,37 @@ class Head:
         """How many tokens' logits take ``LOGITS_BYTES`` in float32."""
         return max(1, LOGITS_BYTES // (4 * len(self.weight)))
 
+    def check(self, instead: Tensor) -> None:
+        """Refuse a model that does more with logits than to put out what its head gives.
+
+        :param instead: what the model put out in the place of logits.
+        :raises UsageError: it is not what the head was given.
+        """
+        if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
+            raise UsageError(
+                "model.id: its outputs cannot be measured while it is streamed: it changes its head's logits"
+            )
+
 
 @contextmanager
 def set_aside_head(model: nn.Module) -> Iterator[Head]:
     """Let the model give, in the place of logits, what its head would make them of.
 
-    :raises UsageError: it has no head, or its logits are not just what the head gives.
+    :raises UsageError: it has no linear head.
     """
     get = getattr(model, "get_output_embeddings", None)
     module = get() if callable(get) else None
-    config = getattr(model, "config", None)
-    changed = [name for name in CHANGED_AFTERWARDS if getattr(config, name, None)]
-    if not isinstance(module, nn.Linear) or changed:
-        why = f"its configuration sets {changed[0]}" if changed else "it has no linear output head"
-        raise UsageError(f"model.id: its outputs cannot be measured while it is streamed: {why}")
+    if not isinstance(module, nn.Linear):
+        raise UsageError("model.id: its outputs cannot be measured while it is streamed: it has no linear output head")
     # Cloned, because any operation on streamed weights reads them.
-    head = Head(module.weight.clone(), None if module.bias is None else module.bias.clone())
-    module.forward = _unchanged  # type: ignore[method-assign, assignment]
+    head = Head(module.weight.clone(), None if module.bias is None else module.bias.clone(), [])
+
+    def unchanged(hidden: Tensor) -> Tensor:
+        head.given.append(hidden)
+        return hidden
+
+    module.forward = unchanged  # type: ignore[method-assign, assignment]
     try:
         yield head
     finally:
         del module.forward
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

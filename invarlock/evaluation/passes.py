@@ -136,6 +136,7 @@ def _together(
         for wanted in taps if len(preview) else ():
             stack.enter_context(attached(model, wanted, rows))
         hidden = _logits(model, windows)
+    head.check(hidden)
     return _score(hidden[len(preview) :], _targets(final, task), watch, head)
 
 

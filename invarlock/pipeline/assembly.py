@@ -9,13 +9,13 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from invarlock import __version__
-from invarlock.checkpoints.writing import OutputFolder, digests, unwritable_said, write_text
+from invarlock.checkpoints.sharding import ShardedOutput
+from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, unwritable_said, write_text
 from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
@@ -77,18 +77,18 @@ def write(
     clock: Clock,
     save: Callable[..., None] | None = None,
     *,
-    staged: Path | None = None,
+    shards: ShardedOutput | None = None,
 ) -> None:
     """Write the report, after the model if there is one to save.
 
     :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
-    :param staged: the folder, if it has the weights already.
+    :param shards: the weights, if they are written already.
     :raises UsageError: something could not be written; then there is no report and no model.
     """
     with unwritable_said(output.path, undo=output.clear):
         output.clear()
         if save is not None:
-            with clock.stage("save"), output.staged_model(staged) as folder:
+            with clock.stage("save"), shards.completed() if shards else staged_folder(output.path / "model") as folder:
                 save(folder, report=report)
                 report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))

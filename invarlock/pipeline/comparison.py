@@ -20,13 +20,13 @@ from invarlock.checkpoints.streamed import streaming_of
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action, Finding
 from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
-from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -86,7 +86,8 @@ def compare(
     gc.collect()
     model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
     report = _report(judge, subject, attempt, baseline, model)
-    plugins.run_finished(report)
+    if ranks.is_first:
+        plugins.run_finished(report)
     if output is not None and ranks.is_first:
         write(report, output, judge.clock)
     ranks.gather(None)
@@ -109,14 +110,16 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
         judge.windows = None
     else:
         judge.make_windows(model)
-    keeper = None
-    weights: Mapping[str, torch.Tensor] | None = streaming_of(model)
-    if weights is None:
+    streaming = streaming_of(model)
+    weights: Mapping[str, torch.Tensor]
+    if streaming:
+        weights, undo = streaming, partial(streaming.undo, model)
+    else:
         snapshot = Snapshot(model)
-        keeper = Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock)
         weights = snapshot.parameters()
+        undo = partial(Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock).undo, model)
     judge.measure_baseline(model)
-    ready = judge.prepare(model, lambda: keeper.undo(model) if keeper else [])
+    ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
     return ready, _Baseline(_fingerprint(model), weights, vocabulary)
 
@@ -139,7 +142,14 @@ def _fingerprint(model: torch.nn.Module) -> str:
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
     model, adapter = _load(judge, subject, weights_only=judge.windows is None)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
-    edited = None if streaming_of(model) else Fingerprint.of(model)
+    streaming = streaming_of(model)
+    edited = None if streaming else Fingerprint.of(model)
+
+    def changed() -> list[str]:
+        if streaming:
+            return streaming.undo(model)
+        return Fingerprint.of(model).changed_since(edited) if edited else []
+
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := _unreadable(judge, model):
         judge.windows = None
@@ -152,7 +162,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     attempt = judge.judge(
         model,
         edit,
-        lambda: Fingerprint.of(model).changed_since(edited) if edited else [],
+        changed,
         modules=changes,
         baseline_weights=baseline.weights,
         findings=findings,

@@ -18,6 +18,7 @@ import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
 from invarlock.core.snapshots import Fingerprint
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
@@ -27,7 +28,6 @@ from invarlock.evaluation.models import Task, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
-from invarlock.pipeline.ranks import Ranks
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
 

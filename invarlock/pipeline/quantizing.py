@@ -12,12 +12,12 @@ import torch
 from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
+from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
@@ -59,7 +59,8 @@ def run(
     try:
         attempts = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
-        plugins.run_finished(report)
+        if ranks.is_first:
+            plugins.run_finished(report)
         if output is not None and ranks.is_first:
             keep = attempts[-1].verdict.accepted and export is not None
             save = partial(export.write, model=model, tokenizer=judge.tokenizer) if keep and export else None

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invarlock import __version__
 from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.streamed import Edit, Streaming, streaming_of
 from invarlock.checkpoints.writing import OutputFolder, unwritable_said
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.pipeline.assembly import ModelFacts, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.ranks import ALONE, Ranks
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight
 from invarlock.quantization.rtn import Scratch, quantize_, scales_of
@@ -77,11 +78,12 @@ def run_streamed(
     judge.measure_baseline(model)
     streamed = _StreamedRun(judge, model, streaming, targets, output, export)
     try:
-        attempts = streamed.attempts(plans) if judge.prepare(model, list) else [judge.not_ready()]
-        streamed.report(attempts)
-    except Exception:
-        # Not after Ctrl-C: the same command goes on with the shards that are whole.
-        streamed.discard()
+        ready = judge.prepare(model, lambda: streaming.undo(model))
+        streamed.report(streamed.attempts(plans) if ready else [judge.not_ready()])
+    except UsageError:
+        # A full disk. After anything else the same command goes on with the shards that are whole.
+        if ranks.size == 1:
+            streamed.discard()
         raise
     return RunResult(streamed.written, model)
 
@@ -127,39 +129,31 @@ class _StreamedRun:
             devices=[str(self.streaming.device)],
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
-        judge.plugins.run_finished(report)
-        if not judge.ranks.is_first:
-            pass
-        elif accepted and self.export and self.shards:
-            complete = partial(
-                self.export.complete, model=self.model, tokenizer=judge.tokenizer, quantized=self._quantized
-            )
-            self.shards.finish()
-            write(report, self.output, judge.clock, complete, staged=self.shards.folder)
-        else:
-            self.discard()
-            write(report, self.output, judge.clock)
+        if judge.ranks.is_first:
+            judge.plugins.run_finished(report)
+            self._write(report)
         judge.ranks.gather(None)
         self.written = report
+
+    def _write(self, report: dict[str, Any]) -> None:
+        if not report["verdict"]["accepted"] or self.export is None or self.shards is None:
+            self.discard()
+            write(report, self.output, self.judge.clock)
+            return
+        quantized = {target.parameter_name for target in self.targets.values()}
+        complete = partial(self.export.complete, model=self.model, tokenizer=self.judge.tokenizer, quantized=quantized)
+        write(report, self.output, self.judge.clock, complete, shards=self.shards)
 
     def discard(self) -> None:
         if self.shards is not None and self.judge.ranks.is_first:
             self.shards.discard()
 
-    @property
-    def _quantized(self) -> set[str]:
-        return {target.parameter_name for target in self.targets.values()}
-
     def _attempt(self, number: int, plan: Plan) -> Attempt:
         judge = self.judge
-        if self.export is not None:
-            self.export.scheme = plan.scheme
-            shards = partial(ShardedOutput, self.output.path / ".model.partial", self._identity(plan), judge.ranks.rank)
-            # The first process makes room for what the others write.
-            self.shards = shards() if judge.ranks.is_first else None
-            judge.ranks.gather(None)
-            self.shards = self.shards or shards()
         with judge.clock.stage("quantize"), unwritable_said(self.output.path):
+            if self.export is not None:
+                self.export.scheme = plan.scheme
+                self.shards = self._open_shards(plan)
             modules = self._round_all(plan.scheme)
         self.streaming.edit = self._edit(plan.scheme)
         edit = {
@@ -170,25 +164,28 @@ class _StreamedRun:
         return judge.judge(
             self.model,
             edit,
-            list,
+            lambda: self.streaming.undo(self.model),
             number=number,
             bitwidth=plan.scheme.bitwidth,
             modules=modules,
             baseline_weights=self.streaming,
         )
 
-    def _identity(self, plan: Plan) -> dict[str, Any]:
-        identity: dict[str, Any] = json.loads(
-            json.dumps(
-                {
-                    "files": self.streaming.checkpoint.current_identity(),
-                    "plan": dataclasses.asdict(plan),
-                    "format": self.judge.config.output.format,
-                    "dtype": str(self.streaming.dtype),
-                }
-            )
-        )
-        return identity
+    def _open_shards(self, plan: Plan) -> ShardedOutput:
+        """Go on with what an earlier process left, or begin; the first process makes room for what the others write."""
+        described = {
+            "version": __version__,
+            "files": self.streaming.checkpoint.current_identity(),
+            "plan": dataclasses.asdict(plan),
+            "format": self.judge.config.output.format,
+            "dtype": self.judge.config.model.dtype,
+        }
+        identity = json.loads(json.dumps(described))
+        ranks, files = self.judge.ranks, self.streaming.checkpoint.files
+        make = partial(ShardedOutput, self.output.path / "model", files, identity, ranks.rank)
+        shards = make() if ranks.is_first else None
+        ranks.gather(None)
+        return shards or make()
 
     def _round_all(self, scheme: Scheme) -> list[QuantizedWeight]:
         """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
@@ -217,7 +214,7 @@ class _StreamedRun:
                 stored, result = self._round(name, scheme, scratch)
                 notes.append(dataclasses.asdict(result))
                 tensors |= stored
-            elif self.shards:
+            elif self.shards and name not in self.streaming.left_out:
                 tensors[name] = self.streaming.read(name)
         if self.shards:
             self.shards.write(file, tensors, notes)
@@ -226,32 +223,21 @@ class _StreamedRun:
     def _round(self, name: str, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], QuantizedWeight]:
         """One weight: what is stored of it, and what was done to it."""
         target, export = self.targets[name], self.export
-        weight = self.streaming.read(name).clone()
+        weight = self.streaming.read(name)
         stores_codes = export is not None and export.stores_codes
         scale = scales_of(weight, scheme, layout=target.layout) if stores_codes else None
         figures = quantize_(weight, scheme, layout=target.layout, scratch=scratch)
-        result = QuantizedWeight(
-            **vars(figures),
-            name=target.name,
-            parameter_name=target.parameter_name,
-            role=target.role.value,
-            bits=scheme.bitwidth,
-            scheme=scheme,
-            device=str(weight.device),
-        )
+        result = QuantizedWeight.of(target, scheme, figures)
         return ({} if export is None else export.stored(name, weight, scale)), result
 
     def _edit(self, scheme: Scheme) -> Edit:
         """What the edited model's weights are, each time that one is read."""
-        layouts = {target.parameter_name: target.layout for target in self.targets.values()}
         scratch = Scratch()
 
-        def rounded(name: str, weight: Tensor) -> Tensor:
-            if name not in layouts:
-                return weight
-            copy = weight.clone()
-            quantize_(copy, scheme, layout=layouts[name], measure=False, scratch=scratch)
-            return copy
+        def rounded(stored: str, weight: Tensor) -> Tensor:
+            if stored in self.targets:
+                quantize_(weight, scheme, layout=self.targets[stored].layout, measure=False, scratch=scratch)
+            return weight
 
         return rounded
 

@@ -33,6 +33,18 @@ class QuantizedWeight(WeightFigures):
     device: str
     change: str = "quantized"
 
+    @classmethod
+    def of(cls, target: WeightTarget, scheme: Scheme, figures: WeightFigures) -> QuantizedWeight:
+        return cls(
+            **vars(figures),
+            name=target.name,
+            parameter_name=target.parameter_name,
+            role=target.role.value,
+            bits=scheme.bitwidth,
+            scheme=scheme,
+            device=str(target.parameter.device),
+        )
+
 
 def quantize_model(
     model: nn.Module,
@@ -63,7 +75,8 @@ def quantize_model(
         for target in of_one_device:
             if scales is not None:
                 scales[target.parameter_name] = scales_of(target.parameter, plan.scheme, layout=target.layout)
-            results.append(_round(target, plan.scheme, measure, scratch))
+            figures = quantize_(target.parameter, plan.scheme, layout=target.layout, measure=measure, scratch=scratch)
+            results.append(QuantizedWeight.of(target, plan.scheme, figures))
             if on_progress is not None:
                 on_progress(next(done), len(targets), target.name)
         return results
@@ -76,16 +89,3 @@ def quantize_model(
     with ThreadPoolExecutor(len(by_device)) as pool:
         results = {result.parameter_name: result for part in pool.map(round_all, by_device.values()) for result in part}
     return [results[target.parameter_name] for target in targets]
-
-
-def _round(target: WeightTarget, scheme: Scheme, measure: bool, scratch: Scratch) -> QuantizedWeight:
-    figures = quantize_(target.parameter, scheme, layout=target.layout, measure=measure, scratch=scratch)
-    return QuantizedWeight(
-        **vars(figures),
-        name=target.name,
-        parameter_name=target.parameter_name,
-        role=target.role.value,
-        bits=scheme.bitwidth,
-        scheme=scheme,
-        device=str(target.parameter.device),
-    )

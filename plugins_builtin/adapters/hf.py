@@ -192,17 +192,23 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
     if read_config(model_id, options).get("quantization_config"):
         raise UsageError(f"model.id: {model_id}: cannot be streamed, its weights are packed")
     checkpoint = Checkpoint(Path(model_id))
-    dtype = None if options.get("dtype", "auto") == "auto" else getattr(torch, options["dtype"])
     accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
     config = transformers.AutoConfig.from_pretrained(model_id, **accepted)
-    config.dtype = dtype or config.dtype
+    wanted = options.get("dtype", "auto")
+    dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
+    config.dtype = dtype
     loader = getattr(transformers, auto_class)
     make = getattr(loader, "from_config", None) or loader._from_config
+    trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
     # Its buffers are real: rotary angles and masks are computed, not stored.
     with init_empty_weights(include_buffers=False):
-        model = make(config).eval()
+        model = make(config, dtype=dtype, **trust).eval()
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+    kept |= (getattr(model, "_keep_in_fp32_modules", None) or set()) if dtype == torch.float16 else set()
+    if kept and dtype != torch.float32:
+        raise UsageError(f"model.id: {model_id}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
-    attach(model, checkpoint, device=_resolve(device), dtype=dtype)
+    attach(model, checkpoint, device=_resolve(device))
     if getattr(model, "generation_config", None) and (Path(model_id) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(model_id)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.options import (
@@ -16,6 +16,9 @@ from invarlock.cli.options import (
     show,
 )
 from invarlock.core.errors import ExitCode
+
+if TYPE_CHECKING:
+    from invarlock.core.ranks import Ranks
 
 DESCRIPTION = """\
 Judges an edit that somebody else made: the same guards, metric, verdict and report as a run, with a second checkpoint
@@ -49,6 +52,16 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     set_environment(args)
+    from invarlock.core.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        report, folder = _judge(args, ranks)
+    if ranks.is_first:
+        show(report, folder, args)
+    return ExitCode(report["verdict"]["exit_code"])
+
+
+def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path]:
     from invarlock.config.loading import load
 
     config = load(args.config, args.settings, overrides(args) | _checkpoint_and_text(args))
@@ -58,19 +71,16 @@ def run(args: argparse.Namespace) -> int:
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
     from invarlock.pipeline import compare
-    from invarlock.pipeline.ranks import joined_ranks
 
     quieten_libraries(verbose=args.verbose)
     name = f"compare-{Path(args.subject).name}"
-    with joined_ranks() as ranks, progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
-        folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
         result = compare(
             config, args.subject, args.manager, weights_only=args.weights_only, output=folder, strict=args.strict,
             ranks=ranks, on_progress=on_progress,
         )  # fmt: skip
-    if ranks.is_first:
-        show(result.report, folder.path, args)
-    return ExitCode(result.report["verdict"]["exit_code"])
+    return result.report, folder.path
 
 
 def _checkpoint_and_text(args: argparse.Namespace) -> dict[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.commands.config import keys_text
@@ -18,6 +18,9 @@ from invarlock.cli.options import (
     show,
 )
 from invarlock.core.errors import ExitCode
+
+if TYPE_CHECKING:
+    from invarlock.core.ranks import Ranks
 
 DESCRIPTION = """\
 Loads the model of a configuration, measures it, quantizes it by round-to-nearest in memory, lets the guards judge, and
@@ -52,6 +55,16 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     set_environment(args)
+    from invarlock.core.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        report, folder = _judge(args, ranks)
+    if ranks.is_first:
+        show(report, folder, args)
+    return ExitCode(report["verdict"]["exit_code"])
+
+
+def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path]:
     from invarlock.config.loading import load
 
     config = load(_config_path(args), args.settings, overrides(args) | _demo_model(args))
@@ -61,19 +74,16 @@ def run(args: argparse.Namespace) -> int:
     from invarlock import pipeline
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
-    from invarlock.pipeline.ranks import joined_ranks
 
     quieten_libraries(verbose=args.verbose)
     name = "demo" if args.demo else Path(args.config).stem
     run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
-    with joined_ranks() as ranks, progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
-        folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
         result = run_pipeline(
             config, args.manager, output=folder, strict=args.strict, ranks=ranks, on_progress=on_progress
         )
-    if ranks.is_first:
-        show(result.report, folder.path, args)
-    return ExitCode(result.report["verdict"]["exit_code"])
+    return result.report, folder.path
 
 
 def _config_path(args: argparse.Namespace) -> str:

@@ -11,14 +11,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
 
 Found = TypeVar("Found")
 
+MEETING = datetime.timedelta(minutes=5)
+"""How long to wait for all to be there."""
 PATIENCE = datetime.timedelta(days=7)
-"""How long to wait for the others, who may work for hours. One that dies is noticed at once: its connections break."""
+"""How long to wait later for the others, who may work for hours. One that dies is noticed at once, if its machine still
+is there to close its connections."""
 
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),  # torchrun
@@ -43,6 +47,13 @@ def joined_ranks() -> Iterator[Ranks]:
         raise
     finally:
         ranks.leave()
+
+
+@cache
+def _patient() -> Any:
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class Ranks:
         os.environ.setdefault("MASTER_PORT", "29500")
         try:
             # What is exchanged are results on the CPU, whatever device the models are on.
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=PATIENCE)
+            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=MEETING)
+            dist.barrier()
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise PluginError(
@@ -109,6 +121,7 @@ class Ranks:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            _patient.cache_clear()
 
     def share(self, count: int, *, ahead: int = 0) -> slice:
         """This process's part of so many things, side by side.
@@ -133,7 +146,7 @@ class Ranks:
 
         entries: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(entries, (found, failure))
+            dist.all_gather_object(entries, (found, failure), group=_patient())
         except RuntimeError as error:
             raise PeerError(f"rank {self.rank}: another process of the run is gone: {one_line(error)}") from error
         failures = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(entries) if said and rank != self.rank]
