@@ -27,8 +27,11 @@ CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The elements of outermost ``nn.ModuleList``s, by name; one that stands in several places once."""
     found: dict[str, nn.Module] = {}
+    outermost = ""
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in found):
+        # Modules come right after the one that holds them.
+        if isinstance(module, nn.ModuleList) and not (outermost and path.startswith(outermost)):
+            outermost = f"{path}."
             found |= {f"{path}.{name}": block for name, block in module.named_children() if has_weights(block)}
     return found
 
@@ -36,12 +39,15 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def find_parts(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks, and the largest modules with weights that neither hold a block nor are inside of one."""
     blocks = find_blocks(model)
+    holders = {""} | {
+        ".".join(block.split(".")[:depth]) for block in blocks for depth in range(1, block.count(".") + 1)
+    }
     parts: dict[str, nn.Module] = {}
+    part = ""
     for path, module in model.named_modules() if blocks else ():
-        inside = any(path.startswith(f"{part}.") for part in parts)
-        holds = not path or any(block.startswith(f"{path}.") for block in blocks)
-        if path in blocks or (has_weights(module) and not inside and not holds):
-            parts[path] = module
+        inside = part and path.startswith(part)
+        if path in blocks or (path not in holders and not inside and has_weights(module)):
+            parts[path], part = module, f"{path}."
     return parts
 
 

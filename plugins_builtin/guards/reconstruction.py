@@ -51,7 +51,7 @@ class ReconstructionGuard(Guard):
     - Rollback, if no outputs were measured: a score above ``max_score``.
     - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
 
-    :param tokens: how many tokens of the first window are used, at most 256. Default 24: they cost as much as 150
+    :param tokens: how many tokens of the first window are used, at most 256. Default 32: they cost as much as 200
         tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by less than ``DOUBT``.
     :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
@@ -67,7 +67,7 @@ class ReconstructionGuard(Guard):
 
     def __init__(
         self,
-        tokens: int = 24,
+        tokens: int = 32,
         random_tokens: int = 128,
         seed: int = 42,
         max_score: float = LIMIT / DOUBT,
@@ -129,8 +129,10 @@ class ReconstructionGuard(Guard):
         from plugins_builtin.guards.block_suspects import find_suspects
 
         judgement = self._reference.judge(model)
-        suspects = find_suspects(self._reference, judgement, model, self.suspects)
         action = self._action(judgement, outputs_decide)
+        # Of an edit that seems harmless the costliest part alone is looked into, in case that others reject it.
+        most = 1 if action == "continue" else self.suspects
+        suspects = find_suspects(self._reference, judgement, model, most)
         message = _message(judgement, suspects if action != "continue" else [])
         return {
             "passed": action in ("continue", "warn"),
