@@ -7,8 +7,16 @@ import datetime
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from invarlock.core.errors import ExitCode
+
+if TYPE_CHECKING:
+    from invarlock.core.ranks import Ranks
+
+Report = dict[str, Any]
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +75,23 @@ def output_folder(configured: str | None, name: str) -> Path:
     return path
 
 
-def show(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
+def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Ranks], tuple[Report, Path]]) -> int:
+    """Judge with the other processes of the run, if there are any; the first one prints.
+
+    :param judge: returns the report and the folder that it is in.
+    :returns: the exit code of the verdict.
+    """
+    set_environment(args)
+    from invarlock.core.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        report, folder = judge(args, ranks)
+    if ranks.is_first:
+        show(report, folder, args)
+    return ExitCode(report["verdict"]["exit_code"])
+
+
+def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
     """Print a report as the options ask for it."""
     from rich.console import Console
 

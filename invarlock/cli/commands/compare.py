@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 from invarlock import hookimpl
 from invarlock.cli.options import (
     add_judging_options,
+    judge_together,
     output_folder,
     overrides,
     quieten_libraries,
-    set_environment,
-    show,
 )
-from invarlock.core.errors import ExitCode
 
 if TYPE_CHECKING:
     from invarlock.core.ranks import Ranks
@@ -51,14 +49,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    set_environment(args)
-    from invarlock.core.ranks import joined_ranks
-
-    with joined_ranks() as ranks:
-        report, folder = _judge(args, ranks)
-    if ranks.is_first:
-        show(report, folder, args)
-    return ExitCode(report["verdict"]["exit_code"])
+    return judge_together(args, _judge)
 
 
 def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path]:
