@@ -165,6 +165,7 @@ def test_guards_of_the_class_form_see_weights_as_they_know_them(invarlock, confi
         ("torch._foreach_mul_([weight], 2.0)", 3, "a streamed model is read only"),
         ("model.model.norm.weight = torch.nn.Parameter(weight * 2)", 3, "the guard changed the model (model.norm.weight)"),
         ("model.model.rotary_emb.inv_freq.mul_(2)", 3, "the guard changed the model (model.rotary_emb.inv_freq)"),
+        ("model.half()", 3, "the guard changed the model ("),
         ("weight[0] = 7", 0, ""),
         ("weight.view(-1)[:3].mul_(9)", 0, ""),
     ],
@@ -380,6 +381,9 @@ def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
     done = invarlock("run", "-c", saving(config, Path("experts").absolute(), dataset={}), "--out", "out", "--stream")
     assert done.code == 2
     assert "cannot be streamed, it has no tensor model.layers.0.mlp." in done.err
+    done = invarlock("run", "-c", config(model={"id": "some.gguf", "adapter": "hf_gguf"}), "--stream", "--out", "out")
+    assert done.code == 2
+    assert "a GGUF file cannot be streamed" in done.err
     done = invarlock("run", "--demo", "--stream", "--out", "out", "--set", "output.save_model=true", "--set", "output.format=gguf")  # fmt: skip
     assert done.code == 2
     assert "run without --stream" in done.err

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from invarlock.checkpoints import gguf_file, packed
+from invarlock.checkpoints.reading import INDEX, SINGLE
 from invarlock.core.errors import UsageError
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
@@ -96,8 +97,8 @@ class Export:
 
 def _shard_size(source: str) -> int | str:
     """The size of the largest shard of the input, so that the output is cut as the input was; else one file."""
-    index = Path(source) / "model.safetensors.index.json"
-    if not index.is_file() or (Path(source) / "model.safetensors").is_file():
+    index = Path(source) / INDEX
+    if not index.is_file() or (Path(source) / SINGLE).is_file():
         return "1000TB"
     files: set[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return max((Path(source) / file).stat().st_size for file in files)

@@ -111,10 +111,15 @@ class Streaming(Mapping[str, Tensor]):
     def undo(self, model: nn.Module) -> list[str]:
         """Put back every parameter and buffer that is not the model's own any more; returns their names."""
         changed = []
+        # model.half() and its like change the type that a tensor claims to have.
+        for stored in {self.stored[name] for name, own in self._parameters.items() if own.dtype != self._type_of(name)}:
+            self._parameters |= dict.fromkeys(
+                (name for name in self if self.stored[name] == stored), self._on_disk(stored)
+            )
         for name, own in self._parameters.items():
             path, _, key = name.rpartition(".")
             held: dict[str, Any] = model.get_submodule(path)._parameters
-            if held.get(key) is not own or own.dtype != self._dtypes[self.stored[name]]:
+            if held.get(key) is not own:
                 changed.append(name)
                 held[key] = own
         for name, kept in self._buffers.items():
@@ -144,13 +149,17 @@ class Streaming(Mapping[str, Tensor]):
         self.left_out |= set(others)
         self.stored |= dict.fromkeys(names, stored)
         self._dtypes[stored] = empty.dtype
+        self._parameters |= dict.fromkeys(names, self._on_disk(stored))
 
+    def _on_disk(self, stored: str) -> StreamedTensor:
         def read() -> Tensor:
             weight = self.read(stored)
             return weight if self.edit is None else self.edit(stored, weight)
 
-        streamed = StreamedTensor(entries[stored].shape, empty.dtype, self.device, read)
-        self._parameters |= dict.fromkeys(names, streamed)
+        return StreamedTensor(self.checkpoint.entries[stored].shape, self._dtypes[stored], self.device, read)
+
+    def _type_of(self, name: str) -> torch.dtype:
+        return self._dtypes[self.stored[name]]
 
 
 def attach(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> None:

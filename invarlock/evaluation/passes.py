@@ -70,6 +70,8 @@ def measure(
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
 
+    Through a streamed model all of them go as one batch.
+
     The model is in evaluation mode meanwhile, without gradients. Losses come from its logits in float32, a few tokens
     at a time. A model that gives NaN is measured, not refused.
 

@@ -27,6 +27,8 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoModelForCausalLM
 
         path = Path(model_id)
+        if kwargs.get("stream"):
+            raise UsageError(f"model.id: {model_id}: a GGUF file cannot be streamed")
         if not path.is_file():
             raise UsageError(f"model.id: {model_id}: there is no such GGUF file")
         dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]

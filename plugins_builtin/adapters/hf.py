@@ -31,11 +31,11 @@ class _TransformersAdapter(ModelAdapter):
         """
         import transformers
 
-        from invarlock.checkpoints.reading import Checkpoint
+        from invarlock.checkpoints.reading import INDEX, SINGLE, Checkpoint
 
         if kwargs.pop("stream", False):
             return _streamed(model_id, self.auto_class_for(model_id, kwargs), device, kwargs)
-        if any((Path(model_id) / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        if any((Path(model_id) / name).is_file() for name in (SINGLE, INDEX)):
             # Transformers would read what an index names, wherever it is.
             Checkpoint(Path(model_id))
         loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
