@@ -101,12 +101,21 @@ class Verdict:
 
     action: Action
     decided_by: str
-    reasons: tuple[str, ...]
+    findings: tuple[Finding, ...]
     exit_code: ExitCode
 
     @property
     def accepted(self) -> bool:
         return self.action.accepted
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What objected, the most severe first."""
+        return tuple(
+            f"{finding.source}: {finding.action}: {finding.message}"
+            for finding in sorted(self.findings, key=lambda finding: -finding.action.severity)
+            if finding.action is not Action.CONTINUE
+        )
 
 
 def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
@@ -117,18 +126,13 @@ def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
     worst = max((finding.action for finding in findings), key=lambda action: action.severity, default=Action.CONTINUE)
     deciding = [finding for finding in findings if finding.action is worst]
     decided_by = deciding[0].source if worst is not Action.CONTINUE else "nothing objected"
-    reasons = tuple(
-        f"{finding.source}: {finding.action}: {finding.message}"
-        for finding in sorted(findings, key=lambda finding: -finding.action.severity)
-        if finding.action is not Action.CONTINUE
-    )
     if any(finding.failed for finding in findings):
         exit_code = ExitCode.FAILED
     elif not worst.accepted or (strict and worst is Action.WARN):
         exit_code = ExitCode.REJECTED
     else:
         exit_code = ExitCode.ACCEPTED
-    return Verdict(worst, decided_by, reasons, exit_code)
+    return Verdict(worst, decided_by, tuple(findings), exit_code)
 
 
 def plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, 
 from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
+from invarlock.evaluation.passes import PassResult
 from invarlock.pipeline.judging import Attempt, Clock, Judge
 from invarlock.pipeline.suspects import blame
 from invarlock.reporting import report as reporting
@@ -63,6 +64,7 @@ def assemble(
         metrics=reporting.MetricsSection(
             primary=_metric_section(last.metric, judge.config.eval.metric.ci_level),
             predictions=_divergence_section(last.divergence),
+            windows=_windows_section(judge.baseline_pass, last.edited_pass),
         ),
         verdict=_verdict_section(judge, last),
         attempts=[_attempt_section(attempt) for attempt in attempts],
@@ -133,6 +135,12 @@ def _divergence_section(divergence: DivergenceResult | None) -> reporting.Diverg
     return reporting.DivergenceSection(**{**values, "action": divergence.action.value, "limits": limits})
 
 
+def _windows_section(baseline: PassResult | None, edited: PassResult | None) -> reporting.WindowsSection | None:
+    if baseline is None or edited is None:
+        return None
+    return reporting.WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
+
+
 def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection:
     verdict = attempt.verdict
     return reporting.VerdictSection(
@@ -140,6 +148,8 @@ def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection
         accepted=verdict.accepted,
         decided_by=verdict.decided_by,
         rests_on=_rests_on(judge),
+        strict=judge.strict,
+        findings=[reporting.FindingSection(**dataclasses.asdict(finding)) for finding in verdict.findings],
         reasons=list(verdict.reasons),
         suspects=[] if verdict.accepted else blame(attempt.results),
         exit_code=int(verdict.exit_code),

@@ -84,6 +84,7 @@ class Attempt:
     results: list[GuardResult]
     metric: MetricResult | None
     divergence: DivergenceResult | None
+    edited_pass: PassResult | None
     verdict: Verdict
 
 
@@ -197,7 +198,7 @@ class Judge:
         results = [
             self._unready_result(slot, prepared) for slot, prepared in zip(self.slots, self.prepared, strict=True)
         ]
-        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, self._fold(results, []))
+        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, None, self._fold(results, []))
 
     def _unready_result(self, slot: GuardSlot, prepared: Prepared) -> GuardResult:
         if prepared.error:
@@ -241,7 +242,7 @@ class Judge:
                 Finding("predictions", divergence.action, divergence.message),
             ]
         verdict = self._fold(results, [*outputs, *findings])
-        return Attempt(number, bitwidth, modules, results, metric, divergence, verdict)
+        return Attempt(number, bitwidth, modules, results, metric, divergence, edited_pass, verdict)
 
     def _validate_all(
         self,

@@ -16,6 +16,8 @@ from invarlock.core.results import plain
 FORMAT_VERSION: Final = "report-v1"
 
 Actions = Literal["continue", "warn", "rollback", "abort"]
+Number = float | Literal["nan", "inf", "-inf"]
+"""JSON has no number that is not finite."""
 
 
 @dataclass
@@ -111,9 +113,21 @@ class DivergenceSection:
 
 
 @dataclass
+class WindowsSection:
+    """Of each window that decides the primary metric: what the figures are computed from."""
+
+    tokens: list[int]
+    """Scored tokens."""
+    baseline: list[Number]
+    """Sum of the log loss over them, nats."""
+    edited: list[Number]
+
+
+@dataclass
 class MetricsSection:
     primary: MetricSection | None
     predictions: DivergenceSection | None
+    windows: WindowsSection | None
 
 
 @dataclass
@@ -125,12 +139,27 @@ class SuspectSection:
 
 
 @dataclass
+class FindingSection:
+    """One voice in the verdict."""
+
+    source: str
+    action: Actions
+    message: str
+    failed: bool
+    """Whether the source itself failed, so that its word cannot be relied on."""
+
+
+@dataclass
 class VerdictSection:
     action: Actions
     accepted: bool
     decided_by: str
     rests_on: str
     """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
+    strict: bool
+    """Whether a warning, though accepted, ends the process with exit code 1."""
+    findings: list[FindingSection]
+    """What was folded, guards first."""
     reasons: list[str]
     suspects: list[SuspectSection]
     """Of a rejection: the modules most likely responsible, best first."""
