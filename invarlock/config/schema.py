@@ -23,9 +23,17 @@ class ModelConfig:
 
     id: Annotated[str, MinLen(1), "Folder or file of the checkpoint, or an id on a hub."]
     adapter: Annotated[str, "Adapter that loads it; auto asks every adapter, the generic one last."] = "auto"
-    device: Annotated[str, "Where it runs: auto, cpu, cuda, cuda:1, mps."] = "auto"
+    device: Annotated[
+        str, "Where it runs: auto, cpu, cuda, cuda:1, mps; balanced: spread over all devices of the machine."
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], "Data type of the weights; auto keeps the checkpoint's."
+    ] = "auto"
+    parallel: Annotated[
+        Literal["auto", "windows", "tensor", "fully_sharded"],
+        "How several processes share a model in memory: each has all of it and takes some windows; or each has a "
+        "part of every layer (tensor parallelism); or of every weight (FSDP2). auto takes the first one if a device "
+        "holds the model, else the second if its heads can be divided, else the third.",
     ] = "auto"
     trust_remote_code: Annotated[bool, "Whether code that lies beside the weights may run."] = False
     revision: Annotated[str | None, "Branch, tag or commit on a hub."] = None

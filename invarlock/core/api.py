@@ -163,6 +163,8 @@ def _accepted(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments
     defaults = {"device": "auto", "dtype": "auto", "trust_remote_code": False, "revision": None, "stream": False}
+    # What is only an offer: a model that each process has all of is shared by its windows.
+    defaults["parallel"] = arguments.get("parallel")
     for name, value in arguments.items():
         if name not in parameters and value != defaults.get(name, value):
             raise OptionNotTakenError(f"model.{name}: the adapter's load_model does not take it; remove the key")

@@ -1,7 +1,8 @@
 """Several processes on one run: torchrun, Slurm or MPI start them, and they meet wherever one needs what others found.
 
-They share the evaluation windows, and the shards of a streamed model. Guards run on the first of them alone, so that
-each result is there once, as in a run of one process.
+They share the evaluation windows, and the shards of a streamed model; then guards run on the first of them alone, so
+that each result is there once, as in a run of one process. Where a model in memory is spread over them, all do all
+things together.
 """
 
 from __future__ import annotations
@@ -30,6 +31,20 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE"),  # MPICH and its kin
 )
+
+
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def local_rank() -> int:
+    """Which process of the run on this machine this one is."""
+    return int(next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0"))
+
+
+def ranks_on_this_machine() -> int:
+    """How many processes of the run are on this machine; 1 where the launcher does not say."""
+    return int(next((os.environ[name] for name in LOCAL_SIZES if name in os.environ), "1"))
 
 
 class PeerError(PluginError):
@@ -79,13 +94,18 @@ class Ranks:
         return ranks
 
     def _meet(self) -> None:
+        import torch
         import torch.distributed as dist
 
+        # Results are exchanged on the CPU, parts of weights and activations where they are.
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
         os.environ.setdefault("MASTER_PORT", "29500")
         try:
-            # What is exchanged are results on the CPU, whatever device the models are on.
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=MEETING)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=MEETING)
             dist.barrier()
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

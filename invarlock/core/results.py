@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -73,6 +73,19 @@ class GuardResult:
             warnings=tuple(map(str, warnings)),
             metrics=plain(metrics),
         )
+
+    @classmethod
+    def merged(cls, by_rank: Sequence[GuardResult]) -> GuardResult:
+        """One result of what a guard said in each process: the worst action wins.
+
+        Every process sees all weights and the same activations, so that they agree, and sums and maxima are over all,
+        unless one of them is damaged or the guard is not deterministic. Then the metrics say which rank each is of.
+        """
+        worst = max(by_rank, key=lambda result: (result.action.severity, result.error is not None))
+        if all(result == worst for result in by_rank):
+            return worst
+        metrics = {**worst.metrics, **{f"rank {rank}": result.metrics for rank, result in enumerate(by_rank)}}
+        return replace(worst, message=f"rank {by_rank.index(worst)}: {worst.message}", metrics=metrics)
 
     @classmethod
     def failed(cls, name: str, message: str, trace: str | None = None) -> GuardResult:

@@ -15,6 +15,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from invarlock.core.spread import local, whole
+
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer under each of its names; tied ones come once a name."""
@@ -56,7 +58,7 @@ class Fingerprint:
 def _digest(tensor: torch.Tensor) -> str:
     state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if tensor.device.type != "meta":
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        state.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -65,7 +67,8 @@ class Snapshot:
 
     On disk, so that a baseline does not double the memory of a run; ``TMPDIR`` says where. The folder goes with the
     object. Structure (which module and parameter hangs where, and so what is tied) is kept by reference: it costs
-    nothing, and parts that were swapped out come back too.
+    nothing, and parts that were swapped out come back too. Of a model that is spread over processes each keeps its own
+    part.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -74,7 +77,7 @@ class Snapshot:
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
         for path, tensor in self._files():
-            save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+            save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, path)
 
     @torch.no_grad()
     def restore(self, model: torch.nn.Module) -> None:
@@ -82,14 +85,17 @@ class Snapshot:
         for structure in self._structure:
             structure.restore()
         for path, tensor in self._files():
-            saved = load_file(path)["tensor"]
-            if tensor.shape == saved.shape and tensor.dtype == saved.dtype:
-                tensor.copy_(saved)
+            saved, part = load_file(path)["tensor"], local(tensor)
+            if part.shape == saved.shape and part.dtype == saved.dtype:
+                part.copy_(saved)
             else:
                 tensor.data = saved.to(tensor.device)
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
-        """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for."""
+        """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for.
+
+        Of weights that are spread over processes they are this one's parts.
+        """
         paths = {id(tensor): path for path, tensor in self._files()}
         return _OnDisk(self._folder, {name: paths[identity] for name, identity in self._names.items()})
 

@@ -66,6 +66,7 @@ def measure(
     task: Task,
     taps: Iterable[Mapping[str, Tap]] = (),
     reference: TokenRecord | None = None,
+    calls: int = 0,
     on_progress: Progress | None = None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
@@ -77,6 +78,8 @@ def measure(
 
     :param taps: what each guard wants to look at during the preview windows, by module name.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
+    :param calls: run the model at least so often on final windows, the last batch again and unscored if need be:
+        processes that a model's weights are spread over have to run it together.
     :raises PluginError: the model's output has no logits, or a tap names no module of the model.
     :raises ValueError: the reference is of other windows.
     """
@@ -92,6 +95,8 @@ def measure(
                 for batch in batches.of(preview):
                     _logits(model, batch)
             scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
+            for _ in range(calls - len(scores)):
+                _logits(model, final[-1:])
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
     if isinstance(watch, Recorder):
         return PassResult(losses, tokens, record=watch.result())

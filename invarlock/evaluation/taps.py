@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from invarlock.core.errors import PluginError, nearest
+from invarlock.core.spread import is_spread
 
 
 class Tap(Protocol):
@@ -68,6 +69,24 @@ def attached(model: nn.Module, taps: Mapping[str, Tap], rows: Rows | None = None
 def _hook(tap: Tap, rows: Rows | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Returns None whatever the tap returns: torch would put anything else in the output's place.
+        args, output = _whole_features(module, args, output)
         tap(module, *((args, kwargs, output) if rows is None else rows((args, kwargs, output))))
 
     return hook
+
+
+def _whole_features(module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[tuple[Any, ...], Any]:
+    """What a linear layer is given and gives: under tensor parallelism a process has some features of one of them."""
+    if not isinstance(module, nn.Linear) or not is_spread(module.weight):
+        return args, output
+    weight: Any = module.weight
+    given = tuple(_gathered(value, module.in_features, weight.device_mesh) for value in args)
+    return given, _gathered(output, module.out_features, weight.device_mesh)
+
+
+def _gathered(value: Any, features: int, mesh: Any) -> Any:
+    if not isinstance(value, Tensor) or value.shape[-1] * mesh.size() != features:
+        return value
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(value, mesh, [Shard(value.ndim - 1)]).full_tensor()

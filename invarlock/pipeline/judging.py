@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
+from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, one_line
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
 from invarlock.core.snapshots import Fingerprint
+from invarlock.core.spread import Sharding, sharding_of
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
 from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.metric import Kind, MetricResult, compare, kind_of
-from invarlock.evaluation.models import Task, task_of
+from invarlock.evaluation.models import Task, batch_size, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
@@ -99,18 +101,24 @@ class Judge:
     on_progress: Progress
     ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(default_factory=Clock)
+    sharding: Sharding | None = None
+    view: WholeView | None = None
+    """Of a model that is spread over the processes."""
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def load(self, model_id: str, *, stream: bool = False) -> tuple[torch.nn.Module, Adapter]:
+    def load(self, model_id: str, *, stream: bool = False, spread: bool = False) -> tuple[torch.nn.Module, Adapter]:
         """Load a checkpoint as ``model`` of the configuration says.
 
         :param stream: leave its weights on disk, to be read at each use.
+        :param spread: spread its weights over the processes, if there are several and ``model.parallel`` says so.
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
+        if spread and self.ranks.size > 1 and section.parallel != "windows":
+            options["parallel"] = section.parallel
         with self.clock.stage("load"):
             model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
         for name, parameter in model.named_parameters():
@@ -140,12 +148,19 @@ class Judge:
         :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
         """
         self.adapter = adapter
-        self.description = adapter.describe(model)
+        self.sharding = sharding_of(model)
+        if self.sharding:
+            self.view = WholeView(model)
+        self.description = adapter.describe(self._shown(model))
         self.task: Task = task_of(model)
         self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
         needs_text = self.config.dataset.provider != "generated" or self.task == "masked"
         self.reads_text = needs_text if reads_text is None else reads_text
         self.tokenizer = self._load_tokenizer() if self.reads_text or wants_tokenizer else None
+
+    def _shown(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as guards see it."""
+        return self.view.model if self.view else model
 
     def _load_tokenizer(self) -> Any:
         try:
@@ -175,7 +190,11 @@ class Judge:
         :param check: called after each: undoes what the guard changed of the model, and names it.
         :returns: whether all are ready.
         """
-        self.prepared: list[Prepared] = self.ranks.from_first(lambda: self._prepare_all(model, check))
+        if self.view:
+            found = self.ranks.gather(self._prepare_all(self.view.model, self.view.undo))
+            self.prepared = [min(of_one, key=lambda prepared: prepared.ready) for of_one in zip(*found, strict=True)]
+        else:
+            self.prepared = self.ranks.from_first(lambda: self._prepare_all(model, check))
         return all(prepared.ready for prepared in self.prepared)
 
     def _prepare_all(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> list[Prepared]:
@@ -234,7 +253,11 @@ class Judge:
         observed, edited_pass = self._observed_pass(model, "edited pass", self.record)
         metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
-        results = self.ranks.from_first(lambda: self._validate_all(model, context, observed, check))
+        if self.view:
+            found = self.ranks.gather(self._validate_all(self.view.model, context, observed, self.view.undo))
+            results = [GuardResult.merged(of_one) for of_one in zip(*found, strict=True)]
+        else:
+            results = self.ranks.from_first(lambda: self._validate_all(model, context, observed, check))
         outputs = []
         if metric and divergence:
             outputs = [
@@ -287,7 +310,7 @@ class Judge:
             "edit": edit,
             "attempt": number,
             "device": str(next(model.parameters()).device),
-            "rank": 0,
+            "rank": self.ranks.rank,
             "vocabulary": len(self.tokenizer) if self.tokenizer is not None else None,
         }
 
@@ -298,26 +321,41 @@ class Judge:
     ) -> tuple[list[Observation], PassResult | None]:
         """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
-        Processes share the final windows; the preview ones, which are the guards', are the first one's.
+        Processes share the final windows; the preview ones, which are the guards', are the first one's, or everybody's
+        where the model is spread over them.
         """
-        taken = self.slots if self.ranks.is_first else []
-        observations = [self.plugins.observe(slot, model, self.adapter) for slot in taken]
+        guarding = self.ranks.is_first or self.sharding is not None
+        taken = self.slots if guarding else []
+        observations = [self.plugins.observe(slot, self._shown(model), self.adapter) for slot in taken]
         if self.windows is None:
             return observations, None
         preview, final = self.windows
+        share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
         with self.clock.stage(stage):
             measured = measure(
                 model,
-                preview if self.ranks.is_first else preview[:0],
-                final[self.ranks.share(len(final), ahead=len(preview))],
+                preview if guarding else preview[:0],
+                final[share],
                 task=self.task,
                 taps=[observation.taps for observation in observations],
                 reference=reference,
+                calls=calls,
                 on_progress=lambda done, total: self.on_progress(stage, done, total),
             )
             self.record = measured.record or self.record
-            whole = PassResult.joined(self.ranks.gather(dataclasses.replace(measured, record=None)))
-        return observations, whole
+            parts = self.ranks.gather(dataclasses.replace(measured, record=None))
+        # Under tensor parallelism all processes have measured the same.
+        return observations, PassResult.joined(parts[:1] if self.sharding is Sharding.TENSOR else parts)
+
+    def _share_of(self, final: Windows, *, ahead: int, model: torch.nn.Module) -> tuple[slice, int]:
+        """This process's part of the final windows, and how often all of them have to run the model."""
+        if self.sharding is Sharding.TENSOR:
+            return slice(None), 0
+        share = self.ranks.share(len(final), ahead=ahead)
+        if self.sharding is None:
+            return share, 0
+        most = -(-len(final) // self.ranks.size)
+        return share, -(-most // batch_size(model, final.length))
 
     def _compare(self, edited_pass: PassResult | None) -> tuple[MetricResult, DivergenceResult] | tuple[None, None]:
         """The two voices of the outputs: the loss, and the predictions token by token."""

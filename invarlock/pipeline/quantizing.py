@@ -49,7 +49,7 @@ def run(
         output.check(config.model.id)
     slots = plugins.guard_slots(config.guards.order, config.guards.options)
     judge = Judge(config, plugins, slots, strict, on_progress, ranks)
-    model, adapter = judge.load(config.model.id)
+    model, adapter = judge.load(config.model.id, spread=True)
     targets = select_targets(model, plans[0])
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
@@ -61,9 +61,11 @@ def run(
         report = _report(judge, attempts, model, keeper)
         if ranks.is_first:
             plugins.run_finished(report)
+        save = None
+        if export is not None and attempts[-1].verdict.accepted:
+            saved = judge.view.gather(keep=ranks.is_first) if judge.view else model
+            save = partial(export.write, model=saved, tokenizer=judge.tokenizer)
         if output is not None and ranks.is_first:
-            keep = attempts[-1].verdict.accepted and export is not None
-            save = partial(export.write, model=model, tokenizer=judge.tokenizer) if keep and export else None
             write(report, output, judge.clock, save)
         ranks.gather(None)
     except BaseException:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
+from invarlock.core.spread import gathered
 from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, scales_of, unfit
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.quantization.selection import WeightTarget, select_targets
@@ -73,9 +74,10 @@ def quantize_model(
         scratch = Scratch()
         results = []
         for target in of_one_device:
-            if scales is not None:
-                scales[target.parameter_name] = scales_of(target.parameter, plan.scheme, layout=target.layout)
-            figures = quantize_(target.parameter, plan.scheme, layout=target.layout, measure=measure, scratch=scratch)
+            with gathered(target.parameter) as weight:
+                if scales is not None:
+                    scales[target.parameter_name] = scales_of(weight, plan.scheme, layout=target.layout)
+                figures = quantize_(weight, plan.scheme, layout=target.layout, measure=measure, scratch=scratch)
             results.append(QuantizedWeight.of(target, plan.scheme, figures))
             if on_progress is not None:
                 on_progress(next(done), len(targets), target.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +10,11 @@ from typing import Any, ClassVar
 from invarlock import hookimpl
 from invarlock.core.api import ModelAdapter
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.ranks import local_rank, ranks_on_this_machine
 
-LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+BALANCED = "balanced"
+MARGIN = 1.2
+"""Of a device's memory to the weights on it: activations need some, too."""
 
 
 class _TransformersAdapter(ModelAdapter):
@@ -25,8 +27,9 @@ class _TransformersAdapter(ModelAdapter):
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
         """Load a checkpoint folder, or an id from a hub, in evaluation mode.
 
-        :param kwargs: ``dtype`` (by default the checkpoint's), ``trust_remote_code`` (off), ``revision``, and
-            ``stream`` to leave the weights on disk.
+        :param device: also ``balanced``: spread over all devices of this machine.
+        :param kwargs: ``dtype`` (by default the checkpoint's), ``trust_remote_code`` (off), ``revision``, ``stream`` to
+            leave the weights on disk, and ``parallel`` where several processes may share the model.
         :raises UsageError: when there is no such checkpoint, or it is broken, incomplete or pickled.
         """
         import transformers
@@ -39,7 +42,8 @@ class _TransformersAdapter(ModelAdapter):
             # Transformers would read what an index names, wherever it is.
             Checkpoint(Path(model_id))
         loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
-        options = {"dtype": "auto", "use_safetensors": True, **kwargs, **_dequantized(model_id, kwargs)}
+        parallel = _parallel(model_id, device, kwargs.pop("parallel", None), kwargs)
+        options = {"dtype": "auto", "use_safetensors": True, **kwargs, **parallel, **_dequantized(model_id, kwargs)}
         return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
@@ -159,6 +163,8 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     """
     from safetensors import SafetensorError
 
+    if device == BALANCED:
+        options["device_map"] = BALANCED
     try:
         model, loading = loader.from_pretrained(model_id, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -171,10 +177,60 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
             f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
         )
     _forget_packing(model)
+    if "distributed_config" in options:
+        if hasattr(model, "set_reshard_after_forward"):
+            # By default the outermost weights stay gathered, and the model would not be what it was.
+            model.set_reshard_after_forward(True)
+        return model.eval()
     try:
-        return model.eval().to(_resolve(device))
+        return model.eval() if device == BALANCED else model.eval().to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes transformers spread a model over the processes of the run; nothing where each has all of it."""
+    if wanted is None or (wanted == "auto" and _fits(model_id, _resolve(device))):
+        return {}
+    import torch.distributed as dist
+    from transformers.distributed import DistributedConfig
+
+    size = dist.get_world_size()
+    refusal = _indivisible(model_id, options, size)
+    if wanted == "auto":
+        wanted = "fully_sharded" if refusal else "tensor"
+    if wanted == "tensor" and refusal:
+        raise UsageError(f"model.parallel: tensor: {refusal}; set it to fully_sharded")
+    spread = DistributedConfig(tp_size=size) if wanted == "tensor" else DistributedConfig(fsdp_size=size)
+    return {"distributed_config": spread}
+
+
+def _fits(model_id: str, device: str) -> bool:
+    """Whether a device holds the weights of a checkpoint, with some room beside them."""
+    import psutil
+    import torch
+
+    stored = sum(path.stat().st_size for path in Path(model_id).glob("*.safetensors"))
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // ranks_on_this_machine()
+    return bool(stored * MARGIN < free)
+
+
+def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | None:
+    """Why tensor parallelism cannot spread a model over so many processes, or None."""
+    from transformers import AutoConfig
+
+    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(model_id, **accepted)
+    if not getattr(config, "base_model_tp_plan", None):
+        return f"transformers has no plan for {config.model_type} models"
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None) or size
+        if count % size:
+            return f"{name} is {count}, which {size} processes cannot share evenly"
+    return None
 
 
 def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str, Any]) -> Any:
@@ -229,7 +285,6 @@ def _resolve(device: str) -> str:
     if device != "auto":
         return device
     if torch.cuda.is_available():
-        # Each process of a run has a device of its own, as its launcher numbers them.
-        local = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+        # Each process of a run has a device of its own.
+        return f"cuda:{local_rank() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,62 @@
+"""Weights that are spread over the processes of a run: each process holds a part of every large one.
+
+Whatever reads such a weight is called by all of them at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Sharding(StrEnum):
+    """How a model is spread."""
+
+    TENSOR = "tensor"
+    """Tensor parallelism: each process computes a part of every layer, on the same windows."""
+    FULLY_SHARDED = "fully_sharded"
+    """FSDP2: each computes every layer, whose weights are gathered for it, on windows of its own."""
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    """How a model is spread over processes, or None where each has all of it."""
+    if not any(is_spread(parameter) for parameter in model.parameters()):
+        return None
+    return Sharding.FULLY_SHARDED if hasattr(model, "set_reshard_after_forward") else Sharding.TENSOR
+
+
+def is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all processes; itself where it is not spread."""
+    spread: Any = tensor
+    weight: Tensor = spread.full_tensor() if is_spread(tensor) else tensor
+    return weight
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory."""
+    spread: Any = tensor
+    part: Tensor = spread.to_local() if is_spread(tensor) else tensor
+    return part
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
+    """A weight to be changed in place: of one that is spread a gathered copy, of which each keeps its part."""
+    if not is_spread(parameter):
+        yield parameter
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    of: Any = parameter
+    weight = whole(parameter.detach())
+    yield weight
+    parts = DTensor.from_local(weight, of.device_mesh, [Replicate()] * of.device_mesh.ndim)
+    local(parameter.detach()).copy_(local(parts.redistribute(placements=of.placements)))
