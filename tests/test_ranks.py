@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 from conftest import DEMO, read_report
 
 from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
 from invarlock.core.ranks import Ranks
+from invarlock.core.results import Action, GuardResult
 
 Finished = tuple[int, str, str]
 
@@ -74,6 +76,101 @@ def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp
     for files in saved:
         files.pop("model/report.json")
     assert saved[0] == saved[1]
+
+
+def saved_bytes(out: str) -> dict[str, str]:
+    return {
+        name: digest for name, digest in digests(Path(out, "model"), "model").items() if name.endswith(".safetensors")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [("llama", "tensor"), ("llama", "fully_sharded"), ("mixtral", "tensor"), ("gpt2", "fully_sharded")],
+)
+def test_a_spread_model_is_judged_and_saved_as_a_whole_one_is(config, module, together, name, parallel) -> None:
+    module(
+        "largest",
+        "from invarlock import hookimpl\n@hookimpl\ndef invarlock_validate(model, context):\n"
+        "    largest = {name: parameter.abs().max().item() for name, parameter in model.named_parameters()}\n"
+        "    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}\n"
+        "    return {'passed': True, 'action': 'warn', 'metrics': {'largest': largest, 'sizes': sizes}}\n",
+    )
+    getattr(architectures, name)().save_pretrained(name)
+    path = config(
+        model={"id": str(Path(name).absolute()), "device": "cpu"},
+        dataset={"seq_len": 32, "preview_n": 3, "final_n": 5},
+        guards={"order": ["invariants", "reconstruction", "spectral", "rmt", "variance", "largest"]},
+        output={"save_model": True, "format": "dequantized"}, plugins=["largest"],
+    )  # fmt: skip
+    together(1, "run", "-c", path, "--out", "one")
+    finished = together(2, "run", "-c", path, "--out", "two", "--set", f"model.parallel={parallel}")
+    assert [code for code, _, _ in finished] == [0, 0], finished
+    one, two = comparable(Path("one")), comparable(Path("two"))
+    assert saved_bytes("two") == saved_bytes("one")
+    del one["config"]["model"], two["config"]["model"]
+    if parallel == "tensor":
+        # Sums over parts of a row are made in another order.
+        for report in (one, two):
+            figures = report["metrics"].pop("windows"), report["metrics"].pop("predictions"), report.pop("attempts")
+            report["perplexity"] = pytest.approx(report["metrics"].pop("primary")["edited"], rel=1e-6)
+            assert all(figures)
+            for guard in report["guards"][1:-1]:
+                del guard["metrics"], guard["message"]
+            for voice in report["verdict"]["findings"]:
+                del voice["message"]
+        assert two.pop("perplexity") == one.pop("perplexity").expected
+    assert two == one
+
+
+def test_a_spread_model_comes_back_after_a_rejection(config, together) -> None:
+    path = config(edit={"plan": {"bitwidth": 2, "scope": "all"}, "retry": {"max_attempts": 2}})
+    finished = together(2, "run", "-c", path, "--out", "out", "-q", "--set", "model.parallel=fully_sharded")
+    assert [code for code, _, _ in finished] == [1, 1], finished
+    report = read_report(Path("out"))
+    assert [attempt["action"] for attempt in report["attempts"]] == ["rollback", "rollback"]
+    assert report["model"]["restored"] is True
+    assert report["model"]["fingerprint_after"] == report["model"]["fingerprint_before"]
+
+
+def test_a_guard_that_changes_a_spread_model_is_named_and_changes_nothing(config, module, together) -> None:
+    module(
+        "meddling",
+        "import torch\nfrom invarlock import hookimpl\n@hookimpl\ndef invarlock_validate(model):\n"
+        "    model.lm_head.weight = torch.nn.Parameter(torch.zeros(1024, 128))\n"
+        "    return {'passed': True, 'action': 'continue'}\n",
+    )
+    path = config(guards={"order": ["meddling"]}, plugins=["meddling"])
+    finished = together(2, "run", "-c", path, "--out", "out", "-q", "--set", "model.parallel=fully_sharded")
+    assert [code for code, _, _ in finished] == [3, 3], finished
+    assert "lm_head.weight" in read_report(Path("out"))["guards"][0]["message"]
+    assert read_report(Path("out"))["model"]["restored"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "said"),
+    [
+        ("gpt2", "tensor", "model.parallel: tensor: transformers has no plan for gpt2 models; set it to fully_sharded"),
+        ("t5", "fully_sharded", "encoder-decoders are not spread"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(config, together, name, parallel, said) -> None:
+    getattr(architectures, name)().save_pretrained(name)
+    path = config(model={"id": str(Path(name).absolute()), "parallel": parallel}, dataset={"seq_len": 32})
+    finished = together(2, "run", "-c", path, "--out", "out")
+    assert [code for code, _, _ in finished] == [2, 2], finished
+    assert said in finished[0][2]
+
+
+def test_what_processes_say_of_a_guard_is_merged() -> None:
+    fine = GuardResult("norms", True, Action.CONTINUE, "all fine", metrics={"largest": 1.0})
+    broken = GuardResult("norms", False, Action.ABORT, "too large", metrics={"largest": 9.0})
+    assert GuardResult.merged([fine, fine]) == fine
+    merged = GuardResult.merged([fine, broken, fine])
+    assert (merged.passed, merged.action, merged.message) == (False, Action.ABORT, "rank 1: too large")
+    assert merged.metrics == {
+        "largest": 9.0, "rank 0": {"largest": 1.0}, "rank 1": {"largest": 9.0}, "rank 2": {"largest": 1.0},
+    }  # fmt: skip
 
 
 def test_all_reject_what_one_would(config, together) -> None:

@@ -69,7 +69,8 @@ def run(
             write(report, output, judge.clock, save)
         ranks.gather(None)
     except BaseException:
-        keeper.restore(model)
+        # The others may not be there any more to look at a model that is spread over all of them.
+        keeper.restore(model, check=judge.view is None)
         raise
     return RunResult(report, model)
 

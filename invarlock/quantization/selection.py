@@ -15,6 +15,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError, nearest
+from invarlock.core.spread import local
 from invarlock.quantization.rtn import Layout
 from invarlock.quantization.scheme import Plan, matches
 
@@ -136,7 +137,7 @@ def _tied(first: WeightTarget, other: WeightTarget) -> WeightTarget:
 
 def _identity(parameter: Tensor) -> object:
     """Equal for parameters that share their memory, whether or not they are the same object."""
-    address = parameter.data_ptr() if parameter.device.type != "meta" else 0
+    address = local(parameter).data_ptr() if parameter.device.type != "meta" else 0
     return (parameter.device, address) if address else id(parameter)
 
 
