@@ -13,7 +13,7 @@ that counts the weights that a model has lost::
     @hookimpl
     def invarlock_validate(model):
         zeros = sum((p == 0).sum().item() for p in model.parameters())
-        return {"passed": zeros == 0, "action": "continue" if zeros == 0 else "warn", "metrics": {"zeros": zeros}}
+        return {"passed": zeros == 0, "action": "warn" if zeros else "continue", "metrics": {"zeros": zeros}}
 """
 
 from __future__ import annotations

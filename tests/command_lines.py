@@ -40,9 +40,10 @@ def _config(path: Path) -> None:
 
 
 def _run(path: Path) -> None:
-    """The folder of an accepted run with its model."""
+    """The folder of an accepted run with its model, named by the one or the other."""
     from invarlock.cli.main import main
 
+    path = path.parent if path.name == "model" else path
     keys = SMALL | {"guards.order": "[invariants]", "output.save_model": "true"}
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
     assert main(["run", "--demo", "--quiet", "--out", str(path), *settings]) == 0
@@ -52,7 +53,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     r"(path/to/)?(original|quantized|checkpoint)|CHECKPOINT": _checkpoint,
     r"held-out\.jsonl": _text,
     r"config\.yaml": _config,
-    r"runs/[\w-]+": _run,
+    r"runs/[\w-]+(/model)?": _run,
     r"my_guards": lambda path: path.with_suffix(".py").write_text(
         "from invarlock import hookimpl\n@hookimpl\ndef invarlock_validate(): return {'passed': True}\n"
     ),
