@@ -96,11 +96,9 @@ def test_the_guard_above_all_hooks_runs_as_printed(small_run, module) -> None:
     assert guard["metrics"]["zeros"] > 0
 
 
-def test_invarlock_load_model_is_asked_before_built_ins(small_run, printed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from invarlock.cli.commands import run
-
-    monkeypatch.setattr(run, "_demo_model", lambda args: {"model.id": f"folder:{DEMO / 'checkpoint'}"})
-    done = small_run(*printed("invarlock_load_model"), dataset__provider="generated")
+def test_invarlock_load_model_is_asked_before_built_ins(invarlock, config, printed) -> None:
+    path = config(model={"id": f"folder:{DEMO / 'checkpoint'}"}, dataset={"seq_len": 32, "preview_n": 1, "final_n": 2})
+    done = invarlock("run", "-c", path, "--out", "out", *printed("invarlock_load_model"))
     assert done.code == 0, done.err
     assert read_report(Path("out"))["model"]["adapter"] == "load_model"
 
