@@ -4,14 +4,16 @@ A plugin implements any of these with ``@invarlock.hookimpl``, on functions of a
 take any subset of a hook's arguments, by name. An implementation with ``wrapper=True`` runs around the others: it takes
 the same arguments, yields once, gets the result from the yield and returns it.
 
-A plugin that counts the weights that a model has lost, whole::
+Each example below is a whole plugin: put into a file ``mine.py``, it works with ``-p mine``. A guard is run if it
+stands in ``guards.order``, an adapter if ``model.adapter`` names it or, with ``auto``, if it owns ``model.id``. A guard
+that counts the weights that a model has lost::
 
     from invarlock import hookimpl
 
     @hookimpl
     def invarlock_validate(model):
         zeros = sum((p == 0).sum().item() for p in model.parameters())
-        return {"passed": zeros == 0, "action": "continue" if zeros == 0 else "warn", "metrics": {"zeros": zeros}}
+        return {"passed": zeros == 0, "action": "warn" if zeros else "continue", "metrics": {"zeros": zeros}}
 """
 
 from __future__ import annotations
@@ -45,11 +47,16 @@ def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any])
     On raise: an adapter asked for by name ends the run (exit code 3, or 2 for a ``UsageError`` or an ``OSError``);
     with ``auto`` a ``UsageError`` ends it too, and any other exception is said and the next adapter asked.
 
-    Example::
+    Example, an adapter for ids such as ``folder:path/to/checkpoint``::
+
+        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_load_model(model_id):
-            return MyModel.from_folder(model_id) if model_id.endswith(".mine") else None
+            from transformers import AutoModelForCausalLM
+
+            owned = model_id.startswith("folder:")
+            return AutoModelForCausalLM.from_pretrained(model_id.removeprefix("folder:")) if owned else None
     """
 
 
@@ -57,20 +64,28 @@ def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any])
 def invarlock_load_tokenizer(model_id: str, options: Mapping[str, Any]) -> Any:
     """Load the model's own tokenizer.
 
-    Called once a run, of the adapter that loaded the model, and only if text has to become windows.
+    Called of the adapter that loaded the model: once a run, if text has to become windows or the model is to be saved;
+    in a comparison for each checkpoint.
 
     :param model_id: ``model.id``.
     :param options: ``trust_remote_code`` and ``revision``.
     :returns: a tokenizer as those of transformers; None leaves it to transformers' ``AutoTokenizer``.
         Stops at the first non-None result.
 
-    On raise: the run ends before anything is measured.
+    On raise: the adapter is named and the run ends before anything is measured: exit code 3, or 2 for a ``UsageError``.
 
-    Example::
+    Example, an adapter whose tokenizer lies in a folder of its own::
+
+        from invarlock import hookimpl
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        @hookimpl
+        def invarlock_load_model(model_id):
+            return AutoModelForCausalLM.from_pretrained(model_id)
 
         @hookimpl
         def invarlock_load_tokenizer(model_id):
-            return AutoTokenizer.from_pretrained(model_id + "/tokenizer")
+            return AutoTokenizer.from_pretrained(f"{model_id}/tokenizer")
     """
 
 
@@ -84,13 +99,16 @@ def invarlock_describe(model: Any) -> dict[str, Any] | None:
     :returns: a dict of plain values: model_type, model_class, n_layer, n_head, ...; None leaves it to the default,
         which reads the model's ``config``. Stops at the first non-None result.
 
-    On raise: the run ends.
+    On raise: the adapter is named and the run ends before anything is measured: exit code 3.
 
-    Example::
+    Example, a wrapper that adds to what the adapter of any model tells::
 
-        @hookimpl
+        from invarlock import hookimpl
+
+        @hookimpl(wrapper=True)
         def invarlock_describe(model):
-            return {"model_type": "mine", "n_layer": len(model.layers)}
+            described = yield
+            return {**described, "megabytes": sum(p.nbytes for p in model.parameters()) / 1e6}
     """
 
 
@@ -104,13 +122,25 @@ def invarlock_snapshot(model: Any) -> Any:
     :returns: anything; it is handed to ``invarlock_restore`` as it is. None leaves both to the default, which writes
         each tensor to a temporary folder. Stops at the first non-None result.
 
-    On raise: the run ends before the edit.
+    On raise: the adapter is named and the run ends before the edit: exit code 3.
 
-    Example::
+    Example, an adapter that keeps the baseline in memory::
+
+        from invarlock import hookimpl
+        from transformers import AutoModelForCausalLM
+
+        @hookimpl
+        def invarlock_load_model(model_id):
+            return AutoModelForCausalLM.from_pretrained(model_id)
 
         @hookimpl
         def invarlock_snapshot(model):
             return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+        @hookimpl
+        def invarlock_restore(model, snapshot):
+            model.load_state_dict(snapshot)
+            return True
     """
 
 
@@ -127,12 +157,16 @@ def invarlock_restore(model: Any, snapshot: Any) -> Any:
 
     On raise: the run ends with exit code 3 and nothing is saved.
 
-    Example::
+    Example, a wrapper that says when the baseline is back::
 
-        @hookimpl
-        def invarlock_restore(model, snapshot):
-            model.load_state_dict(snapshot)
-            return True
+        import sys
+        from invarlock import hookimpl
+
+        @hookimpl(wrapper=True)
+        def invarlock_restore():
+            restored = yield
+            print("the baseline is back", file=sys.stderr)
+            return restored
     """
 
 
@@ -155,11 +189,28 @@ def invarlock_observe(model: Any, adapter: Any, policy: Mapping[str, Any], guard
 
     On raise: an error of that guard, which counts as abort.
 
-    Example::
+    Example, a guard that looks at the largest output of each MLP block::
+
+        from invarlock import hookimpl
+
+        class Largest:
+            value = 0.0
+
+            def __call__(self, module, args, kwargs, output):
+                self.value = max(self.value, output.abs().max().item())
+
+            def result(self):
+                return self.value
 
         @hookimpl
         def invarlock_observe(model):
-            return {name: LargestOutput() for name, module in model.named_modules() if name.endswith("mlp")}
+            return {name: Largest() for name, module in model.named_modules() if name.endswith("mlp")}
+
+        @hookimpl
+        def invarlock_validate(context):
+            before, after = context["observations"]["baseline"], context["observations"]["edited"]
+            grown = [name for name in after if after[name] > 2 * before[name]]
+            return {"passed": not grown, "action": "warn" if grown else "continue", "message": f"grown: {grown}"}
     """
 
 
@@ -181,11 +232,21 @@ def invarlock_prepare(
 
     On raise, or with ``ready: False``: abort before the edit. The other guards are still prepared.
 
-    Example::
+    Example, a guard that compares the norm of each parameter with what it was::
+
+        from invarlock import hookimpl
+
+        norms = {}
 
         @hookimpl
         def invarlock_prepare(model):
-            return {"ready": True, "parameters": sum(1 for _ in model.parameters())}
+            norms.update({name: p.norm().item() for name, p in model.named_parameters()})
+            return {"ready": bool(norms), "largest": max(norms.values())}
+
+        @hookimpl
+        def invarlock_validate(model):
+            moved = [n for n, p in model.named_parameters() if abs(p.norm().item() - norms[n]) > norms[n] / 100]
+            return {"passed": not moved, "action": "warn" if moved else "continue", "message": f"moved: {moved}"}
     """
 
 
@@ -209,16 +270,19 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
 
     Example, a timer around every guard::
 
+        import sys, time
+        from invarlock import hookimpl
+
         @hookimpl(wrapper=True)
         def invarlock_validate(guard):
             started = time.perf_counter()
             result = yield
-            print(guard, time.perf_counter() - started)
+            print(f"{guard} took {time.perf_counter() - started:.2f} s", file=sys.stderr)
             return result
     """
 
 
-# -- the command line and the report -----------------------------------------------------------------------------------
+# -- the command line, attempts and the report -------------------------------------------------------------------------
 
 
 @hookspec
@@ -233,11 +297,40 @@ def invarlock_add_commands(subparsers: argparse._SubParsersAction[argparse.Argum
 
     On raise: the plugin is named, and the commands of the others are there all the same.
 
-    Example::
+    Example, the command ``invarlock -p mine hello``::
+
+        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_add_commands(subparsers):
             subparsers.add_parser("hello", help="say hello").set_defaults(run=lambda args: print("hello") or 0)
+    """
+
+
+@hookspec
+def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
+    """Look at one attempt of the edit, as soon as its verdict is known.
+
+    Called once for each attempt of a run, and once in a comparison, by the first process: after all guards were asked
+    and the verdict was folded, before a rejected edit is undone and the next attempt begins. An abort before the edit,
+    when a guard was not ready, is an attempt, too.
+
+    :param attempt: its number, counted from 1.
+    :param report: plain values, as ``report.json`` would hold them: ``bitwidth``, ``modules`` (what was done to each
+        weight), and the sections ``guards``, ``metrics`` and ``verdict``. A copy: changes reach no later stage.
+    :returns: nothing; all implementations are called, the last registered first.
+
+    On raise: the plugin is named, the baseline restored, no further attempt made, nothing saved; exit code 3.
+
+    Example, a line of JSON for each attempt::
+
+        import json
+        from invarlock import hookimpl
+
+        @hookimpl
+        def invarlock_attempt_finished(attempt, report):
+            with open("attempts.jsonl", "a") as log:
+                print(json.dumps({"attempt": attempt, "verdict": report["verdict"]["action"]}), file=log)
     """
 
 
@@ -251,9 +344,12 @@ def invarlock_run_finished(report: dict[str, Any]) -> None:
         ``report["extra"]``.
     :returns: nothing; all implementations are called, the last registered first.
 
-    On raise: the run ends with exit code 3 and nothing is written.
+    On raise: the plugin is named, the baseline restored, and nothing is written; exit code 3.
 
-    Example::
+    Example, the number of a ticket::
+
+        import os
+        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_run_finished(report):

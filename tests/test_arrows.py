@@ -68,7 +68,7 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from invarlock.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print([name for name in ('torch', 'transformers', 'pydantic', 'numpy', 'rich') if name in sys.modules], file=sys.stderr)"
+        "print([name for name in ('torch', 'transformers', 'pydantic', 'numpy', 'rich', 'shtab') if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]"), done.stderr

@@ -175,7 +175,17 @@ def test_what_processes_say_of_a_guard_is_merged() -> None:
 
 def test_all_reject_what_one_would(config, together) -> None:
     path = config(edit={"plan": {"bitwidth": 2, "scope": "all"}}, output={"save_model": True})
+
+
+def test_all_reject_what_one_would_and_the_first_tells_plugins(config, module, together) -> None:
+    module(
+        "teller",
+        "import os\nfrom invarlock import hookimpl\n@hookimpl\ndef invarlock_attempt_finished(attempt):\n"
+        "    print(attempt, 'told by', os.environ['RANK'], file=open('told', 'a'))\n",
+    )
+    path = config(edit={"plan": {"bitwidth": 2, "scope": "all"}}, output={"save_model": True}, plugins=["teller"])
     finished = together(2, "run", "-c", path, "--out", "out", "-q")
+    assert Path("told").read_text() == "1 told by 0\n"
     assert [code for code, _, _ in finished] == [1, 1]
     assert [entry.name for entry in Path("out").iterdir()] == ["report.json"]
 

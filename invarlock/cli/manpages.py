@@ -44,6 +44,11 @@ def config_parser() -> argparse.ArgumentParser:
     return _command_parser("config")
 
 
+def completion_parser() -> argparse.ArgumentParser:
+    """``invarlock-completion(1)``."""
+    return _command_parser("completion")
+
+
 def _whole_parser() -> argparse.ArgumentParser:
     return build_parser(PluginManager(Catalog()))
 

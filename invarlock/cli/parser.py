@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from invarlock import __version__
-from invarlock.cli.commands import compare, config, plugins, run
+from invarlock.cli.commands import compare, completion, config, plugins, run
 from invarlock.core.errors import UsageError, nearest
 from invarlock.plugins.manager import PluginManager
 
@@ -15,7 +15,13 @@ DESCRIPTION = """\
 Did this edit break the model, and may it ship? Loads a model, measures it, quantizes it by round-to-nearest, lets
 guards look at it before and after, and keeps the edit, rolls it back or aborts."""
 
-EXIT_STATUS = """\
+EPILOG = """\
+examples:
+  invarlock run --demo
+  invarlock run -c config.yaml --strict
+  invarlock compare --baseline original --subject quantized
+  invarlock plugins
+
 exit status:
   0    accepted (with --strict: without a warning)
   1    rejected (with --strict: also a warning)
@@ -76,11 +82,11 @@ def read_plugin_options(arguments: Sequence[str]) -> list[str]:
 
 def build_parser(manager: PluginManager) -> argparse.ArgumentParser:
     """The parser with the built-in commands and those that plugins add."""
-    parser = Parser(prog="invarlock", description=DESCRIPTION, epilog=EXIT_STATUS)
+    parser = Parser(prog="invarlock", description=DESCRIPTION, epilog=EPILOG)
     add_plugin_option(parser)
     parser.add_argument("--version", action="version", version=f"invarlock {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=CommandParser)
-    for command in (run, compare, plugins, config):
+    for command in (run, compare, plugins, config, completion):
         command.invarlock_add_commands(subparsers)
     manager.add_commands(subparsers)
     return parser

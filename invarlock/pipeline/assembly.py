@@ -16,7 +16,7 @@ import torch
 from invarlock import __version__
 from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, unwritable_said, write_text
-from invarlock.core.results import GuardResult
+from invarlock.core.results import GuardResult, plain
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
@@ -33,6 +33,29 @@ class ModelFacts:
     after: str
     restored: bool | None
     devices: list[str]
+
+
+def announced(judge: Judge, attempt: Attempt) -> Attempt:
+    """Tell plugins of an attempt whose verdict is folded, in one process; hands it on.
+
+    :raises PluginError: a plugin failed.
+    """
+    if judge.ranks.is_first:
+        judge.plugins.attempt_finished(attempt.number, _attempt_report(judge, attempt))
+    return attempt
+
+
+def _attempt_report(judge: Judge, attempt: Attempt) -> dict[str, Any]:
+    """The sections of the report that an attempt has by itself, as ``report.json`` would hold them."""
+    sections: dict[str, Any] = {
+        "bitwidth": attempt.bitwidth,
+        "modules": [dataclasses.asdict(_module_section(module)) for module in attempt.modules],
+        "guards": [dataclasses.asdict(section) for section in _guard_sections(judge, attempt)],
+        "metrics": dataclasses.asdict(_metrics_section(judge, attempt)),
+        "verdict": dataclasses.asdict(_verdict_section(judge, attempt)),
+    }
+    plain_sections: dict[str, Any] = plain(sections)
+    return plain_sections
 
 
 def assemble(
@@ -60,12 +83,8 @@ def assemble(
             modules=[_module_section(module) for module in last.modules],
             params_changed=sum(module.parameters for module in last.modules if module.change != "unchanged"),
         ),
-        guards=[_guard_section(judge, place, result) for place, result in enumerate(last.results)],
-        metrics=reporting.MetricsSection(
-            primary=_metric_section(last.metric, judge.config.eval.metric.ci_level),
-            predictions=_divergence_section(last.divergence),
-            windows=_windows_section(judge.baseline_pass, last.edited_pass),
-        ),
+        guards=_guard_sections(judge, last),
+        metrics=_metrics_section(judge, last),
         verdict=_verdict_section(judge, last),
         attempts=[_attempt_section(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in judge.clock.stages.items()},
@@ -103,6 +122,10 @@ def _module_section(module: Any) -> reporting.ModuleSection:
     )
 
 
+def _guard_sections(judge: Judge, attempt: Attempt) -> list[reporting.GuardSection]:
+    return [_guard_section(judge, place, result) for place, result in enumerate(attempt.results)]
+
+
 def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.GuardSection:
     plugin = judge.slots[place].plugin
     return reporting.GuardSection(
@@ -117,6 +140,14 @@ def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.G
         prepare=dict(judge.prepared[place].returned),
         seconds=round(judge.clock.guards[place], 4),
         error=result.error,
+    )
+
+
+def _metrics_section(judge: Judge, attempt: Attempt) -> reporting.MetricsSection:
+    return reporting.MetricsSection(
+        primary=_metric_section(attempt.metric, judge.config.eval.metric.ci_level),
+        predictions=_divergence_section(attempt.divergence),
+        windows=_windows_section(judge.baseline_pass, attempt.edited_pass),
     )
 
 

@@ -15,7 +15,7 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Fingerprint, Snapshot
-from invarlock.pipeline.assembly import ModelFacts, assemble, write
+from invarlock.pipeline.assembly import ModelFacts, announced, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
@@ -81,10 +81,10 @@ def _attempts(
     """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left."""
     judge.measure_baseline(model)
     if not judge.prepare(model, lambda: keeper.undo(model)):
-        return [judge.not_ready()]
+        return [announced(judge, judge.not_ready())]
     attempts: list[Attempt] = []
     for number, plan in enumerate(plans, start=1):
-        attempts.append(_attempt(judge, model, keeper, number, plan, export))
+        attempts.append(announced(judge, _attempt(judge, model, keeper, number, plan, export)))
         if attempts[-1].verdict.accepted:
             break
         keeper.restore(model)

@@ -27,7 +27,7 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
-from invarlock.pipeline.assembly import ModelFacts, assemble, write
+from invarlock.pipeline.assembly import ModelFacts, announced, assemble, write
 from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
@@ -79,7 +79,7 @@ def run_streamed(
     streamed = _StreamedRun(judge, model, streaming, targets, output, export)
     try:
         ready = judge.prepare(model, lambda: streaming.undo(model))
-        streamed.report(streamed.attempts(plans) if ready else [judge.not_ready()])
+        streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
         if ranks.size == 1:
@@ -109,7 +109,7 @@ class _StreamedRun:
     def attempts(self, plans: Sequence[Plan]) -> list[Attempt]:
         attempts: list[Attempt] = []
         for number, plan in enumerate(plans, start=1):
-            attempts.append(self._attempt(number, plan))
+            attempts.append(announced(self.judge, self._attempt(number, plan)))
             if attempts[-1].verdict.action is not Action.ROLLBACK:
                 break
             self.streaming.edit = None

@@ -203,12 +203,22 @@ class PluginManager:
 
     # -- the report ----------------------------------------------------------------------------------------------------
 
+    def attempt_finished(self, attempt: int, report: dict[str, Any]) -> None:
+        self._tell("invarlock_attempt_finished", attempt=attempt, report=report)
+
     def run_finished(self, report: dict[str, Any]) -> None:
-        for plugin, hook in self._each("invarlock_run_finished"):
+        self._tell("invarlock_run_finished", report=report)
+
+    def _tell(self, name: str, **arguments: Any) -> None:
+        """Call every implementation of a hook that returns nothing.
+
+        :raises PluginError: one of them failed.
+        """
+        for plugin, hook in self._each(name):
             try:
-                hook(report=report)
+                hook(**arguments)
             except Exception as error:
-                raise PluginError(f"{plugin}: invarlock_run_finished: {one_line(error)}") from error
+                raise PluginError(f"{plugin}: {name}: {one_line(error)}") from error
 
     # -- how hooks are called ------------------------------------------------------------------------------------------
 

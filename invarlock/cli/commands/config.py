@@ -18,7 +18,7 @@ editors that complete and check YAML."""
 def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "config", help="list the configuration's keys, or print its JSON Schema", description=DESCRIPTION,
-        epilog="example:\n  invarlock config --schema > invarlock.schema.json",
+        epilog="examples:\n  invarlock config\n  invarlock config --schema > invarlock.schema.json",
     )  # fmt: skip
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of the configuration file")
     parser.set_defaults(run=run)
