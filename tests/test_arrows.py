@@ -22,7 +22,8 @@ LAYERS = {
     "reporting": {"core"},
     "plugins": {"core", "hookspecs"},
     "pipeline": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins"},
-    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints"},
+    "evidence": {"core", "config", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
+    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence"},
     "adapters": set(),
     "__main__": {"cli"},
 }

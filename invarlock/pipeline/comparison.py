@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResu
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
+from invarlock.reporting.report import ModuleSection
 
 log = logging.getLogger("invarlock")
 
@@ -49,11 +50,6 @@ class ChangedWeight:
     sqnr_db: None = None
     clipped_share: None = None
     non_finite_rows: int | None = None
-
-    @property
-    def family(self) -> str:
-        """The name with its numbers left out: the same weight of every layer."""
-        return re.sub(r"\d+", "*", self.name)
 
 
 def compare(
@@ -101,6 +97,7 @@ class _Baseline:
     fingerprint: str
     weights: Mapping[str, torch.Tensor]
     vocabulary: Mapping[str, int] | None
+    streamed: bool
 
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
@@ -121,7 +118,7 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     judge.measure_baseline(model)
     ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
-    return ready, _Baseline(_fingerprint(model), weights, vocabulary)
+    return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
 
 
 def _load(judge: Judge, model_id: str, weights_only: bool) -> tuple[torch.nn.Module, Adapter]:
@@ -151,7 +148,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
         return Fingerprint.of(model).changed_since(edited) if edited else []
 
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
-    if reason := _unreadable(judge, model):
+    if reason := unreadable_windows(judge, model):
         judge.windows = None
         findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
     edit = {
@@ -170,7 +167,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     return model, attempt
 
 
-def _unreadable(judge: Judge, model: torch.nn.Module) -> str | None:
+def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:
     """Why the subject cannot be run over the baseline's windows, or None."""
     if judge.windows is None:
         return None
@@ -239,16 +236,20 @@ def _report(
         before=baseline.fingerprint,
         after=_fingerprint(model) if model is not None else baseline.fingerprint,
         restored=None,
+        streamed=baseline.streamed,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )
     plan = {"subject": subject, "families": families(attempt.modules)}
     return assemble(judge, [attempt], facts, edit_name="compare", plan=plan)
 
 
-def families(changes: Sequence[ChangedWeight]) -> list[dict[str, Any]]:
-    """What was changed, summed by family: how many weights of each were changed in which way."""
+def families(changes: Iterable[ChangedWeight | ModuleSection]) -> list[dict[str, Any]]:
+    """What was changed, summed by family: how many weights of each were changed in which way.
+
+    A family is the same weight of every layer: a name with its numbers left out.
+    """
     counts: dict[str, dict[str, int]] = {}
     for change in changes:
-        family = counts.setdefault(change.family, {})
+        family = counts.setdefault(re.sub(r"\d+", "*", change.name), {})
         family[change.change] = family.get(change.change, 0) + 1
     return [{"family": family, "changes": changes_of_it} for family, changes_of_it in counts.items()]
