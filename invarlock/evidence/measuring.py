@@ -19,9 +19,9 @@ from invarlock.core.snapshots import Fingerprint
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
-from invarlock.pipeline.comparison import unreadable_windows
+from invarlock.pipeline.comparison import load, unreadable_windows
 from invarlock.pipeline.judging import Judge, Progress
-from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.manager import Adapter, PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
 """Nats a token by which a window's loss may differ, in float32 and in types of 16 bits. Processors and libraries order
@@ -103,7 +103,9 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
 
 
 def _dtype(run: Run) -> Dtype:
-    """The data type that was judged: a saved model need not hold it."""
+    """The data type that was judged: a model that the run saved need not hold it."""
+    if run.report.edit.name == "compare":
+        return run.config.model.dtype
     judged = run.report.model.description.get("dtype")
     return next((dtype for dtype in get_args(Dtype) if dtype == judged), run.config.model.dtype)
 
@@ -116,7 +118,8 @@ class _Again:
     ) -> None:
         self.run, self.verification = run, verification
         self.judge = Judge(config, plugins, [], strict=False, on_progress=on_progress)
-        self.tolerance = TOLERANCE if config.model.dtype == "float32" else TOLERANCE_16_BITS
+        judged = run.report.model.description.get("dtype")
+        self.tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
         self.stored = passes(run.report)
 
     def baseline(self, checkpoint: str) -> None:
@@ -126,7 +129,7 @@ class _Again:
             self._losses("baseline", self.stored[0].losses, self._measured(model))
 
     def subject(self, checkpoint: str, *, after_baseline: bool) -> None:
-        model = self.judge.load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
+        model = self._load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
         # A saved model's format has tensors of its own; its files have digests.
         if self.run.report.edit.name == "compare":
             self._fingerprint("fingerprint_after", model)
@@ -139,13 +142,16 @@ class _Again:
 
     def _loaded(self, checkpoint: str) -> torch.nn.Module:
         """The first model: the windows are made with its tokenizer, or by itself."""
-        model, adapter = self.judge.load(checkpoint)
+        model, adapter = self._load(checkpoint)
         self.judge.begin(model, adapter)
         if self.stored:
             self.judge.make_windows(model)
         else:
             self.judge.windows = None
         return model
+
+    def _load(self, checkpoint: str) -> tuple[torch.nn.Module, Adapter]:
+        return load(self.judge, checkpoint, on_disk=self.run.report.model.streamed)
 
     def _measured(self, model: torch.nn.Module) -> NDArray[np.float64]:
         self.judge.measure_baseline(model)

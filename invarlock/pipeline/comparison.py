@@ -101,7 +101,7 @@ class _Baseline:
 
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
-    model, adapter = _load(judge, judge.config.model.id, weights_only)
+    model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:
         judge.windows = None
@@ -121,9 +121,9 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
 
 
-def _load(judge: Judge, model_id: str, weights_only: bool) -> tuple[torch.nn.Module, Adapter]:
-    """Where no outputs are measured weights stay on disk, if they can."""
-    if weights_only:
+def load(judge: Judge, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
+    """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
+    if on_disk:
         try:
             return judge.load(model_id, stream=True)
         except UsageError as error:
@@ -137,7 +137,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
 
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
-    model, adapter = _load(judge, subject, weights_only=judge.windows is None)
+    model, adapter = load(judge, subject, on_disk=judge.windows is None)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
     streaming = streaming_of(model)
     edited = None if streaming else Fingerprint.of(model)
