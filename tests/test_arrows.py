@@ -23,7 +23,8 @@ LAYERS = {
     "plugins": {"core", "hookspecs"},
     "pipeline": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins"},
     "evidence": {"core", "config", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
-    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence"},
+    "doctor": {"core", "config", "checkpoints", "plugins", "pipeline"},
+    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence", "doctor"},
     "adapters": set(),
     "__main__": {"cli"},
 }
