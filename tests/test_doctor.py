@@ -7,12 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import DEMO
 
 from invarlock.doctor import inputs
 
-HUGE = 2**43
+SHARD = 2**33
 
 
 def findings(done, status: str) -> dict[str, str]:
@@ -78,19 +79,21 @@ def test_what_a_configuration_lacks_is_a_problem(invarlock, config, sections, su
 
 
 def test_a_model_larger_than_memory_and_disk_is_a_problem(invarlock, config) -> None:
-    """Eight tebibytes that are a hole: the header alone is read."""
-    shutil.copytree(DEMO / "checkpoint", "huge")
-    header = json.dumps({"w": {"dtype": "F32", "shape": [HUGE // 4], "data_offsets": [0, HUGE]}}).encode()
-    weights = Path("huge/model.safetensors")
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(weights, 8 + len(header) + HUGE)
-    save = {"dir": "out", "save_model": True}
-    done = invarlock("doctor", "-c", config(model={"id": "huge"}, output=save), "--json")
+    """Twice what is free, in shards that are holes: their headers alone are read."""
+    count = 2 * (shutil.disk_usage(".").free + psutil.virtual_memory().available) // SHARD
+    Path("huge").mkdir()
+    names = {f"w{number}": f"model-{number}.safetensors" for number in range(count)}
+    for name, file in names.items():
+        header = json.dumps({name: {"dtype": "F32", "shape": [SHARD // 4], "data_offsets": [0, SHARD]}}).encode()
+        Path("huge", file).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(Path("huge", file), 8 + len(header) + SHARD)
+    Path("huge/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    sections = {"model": {"id": "huge"}, "output": {"dir": "out", "save_model": True}, "dataset": {}}
+    done = invarlock("doctor", "-c", config(**sections), "--json")
     assert done.code == 1, done.out
     problems = findings(done, "problem")
-    assert (
-        "12289.00 GiB (8192.00 GiB of weights)" in problems["memory"] and "invarlock run --stream" in problems["memory"]
-    )
+    assert f"({8 * count}.00 GiB of weights)" in problems["memory"]
+    assert "invarlock run --stream" in problems["memory"]
     assert "choose another output.dir" in problems["disk"]
     assert not Path("out").exists()
 

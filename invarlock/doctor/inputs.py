@@ -135,7 +135,7 @@ def _itemsize(config: RunConfig, stored: torch.dtype) -> int:
 
 def _memory(config: RunConfig, weights: int) -> Finding:
     device = config.model.device
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
         free, where = torch.cuda.mem_get_info()[0], "of the CUDA device"
     else:
         free, where = free_memory(), "of memory"
