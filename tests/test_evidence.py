@@ -411,3 +411,65 @@ def test_text_that_is_elsewhere_is_given(invarlock, made: Path, copied) -> None:
     done = invarlock("verify", run, "--baseline", BASELINE, "--dataset", DEMO / "text.jsonl")
     assert "checked      losses of the baseline model" in done.out
     assert "metrics.windows" not in done.out
+
+
+# -- whatever the verdict rests on -------------------------------------------------------------------------------------
+
+
+GUARD = "from invarlock import hookimpl\n@hookimpl\ndef invarlock_prepare(model):\n    return {prepared}\n@hookimpl\ndef invarlock_validate(model):\n    {body}\n"
+
+
+@pytest.mark.parametrize(
+    ("prepared", "body", "options"),
+    [
+        ("None", "raise RuntimeError('it broke')", ()),
+        ("{'ready': False, 'message': 'not today'}", "return {}", ()),
+        ("None", "return {'passed': False, 'action': 'abort'}", ("--set", "guards.fail_fast=true")),
+        ("None", "return {'passed': True, 'action': 'warn', 'message': 'hm'}", ("--strict",)),
+        ("None", "return {'passed': False, 'action': 'rollback', 'metrics': {'suspects': [{'module': 'm'}]}}", ("--set", "edit.retry.max_attempts=7")),
+    ],
+    ids=["fails", "not ready", "fails fast", "warns", "rolls back"],
+)  # fmt: skip
+def test_a_run_agrees_whatever_its_guards_did(invarlock, module, prepared: str, body: str, options) -> None:
+    module("said", GUARD.format(prepared=prepared, body=body))
+    order = "guards.order=[said, invariants]"
+    assert invarlock("run", "--demo", "-p", "said", *SMALL, "--set", order, *options, "--out", "out").code in (1, 3)
+    done = invarlock("verify", "out")
+    assert done.code == 0, done.out + done.err
+
+
+def spoil(weight: torch.Tensor) -> None:
+    weight[0] = torch.nan
+
+
+@pytest.mark.parametrize("side", ["baseline", "subject"])
+def test_a_comparison_agrees_where_losses_are_not_finite(invarlock, made: Path, side: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASELINE, dtype="float32")
+    with torch.no_grad():
+        spoil(model.model.layers[1].mlp.down_proj.weight)
+    model.save_pretrained("spoilt")
+    AutoTokenizer.from_pretrained(BASELINE).save_pretrained("spoilt")
+    sides = {"--baseline": BASELINE, "--subject": BASELINE} | {f"--{side}": "spoilt"}
+    words = [word for pair in sides.items() for word in pair]
+    assert invarlock("compare", *words, "--dataset", DEMO / "text.jsonl", *SMALL, *GUARDS, "--out", "out").code == 1
+    done = invarlock("verify", "out", *words)
+    assert done.code == 0, done.out + done.err
+
+
+@pytest.mark.parametrize("damage", ["vocabulary", "tokenizer"])
+def test_a_comparison_agrees_that_something_else_objected_to(invarlock, made: Path, damage: str) -> None:
+    shutil.copytree(made / "subject", "subject")
+    if damage == "vocabulary":
+        model = AutoModelForCausalLM.from_pretrained(BASELINE)
+        model.resize_token_embeddings(300)
+        model.save_pretrained("subject")
+    else:
+        words = json.loads(Path("subject/tokenizer.json").read_text())
+        table = words["model"]["vocab"]
+        table["A"], table["B"] = table["B"], table["A"]
+        Path("subject/tokenizer.json").write_text(json.dumps(words))
+    arguments = ("--baseline", BASELINE, "--subject", "subject")
+    invarlock("compare", *arguments, "--dataset", DEMO / "text.jsonl", *SMALL, *GUARDS, "--out", "out")
+    assert len(read_report(Path("out"))["verdict"]["findings"]) == (3 if damage == "vocabulary" else 5)
+    done = invarlock("verify", "out", *arguments)
+    assert done.code == 0, done.out + done.err

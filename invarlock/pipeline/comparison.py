@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class ChangedWeight:
     parameters: int
     bits: int | None
     relative_error: float | None
+    """None where there is nothing to compare with, or it is not finite."""
     device: str
     sqnr_db: None = None
     clipped_share: None = None
@@ -203,7 +205,8 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> Changed
     if torch.equal(old.float(), weight.float()):
         return changed(change="unchanged", bits=None, relative_error=0.0)
     difference = torch.linalg.vector_norm(weight.float() - old.float(), dtype=torch.float64)
-    error = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    error = quotient if math.isfinite(quotient) else None
     grid = infer_grid(weight, target.layout)
     if grid is not None and infer_grid(old, target.layout) != grid:
         return changed(change=str(grid), bits=grid.bits, relative_error=error)
