@@ -65,7 +65,17 @@ def test_built_ins_import_only_what_a_third_party_could(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "list", "--json"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["plugins", "list", "--json"],
+        ["run", "--help"],
+        ["verify", "--help"],
+        ["doctor", "--help"],
+    ],
+)
 def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from invarlock.cli.main import main\n"

@@ -40,6 +40,16 @@ def test_without_a_configuration_the_rest_is_said_to_be_not_checked(invarlock) -
     assert "not checked  memory    there is no configuration\n" in invarlock("doctor").out
 
 
+def test_a_requirement_that_is_not_met_is_a_problem(invarlock, site, config) -> None:
+    site("xxhash", version="0.1")
+    done = invarlock("doctor", "-c", config(), "--json")
+    assert done.code == 1
+    assert findings(done, "problem") == {
+        "versions": "xxhash 0.1, and xxhash>=3.4 is needed -> pip install 'xxhash>=3.4'"
+    }
+    assert "mend the versions first" in findings(done, "not checked")["memory"]
+
+
 def test_a_broken_plugin_is_a_problem_that_can_be_turned_off(invarlock, site) -> None:
     site("lame", "[invarlock.guards]\nlame = lame:Guard\n", lame="raise RuntimeError('it limps')")
     done = invarlock("doctor", "--json")

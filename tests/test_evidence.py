@@ -272,10 +272,12 @@ def test_files_outside_the_folder_are_not_opened(invarlock, copied, tmp_path: Pa
 def test_a_file_beside_the_model_is_found_by_the_signature(invarlock, made: Path, copied) -> None:
     run = copied("rejected")
     (run / ".gitattributes").write_text("x")
-    assert invarlock("verify", run).code == 0
+    done = invarlock("verify", run)
+    assert done.code == 0
+    assert "not checked  .gitattributes: no digest vouches for it" in done.out
     done = invarlock("verify", run, "--public-key", made / "key.pub")
     assert done.code == 1
-    assert ".gitattributes" in done.out
+    assert "Extra files found" in done.out and ".gitattributes" in done.out
 
 
 def test_another_key_is_found(invarlock, made: Path) -> None:
@@ -349,6 +351,15 @@ def test_force_signs_anew_and_nothing_else_is_signed_along(invarlock, made: Path
     done = invarlock(*arguments, "--force")
     assert done.code == 2
     assert "notes.txt, which would be signed along" in done.err
+
+
+def test_what_a_streamed_run_left_when_it_was_cut_off_is_not_signed_along(invarlock, made: Path) -> None:
+    for folder in (".model.partial", ".model.journals"):
+        Path("out", folder).mkdir(parents=True)
+    arguments = ("--demo", "--stream", *SMALL, "--set", "guards.order=[invariants]", *SAVED, "--out", "out")
+    assert invarlock("run", *arguments, "--sign", made / "key.pem").code == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["model", "report.json", "run.sigstore.json"]
+    assert invarlock("verify", "out", "--public-key", made / "key.pub").code == 0
 
 
 def test_without_the_library_it_is_said_how_to_install_it(invarlock, monkeypatch) -> None:

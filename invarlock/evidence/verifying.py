@@ -13,7 +13,7 @@ from invarlock.checkpoints.writing import SIGNATURE
 from invarlock.config.loading import Source, validate
 from invarlock.config.schema import RunConfig
 from invarlock.evidence import recomputing
-from invarlock.evidence.disagreements import Disagreement
+from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.folder import REPORT, artifacts, read_report
 from invarlock.evidence.signing import signature
 from invarlock.reporting.report import Report
@@ -79,4 +79,11 @@ def verify(run: Run, public_key: str | None = None) -> Verification:
         verification.not_checked.append("signature: give --public-key")
     else:
         verification.not_checked.append("signature: there is none")
+    if public_key is None:
+        verification.not_checked += [f"{printable(name)}: no digest vouches for it" for name in _beside(run.folder)]
     return verification
+
+
+def _beside(folder: Path) -> list[str]:
+    """What lies in a run's folder and stands in no report."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (REPORT, "model", SIGNATURE))

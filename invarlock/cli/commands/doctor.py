@@ -31,6 +31,9 @@ exit status:
   2  wrong usage or configuration"""
 
 
+OF_CONFIG = ("guards", "memory", "disk", "text", "hub")
+
+
 @hookimpl
 def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -60,16 +63,25 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from invarlock.doctor import installation
     from invarlock.doctor.findings import Finding, Status
 
-    yield from installation.versions()
-    if args.config is None:
-        yield from installation.plugins(args.manager.catalog)
-        yield from installation.devices("auto")
-        for subject in ("guards", "memory", "disk", "text", "hub"):
-            yield Finding(Status.NOT_CHECKED, subject, "there is no configuration", "give one with -c CONFIG")
+    versions = list(installation.versions())
+    yield from versions
+    lacking = any(finding.status is Status.PROBLEM for finding in versions)
+    if args.config is not None and not lacking:
+        yield from _findings_of_config(args)
         return
-    # Only now: what a broken installation lacks has been said.
+    yield from installation.plugins(args.manager.catalog)
+    yield from installation.devices("auto")
+    why, todo = ("there is no configuration", "give one with -c CONFIG")
+    if args.config is not None:
+        why, todo = "a requirement is not met", "mend the versions first"
+    yield from (Finding(Status.NOT_CHECKED, subject, why, todo) for subject in OF_CONFIG)
+
+
+def _findings_of_config(args: argparse.Namespace) -> Iterator[Finding]:
+    # Only here: these import all that is required.
     from invarlock.config.loading import load
-    from invarlock.doctor import inputs
+    from invarlock.doctor import inputs, installation
+    from invarlock.doctor.findings import Finding, Status
 
     config = load(args.config)
     try:
