@@ -173,6 +173,21 @@ def test_plugins_that_a_report_names_are_not_imported(invarlock, module, copied)
     assert "stranger" not in sys.modules
 
 
+def test_code_beside_weights_never_runs_whatever_the_report_says(invarlock, made: Path, copied) -> None:
+    shutil.copytree(BASELINE, "coded")
+    settings = json.loads(Path("coded/config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    Path("coded/config.json").write_text(json.dumps(settings))
+    Path("coded/evil.py").write_text("raise SystemExit('it ran')")
+    run = copied("accepted")
+    report = read_report(run)
+    report["config"]["model"]["trust_remote_code"] = True
+    (run / "report.json").write_text(json.dumps(report))
+    done = invarlock("verify", run, "--baseline", "coded")
+    assert done.code == 1
+    assert "checked      losses of the baseline model" in done.out
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -222,8 +237,9 @@ def flip(run: Path) -> None:
 
 
 def link(run: Path) -> None:
-    (run / "model/config.json").unlink()
-    (run / "model/config.json").symlink_to(BASELINE / "config.json")
+    """To the same bytes elsewhere, which somebody could change later."""
+    (run / "model/config.json").rename(run.with_name("elsewhere"))
+    (run / "model/config.json").symlink_to(run.with_name("elsewhere"))
 
 
 @pytest.mark.parametrize("name", ["accepted", "streamed"])

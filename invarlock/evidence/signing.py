@@ -5,6 +5,7 @@ What is signed is the SHA-256 of every file in the folder, so that a file which 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 from invarlock.checkpoints.writing import SIGNATURE
 from invarlock.core.errors import UsageError, one_line
 from invarlock.evidence.disagreements import ABSENT, Disagreement
+
+MISMATCH = "Signature mismatch: "
+"""Before a list of strings."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,16 @@ def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:
     except InvalidSignature:
         yield Disagreement(SIGNATURE, "a signature", "it is not of this key, or was changed", how="found")
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        yield Disagreement(SIGNATURE, "a signature of this folder", one_line(error), how="found")
+        for said in _mismatches(error):
+            yield Disagreement(SIGNATURE, "a signature of this folder", said, how="found")
+
+
+def _mismatches(error: Exception) -> list[str]:
+    """What the library says, a line for each file; the digests, which it prints as bytes, are left out."""
+    text = str(error)
+    if not text.startswith(MISMATCH):
+        return [one_line(error)]
+    return [each.partition(": Expected ")[0] for each in ast.literal_eval(text.removeprefix(MISMATCH))]
 
 
 def _every_file(option: str) -> Any:
