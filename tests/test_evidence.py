@@ -107,6 +107,9 @@ def set_in(report: Any, place: str, value: Any) -> None:
     [
         ("accepted", "metrics.windows.edited.3", 1.5, "metrics.primary.ratio: stored "),
         ("accepted", "metrics.windows.tokens.0", 62, "metrics.primary.tokens: stored "),
+        ("rejected", "metrics.primary", None, "metrics.primary (whether measured): stored false, recomputed true"),
+        ("rejected", "metrics.predictions", None, "metrics.predictions (whether measured): stored false"),
+        ("rejected", "metrics.windows", None, "metrics.primary (whether measured): stored true, recomputed false"),
         ("rejected", "metrics.primary.ratio", 1.01, "metrics.primary.ratio: stored 1.01, recomputed "),
         ("rejected", "metrics.primary.ci.1", 1.05, "metrics.primary.ci[1]: stored 1.05, recomputed "),
         ("rejected", "metrics.primary.action", "continue", 'metrics.primary.action: stored "continue", recomputed "rollback"'),

@@ -43,7 +43,7 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The perplexities, their ratio and its interval, from the losses of each window."""
     stored = report.metrics.primary
     if (measured := passes(report)) is None or stored is None:
-        yield from differences("metrics.primary", stored, None)
+        yield from differences("metrics.primary (whether measured)", stored is not None, measured is not None)
         return
     section = config.eval
     wanted = section.metric.kind
@@ -64,7 +64,7 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The windows' rises, and what follows from the figures that only a pass can measure."""
     stored = report.metrics.predictions
     if (measured := passes(report)) is None or stored is None:
-        yield from differences("metrics.predictions", stored, None)
+        yield from differences("metrics.predictions (whether measured)", stored is not None, measured is not None)
         return
     if stored.limits is None or stored.flips is None:
         yield from differences("metrics.predictions.action", stored.action, Action.ABORT.value)
