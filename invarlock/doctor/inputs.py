@@ -135,7 +135,7 @@ def _itemsize(config: RunConfig, stored: torch.dtype) -> int:
 
 def _memory(config: RunConfig, weights: int) -> Finding:
     device = config.model.device
-    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
+    if torch.cuda.is_available() and device.startswith(("auto", "balanced", "cuda")):
         free, where = torch.cuda.mem_get_info()[0], "of the CUDA device"
     else:
         free, where = free_memory(), "of memory"

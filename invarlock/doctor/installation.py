@@ -78,7 +78,7 @@ def devices(wanted: str) -> Iterator[Finding]:
         there.append("MPS")
     yield Finding(Status.OK, "devices", ", ".join(there))
     try:
-        torch.empty(0, device="cpu" if wanted == "auto" else wanted)
+        torch.empty(0, device="cpu" if wanted in ("auto", "balanced") else wanted)
     except (RuntimeError, AssertionError) as error:
         what = f"model.device: {wanted}: {str(error).splitlines()[0]}"
         yield Finding(Status.PROBLEM, "devices", what, "set model.device to a device that is there, or to auto")

@@ -87,6 +87,7 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
         adapter="auto" if (subject or "").endswith(".gguf") else run.config.model.adapter,
         device=checkpoints.device or run.config.model.device,
         dtype=_dtype(run),
+        parallel="auto",
         trust_remote_code=False,
         revision=None,
     )
