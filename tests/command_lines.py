@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -49,11 +50,19 @@ def _run(path: Path) -> None:
     assert main(["run", "--demo", "--quiet", "--out", str(path), *settings]) == 0
 
 
+def _keys(path: Path) -> None:
+    """A pair of keys, as docs/evidence.md makes them."""
+    openssl = partial(subprocess.run, check=True, capture_output=True)
+    openssl(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem"])
+    openssl(["openssl", "ec", "-in", "key.pem", "-pubout", "-out", "key.pub"])
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     r"(path/to/)?(original|quantized|checkpoint)|CHECKPOINT": _checkpoint,
     r"held-out\.jsonl": _text,
     r"config\.yaml": _config,
     r"runs/[\w-]+(/model)?": _run,
+    r"key\.(pem|pub)": _keys,
     r"my_guards": lambda path: path.with_suffix(".py").write_text(
         "from invarlock import hookimpl\n@hookimpl\ndef invarlock_validate(): return {'passed': True}\n"
     ),

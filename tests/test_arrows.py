@@ -22,7 +22,9 @@ LAYERS = {
     "reporting": {"core"},
     "plugins": {"core", "hookspecs"},
     "pipeline": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins"},
-    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints"},
+    "evidence": {"core", "config", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
+    "doctor": {"core", "config", "checkpoints", "plugins", "pipeline"},
+    "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence", "doctor"},
     "adapters": set(),
     "__main__": {"cli"},
 }
@@ -63,7 +65,17 @@ def test_built_ins_import_only_what_a_third_party_could(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "list", "--json"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["plugins", "list", "--json"],
+        ["run", "--help"],
+        ["verify", "--help"],
+        ["doctor", "--help"],
+    ],
+)
 def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from invarlock.cli.main import main\n"

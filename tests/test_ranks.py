@@ -173,10 +173,6 @@ def test_what_processes_say_of_a_guard_is_merged() -> None:
     }  # fmt: skip
 
 
-def test_all_reject_what_one_would(config, together) -> None:
-    path = config(edit={"plan": {"bitwidth": 2, "scope": "all"}}, output={"save_model": True})
-
-
 def test_all_reject_what_one_would_and_the_first_tells_plugins(config, module, together) -> None:
     module(
         "teller",

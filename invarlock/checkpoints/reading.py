@@ -120,6 +120,11 @@ class _Shard:
             raise _broken(path.parent, f"{path.name}: {one_line(error)}") from error
         except OSError as error:
             raise _broken(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+        except RuntimeError as error:
+            # Torch maps the file, and the system may refuse one that is larger than its memory.
+            raise _broken(
+                path.parent, f"{path.name} cannot be mapped, split it into shards: {one_line(error)}"
+            ) from error
 
     def entries(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         for name in self.handle.keys():  # noqa: SIM118 - it is no mapping

@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from invarlock.checkpoints.reading import INDEX, SINGLE
-from invarlock.checkpoints.writing import PARTIAL, put_in_place, write_text
+from invarlock.checkpoints.writing import JOURNALS, PARTIAL, put_in_place, write_text
 from invarlock.core.errors import UsageError
-
-JOURNALS = ".model.journals"
 
 
 @dataclass

@@ -15,9 +15,13 @@ from safetensors import SafetensorError
 
 from invarlock.core.errors import UsageError, one_line
 
-ARTIFACTS = ("report.json", "model")
+SIGNATURE = "run.sigstore.json"
+"""A bundle goes by this ending."""
+ARTIFACTS = ("report.json", "model", SIGNATURE)
 PARTIAL = ".model.partial"
 """Where a model is until it is whole."""
+JOURNALS = ".model.journals"
+"""What is whole of one that is written shard by shard."""
 
 
 @contextmanager
@@ -83,11 +87,14 @@ def _umask() -> int:
 
 def digests(folder: Path, name: str) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path there, under the name that the folder will have."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            found[f"{name}/{path.relative_to(folder).as_posix()}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in files}
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ class OutputFolder:
 
     path: Path
     force: bool = False
+    sign: Callable[[Path], None] | None = None
+    """Called with the folder when all is written; what else lies in the folder would be signed, too."""
 
     def check(self, model_id: str) -> None:
         """Refuse, before anything is loaded, what must not be written to.
@@ -118,9 +127,16 @@ class OutputFolder:
         unfinished = there == ["model"] and (self.path / "model" / "report.json").is_file()
         if there and not self.force and not unfinished:
             raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
+        if self.sign and (others := self._others()):
+            raise UsageError(f"output.dir: {self.path} holds {others[0]}, which would be signed along; choose another")
         nearest_existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not os.access(nearest_existing, os.W_OK):
             raise UsageError(f"output.dir: no permission to write to {nearest_existing}")
+
+    def _others(self) -> list[str]:
+        """What no run wrote."""
+        known = (*ARTIFACTS, PARTIAL, JOURNALS)
+        return sorted(path.name for path in self.path.glob("*") if path.name not in known)
 
     def clear(self) -> None:
         """Remove what an earlier run left, now that this one has something to put in its place."""

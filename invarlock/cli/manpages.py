@@ -34,6 +34,16 @@ def compare_parser() -> argparse.ArgumentParser:
     return _command_parser("compare")
 
 
+def verify_parser() -> argparse.ArgumentParser:
+    """``invarlock-verify(1)``."""
+    return _command_parser("verify")
+
+
+def doctor_parser() -> argparse.ArgumentParser:
+    """``invarlock-doctor(1)``."""
+    return _command_parser("doctor")
+
+
 def plugins_parser() -> argparse.ArgumentParser:
     """``invarlock-plugins(1)``."""
     return _command_parser("plugins")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from invarlock.core.errors import ExitCode
 
 if TYPE_CHECKING:
+    from invarlock.checkpoints.writing import OutputFolder
     from invarlock.core.ranks import Ranks
 
 Report = dict[str, Any]
@@ -30,6 +31,7 @@ def add_judging_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
     parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
+    parser.add_argument("--sign", metavar="KEY", help="sign the output with this private key, a PEM file")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
     parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
@@ -73,6 +75,22 @@ def output_folder(configured: str | None, name: str) -> Path:
         number += 1
         path = Path("runs", f"{stem}-{number}")
     return path
+
+
+def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks: Ranks) -> OutputFolder:
+    """The folder that was asked for, or a new one; signed by the first process, if there is a key.
+
+    :raises UsageError: the key cannot be read.
+    """
+    from invarlock.checkpoints.writing import OutputFolder
+
+    sign = None
+    if args.sign and ranks.is_first:
+        from invarlock.evidence.signing import Signer
+
+        sign = Signer.of(args.sign).sign
+    path = ranks.from_first(lambda: output_folder(configured, name))
+    return OutputFolder(path, force=args.force, sign=sign)
 
 
 def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Ranks], tuple[Report, Path]]) -> int:

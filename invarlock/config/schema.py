@@ -17,6 +17,9 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
@@ -26,9 +29,7 @@ class ModelConfig:
     device: Annotated[
         str, "Where it runs: auto, cpu, cuda, cuda:1, mps; balanced: spread over all devices of the machine."
     ] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], "Data type of the weights; auto keeps the checkpoint's."
-    ] = "auto"
+    dtype: Annotated[Dtype, "Data type of the weights; auto keeps the checkpoint's."] = "auto"
     parallel: Annotated[
         Literal["auto", "windows", "tensor", "fully_sharded"],
         "How several processes share a model in memory: each has all of it and takes some windows; or each has a "

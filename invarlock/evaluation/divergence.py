@@ -7,6 +7,7 @@ a few windows break. Both show where predictions are compared with the baseline'
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,19 +120,31 @@ def compare_predictions(
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
     limits = Limits.of(ratio, changes.margin_before, flips=flips, broken=broken)
-    figures = _figures(baseline, edited, changes)
+    return judge_figures(_figures(baseline, edited, changes), limits)
+
+
+def judge_figures(figures: Mapping[str, Any], limits: Limits) -> DivergenceResult:
+    """Hold figures against their limits.
+
+    :param figures: by the names of :class:`DivergenceResult`, each a number or None.
+    """
     action, reason = _judge(figures, limits)
     return DivergenceResult(**figures, limits=limits, action=action, message=f"{_summary(figures)}: {reason}")
 
 
-def _figures(baseline: PassResult, edited: PassResult, changes: TokenChanges) -> dict[str, Any]:
+def window_p95(baseline: PassResult, edited: PassResult) -> float | None:
+    """The 95th percentile over windows of the rise of the loss, in nats a token; None where one is not finite."""
     scored = baseline.tokens > 0
     rises = (edited.losses - baseline.losses)[scored] / baseline.tokens[scored]
+    return _percentile(rises, 95)
+
+
+def _figures(baseline: PassResult, edited: PassResult, changes: TokenChanges) -> dict[str, Any]:
     return {
         "kl_mean": _finite(changes.kl.mean()),
         "kl_p95": _percentile(changes.kl, 95),
         "kl_p99": _percentile(changes.kl, 99),
-        "window_p95": _percentile(rises, 95),
+        "window_p95": window_p95(baseline, edited),
         "flips": float(changes.flipped.mean()),
         "broken": float((~(changes.kl <= BROKEN)).mean()),
         "margin_baseline": _finite(changes.margin_before.mean()),
@@ -147,7 +160,7 @@ def _percentile(values: NDArray[np.float64], percent: int) -> float | None:
     return float(np.percentile(values, percent)) if np.isfinite(values).all() else None
 
 
-def _judge(figures: dict[str, Any], limits: Limits) -> tuple[Action, str]:
+def _judge(figures: Mapping[str, Any], limits: Limits) -> tuple[Action, str]:
     if any(figures[name] is None for name in SHOWN):
         return Action.ROLLBACK, "the edited model's predictions are not finite"
     above = [name for name in SHOWN if figures[name] > getattr(limits, name)]
@@ -157,7 +170,7 @@ def _judge(figures: dict[str, Any], limits: Limits) -> tuple[Action, str]:
     return action, ", ".join(f"{SHOWN[name]} {figures[name]:.4g} above {getattr(limits, name):.4g}" for name in above)
 
 
-def _summary(figures: dict[str, Any]) -> str:
+def _summary(figures: Mapping[str, Any]) -> str:
     def shown(value: float | None, form: str) -> str:
         return "not finite" if value is None else format(value, form)
 

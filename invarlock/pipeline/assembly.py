@@ -16,6 +16,7 @@ import torch
 from invarlock import __version__
 from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, unwritable_said, write_text
+from invarlock.config.schema import RunConfig
 from invarlock.core.results import GuardResult, plain
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
@@ -23,6 +24,8 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.pipeline.judging import Attempt, Clock, Judge
 from invarlock.pipeline.suspects import blame
 from invarlock.reporting import report as reporting
+
+WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class ModelFacts:
     before: str
     after: str
     restored: bool | None
+    streamed: bool
     devices: list[str]
 
 
@@ -67,7 +71,7 @@ def assemble(
         invarlock_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config,
-        config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        config_sha256=config_digest(config),
         model=reporting.ModelSection(
             id=judge.config.model.id,
             adapter=judge.adapter.name,
@@ -76,6 +80,7 @@ def assemble(
             fingerprint_before=facts.before,
             fingerprint_after=facts.after,
             restored=facts.restored,
+            streamed=facts.streamed,
         ),
         edit=reporting.EditSection(
             name=edit_name,
@@ -100,7 +105,7 @@ def write(
     *,
     shards: ShardedOutput | None = None,
 ) -> None:
-    """Write the report, after the model if there is one to save.
+    """Write the report, after the model if there is one to save, and the signature last.
 
     :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
     :param shards: the weights, if they are written already.
@@ -114,6 +119,8 @@ def write(
                 report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
         write_text(output.path / "report.json", reporting.to_json(report))
+        if output.sign:
+            output.sign(output.path)
 
 
 def _module_section(module: Any) -> reporting.ModuleSection:
@@ -143,24 +150,27 @@ def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.G
     )
 
 
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration as the report holds it, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def _metrics_section(judge: Judge, attempt: Attempt) -> reporting.MetricsSection:
+    metric, divergence = attempt.metric, attempt.divergence
     return reporting.MetricsSection(
-        primary=_metric_section(attempt.metric, judge.config.eval.metric.ci_level),
-        predictions=_divergence_section(attempt.divergence),
+        primary=metric_section(metric, judge.config.eval.metric.ci_level) if metric else None,
+        predictions=divergence_section(divergence) if divergence else None,
         windows=_windows_section(judge.baseline_pass, attempt.edited_pass),
     )
 
 
-def _metric_section(metric: MetricResult | None, level: float) -> reporting.MetricSection | None:
-    if metric is None:
-        return None
+def metric_section(metric: MetricResult, level: float) -> reporting.MetricSection:
+    """:param level: of the interval's confidence."""
     values = {entry.name: getattr(metric, entry.name) for entry in dataclasses.fields(metric)}
     return reporting.MetricSection(**{**values, "action": metric.action.value, "ci_level": level})
 
 
-def _divergence_section(divergence: DivergenceResult | None) -> reporting.DivergenceSection | None:
-    if divergence is None:
-        return None
+def divergence_section(divergence: DivergenceResult) -> reporting.DivergenceSection:
     values = {entry.name: getattr(divergence, entry.name) for entry in dataclasses.fields(divergence)}
     limits = dataclasses.asdict(divergence.limits) if divergence.limits else None
     return reporting.DivergenceSection(**{**values, "action": divergence.action.value, "limits": limits})
@@ -178,7 +188,7 @@ def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection
         action=verdict.action.value,
         accepted=verdict.accepted,
         decided_by=verdict.decided_by,
-        rests_on=_rests_on(judge),
+        rests_on=rests_on(judge.config) if judge.windows else WEIGHTS_ALONE,
         strict=judge.strict,
         findings=[reporting.FindingSection(**dataclasses.asdict(finding)) for finding in verdict.findings],
         reasons=list(verdict.reasons),
@@ -187,12 +197,11 @@ def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection
     )
 
 
-def _rests_on(judge: Judge) -> str:
-    if judge.windows is None:
-        return "weights alone, no outputs were measured"
-    preview, final = map(len, judge.windows)
-    source = "windows that the baseline wrote" if judge.config.dataset.provider == "generated" else "windows of text"
-    return f"{preview} + {final} {source}"
+def rests_on(config: RunConfig) -> str:
+    """What was measured, where outputs were."""
+    dataset = config.dataset
+    source = "windows that the baseline wrote" if dataset.provider == "generated" else "windows of text"
+    return f"{dataset.preview_n} + {dataset.final_n} {source}"
 
 
 def _attempt_section(attempt: Attempt) -> reporting.AttemptSection:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResu
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
+from invarlock.reporting.report import ModuleSection
 
 log = logging.getLogger("invarlock")
 
@@ -45,15 +47,11 @@ class ChangedWeight:
     parameters: int
     bits: int | None
     relative_error: float | None
+    """None where there is nothing to compare with, or it is not finite."""
     device: str
     sqnr_db: None = None
     clipped_share: None = None
     non_finite_rows: int | None = None
-
-    @property
-    def family(self) -> str:
-        """The name with its numbers left out: the same weight of every layer."""
-        return re.sub(r"\d+", "*", self.name)
 
 
 def compare(
@@ -101,10 +99,11 @@ class _Baseline:
     fingerprint: str
     weights: Mapping[str, torch.Tensor]
     vocabulary: Mapping[str, int] | None
+    streamed: bool
 
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
-    model, adapter = _load(judge, judge.config.model.id, weights_only)
+    model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:
         judge.windows = None
@@ -121,12 +120,12 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     judge.measure_baseline(model)
     ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
-    return ready, _Baseline(_fingerprint(model), weights, vocabulary)
+    return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
 
 
-def _load(judge: Judge, model_id: str, weights_only: bool) -> tuple[torch.nn.Module, Adapter]:
-    """Where no outputs are measured weights stay on disk, if they can."""
-    if weights_only:
+def load(judge: Judge, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
+    """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
+    if on_disk:
         try:
             return judge.load(model_id, stream=True)
         except UsageError as error:
@@ -140,7 +139,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
 
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
-    model, adapter = _load(judge, subject, weights_only=judge.windows is None)
+    model, adapter = load(judge, subject, on_disk=judge.windows is None)
     changes = list(_changes(model, baseline.weights, judge.on_progress))
     streaming = streaming_of(model)
     edited = None if streaming else Fingerprint.of(model)
@@ -151,7 +150,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
         return Fingerprint.of(model).changed_since(edited) if edited else []
 
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
-    if reason := _unreadable(judge, model):
+    if reason := unreadable_windows(judge, model):
         judge.windows = None
         findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
     edit = {
@@ -170,7 +169,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     return model, attempt
 
 
-def _unreadable(judge: Judge, model: torch.nn.Module) -> str | None:
+def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:
     """Why the subject cannot be run over the baseline's windows, or None."""
     if judge.windows is None:
         return None
@@ -206,7 +205,8 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> Changed
     if torch.equal(old.float(), weight.float()):
         return changed(change="unchanged", bits=None, relative_error=0.0)
     difference = torch.linalg.vector_norm(weight.float() - old.float(), dtype=torch.float64)
-    error = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    error = quotient if math.isfinite(quotient) else None
     grid = infer_grid(weight, target.layout)
     if grid is not None and infer_grid(old, target.layout) != grid:
         return changed(change=str(grid), bits=grid.bits, relative_error=error)
@@ -239,16 +239,20 @@ def _report(
         before=baseline.fingerprint,
         after=_fingerprint(model) if model is not None else baseline.fingerprint,
         restored=None,
+        streamed=baseline.streamed,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )
     plan = {"subject": subject, "families": families(attempt.modules)}
     return assemble(judge, [attempt], facts, edit_name="compare", plan=plan)
 
 
-def families(changes: Sequence[ChangedWeight]) -> list[dict[str, Any]]:
-    """What was changed, summed by family: how many weights of each were changed in which way."""
+def families(changes: Iterable[ChangedWeight | ModuleSection]) -> list[dict[str, Any]]:
+    """What was changed, summed by family: how many weights of each were changed in which way.
+
+    A family is the same weight of every layer: a name with its numbers left out.
+    """
     counts: dict[str, dict[str, int]] = {}
     for change in changes:
-        family = counts.setdefault(change.family, {})
+        family = counts.setdefault(re.sub(r"\d+", "*", change.name), {})
         family[change.change] = family.get(change.change, 0) + 1
     return [{"family": family, "changes": changes_of_it} for family, changes_of_it in counts.items()]

@@ -130,6 +130,7 @@ def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, k
         before=keeper.fingerprint.digest,
         after=after.digest,
         restored=None if last.verdict.accepted else after == keeper.fingerprint,
+        streamed=False,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}),
     )
     plan: Mapping[str, Any] = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}

@@ -126,6 +126,7 @@ class _StreamedRun:
             before=self.streaming.checkpoint.fingerprint(),
             after=self.streaming.checkpoint.fingerprint(plan if accepted else None),
             restored=None if accepted else True,
+            streamed=True,
             devices=[str(self.streaming.device)],
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)

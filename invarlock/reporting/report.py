@@ -32,6 +32,8 @@ class ModelSection:
     """Of the model as the run left it; after a rollback or an abort it equals the one before."""
     restored: bool | None
     """Whether the baseline came back bit for bit; null when the edit was kept."""
+    streamed: bool
+    """Whether weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
 
 
 @dataclass

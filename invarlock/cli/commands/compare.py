@@ -10,7 +10,7 @@ from invarlock import hookimpl
 from invarlock.cli.options import (
     add_judging_options,
     judge_together,
-    output_folder,
+    output_of,
     overrides,
     quieten_libraries,
 )
@@ -59,13 +59,12 @@ def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path
     args.manager.add(config.plugins, args.selection.blocked)
 
     # Only now: a mistake in the configuration is said without waiting for torch.
-    from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
     from invarlock.pipeline import compare
 
     quieten_libraries(verbose=args.verbose)
     name = f"compare-{Path(args.subject).name}"
-    folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    folder = output_of(args, config.output.dir, name, ranks)
     with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
         result = compare(
             config, args.subject, args.manager, weights_only=args.weights_only, output=folder, strict=args.strict,

@@ -12,7 +12,7 @@ from invarlock.cli.commands.config import keys_text
 from invarlock.cli.options import (
     add_judging_options,
     judge_together,
-    output_folder,
+    output_of,
     overrides,
     quieten_libraries,
 )
@@ -63,13 +63,12 @@ def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path
 
     # Only now: a mistake in the configuration is said without waiting for torch.
     from invarlock import pipeline
-    from invarlock.checkpoints.writing import OutputFolder
     from invarlock.cli import progress
 
     quieten_libraries(verbose=args.verbose)
     name = "demo" if args.demo else Path(args.config).stem
     run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
-    folder = OutputFolder(ranks.from_first(lambda: output_folder(config.output.dir, name)), force=args.force)
+    folder = output_of(args, config.output.dir, name, ranks)
     with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
         result = run_pipeline(
             config, args.manager, output=folder, strict=args.strict, ranks=ranks, on_progress=on_progress

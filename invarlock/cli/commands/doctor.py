@@ -1,0 +1,104 @@
+"""``invarlock doctor``: what stands in the way of a run?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from invarlock import hookimpl
+from invarlock.cli.options import quieten_libraries, set_environment
+from invarlock.core.errors import ExitCode, UsageError, one_line
+
+if TYPE_CHECKING:
+    from invarlock.doctor.findings import Finding
+
+DESCRIPTION = """\
+Loads and constructs every plugin, checks versions and devices, and, of a configuration, its guards, the memory and the
+disk that its model needs, its text against the windows asked for, and access to a hub. No weights are loaded."""
+
+EPILOG = """\
+examples:
+  invarlock doctor
+  invarlock doctor -c config.yaml
+  invarlock doctor -c config.yaml --json
+
+exit status:
+  0  there is no problem
+  1  there is a problem: a line says what to do
+  2  wrong usage or configuration"""
+
+
+OF_CONFIG = ("guards", "memory", "disk", "text", "hub")
+
+
+@hookimpl
+def invarlock_add_commands(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor", help="find out what stands in the way of a run", description=DESCRIPTION, epilog=EPILOG
+    )
+    parser.add_argument("-c", "--config", metavar="CONFIG", help="check what this configuration asks for, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, format doctor-v1")
+    parser.add_argument("--allow-network", action="store_true", help="ask the hub for a model that is not here")
+    parser.set_defaults(run=run, quiet=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    set_environment(args)
+    from invarlock.doctor.findings import Status
+
+    findings = list(_findings(args))
+    problem = any(finding.status is Status.PROBLEM for finding in findings)
+    if args.json:
+        items = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"format_version": "doctor-v1", "problem": problem, "findings": items}, indent=2))
+    else:
+        print("\n".join(_lines(findings)))
+    return ExitCode.REJECTED if problem else ExitCode.ACCEPTED
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    from invarlock.doctor import installation
+    from invarlock.doctor.findings import Finding, Status
+
+    versions = list(installation.versions())
+    yield from versions
+    lacking = any(finding.status is Status.PROBLEM for finding in versions)
+    if args.config is not None and not lacking:
+        yield from _findings_of_config(args)
+        return
+    yield from installation.plugins(args.manager.catalog)
+    yield from installation.devices("auto")
+    why, todo = ("there is no configuration", "give one with -c CONFIG")
+    if args.config is not None:
+        why, todo = "a requirement is not met", "mend the versions first"
+    yield from (Finding(Status.NOT_CHECKED, subject, why, todo) for subject in OF_CONFIG)
+
+
+def _findings_of_config(args: argparse.Namespace) -> Iterator[Finding]:
+    # Only here: these import all that is required.
+    from invarlock.config.loading import load
+    from invarlock.doctor import inputs, installation
+    from invarlock.doctor.findings import Finding, Status
+
+    config = load(args.config)
+    try:
+        args.manager.add(config.plugins, args.selection.blocked)
+    except UsageError as error:
+        yield Finding(Status.PROBLEM, "plugins", one_line(error), "mend the module, or take it out of plugins")
+    yield from installation.plugins(args.manager.catalog)
+    yield from installation.devices(config.model.device)
+    quieten_libraries(verbose=False)
+    yield from inputs.guards(config, args.manager)
+    yield from inputs.space(config)
+    yield from inputs.text(config, args.manager)
+    yield from inputs.hub(config, allow_network=args.allow_network)
+
+
+def _lines(findings: list[Finding]) -> Iterator[str]:
+    for finding in findings:
+        yield f"{finding.status:<13}{finding.subject:<10}{finding.what}"
+        if finding.todo:
+            yield f"{'':<23}-> {finding.todo}"

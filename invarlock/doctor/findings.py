@@ -1,0 +1,27 @@
+"""What was found, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    """A run may go well all the same."""
+    PROBLEM = "problem"
+    NOT_CHECKED = "not checked"
+
+
+@dataclass(frozen=True)
+class Finding:
+    status: Status
+    subject: str
+    what: str
+    todo: str = ""
+    """Empty where nothing has to be done."""
+
+
+def size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,153 @@
+"""What a configuration asks for, against this machine: guards, memory, disk, text, hub. No weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from invarlock.checkpoints.reading import Checkpoint
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import InvarlockError, UsageError, one_line
+from invarlock.doctor.findings import Finding, Status, size
+from invarlock.pipeline.judging import Judge
+from invarlock.plugins.catalog import Kind
+from invarlock.plugins.manager import PluginManager
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limit of memory stands."""
+SHARE, MORE = 1.5, 2**30
+"""A run in memory takes at most so many times its weights, and so many bytes more."""
+
+
+def guards(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
+    """Construct the guards with their options, and find the adapter."""
+    try:
+        slots = manager.guard_slots(config.guards.order, config.guards.options)
+        if config.model.adapter != "auto":
+            manager.catalog.get(config.model.adapter, Kind.ADAPTER, "model.adapter")
+    except InvarlockError as error:
+        yield Finding(Status.PROBLEM, "guards", one_line(error), "mend the configuration, or install what is missing")
+    else:
+        yield Finding(Status.OK, "guards", f"{', '.join(slot.name for slot in slots)} can be constructed")
+
+
+def space(config: RunConfig) -> Iterator[Finding]:
+    """Memory and disk, against the size of the model."""
+    try:
+        weights = _nbytes(config)
+    except UsageError as error:
+        yield Finding(Status.PROBLEM, "memory", one_line(error), "mend model.id")
+        return
+    if weights is None:
+        yield Finding(Status.NOT_CHECKED, "memory", f"the size of {config.model.id} is not known without loading it")
+        return
+    yield _memory(config, weights)
+    yield _disk(Path(tempfile.gettempdir()), weights, "the snapshot", "set TMPDIR to a larger disk, or run --stream")
+    output = Path(config.output.dir or "runs").absolute()
+    saved = weights if config.output.save_model else 0
+    yield _disk(output, saved + 2**24, "the output", "choose another output.dir")
+
+
+def text(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
+    """Whether there is enough text for the windows; the weights stay on disk meanwhile."""
+    dataset = config.dataset
+    if dataset.provider == "generated":
+        yield Finding(Status.OK, "text", "the baseline writes its own windows")
+        return
+    judge = Judge(config, manager, [], strict=False, on_progress=lambda stage, done, total: None)
+    try:
+        model, adapter = judge.load(config.model.id, stream=True)
+    except InvarlockError as error:
+        yield Finding(Status.NOT_CHECKED, "text", f"needs the model, which was not opened: {one_line(error)}")
+        return
+    try:
+        judge.begin(model, adapter)
+        judge.make_windows(model)
+    except InvarlockError as error:
+        yield Finding(Status.PROBLEM, "text", one_line(error), "mend the configuration, or give more text")
+    else:
+        what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"
+        yield Finding(Status.OK, "text", what)
+
+
+def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Finding]:
+    """Whether a hub can be reached, if the configuration needs one."""
+    if Path(config.model.id).exists():
+        yield Finding(Status.OK, "hub", "not needed: the checkpoint is on this machine")
+        return
+    if not allow_network:
+        what = f"{config.model.id} is not on this machine"
+        yield Finding(Status.NOT_CHECKED, "hub", what, "check the path; or add --allow-network to ask the hub")
+        return
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(config.model.id, revision=config.model.revision)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        yield Finding(Status.PROBLEM, "hub", one_line(error), "check model.id, the network and your access token")
+    else:
+        yield Finding(Status.OK, "hub", f"{config.model.id} can be fetched")
+
+
+def free_memory() -> int:
+    """Bytes that a process can still take: of the machine, or of its container if that has less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def _nbytes(config: RunConfig) -> int | None:
+    """Bytes that the weights take in memory, from the headers of their files; None where these do not tell.
+
+    :raises UsageError: the checkpoint is broken.
+    """
+    path = Path(config.model.id)
+    if path.suffix == ".gguf" and path.is_file() and find_spec("gguf"):
+        import gguf
+
+        try:
+            counts = [int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors]
+        except (ValueError, IndexError, KeyError) as error:
+            raise UsageError(f"model.id: {path}: {one_line(error)}") from error
+        return sum(counts) * _itemsize(config, torch.float32)
+    if not path.is_dir():
+        return None
+    entries = Checkpoint(path).entries.values()
+    if any(not entry.dtype.is_floating_point for entry in entries):
+        return None
+    return sum(math.prod(entry.shape) * _itemsize(config, entry.dtype) for entry in entries)
+
+
+def _itemsize(config: RunConfig, stored: torch.dtype) -> int:
+    dtype: torch.dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    return dtype.itemsize
+
+
+def _memory(config: RunConfig, weights: int) -> Finding:
+    device = config.model.device
+    if torch.cuda.is_available() and device.startswith(("auto", "balanced", "cuda")):
+        free, where = torch.cuda.mem_get_info()[0], "of the CUDA device"
+    else:
+        free, where = free_memory(), "of memory"
+    needed = SHARE * weights + MORE
+    what = f"a run takes up to {size(needed)} ({size(weights)} of weights), {size(free)} {where} are free"
+    if needed <= free:
+        return Finding(Status.OK, "memory", what)
+    return Finding(Status.PROBLEM, "memory", what, "leave the weights on disk: invarlock run --stream")
+
+
+def _disk(folder: Path, needed: int, purpose: str, todo: str) -> Finding:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    what = f"{purpose} takes up to {size(needed)}, {size(free)} are free on the disk of {there}"
+    return Finding(Status.OK, "disk", what) if needed <= free else Finding(Status.PROBLEM, "disk", what, todo)

@@ -1,0 +1,1 @@
+"""Evidence that a stranger can check: what a report says of itself, recomputed; and signatures."""

@@ -1,0 +1,73 @@
+"""The files of a run against what its report says of them. Nothing outside the folder is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from invarlock.checkpoints.writing import digest_of
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import UsageError
+from invarlock.evidence.disagreements import ABSENT, Disagreement, printable
+from invarlock.reporting.report import FORMAT_VERSION, Report
+
+REPORT = "report.json"
+COPY = f"model/{REPORT}"
+"""A copy of the report travels with the model; it cannot hold a digest of itself."""
+
+
+def read_report(run: Path) -> Report:
+    """The report of a run.
+
+    :raises UsageError: there is none, or it is not what the schema says.
+    """
+    try:
+        text = (run / REPORT).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{run}: {REPORT} cannot be read ({error.strerror}); give the folder of a run") from None
+    try:
+        report: Report = TypeAdapter(Report).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = printable(".".join(map(str, first["loc"])))
+        raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: {place or 'the file'}: {first['msg']}") from None
+    if not report.attempts:
+        raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: attempts: there is none")
+    return report
+
+
+def artifacts(run: Path, report: Report, config: RunConfig) -> Iterator[Disagreement]:
+    """Missing, changed and added files of the model, or a model that should not be there."""
+    saved = report.verdict.accepted and config.output.save_model and report.edit.name != "compare"
+    if saved != bool(report.artifacts):
+        yield Disagreement("artifacts", sorted(report.artifacts), "a saved model" if saved else [], how="expected")
+    if not report.artifacts and (run / "model").exists():
+        yield Disagreement("model", ABSENT, "a folder", how="found")
+        return
+    found = {name: _digest(run / name) for name in _files(run)}
+    expected = dict(report.artifacts)
+    if expected:
+        expected[COPY] = digest_of(run / REPORT)
+    for name in sorted(found.keys() | expected.keys()):
+        stored, now = expected.get(name, ABSENT), found.get(name, ABSENT)
+        if stored != now:
+            yield Disagreement(name, stored, now, how="found")
+
+
+def _files(run: Path) -> Iterator[str]:
+    """All that lies below the model's folder, which may be none itself; a link is not followed."""
+    model = run / "model"
+    if model.is_symlink() or model.is_file():
+        yield "model"
+    for folder, folders, files in os.walk(model, followlinks=False):
+        for name in (*files, *(each for each in folders if (Path(folder) / each).is_symlink())):
+            yield (Path(folder) / name).relative_to(run).as_posix()
+
+
+def _digest(path: Path) -> str:
+    if path.is_symlink() or not path.is_file():
+        return "no plain file"
+    return digest_of(path)

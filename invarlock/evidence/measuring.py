@@ -1,0 +1,190 @@
+"""The checkpoints measured again, over the same windows, through the passes of a run. No guard is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from invarlock.config.schema import Dtype, RunConfig
+from invarlock.core.errors import UsageError
+from invarlock.core.snapshots import Fingerprint
+from invarlock.evidence.disagreements import Disagreement, printable
+from invarlock.evidence.recomputing import passes
+from invarlock.evidence.verifying import Run, Verification
+from invarlock.pipeline.comparison import load, unreadable_windows
+from invarlock.pipeline.judging import Judge, Progress
+from invarlock.plugins.manager import Adapter, PluginManager
+
+TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
+"""Nats a token by which a window's loss may differ, in float32 and in types of 16 bits. Processors and libraries order
+their sums in their own ways, and 16 bits round every layer's output to 8 or 11 of them. A thousandth of a nat moves a
+perplexity by one part in a thousand: far less than a limit that an edit is held against."""
+
+GGUF = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where the models lie, and the text; None for what is not at hand."""
+
+    baseline: str | None
+    subject: str | None
+    dataset: str | None = None
+    """A file in place of the one that the report names."""
+    device: str | None = None
+
+
+def measure_again(
+    run: Run,
+    checkpoints: Checkpoints,
+    plugins: PluginManager,
+    verification: Verification,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Add to a verification what comes out when the checkpoints are measured again.
+
+    Code that lies beside weights never runs, and plugins that the report names are not imported.
+
+    :raises UsageError: a checkpoint or the text cannot be read.
+    """
+    subject = checkpoints.subject or (_saved_model(run) if checkpoints.baseline else None)
+    first = checkpoints.baseline or subject
+    if first is None:
+        verification.not_checked.append("losses, measured again: give --baseline, --subject or both")
+        return
+    again = _Again(run, _config(run, checkpoints, first, subject), plugins, verification, on_progress)
+    if checkpoints.baseline is not None:
+        again.baseline(checkpoints.baseline)
+        # It goes before the subject comes, and a module tree has cycles that would keep it.
+        gc.collect()
+    if subject is not None:
+        again.subject(subject, after_baseline=checkpoints.baseline is not None)
+    for side, given in (("baseline", checkpoints.baseline), ("edited", subject)):
+        if given is None:
+            verification.not_checked.append(f"losses of the {side} model, measured again: its checkpoint is not given")
+
+
+def _saved_model(run: Run) -> str | None:
+    model = run.folder / "model"
+    if not run.report.artifacts or not model.is_dir():
+        return None
+    return str(model / GGUF if (model / GGUF).is_file() else model)
+
+
+def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None) -> RunConfig:
+    """The report's configuration, without what a stranger must not decide."""
+    model = dataclasses.replace(
+        run.config.model,
+        id=first,
+        adapter="auto" if (subject or "").endswith(".gguf") else run.config.model.adapter,
+        device=checkpoints.device or run.config.model.device,
+        dtype=_dtype(run),
+        parallel="auto",
+        trust_remote_code=False,
+        revision=None,
+    )
+    dataset = run.config.dataset
+    if checkpoints.dataset is not None:
+        dataset = dataclasses.replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
+    elif dataset.provider == "hf":
+        raise UsageError("dataset.provider: verify loads no dataset of a hub; give its text with --dataset FILE.jsonl")
+    elif dataset.path is not None and not Path(dataset.path).is_file():
+        raise UsageError(f"dataset.path: there is no file {printable(dataset.path)}; give the text with --dataset")
+    if dataset.provider == "generated" and checkpoints.baseline is None:
+        raise UsageError("dataset.provider: the baseline wrote the windows; give --baseline, too")
+    return dataclasses.replace(run.config, model=model, dataset=dataset, plugins=())
+
+
+def _dtype(run: Run) -> Dtype:
+    """The data type that was judged: a model that the run saved need not hold it."""
+    if run.report.edit.name == "compare":
+        return run.config.model.dtype
+    judged = run.report.model.description.get("dtype")
+    return next((dtype for dtype in get_args(Dtype) if dtype == judged), run.config.model.dtype)
+
+
+class _Again:
+    """One judge without guards, for both sides."""
+
+    def __init__(
+        self, run: Run, config: RunConfig, plugins: PluginManager, verification: Verification, on_progress: Progress
+    ) -> None:
+        self.run, self.verification = run, verification
+        self.judge = Judge(config, plugins, [], strict=False, on_progress=on_progress)
+        judged = run.report.model.description.get("dtype")
+        self.tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
+        self.stored = passes(run.report)
+
+    def baseline(self, checkpoint: str) -> None:
+        model = self._loaded(checkpoint)
+        self._fingerprint("fingerprint_before", model)
+        if self.stored:
+            self._losses("baseline", self.stored[0].losses, self._measured(model))
+
+    def subject(self, checkpoint: str, *, after_baseline: bool) -> None:
+        model = self._load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
+        # A saved model's format has tensors of its own; its files have digests.
+        if self.run.report.edit.name == "compare":
+            self._fingerprint("fingerprint_after", model)
+        if not self.stored:
+            return
+        if reason := unreadable_windows(self.judge, model):
+            self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
+            return
+        self._losses("edited", self.stored[1].losses, self._measured(model))
+
+    def _loaded(self, checkpoint: str) -> torch.nn.Module:
+        """The first model: the windows are made with its tokenizer, or by itself."""
+        model, adapter = self._load(checkpoint)
+        self.judge.begin(model, adapter)
+        if self.stored:
+            self.judge.make_windows(model)
+        else:
+            self.judge.windows = None
+        return model
+
+    def _load(self, checkpoint: str) -> tuple[torch.nn.Module, Adapter]:
+        return load(self.judge, checkpoint, on_disk=self.run.report.model.streamed)
+
+    def _measured(self, model: torch.nn.Module) -> NDArray[np.float64]:
+        self.judge.measure_baseline(model)
+        assert self.judge.baseline_pass is not None
+        return self.judge.baseline_pass.losses
+
+    def _fingerprint(self, name: str, model: torch.nn.Module) -> None:
+        stored = getattr(self.run.report.model, name)
+        what = f"model.{name}"
+        if self.run.report.model.streamed:
+            self.verification.not_checked.append(f"{what}: of a streamed run it holds on the run's machine alone")
+            return
+        found = Fingerprint.of(model).digest
+        self.verification.check(
+            f"{what}, of the checkpoint", [Disagreement(what, stored, found, "measured")] if stored != found else []
+        )
+
+    def _losses(self, side: str, stored: NDArray[np.float64], found: NDArray[np.float64]) -> None:
+        what = f"losses of the {side} model, measured again, to {self.tolerance:g} nats a token"
+        self.verification.check(what, self._differing(side, stored, found))
+
+    def _differing(self, side: str, stored: NDArray[np.float64], found: NDArray[np.float64]) -> Sequence[Disagreement]:
+        """One line for all windows of a side, about the one that differs most."""
+        assert self.stored is not None
+        tokens = np.maximum(self.stored[0].tokens, 1)
+        with np.errstate(invalid="ignore"):
+            # Equal infinities and NaN on both sides agree; one side alone that is not finite does not.
+            same = (stored == found) | (np.isnan(stored) & np.isnan(found))
+            apart = np.where(same, 0.0, np.nan_to_num(np.abs(stored - found), nan=np.inf)) / tokens
+        beyond = int((apart > self.tolerance).sum())
+        if not beyond:
+            return []
+        worst = int(apart.argmax())
+        what = f"metrics.windows.{side}[{worst}] (as {beyond - 1} more of {len(apart)} windows; this one most)"
+        return [Disagreement(what, float(stored[worst]), float(found[worst]), "measured")]
