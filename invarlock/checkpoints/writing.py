@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from invarlock.core.errors import UsageError, one_line
 
-ARTIFACTS = ("report.json", "model")
+ARTIFACTS = ("report.json", "report.html", "model")
 PARTIAL = ".model.partial"
 """Where a model is until it is whole."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from invarlock import __version__
-from invarlock.cli.commands import compare, config, plugins, run
+from invarlock.cli.commands import compare, config, plugins, report, run
 from invarlock.core.errors import UsageError, nearest
 from invarlock.plugins.manager import PluginManager
 
@@ -80,7 +80,7 @@ def build_parser(manager: PluginManager) -> argparse.ArgumentParser:
     add_plugin_option(parser)
     parser.add_argument("--version", action="version", version=f"invarlock {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=CommandParser)
-    for command in (run, compare, plugins, config):
+    for command in (run, compare, report, plugins, config):
         command.invarlock_add_commands(subparsers)
     manager.add_commands(subparsers)
     return parser
