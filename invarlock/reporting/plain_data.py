@@ -51,7 +51,9 @@ class Node:
             return None
 
     def whole(self) -> int | None:
-        return self.value if isinstance(self.value, int) and not isinstance(self.value, bool) else None
+        """A count, of what fits into 64 bits."""
+        is_whole = isinstance(self.value, int) and not isinstance(self.value, bool)
+        return self.value if is_whole and abs(self.value) < 2**63 else None
 
     def flag(self) -> bool | None:
         return self.value if isinstance(self.value, bool) else None

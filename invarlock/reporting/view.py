@@ -191,7 +191,11 @@ class Windows:
     @classmethod
     def of(cls, node: Node, metric: Node) -> Windows | None:
         columns = [[entry.number() for entry in node[key].entries()] for key in ("tokens", "baseline", "edited")]
-        rows = [(tokens, before, after) for tokens, before, after in zip(*columns, strict=False) if tokens]
+        rows = [
+            (tokens, before, after)
+            for tokens, before, after in zip(*columns, strict=False)
+            if tokens is not None and 0 < tokens < 2**63
+        ]
         ends = [entry.number() for entry in metric["ci"].entries()]
         if not rows:
             return None

@@ -121,8 +121,8 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
 @torch.no_grad()
 def leading_values(matrix: Tensor, count: int) -> list[float] | None:
     """About the ``count`` largest singular values, the largest first, by randomized subspace iteration (Halko et al.
-    2011), the same in every process; where the spectrum is flat the last ones are a tenth too low. Of a small matrix they
-    come, exactly, from the product with its transpose.
+    2011), the same in every process; where the spectrum is flat the last ones are a tenth too low. Of a small matrix
+    they come, exactly, from the product with its transpose.
 
     :returns: None for a matrix that holds NaN or Inf, or that is too large to be copied to float32.
     """
