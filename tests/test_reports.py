@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import xmlschema
+import yaml
 from conftest import read_report
 
 from invarlock.cli.main import main
@@ -186,6 +187,16 @@ def test_an_output_that_cannot_be_written_is_one_line(invarlock, folders) -> Non
     done = invarlock("report", folders["accepted"], "-o", "file/report.html")
     assert done.code == 2
     assert "cannot be written" in done.err
+
+
+def test_the_examples_for_continuous_integration_are_yaml_and_their_commands_run(invarlock, folders) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "ci.md").read_text()
+    assert all(yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    commands = re.findall(r"invarlock report runs/gate ([^;>\n]*)", page)
+    assert len(commands) == 5
+    for command in commands:
+        assert invarlock("report", folders["rejected"], *command.split()).code == 0, command
+    assert {path.name for path in Path("runs/gate").iterdir()} == {"junit.xml", "report.sarif"}
 
 
 # -- side by side ------------------------------------------------------------------------------------------------------
