@@ -66,7 +66,7 @@ class Plot:
 def plots_of(view: View) -> list[Plot]:
     """The plots of a report, those that could not be made for lack of data among them."""
     return [
-        _errors(view.modules),
+        _errors(view.modules, [suspect.module for suspect in view.most_suspect]),
         _rises(view.windows),
         _bits(view.modules, view.bits_per_parameter),
         *_spectra(view.shown_spectra),
@@ -77,37 +77,42 @@ def plots_of(view: View) -> list[Plot]:
 # -- along the depth of the model --------------------------------------------------------------------------------------
 
 
-def _errors(modules: Sequence[Module]) -> Plot:
+def _errors(modules: Sequence[Module], suspects: Sequence[str]) -> Plot:
     title = "Relative error along the depth of the model"
     columns = ["weight", "role", "bits", "relative error", "SQNR, dB", "clipped, share of weights"]
-    measured = [(module, error) for module in modules if _is_finite(error := module.relative_error)]
+    measured = [(module, error) for module in modules if (error := _finite(module.relative_error)) is not None]
     if not measured:
         return Plot("errors", title, f"The relative error of the weights: {NOT_MEASURED}.", columns, [])
-    points = _thinned([(module, float(error or 0)) for module, error in measured], _places(modules))
+    points = _thinned(measured, _places(modules))
+    suspected = [(place, error) for module, place, error in points if module.name in suspects]
 
     def draw(axes: Axes) -> None:
         _scatter(axes, points)
+        for place, error in suspected:
+            axes.plot(place, error, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=BAD)
         axes.set_ylabel("relative error")
         axes.set_xlabel("block, from input to output")
         axes.set_ylim(0, 1.1 * max(error for _, _, error in points) or 1)
 
-    worst, most = max(measured, key=lambda entry: entry[1] or 0)
+    ranked = sorted(modules, key=lambda module: -(module.relative_error or 0))
+    rows = [_module_row(module) for module in (ranked[:MOST_ROWS] if len(modules) > MOST_ROWS else modules)]
+    legend = [*_roles(points), *([Legend("suspect", "bad", "○")] if suspected else [])]
+    caption = _error_caption(measured, len(points))
+    return Plot(
+        "errors", title, caption, columns, rows, _drawn("errors", title, draw), legend, len(modules) - len(rows)
+    )
+
+
+def _error_caption(measured: Sequence[tuple[Module, float]], drawn: int) -> str:
+    worst, most = max(measured, key=lambda entry: entry[1])
     caption = (
         "How far each weight has moved: the Frobenius norm of the change over that of the weight (0 is unchanged, 1 as "
         f"if set to zero). The largest is {shown(most)}, of {worst.name}. It has no limit of its own: what counts "
         "is what the model computes."
     )
-    if len(points) < len(measured):
+    if drawn < len(measured):
         caption += f" Of {len(measured):,} weights the most changed of each block and role are drawn."
-    ranked = (
-        sorted(modules, key=lambda module: -(module.relative_error or 0))[:MOST_ROWS]
-        if len(modules) > MOST_ROWS
-        else modules
-    )
-    rows = [_module_row(module) for module in ranked]
-    return Plot(
-        "errors", title, caption, columns, rows, _drawn("errors", title, draw), _roles(points), len(modules) - len(rows)
-    )
+    return caption
 
 
 def _bits(modules: Sequence[Module], mean: float | None) -> Plot:
@@ -295,7 +300,7 @@ def _positive(values: Sequence[float]) -> list[float]:
 
 def _stages(stages: Sequence[tuple[str, float]]) -> Plot:
     title, columns = "Time per stage", ["stage", "seconds"]
-    timed = [(name, seconds) for name, seconds in stages[:MOST_ROWS] if _is_finite(seconds) and 0 <= seconds < 1e9]
+    timed = [(name, seconds) for name, seconds in stages[:MOST_ROWS] if 0 <= seconds < 1e9]
     if not timed:
         return Plot("stages", title, f"The time of the stages: {NOT_MEASURED}.", columns, [])
 
@@ -323,8 +328,9 @@ def _label(name: str) -> str:
     return re.sub(r"[^ -~]", "?", name)[:24]
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and abs(value) < 1e300
+def _finite(value: float | None) -> float | None:
+    """A number that can be drawn, or None."""
+    return value if value is not None and abs(value) < 1e300 else None
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------

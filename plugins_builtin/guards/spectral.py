@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from plugins_builtin.guards.singular import Change, Spectrum
 
 
-MOST_SPECTRA = 3
-"""Of the most changed matrices, so that a page can draw those of the suspects."""
+FEW = 3
+"""Matrices whose leading singular values are measured where nothing is wrong; else those of all that it names."""
 MOST_VALUES = 32
 AT_ONCE = 64
 BYTES_AT_ONCE = 256 * 2**20
@@ -131,7 +131,9 @@ class SpectralGuard(Guard):
             return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
-        result["metrics"]["spectra"] = _spectra(model, ranked[:MOST_SPECTRA], context.get("baseline_weights") or {})
+        result["metrics"]["spectra"] = _spectra(
+            model, ranked[: TOP if result["warnings"] else FEW], context.get("baseline_weights") or {}
+        )
         return result
 
     def _move(self, matrix: _Matrix, before: Spectrum, change: Change) -> _Move:
