@@ -355,3 +355,29 @@ def invarlock_run_finished(report: dict[str, Any]) -> None:
         def invarlock_run_finished(report):
             report["extra"]["ticket"] = os.environ.get("TICKET")
     """
+
+
+@hookspec
+def invarlock_report_sections(report: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Add sections to the report, which every rendering of it shows.
+
+    Called once a run, after ``invarlock_run_finished`` and before anything is written. The sections are kept in
+    ``report["sections"]``, so that ``invarlock report`` shows them later without the plugin.
+
+    :param report: the report as ``report.json`` will hold it; it is to be read.
+    :returns: a list of sections, dicts of plain values: ``title`` and, of one's choice, ``text``, and a table as
+        ``columns`` (names) and ``rows`` (lists of as many cells: text, numbers, None). No markup: it would be shown as
+        it stands. None adds nothing; all implementations are called, the last registered first.
+
+    On raise, or for a section that is not of that form: the plugin is named, the baseline restored, and nothing is
+    written; exit code 3.
+
+    Example, the time of each guard as a table::
+
+        from invarlock import hookimpl
+
+        @hookimpl
+        def invarlock_report_sections(report):
+            rows = [[guard["name"], guard["seconds"]] for guard in report["guards"]]
+            return [{"title": "Time per guard", "columns": ["guard", "seconds"], "rows": rows}]
+    """

@@ -72,7 +72,7 @@ def test_two_bits_are_rejected_and_a_layer_that_was_left_out_stands_out(invarloc
     families = {entry["family"]: entry["changes"] for entry in read_report(Path("out"))["edit"]["plan"]["families"]}
     assert families["model.layers.*.mlp.up_proj"] == {"a grid of 4 levels a row (2 bits)": 3, "unchanged": 1}
     assert {path: path.read_bytes() for path in before} == before, "both checkpoints are only read"
-    assert sorted(path.name for path in Path("out").iterdir()) == ["report.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["report.html", "report.json"]
 
 
 def test_json_is_the_report_whole_and_alone(invarlock) -> None:

@@ -364,7 +364,7 @@ def test_force_signs_anew_and_nothing_else_is_signed_along(invarlock, made: Path
         made / "key.pem",
     )
     assert invarlock(*arguments, "--force").code == 0
-    assert sorted(path.name for path in run.iterdir()) == ["report.json", "run.sigstore.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["report.html", "report.json", "run.sigstore.json"]
     assert invarlock("verify", run, "--public-key", made / "key.pub").code == 0
     (run / "notes.txt").write_text("mine")
     done = invarlock(*arguments, "--force")
@@ -377,7 +377,12 @@ def test_what_a_streamed_run_left_when_it_was_cut_off_is_not_signed_along(invarl
         Path("out", folder).mkdir(parents=True)
     arguments = ("--demo", "--stream", *SMALL, "--set", "guards.order=[invariants]", *SAVED, "--out", "out")
     assert invarlock("run", *arguments, "--sign", made / "key.pem").code == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == ["model", "report.json", "run.sigstore.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "model",
+        "report.html",
+        "report.json",
+        "run.sigstore.json",
+    ]
     assert invarlock("verify", "out", "--public-key", made / "key.pub").code == 0
 
 

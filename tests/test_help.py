@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,4 +43,4 @@ def test_a_command_has_examples_that_run(command: str, invarlock, tmp_path: Path
         lay_out(line)
         done = perform(line, invarlock)
         assert done.code in JUDGED, f"{line}: {done.err}"
-        assert done.out, line
+        assert done.out or any(Path(word).is_file() for word in shlex.split(line)), line

@@ -135,6 +135,7 @@ TOGETHER = (
     "invarlock_validate",
     "invarlock_attempt_finished",
     "invarlock_run_finished",
+    "invarlock_report_sections",
 )
 
 
@@ -255,3 +256,9 @@ def test_a_plugin_that_fails_at_an_attempt_is_named_and_nothing_is_saved(small_r
     assert not Path("out/report.json").exists() and not Path("out/model").exists()
     if not streaming:
         assert "the baseline is back" in done.err
+
+
+def test_invarlock_report_sections_adds_a_table(run_of_all) -> None:
+    (section,) = run_of_all[1]["sections"]
+    assert (section["title"], section["columns"]) == ("Time per guard", ["guard", "seconds"])
+    assert [row[0] for row in section["rows"]] == ["invariants", "observe", "prepare"]

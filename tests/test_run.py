@@ -124,7 +124,7 @@ def test_a_rejected_edit_is_never_saved(invarlock, module, config, action: str) 
     path = config(guards={"order": ["objector", "invariants"]}, output={"save_model": True})
     done = invarlock("run", "-c", path, "-p", "objector", "--out", "out")
     assert done.code == 1
-    assert sorted(path.name for path in Path("out").iterdir()) == ["report.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["report.html", "report.json"]
     report = read_report(Path("out"))
     assert report["verdict"]["action"] == action
     assert report["guards"][1]["passed"] is True, "one guard's objection does not hide what the others found"

@@ -131,7 +131,7 @@ def test_damage_is_rejected_and_nothing_is_left(invarlock, config, sharded) -> N
     path = saving(config, sharded, edit={"plan": {"bitwidth": 2, "scope": "all"}, "retry": {"max_attempts": 2}})
     done = invarlock("run", "-c", path, "--out", "out", "--stream")
     assert done.code == 1
-    assert [entry.name for entry in Path("out").iterdir()] == ["report.json"]
+    assert sorted(entry.name for entry in Path("out").iterdir()) == ["report.html", "report.json"]
     report = read_report(Path("out"))
     assert [attempt["bitwidth"] for attempt in report["attempts"]] == [2, 3]
     assert report["model"]["restored"] is True
@@ -287,7 +287,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
     for reports in (one, other):
         reports.pop("model/report.json")
     assert one == other
-    assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.json"]
+    assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.html", "report.json"]
 
 
 def test_another_plan_does_not_go_on_with_the_shards_of_the_first(tmp_path) -> None:

@@ -17,7 +17,7 @@ from invarlock.core.errors import UsageError, one_line
 
 SIGNATURE = "run.sigstore.json"
 """A bundle goes by this ending."""
-ARTIFACTS = ("report.json", "model", SIGNATURE)
+ARTIFACTS = ("report.json", "report.html", "model", SIGNATURE)
 PARTIAL = ".model.partial"
 """Where a model is until it is whole."""
 JOURNALS = ".model.journals"

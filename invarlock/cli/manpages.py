@@ -34,6 +34,11 @@ def compare_parser() -> argparse.ArgumentParser:
     return _command_parser("compare")
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """``invarlock-report(1)``."""
+    return _command_parser("report")
+
+
 def verify_parser() -> argparse.ArgumentParser:
     """``invarlock-verify(1)``."""
     return _command_parser("verify")

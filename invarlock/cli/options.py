@@ -115,13 +115,14 @@ def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
 
     from invarlock.reporting.report import to_json
     from invarlock.reporting.terminal import render, verdict_line
+    from invarlock.reporting.view import View
 
     if args.json:
         sys.stdout.write(to_json(report))
         return
-    console = Console(soft_wrap=True)
+    console, view = Console(soft_wrap=True), View.of(report)
     if args.quiet:
-        console.print(verdict_line(report), highlight=False)
+        console.print(verdict_line(view), highlight=False)
     else:
-        render(report, console, verbose=args.verbose)
+        render(view, console, verbose=args.verbose)
         console.print(f"report   {folder / 'report.json'}", highlight=False, markup=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from invarlock import __version__
-from invarlock.cli.commands import compare, completion, config, doctor, plugins, run, verify
+from invarlock.cli.commands import compare, completion, config, doctor, plugins, report, run, verify
 from invarlock.core.errors import UsageError, nearest
 from invarlock.plugins.manager import PluginManager
 
@@ -86,7 +86,7 @@ def build_parser(manager: PluginManager) -> argparse.ArgumentParser:
     add_plugin_option(parser)
     parser.add_argument("--version", action="version", version=f"invarlock {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=CommandParser)
-    for command in (run, compare, verify, doctor, plugins, config, completion):
+    for command in (run, compare, report, verify, doctor, plugins, config, completion):
         command.invarlock_add_commands(subparsers)
     manager.add_commands(subparsers)
     return parser

@@ -23,7 +23,9 @@ from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
 from invarlock.pipeline.judging import Attempt, Clock, Judge
 from invarlock.pipeline.suspects import blame
+from invarlock.plugins.manager import PluginManager
 from invarlock.reporting import report as reporting
+from invarlock.reporting.rendering import render_html
 
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -97,6 +99,15 @@ def assemble(
     ).as_dict()
 
 
+def finish(report: dict[str, Any], plugins: PluginManager) -> None:
+    """Let plugins look at the report and add to it.
+
+    :raises PluginError: one of them failed.
+    """
+    plugins.run_finished(report)
+    report["sections"] = [dataclasses.asdict(section) for section in plugins.report_sections(report)]
+
+
 def write(
     report: dict[str, Any],
     output: OutputFolder,
@@ -105,7 +116,7 @@ def write(
     *,
     shards: ShardedOutput | None = None,
 ) -> None:
-    """Write the report, after the model if there is one to save, and the signature last.
+    """Write the report, as JSON and as HTML, after the model if there is one to save, and the signature last.
 
     :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
     :param shards: the weights, if they are written already.
@@ -119,6 +130,7 @@ def write(
                 report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
         write_text(output.path / "report.json", reporting.to_json(report))
+        write_text(output.path / "report.html", render_html(report, output.path))
         if output.sign:
             output.sign(output.path)
 

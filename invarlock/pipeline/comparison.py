@@ -26,7 +26,7 @@ from invarlock.core.results import Action, Finding
 from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, write
+from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
@@ -85,7 +85,7 @@ def compare(
     model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
     report = _report(judge, subject, announced(judge, attempt), baseline, model)
     if ranks.is_first:
-        plugins.run_finished(report)
+        finish(report, plugins)
     if output is not None and ranks.is_first:
         write(report, output, judge.clock)
     ranks.gather(None)

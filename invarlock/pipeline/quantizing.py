@@ -15,7 +15,7 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Fingerprint, Snapshot
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, write
+from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
@@ -60,7 +60,7 @@ def run(
         attempts = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
         if ranks.is_first:
-            plugins.run_finished(report)
+            finish(report, plugins)
         save = None
         if export is not None and attempts[-1].verdict.accepted:
             saved = judge.view.gather(keep=ranks.is_first) if judge.view else model

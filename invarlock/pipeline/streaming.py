@@ -27,7 +27,7 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, write
+from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
@@ -131,7 +131,7 @@ class _StreamedRun:
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
         if judge.ranks.is_first:
-            judge.plugins.run_finished(report)
+            finish(report, judge.plugins)
             self._write(report)
         judge.ranks.gather(None)
         self.written = report

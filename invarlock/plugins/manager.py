@@ -15,6 +15,7 @@ from invarlock import hookspecs
 from invarlock.core.api import ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import PluginError, UsageError, nearest, one_line
 from invarlock.core.results import GuardResult, plain
+from invarlock.core.sections import ReportSection
 from invarlock.plugins.catalog import Catalog, Kind, Plugin, Selection, Status, hook_marks
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.trace import trace_calls, trace_discovery
@@ -219,6 +220,16 @@ class PluginManager:
                 hook(**arguments)
             except Exception as error:
                 raise PluginError(f"{plugin}: {name}: {one_line(error)}") from error
+
+    def report_sections(self, report: dict[str, Any]) -> list[ReportSection]:
+        found: list[ReportSection] = []
+        for plugin, hook in self._each("invarlock_report_sections"):
+            try:
+                for returned in hook(report=report):
+                    found += [ReportSection.from_plugin(plugin, section) for section in returned]
+            except Exception as error:
+                raise PluginError(f"{plugin}: invarlock_report_sections: {one_line(error)}") from error
+        return found
 
     # -- how hooks are called ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any, Final, Literal
 
 from invarlock.core.results import plain
+from invarlock.core.sections import ReportSection
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -196,6 +197,8 @@ class Report:
     """SHA-256 of each file that was saved beside the report."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What plugins add in ``invarlock_run_finished``."""
+    sections: list[ReportSection] = field(default_factory=list)
+    """What plugins add in ``invarlock_report_sections``."""
     format_version: Literal["report-v1"] = FORMAT_VERSION
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,147 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-COLOURS = {"continue": "green", "warn": "yellow", "rollback": "red", "abort": "bold red"}
-NOT_MEASURED = "not measured"
-MOST_SUSPECTS = 3
+from invarlock.reporting.comparing import SideBySide
+from invarlock.reporting.describing import NOT_MEASURED
+from invarlock.reporting.view import Guard, Section, View
+
+COLOURS = {"continue": "green", "warn": "yellow", "rollback": "red", "abort": "bold red", "unknown": "bold red"}
 
 
-def render(report: Mapping[str, Any], console: Console, *, verbose: bool = False) -> None:
-    """Print a report, as ``report.json`` holds it.
+def render(view: View, console: Console, *, verbose: bool = False) -> None:
+    """Print a report.
 
     :param verbose: a row for each weight, too.
     """
-    for line in _lines(report):
+    for line in _lines(view):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
-    if families := report["edit"]["plan"].get("families"):
-        console.print(_families(families))
-    console.print(_guards(report))
+    if view.families:
+        console.print(_families(view))
+    console.print(_guards(view))
+    for section in view.sections:
+        for line in (f"{section.title} (by {section.source})", section.text):
+            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(_section(section))
     if verbose:
-        console.print(_modules(report))
+        console.print(_modules(view))
 
 
-def verdict_line(report: Mapping[str, Any]) -> str:
+def verdict_line(view: View) -> str:
     """The verdict in one line, with rich's markup."""
-    verdict = report["verdict"]
-    word = "ACCEPTED" if verdict["accepted"] else "REJECTED"
-    return f"[{COLOURS[verdict['action']]}]{word}[/] ({verdict['action']}): {escape(_summary(verdict))}"
+    verdict = view.verdict
+    return f"[{COLOURS[verdict.action]}]{verdict.word}[/] ({verdict.action}): {escape(verdict.summary)}"
 
 
-def _lines(report: Mapping[str, Any]) -> Iterator[str]:
-    verdict, edit, model = report["verdict"], report["edit"], report["model"]
-    yield verdict_line(report)
-    for reason in _reasons(report):
+def render_side_by_side(table: SideBySide, console: Console) -> None:
+    """Print several runs, a column each."""
+    best = "none was accepted" if table.best is None else table.runs[table.best]
+    console.print(f"best     {escape(best)}", highlight=False, soft_wrap=True)
+    console.print(escape(table.rule), highlight=False, soft_wrap=True)
+    console.print()
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("figure", overflow="fold")
+    for place, run in enumerate(table.runs):
+        shown.add_column(escape(run) + (" (best)" if place == table.best else ""), overflow="fold")
+    for name, cells in table.rows:
+        shown.add_row(escape(name), *map(escape, cells))
+    console.print(shown)
+
+
+def _lines(view: View) -> Iterator[str]:
+    yield verdict_line(view)
+    for reason in view.reasons:
         yield f"  - {escape(reason)}"
-    for suspect in verdict["suspects"][:MOST_SUSPECTS]:
-        yield f"suspect  {escape(suspect['module'])} ({escape(suspect['evidence'][0])})"
+    for suspect in view.most_suspect:
+        yield f"suspect  {escape(suspect.module)} ({escape(suspect.evidence[0])})"
     yield ""
-    yield f"model    {escape(model['id'])} (adapter {escape(model['adapter'])}, {_described(model['description'])})"
-    yield f"edit     {escape(_edit(edit))}"
-    yield f"metric   {escape(_metric(report['metrics']['primary']))}"
-    if predictions := report["metrics"]["predictions"]:
-        yield f"tokens   {escape(predictions['message'])}"
-    yield f"rests on {escape(verdict['rests_on'])}"
-    if model["restored"] is not None:
-        yield f"model    {'restored bit for bit' if model['restored'] else 'NOT RESTORED'}"
-    for attempt in report["attempts"][:-1]:
-        yield f"attempt  {attempt['attempt']} at {attempt['bitwidth']} bits: {attempt['action']}"
+    yield f"model    {escape(view.model)}"
+    yield f"edit     {escape(view.edit)}"
+    yield f"metric   {escape(view.metric)}"
+    if view.predictions:
+        yield f"tokens   {escape(view.predictions)}"
+    yield f"rests on {escape(view.verdict.rests_on)}"
+    if view.restored is not None:
+        yield f"model    {'restored bit for bit' if view.restored else 'NOT RESTORED'}"
+    for attempt in view.attempts[:-1]:
+        yield f"attempt  {escape(attempt.number)} at {attempt.bitwidth} bits: {attempt.action}"
 
 
-def _summary(verdict: Mapping[str, Any]) -> str:
-    if verdict["action"] == "continue":
-        return "no guard objected"
-    return f"decided by {verdict['decided_by']}"
-
-
-def _reasons(report: Mapping[str, Any]) -> list[str]:
-    """What decided, and what stands in no line or table below."""
-    shown = [f"guard {guard['name']}" for guard in report["guards"]]
-    if report["metrics"]["primary"]:
-        shown += ["primary metric", "predictions"]
-    deciding = report["verdict"]["decided_by"]
-    others = tuple(f"{source}: " for source in shown if source != deciding)
-    return [reason for reason in report["verdict"]["reasons"] if not reason.startswith(others)]
-
-
-def _described(description: Mapping[str, Any]) -> str:
-    parameters = description.get("parameters")
-    size = f", {parameters / 1e6:.2f} M parameters" if isinstance(parameters, int) else ""
-    return escape(f"{description.get('model_class', 'unknown class')}{size}")
-
-
-def _edit(edit: Mapping[str, Any]) -> str:
-    what = _compared(edit) if "subject" in edit["plan"] else _planned(edit)
-    modules = edit["modules"]
-    if not modules:
-        return f"{what}: not made"
-    errors = [module["relative_error"] for module in modules if module["relative_error"] is not None]
-    if not errors:
-        return f"{what}, relative error {NOT_MEASURED}"
-    worst = max(modules, key=lambda module: module["relative_error"] or 0.0)
-    return f"{what}, relative error up to {max(errors):.3g} ({worst['name']})"
-
-
-def _compared(edit: Mapping[str, Any]) -> str:
-    changed = sum(module["change"] != "unchanged" for module in edit["modules"])
-    what = f"{changed} of {len(edit['modules'])} weights, {edit['params_changed']:,} parameters"
-    return f"{edit['plan']['subject']} differs in {what}"
-
-
-def _planned(edit: Mapping[str, Any]) -> str:
-    plan = edit["plan"]
-    kind = "symmetric" if plan["symmetric"] else "asymmetric"
-    if plan["group_size"]:
-        grain = f"groups of {plan['group_size']}"
-    else:
-        grain = "per output channel" if plan["per_channel"] else "per tensor"
-    what = f"{edit['name']}, {plan['bitwidth']} bits, {kind}, {grain}, scope {plan['scope']}"
-    return f"{what}: {len(edit['modules'])} weights, {edit['params_changed']:,} parameters"
-
-
-def _metric(metric: Mapping[str, Any] | None) -> str:
-    return metric["message"] if metric else NOT_MEASURED
-
-
-def _guards(report: Mapping[str, Any]) -> Padding:
+def _table(*headings: str, right: tuple[str, ...] = (), fold: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("guard", "action", "seconds"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "seconds" else "left")
-    table.add_column("what it says", overflow="fold")
-    for guard in report["guards"]:
-        said = "not run" if guard["passed"] is None else guard["action"]
-        style = COLOURS[guard["action"]] if guard["passed"] is not None else "dim"
-        table.add_row(escape(guard["name"]), f"[{style}]{said}[/]", f"{guard['seconds']:.2f}", escape(guard["message"]))
+    for heading in headings:
+        folds = heading in fold
+        table.add_column(
+            escape(heading), no_wrap=not folds, overflow="fold" if folds else "ellipsis",
+            justify="right" if heading in right else "left",
+        )  # fmt: skip
+    return table
+
+
+def _below(table: Table) -> Padding:
     return Padding(table, (0, 0, 1, 0))
 
 
-def _families(families: Sequence[Mapping[str, Any]]) -> Padding:
+def _guards(view: View) -> Padding:
+    table = _table("guard", "action", "seconds", "what it says", right=("seconds",), fold=("what it says",))
+    for guard in view.guards:
+        seconds = NOT_MEASURED if guard.seconds is None else f"{guard.seconds:.2f}"
+        table.add_row(escape(guard.name), _said(guard), seconds, escape(guard.message))
+    return _below(table)
+
+
+def _said(guard: Guard) -> str:
+    return f"[{'dim' if guard.passed is None else COLOURS[guard.action]}]{guard.said}[/]"
+
+
+def _families(view: View) -> Padding:
     """What was changed, by family: a layer that was meant to be quantized and was not stands out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("family", overflow="fold")
-    table.add_column("weights", no_wrap=True, justify="right")
-    table.add_column("change", overflow="fold")
-    for family in families:
-        for change, count in family["changes"].items():
-            table.add_row(escape(family["family"]), str(count), escape(change))
-    return Padding(table, (0, 0, 1, 0))
+    table = _table("family", "weights", "change", right=("weights",), fold=("family", "change"))
+    for family, change, count in view.families:
+        table.add_row(escape(family), str(count), escape(change))
+    return _below(table)
 
 
-def _modules(report: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("weight", overflow="fold")
-    for heading in ("bits", "relative error", "SQNR dB", "clipped"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for module in report["edit"]["modules"]:
-        figures = (module["relative_error"], module["sqnr_db"], module["clipped_share"])
-        shown = [f"{value:.4g}" if isinstance(value, float) else str(value or NOT_MEASURED) for value in figures]
-        table.add_row(escape(module["name"]), str(module["bits"]), *shown)
+def _section(section: Section) -> Padding:
+    table = _table(*section.columns, fold=tuple(section.columns))
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    return _below(table)
+
+
+def _modules(view: View) -> Table:
+    figures = ("bits", "relative error", "SQNR dB", "clipped")
+    table = _table("weight", *figures, right=figures, fold=("weight",))
+    for module in view.modules:
+        measured = (module.relative_error, module.sqnr_db, module.clipped_share)
+        shown = [NOT_MEASURED if value is None else f"{value:.4g}" for value in measured]
+        table.add_row(escape(module.name), str(module.bits), *shown)
     return table

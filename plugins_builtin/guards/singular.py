@@ -48,6 +48,9 @@ EXACT_UP_TO = 32
 TAME = (1e-8, 1e8)
 """Frobenius norms whose fourth power float32 holds; other matrices are scaled first."""
 TINY = 1e-30
+GRAM_UP_TO = 128
+MOST_NUMBERS = 2**26
+"""Of a matrix whose leading singular values are shown: 256 MiB as float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,26 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
         for move in moved
     )
     return [next(found) if entry else None for entry in sketched]
+
+
+@torch.no_grad()
+def leading_values(matrix: Tensor, count: int) -> list[float] | None:
+    """About the ``count`` largest singular values, the largest first, by randomized subspace iteration (Halko et al.
+    2011), the same in every process; where the spectrum is flat the last ones are a tenth too low. Of a small matrix
+    they come, exactly, from the product with its transpose.
+
+    :returns: None for a matrix that holds NaN or Inf, or that is too large to be copied to float32.
+    """
+    if matrix.numel() > MOST_NUMBERS or not matrix.isfinite().all():
+        return None
+    if min(matrix.shape) <= GRAM_UP_TO:
+        wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
+        squares: list[float] = torch.linalg.eigvalsh(wide @ wide.T).flip(0)[:count].clamp(min=0).tolist()
+        return [math.sqrt(square) for square in squares]
+    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
+        torch.manual_seed(matrix.shape[1])
+        values = torch.svd_lowrank(matrix.float(), q=count + PROBES, niter=2)[1]
+    return [float(value) for value in values[:count]]
 
 
 @dataclass(frozen=True, eq=False)

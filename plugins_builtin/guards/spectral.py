@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from plugins_builtin.guards.singular import Change, Spectrum
 
 
+FEW = 3
+"""Matrices whose leading singular values are measured where nothing is wrong; else those of all that it names."""
+MOST_VALUES = 32
 AT_ONCE = 64
 BYTES_AT_ONCE = 256 * 2**20
 """Larger matrices gain nothing from company, and streamed ones are read again for each product."""
@@ -127,7 +130,11 @@ class SpectralGuard(Guard):
         if not comparable:
             return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for move in moves.values() if move), key=lambda move: -move.score)
-        return self._result(ranked, [name for name in self._baseline if name not in moves])
+        result = self._result(ranked, [name for name in self._baseline if name not in moves])
+        result["metrics"]["spectra"] = _spectra(
+            model, ranked[: TOP if result["warnings"] else FEW], context.get("baseline_weights") or {}
+        )
+        return result
 
     def _move(self, matrix: _Matrix, before: Spectrum, change: Change) -> _Move:
         rows = int((change.rows > self._row_cap).sum())
@@ -250,6 +257,26 @@ def _matrices(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Matr
         else:
             experts = enumerate(weight.flatten(0, -3))
             yield from (_Matrix(f"{target.name}[{place}]", target.name, family, expert) for place, expert in experts)
+
+
+def _spectra(
+    model: torch.nn.Module, moves: Sequence[_Move], baseline: Mapping[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    """The leading singular values of matrices before and after; of those whose baseline can be read back."""
+    from invarlock.quantization.selection import find_weights
+    from plugins_builtin.guards.singular import leading_values
+
+    names = {target.name: target.parameter_name for target in find_weights(model)}
+    found = []
+    for move in moves:
+        matrix, old = move.matrix, baseline.get(names[move.matrix.module])
+        if matrix.name != matrix.module or old is None or old.numel() != matrix.values.numel():
+            continue
+        before = leading_values(old.reshape(matrix.values.shape), MOST_VALUES)
+        after = leading_values(matrix.values, MOST_VALUES)
+        if before and after:
+            found.append({"module": matrix.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]})
+    return found
 
 
 def _alike(matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Loads the model of a configuration, measures it, quantizes it by round-to-nearest in memory, lets the guards judge, and
-prints the verdict. The input checkpoint is never touched; report.json goes to the output folder."""
+prints the verdict. The input checkpoint is never touched; report.json and report.html go to
+the output folder."""
 
 EXAMPLES = """\
 examples:
