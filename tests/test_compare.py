@@ -189,3 +189,20 @@ def test_half_precision_is_no_grid() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     assert infer_grid(weight.to(torch.bfloat16).float()) is None
     assert infer_grid(torch.zeros(4, 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("library", "config"), [("bitsandbytes", {"load_in_8bit": True}), ("bitsandbytes", {"load_in_4bit": True})]
+)
+def test_codes_of_other_libraries_are_judged_as_the_weights_that_they_stand_for(invarlock, library, config) -> None:
+    pytest.importorskip(library)
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    packed = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", quantization_config=BitsAndBytesConfig(**config))
+    packed.save_pretrained("packed")
+    done = invarlock("compare", "--baseline", DEMO / "checkpoint", "--subject", "packed", "--generated", "--out", "out")
+    assert done.code in (0, 1), done.err
+    modules = read_report(Path("out"))["edit"]["modules"]
+    changed = [module for module in modules if module["change"] != "unchanged"]
+    assert len(changed) == 28
+    assert all(0 < module["relative_error"] < 0.2 for module in changed)

@@ -239,3 +239,20 @@ def test_launchers_are_known_by_their_environment(names: tuple[str, str], monkey
     monkeypatch.setenv(names[1], "4")
     assert Ranks.join() == Ranks(2, 4)
     assert met == [Ranks(2, 4)]
+
+
+def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -> None:
+    module(
+        "watching",
+        "import os\nfrom contextlib import contextmanager\nfrom invarlock.cli import progress\n"
+        "@contextmanager\ndef bars(*, shown):\n"
+        "    yield lambda *told: print(os.environ['RANK'], *told, sep=';', file=open('told', 'a'))\n"
+        "progress.bars = bars\n",
+    )
+    path = config(plugins=["watching"], dataset={"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6})
+    finished = together(2, "run", "-c", path, "--out", "out", "-q")
+    assert [code for code, _, _ in finished] == [0, 0], finished
+    told = [line.split(";") for line in Path("told").read_text().splitlines()]
+    for stage in ("baseline pass", "edited pass"):
+        done = [int(line[2]) for line in told if line[1] == stage]
+        assert max(done) == 8, "2 + 6 windows, whichever process was the last to tell"

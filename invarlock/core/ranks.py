@@ -11,8 +11,9 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
@@ -71,12 +72,15 @@ def _patient() -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """Which process of how many this one is."""
 
     rank: int = 0
     size: int = 1
+    _store: Any = field(default=None, compare=False)
+    """Where all of them can add up numbers without waiting for each other."""
+    _shared: Iterator[int] = field(default_factory=count, compare=False)
 
     @classmethod
     def join(cls) -> Ranks:
@@ -96,6 +100,7 @@ class Ranks:
     def _meet(self) -> None:
         import torch
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         # Results are exchanged on the CPU, parts of weights and activations where they are.
         backend = "gloo"
@@ -105,8 +110,10 @@ class Ranks:
         os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
         os.environ.setdefault("MASTER_PORT", "29500")
         try:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=MEETING)
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=MEETING))
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=MEETING)
             dist.barrier()
+            self._store = store
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise PluginError(
@@ -127,6 +134,15 @@ class Ranks:
     def from_first(self, make: Callable[[], Found]) -> Found:
         """What the first process makes of it, on all of them; no other one makes it."""
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def summed(self, show: Callable[[int, int], object]) -> Callable[[int, int], object]:
+        """Progress of work that is shared: each process tells what is done of its part, and how large that is.
+
+        All have to call this in the same order.
+
+        :param show: gets the sums over all of them; of use to the first one, which shows a bar.
+        """
+        return show if self.size == 1 else _Summed(self._store, f"invarlock/{next(self._shared)}", show)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, where they next wait for this one, that it failed."""
@@ -173,6 +189,21 @@ class Ranks:
         if failures:
             raise PeerError("; ".join(failures))
         return [entry for entry, _ in entries]
+
+
+@dataclass
+class _Summed:
+    store: Any
+    name: str
+    show: Callable[[int, int], object]
+    done: int = 0
+    total: int = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        all_done = self.store.add(f"{self.name}/done", done - self.done)
+        whole = self.store.add(f"{self.name}/total", total - self.total)
+        self.done, self.total = done, total
+        self.show(all_done, whole)
 
 
 ALONE = Ranks()

@@ -24,7 +24,7 @@ from invarlock.evaluation.taps import Rows, Tap, attached
 
 CHUNK_BYTES = 4 * 2**20
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 """Called with the windows done and the windows there are."""
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -330,6 +331,9 @@ class Judge:
         if self.windows is None:
             return observations, None
         preview, final = self.windows
+        shown: Callable[[int, int], object] = partial(self.on_progress, stage)
+        if self.sharding is not Sharding.TENSOR:
+            shown = self.ranks.summed(shown)
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
         with self.clock.stage(stage):
             measured = measure(
@@ -340,7 +344,7 @@ class Judge:
                 taps=[observation.taps for observation in observations],
                 reference=reference,
                 calls=calls,
-                on_progress=lambda done, total: self.on_progress(stage, done, total),
+                on_progress=shown,
             )
             self.record = measured.record or self.record
             parts = self.ranks.gather(dataclasses.replace(measured, record=None))

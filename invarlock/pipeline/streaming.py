@@ -197,12 +197,13 @@ class _StreamedRun:
         files = checkpoint.files[ranks.rank :: ranks.size]
         total = sum(checkpoint.nbytes_of(file) for file in files)
         notes: list[dict[str, Any]] = []
+        shown = ranks.summed(partial(self.judge.on_progress, "quantize"))
         done = 0
         for file in files:
             noted = self.shards.notes(file) if self.shards else None
             notes += self._round_shard(file, scheme, scratch) if noted is None else noted
             done += checkpoint.nbytes_of(file)
-            self.judge.on_progress("quantize", done, total)
+            shown(done, total)
         found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
         return [_weight_of(found[target.parameter_name]) for target in self.targets.values()]
 

@@ -176,7 +176,7 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         raise UsageError(
             f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
         )
-    _forget_packing(model)
+    model = _unpacked(model, model_id)
     if "distributed_config" in options:
         if hasattr(model, "set_reshard_after_forward"):
             # By default the outermost weights stay gathered, and the model would not be what it was.
@@ -273,13 +273,33 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
     return model
 
 
-def _forget_packing(model: Any) -> None:
-    """Call a model dense that is: else it could not be moved or saved as one."""
-    if any(parameter.is_floating_point() is False for parameter in model.parameters()):
-        return
+def _unpacked(model: Any, model_id: str) -> Any:
+    """The model with weights where it has codes, and calling itself dense: else it could not be moved, edited or saved.
+
+    :raises UsageError: transformers cannot turn its codes into weights.
+    """
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    if getattr(model.config, "quantization_config", None) is None:
+        return model
+    method = model.config.quantization_config.quant_method
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, AttributeError, RuntimeError) as error:
+            raise UsageError(
+                f"model.id: {model_id}: weights packed by {method} cannot be unpacked: {one_line(error)}"
+            ) from error
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Torchao's codes call themselves floating-point weights.
+            if hasattr(type(parameter.data), "dequantize") and type(parameter.data) not in (Tensor, Parameter):
+                setattr(module, name, Parameter(parameter.data.dequantize(), requires_grad=False))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer, model.is_quantized = None, False
+    return model
 
 
 def _resolve(device: str) -> str:

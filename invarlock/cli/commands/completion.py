@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     parser = build_parser(args.manager)
     for action in _actions(parser):
-        if action.metavar == "DIR":
+        if action.metavar in ("DIR", "RUN"):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.metavar in ("CONFIG", "FILE", "FILE.jsonl"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
