@@ -25,6 +25,8 @@ LAYERS = {
     "evidence": {"core", "config", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
     "doctor": {"core", "config", "checkpoints", "plugins", "pipeline"},
     "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence", "doctor"},
+    # For authors: it drives what a user drives, and nothing else imports it.
+    "testing": {"core", "config", "quantization", "evaluation", "pipeline", "plugins", "cli"},
     "adapters": set(),
     "__main__": {"cli"},
 }

@@ -157,10 +157,17 @@ class Catalog:
         module = _import_local(name, [plugin.name for plugin in installed])
         added = list(_local_plugins(name, module))
         for plugin in added:
-            _check(plugin)
-            plugin.require_ready()
-        self.plugins += added
+            self.add(plugin)
         return added
+
+    def add(self, plugin: Plugin) -> None:
+        """Take in a plugin that is there already, as ``factory``.
+
+        :raises UsageError: it cannot be used.
+        """
+        _check(plugin)
+        plugin.require_ready()
+        self.plugins.append(plugin)
 
     def named(self, name: str, *kinds: Kind) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.name == name and (not kinds or plugin.kind in kinds)]
