@@ -45,7 +45,8 @@ class Status(StrEnum):
     """Turned off with ``-p no:NAME``; it was not imported."""
 
 
-GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters"}
+GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters", Kind.HOOKS: "invarlock.hooks"}
+BASES: dict[Kind, type] = {Kind.GUARD: Guard, Kind.ADAPTER: ModelAdapter}
 
 
 @dataclass
@@ -308,8 +309,8 @@ def _check(plugin: Plugin) -> None:
         plugin.fail(f"needs {' '.join(missing)}: pip install {' '.join(missing)}", Status.MISSING)
         return
     if plugin.is_class:
-        base = Guard if plugin.kind is Kind.GUARD else ModelAdapter
-        if not issubclass(plugin.factory, base):
+        base = BASES.get(plugin.kind)
+        if base and not issubclass(plugin.factory, base):
             plugin.fail(f"the class {plugin.factory.__name__} is not derived from invarlock.core.api.{base.__name__}")
             return
         try:

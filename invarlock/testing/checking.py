@@ -35,34 +35,34 @@ def check_guard(guard: Any, **options: Any) -> None:
 
 def _broken_promises(guard: Any, options: Mapping[str, Any]) -> Iterator[str]:
     for architecture in ARCHITECTURES:
-        for dtype in (torch.float32, torch.bfloat16):
-            returned = _Returned()
-            model = tiny_model(architecture).to(dtype)
-            session = Session(guard, model, options, {"returned": returned})
-            where = f"{architecture}, {str(dtype).removeprefix('torch.')}"
-            first = session.judge()
-            yield from (f"{where}: {said}" for said in _of_the_unedited(first))
-            yield from (f"{where}: {said}" for said in returned.problems)
-            if dtype == torch.float32:
-                if session.judge() != first:
-                    yield f"{where}: the same run gives another result"
-                yield from (f"{where}: {said}" for said in _of_what_is_not_finite(session))
+        returned = _Returned()
+        session = Session(guard, tiny_model(architecture), options, {"returned": returned})
+        for said in [*_broken_in(session), *dict.fromkeys(returned.problems)]:
+            yield f"{architecture}: {said}"
 
 
-def _of_the_unedited(result: GuardResult) -> Iterator[str]:
+def _broken_in(session: Session) -> Iterator[str]:
+    model, first = session.model, session.judge()
+    yield from _objections(first, "the unedited model")
+    if session.judge() != first:
+        yield "the same run gives another result"
+    yield from _failures(session.judge("with one NaN"), "with NaN after the edit")
+    model.to(torch.bfloat16)
+    yield from _objections(session.judge(), "the unedited model in bfloat16")
+    damage(model, "overflown")(model)
+    yield from _failures(session.judge(), "with infinity before the edit")
+
+
+def _objections(result: GuardResult, to: str) -> Iterator[str]:
     if result.error:
-        yield f"it fails on the unedited model: {result.message}"
+        yield f"it fails on {to}: {result.message}"
     elif not result.passed or result.action is not Action.CONTINUE:
-        yield f"it does not pass the unedited model: {result.action}: {result.message}"
+        yield f"it does not pass {to}: {result.action}: {result.message}"
 
 
-def _of_what_is_not_finite(session: Session) -> Iterator[str]:
-    found = {"after": session.judge(damage(session.model, "with one NaN"))}
-    damage(session.model, "overflown")(session.model)
-    found["before"] = session.judge()
-    for when, result in found.items():
-        if result.error:
-            yield f"with a weight that is not finite {when} the edit it fails: {result.message}"
+def _failures(result: GuardResult, where: str) -> Iterator[str]:
+    if result.error:
+        yield f"it fails {where}: {result.message}"
 
 
 class _Returned:
