@@ -1,4 +1,4 @@
-"""``invarlock plugins new``: packages whose tests pass and whose plugins are ready, and what is refused."""
+"""``invarlock plugins new``: packages whose tests pass and whose plugins are ready, and what is refused; the examples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 from projects import lay_editable
 
 from invarlock.scaffold import TEMPLATES
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "plugins"
 
 
 @pytest.fixture
@@ -32,14 +34,16 @@ def test_the_plugins_of_new_packages_are_ready(invarlocker, packages) -> None:
         assert item["distribution"] == f"invarlock-my-{kind}"
 
 
-def test_the_tests_of_new_packages_pass(invarlocker, packages) -> None:
+def test_the_tests_of_new_packages_and_of_the_examples_pass(invarlocker, packages) -> None:
+    examples = [lay_editable(folder, invarlocker.site) for folder in EXAMPLES.iterdir()]
+    assert {folder.name for folder in examples} == {"dead_rows", "npz_folder", "output_range"}
     # In one process, because torch takes seconds to import.
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", *packages.values()],
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", *packages.values(), *examples],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 passed" in done.stdout
+    assert "37 passed" in done.stdout
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
