@@ -44,7 +44,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     )
     _add_listing_options(parser)
     parser.set_defaults(run=run, category="list", json=False, verbose=False, explain=None, only=None)
-    categories = parser.add_subparsers(title="what to list, or to do; by default list", metavar="COMMAND")
+    categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
     for category in CATEGORIES:
         about = f"list {'all plugins' if category == 'list' else category}"
         listing = categories.add_parser(category, help=about, description=DESCRIPTION)
