@@ -92,7 +92,7 @@ class Invarlocker:
         from invarlock.cli.main import main
 
         before, out, err = self._reports(), io.StringIO(), io.StringIO()
-        with _logging_kept(), redirect_stdout(out), redirect_stderr(err):
+        with _process_kept(), redirect_stdout(out), redirect_stderr(err):
             try:
                 code = int(main([str(argument) for argument in arguments]))
             except SystemExit as stopped:  # argparse, after --help and --version
@@ -121,12 +121,14 @@ class Invarlocker:
 
 
 @contextmanager
-def _logging_kept() -> Iterator[None]:
-    """The command line sets up the logger ``invarlock`` for itself; put it back."""
-    logger = logging.getLogger("invarlock")
+def _process_kept() -> Iterator[None]:
+    """The command line sets up the logger ``invarlock`` and libraries' settings for itself; put them back."""
+    logger, environment = logging.getLogger("invarlock"), dict(os.environ)
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
     try:
         yield
     finally:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
