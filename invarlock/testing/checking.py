@@ -15,7 +15,7 @@ from invarlock.testing.named_edits import damage
 from invarlock.testing.running import Session
 
 
-def check_guard(guard: Any, **options: Any) -> None:
+def check_guard(guard: Any, /, **options: Any) -> None:
     """Hold a guard to what every guard owes, on a tiny model of every architecture, in the real pipeline.
 
     It passes the unedited model, in float32 and bfloat16, with tied and untied embeddings, and with experts; it does

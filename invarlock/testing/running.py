@@ -32,7 +32,7 @@ Edit = Callable[[Any], object] | str | int | None
 ADAPTER = "in_memory"
 
 
-def run_guard(guard: Any, model: torch.nn.Module, edit: Edit = None, **options: Any) -> GuardResult:
+def run_guard(guard: Any, model: torch.nn.Module, /, edit: Edit = None, **options: Any) -> GuardResult:
     """Let one guard judge an edit of a model, as ``invarlock run`` and ``invarlock compare`` would.
 
     The model writes windows of its own, passes over them before and after the edit with the guard's taps attached, and
