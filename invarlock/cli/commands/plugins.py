@@ -47,7 +47,8 @@ def invarlock_add_commands(subparsers: Any) -> None:
     categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
     for category in CATEGORIES:
         about = f"list {'all plugins' if category == 'list' else category}"
-        listing = categories.add_parser(category, help=about, description=DESCRIPTION)
+        examples = f"examples:\n  invarlock plugins {category} --only ready\n  invarlock plugins {category} --json"
+        listing = categories.add_parser(category, help=about, description=DESCRIPTION, epilog=examples)
         _add_listing_options(listing)
         listing.set_defaults(category=category)
     new_plugin.add_parser(categories)
