@@ -29,7 +29,7 @@ class Done:
     code: int
     out: str
     err: str
-    report: dict[str, Any] | None
+    report: dict[str, Any] | None = None
     """What the command wrote as ``report.json`` below the working folder, if it did."""
 
 
