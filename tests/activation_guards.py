@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import json
 
-import architectures
-import pytest
 import torch
 from torch import nn
 
 from invarlock.core.snapshots import Fingerprint
 from invarlock.evaluation.models import evaluating
 from invarlock.evaluation.taps import attached
+from invarlock.testing import architectures
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+BUILDERS = architectures.ARCHITECTURES.values()
 
 
 def tokens(seed: int = 0) -> list[torch.Tensor]:

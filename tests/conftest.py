@@ -1,13 +1,10 @@
-"""What the tests share: a command line in this process, plugins laid on the path, and the demo model."""
+"""What the tests share: short names for the isolated command line, a configuration, and the demo model."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +15,32 @@ import yaml
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from invarlock.cli.commands.run import demo_folder
-from invarlock.cli.main import main
+from invarlock.testing import Done, Invarlocker
 
 DEMO = demo_folder()
 
 
 @pytest.fixture(autouse=True)
-def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A working folder of its own, a pinned terminal, and no settings of the person who runs the tests."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.delenv("INVARLOCK_DEBUG_TRACE", raising=False)
-    monkeypatch.delenv("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD", raising=False)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished command."""
-
-    code: int
-    out: str
-    err: str
+def _isolated(invarlocker: Invarlocker) -> None:
+    """Every test has a working folder of its own, and no settings of the person who runs it."""
 
 
 @pytest.fixture
-def invarlock(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Call the command line as ``main`` in this process."""
-
-    def call(*arguments: object) -> Done:
-        capsys.readouterr()
-        try:
-            code = int(main([str(argument) for argument in arguments]))
-        except SystemExit as stopped:  # argparse, after --help and --version
-            code = int(stopped.code or 0)
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
+def invarlock(invarlocker: Invarlocker) -> Callable[..., Done]:
+    """Call the command line in this process."""
+    return invarlocker.run
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Lay modules and a distribution's entry points on the path, as an installer would; gone after the test."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-
-    def lay(distribution: str, entry_points: str = "", version: str = "1.0", **modules: str) -> Path:
-        info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(entry_points)
-        for name, source in modules.items():
-            (folder / f"{name}.py").write_text(source)
-        importlib.invalidate_caches()
-        return folder
-
-    yield lay
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and str(folder) in str(sys.modules[name].__file__):
-            del sys.modules[name]
+def site(invarlocker: Invarlocker) -> Callable[..., Path]:
+    """Lay modules and a distribution's entry points on the path."""
+    return invarlocker.install
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Write a module into the working folder, to be named with ``-p``; forgotten after the test."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    written: list[str] = []
-
-    def write(name: str, source: str) -> None:
-        (tmp_path / f"{name}.py").write_text(source)
-        importlib.invalidate_caches()
-        written.append(name)
-
-    yield write
-    for name in written:
-        sys.modules.pop(name, None)
+def module(invarlocker: Invarlocker) -> Callable[[str, str], Path]:
+    """Write a module into the working folder, to be named with ``-p``."""
+    return invarlocker.module
 
 
 @pytest.fixture

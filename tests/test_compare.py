@@ -7,7 +7,6 @@ import json
 import weakref
 from pathlib import Path
 
-import architectures
 import jsonschema
 import pytest
 import torch
@@ -21,6 +20,7 @@ from invarlock.plugins.manager import PluginManager
 from invarlock.quantization import Layout, Plan, Scheme, quantize_, quantize_model
 from invarlock.quantization.inference import infer_grid
 from invarlock.reporting.report import json_schema
+from invarlock.testing import architectures
 
 BASELINE = DEMO / "checkpoint"
 SMALL = ("--set", "dataset.seq_len=64", "--set", "dataset.final_n=6", "--set", "dataset.preview_n=2")

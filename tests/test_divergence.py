@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -36,6 +35,7 @@ from invarlock.evaluation.predictions import (
     likeliest,
 )
 from invarlock.evaluation.windows import make_windows
+from invarlock.testing import architectures
 
 VOCABULARY = architectures.VOCABULARY
 CAUSAL = Layout(24)

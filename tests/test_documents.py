@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from invarlock.cli import manpages
 from invarlock.config.schema import keys
+from invarlock.core.api import Guard
 from invarlock.core.errors import ExitCode
+from invarlock.testing import run_guard, tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +86,30 @@ def test_the_class_of_the_docs_takes_its_option(invarlock, module) -> None:
     arguments = [word for setting in settings for word in ("--set", setting)]
     done = invarlock("run", "--demo", "-p", "finite_class", *arguments, "--out", "out")
     assert done.code == 0, done.err
+
+
+def guards_of(document: str) -> list[type[Guard]]:
+    found = []
+    for block in python_blocks(document):
+        names: dict[str, Any] = {"__name__": "page"}
+        exec(block, names)
+        found += [value for value in names.values() if inspect.isclass(value) and Guard in value.__bases__]
+    return found
+
+
+@pytest.mark.parametrize("guard", guards_of("docs/plugins.md"), ids=lambda guard: guard.__name__)
+def test_the_classes_of_the_docs_tell_damage(guard: type[Guard]) -> None:
+    assert run_guard(guard, tiny_model()).action == "continue"
+    result = run_guard(guard, tiny_model(), "with one NaN")
+    assert result.error is None
+    assert result.action != "continue"
+
+
+def test_the_tests_of_the_docs_pass(invarlocker) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in python_blocks("docs/testing.md"):
+        exec(block, names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 4
+    for test in tests:
+        test(**dict.fromkeys(inspect.signature(test).parameters, invarlocker))

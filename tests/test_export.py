@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 import transformers
@@ -23,6 +22,7 @@ from invarlock.config.loading import load
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
+from invarlock.testing import architectures
 
 # Of compressed-tensors, on import, and of the loader that transformers has for GGUF.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -90,7 +90,9 @@ def test_a_packed_checkpoint_says_what_it_is_and_is_smaller(config) -> None:
 
 # A masked model needs a tokenizer; test_run saves it.
 @pytest.mark.parametrize(
-    "build", [build for build in architectures.ALL if build is not architectures.bert], ids=lambda build: build.__name__
+    "build",
+    [build for build in architectures.ARCHITECTURES.values() if build is not architectures.bert],
+    ids=lambda build: build.__name__,
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dequantized_weights_are_the_guarded_models(config, build, dtype: str) -> None:

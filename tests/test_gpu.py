@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
 from conftest import read_report
 
 from invarlock.quantization import Plan, Scheme, quantize_, quantize_model
+from invarlock.testing import architectures
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""What every built-in guard that judges owes: the unedited model passes, the model is not changed, damage is named."""
+"""What every built-in guard that judges owes beside what ``check_guard`` asks of all: damage is caught and named."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from conftest import DEMO, read_report
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.core.snapshots import Snapshot
 from invarlock.quantization import Plan, Scheme, quantize_model
+from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 from plugins_builtin.guards.rmt import RMTGuard
@@ -22,7 +22,6 @@ from plugins_builtin.guards.spectral import SpectralGuard
 from plugins_builtin.guards.variance import VarianceGuard
 
 GUARDS = [InvariantsGuard, ReconstructionGuard, SpectralGuard]
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
 DAMAGED = "model.layers.1.mlp.down_proj"
 DAMAGES: dict[str, Callable[[torch.Tensor], Any]] = {
     "zeroed": lambda weight: weight.zero_(),
@@ -50,14 +49,9 @@ def judge(guard: Any, model: nn.Module, edit: Callable[[nn.Module], Any] = lambd
 
 
 @pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("build", BUILDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_unedited_model_passes_without_a_warning_and_is_not_changed(guard, build, dtype) -> None:
-    model = build().to(dtype)
-    before = Fingerprint.of(model)
-    result = judge(guard(), model)
+def test_the_unedited_model_passes_by_its_weights_alone(guard) -> None:
+    result = judge(guard(), architectures.llama())
     assert (result["passed"], result["action"], list(result.get("warnings", []))) == (True, "continue", [])
-    assert Fingerprint.of(model) == before
 
 
 @pytest.mark.parametrize("guard", [RMTGuard, VarianceGuard])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import architectures
 import pytest
 import torch
 from torch import nn
 
+from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+BUILDERS = architectures.ARCHITECTURES.values()
 
 
 def judge(model: nn.Module, damage=None, context=None):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 from conftest import DEMO, read_report
 
@@ -19,6 +18,7 @@ from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, GuardResult
+from invarlock.testing import architectures
 
 Finished = tuple[int, str, str]
 

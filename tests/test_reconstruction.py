@@ -8,7 +8,6 @@ import json
 import math
 import weakref
 
-import architectures
 import pytest
 import torch
 from conftest import DEMO
@@ -20,11 +19,12 @@ from invarlock.core.snapshots import Fingerprint
 from invarlock.evaluation.taps import attached
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.testing import architectures
 from plugins_builtin.guards.block_errors import _tempered
 from plugins_builtin.guards.blocks import Cut, find_blocks, find_parts
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+BUILDERS = architectures.ARCHITECTURES.values()
 MEASURED = {"edited": {"ratio": 1.0}}
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from invarlock.core.errors import UsageError
 from invarlock.quantization import Layout, Plan, Scheme, Scratch, quantize_, quantize_model
+from invarlock.testing import architectures
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRANULARITIES = [{"per_channel": False}, {}, {"group_size": 16}]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import architectures
 import jsonschema
 import pytest
 import torch
@@ -23,6 +22,7 @@ from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 from invarlock.reporting.report import json_schema
+from invarlock.testing import architectures
 
 
 def guard_module(body: str, prepare: str = "return {'ready': True}") -> str:
@@ -63,7 +63,7 @@ def test_two_bits_are_rejected_and_the_baseline_restored(invarlock) -> None:
     assert report["model"]["fingerprint_before"] == report["model"]["fingerprint_after"]
 
 
-@pytest.mark.parametrize("architecture", [build.__name__ for build in architectures.ALL])
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
 def test_every_architecture_runs_on_windows_of_its_own(architecture: str, tmp_path: Path, config, invarlock) -> None:
     folder = tmp_path / "checkpoint"
     getattr(architectures, architecture)().save_pretrained(folder)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from torch import nn
 
 from invarlock.core.errors import UsageError
 from invarlock.quantization import Layout, Plan, Scheme, find_weights, quantize_model, select_targets
+from invarlock.testing import architectures
 
 
 def selected(model: nn.Module, **plan: Any) -> list[str]:
@@ -63,7 +63,7 @@ EMBEDDING = {
     architectures.gpt_oss: "model.embed_tokens",
     architectures.opt: "model.decoder.embed_tokens",
 }
-each_architecture = pytest.mark.parametrize("build", architectures.ALL, ids=lambda build: build.__name__)
+each_architecture = pytest.mark.parametrize("build", ATTENTION, ids=lambda build: build.__name__)
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import architectures
 import pytest
 import torch
 from torch import nn
 
 from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.testing import architectures
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+BUILDERS = architectures.ARCHITECTURES.values()
 
 
 def flip_one_bit(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 
-import architectures
 import pytest
 import torch
 import transformers
@@ -17,10 +16,11 @@ from invarlock.core.errors import UsageError
 from invarlock.core.snapshots import Fingerprint
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.testing import architectures
 from plugins_builtin.guards import singular
 from plugins_builtin.guards.spectral import SpectralGuard
 
-BUILDERS = [*architectures.ALL, pytest.param(lambda: architectures.llama(tie_word_embeddings=True), id="llama_tied")]
+BUILDERS = architectures.ARCHITECTURES.values()
 
 
 @pytest.fixture(scope="module")

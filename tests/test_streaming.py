@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from conftest import DEMO, read_report
@@ -27,6 +26,7 @@ from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
 from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.passes import measure
+from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
 
 # Of compressed-tensors, on import.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edits import Edit, edits
 
 from invarlock.cli.commands.run import demo_folder
 from invarlock.config.schema import DatasetConfig, EvalConfig, GuardsConfig, ModelConfig, RunConfig
@@ -31,6 +30,7 @@ from invarlock.pipeline.judging import Attempt, Judge, Keeper
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
+from invarlock.testing.named_edits import Edit, edits
 
 HARMLESS, HARMFUL = 1.02, 1.10
 MODES = ("text", "generated", "weights only")

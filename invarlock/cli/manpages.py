@@ -50,8 +50,14 @@ def doctor_parser() -> argparse.ArgumentParser:
 
 
 def plugins_parser() -> argparse.ArgumentParser:
-    """``invarlock-plugins(1)``."""
-    return _command_parser("plugins")
+    """``invarlock-plugins(1)``: the categories take the options of the command, so that only ``new`` has its own."""
+    parser = _command_parser("plugins")
+    commands = _commands(parser)
+    new = commands["new"]
+    new.epilog = None
+    commands.clear()
+    commands["new"] = new
+    return parser
 
 
 def config_parser() -> argparse.ArgumentParser:

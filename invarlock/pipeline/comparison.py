@@ -140,7 +140,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
     model, adapter = load(judge, subject, on_disk=judge.windows is None)
-    changes = list(_changes(model, baseline.weights, judge.on_progress))
+    changes = list(changed_weights(model, baseline.weights, judge.on_progress))
     streaming = streaming_of(model)
     edited = None if streaming else Fingerprint.of(model)
 
@@ -178,7 +178,7 @@ def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:
     return next(filter(None, (unreadable(windows, model) for windows in judge.windows)), None)
 
 
-def _changes(
+def changed_weights(
     model: torch.nn.Module, before: Mapping[str, torch.Tensor], on_progress: Progress
 ) -> Iterator[ChangedWeight]:
     """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""

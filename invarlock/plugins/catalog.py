@@ -45,7 +45,8 @@ class Status(StrEnum):
     """Turned off with ``-p no:NAME``; it was not imported."""
 
 
-GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters"}
+GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters", Kind.HOOKS: "invarlock.hooks"}
+BASES: dict[Kind, type] = {Kind.GUARD: Guard, Kind.ADAPTER: ModelAdapter}
 
 
 @dataclass
@@ -157,10 +158,17 @@ class Catalog:
         module = _import_local(name, [plugin.name for plugin in installed])
         added = list(_local_plugins(name, module))
         for plugin in added:
-            _check(plugin)
-            plugin.require_ready()
-        self.plugins += added
+            self.add(plugin)
         return added
+
+    def add(self, plugin: Plugin) -> None:
+        """Take in a plugin that is there already, as ``factory``.
+
+        :raises UsageError: it cannot be used.
+        """
+        _check(plugin)
+        plugin.require_ready()
+        self.plugins.append(plugin)
 
     def named(self, name: str, *kinds: Kind) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.name == name and (not kinds or plugin.kind in kinds)]
@@ -301,8 +309,8 @@ def _check(plugin: Plugin) -> None:
         plugin.fail(f"needs {' '.join(missing)}: pip install {' '.join(missing)}", Status.MISSING)
         return
     if plugin.is_class:
-        base = Guard if plugin.kind is Kind.GUARD else ModelAdapter
-        if not issubclass(plugin.factory, base):
+        base = BASES.get(plugin.kind)
+        if base and not issubclass(plugin.factory, base):
             plugin.fail(f"the class {plugin.factory.__name__} is not derived from invarlock.core.api.{base.__name__}")
             return
         try:

@@ -1,4 +1,4 @@
-"""``invarlock plugins``: which adapters, guards and edits there are, and whether they can be used."""
+"""``invarlock plugins``: which plugins there are, and whether they can be used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from invarlock import hookimpl
+from invarlock.cli.commands import new_plugin
 from invarlock.core.errors import ExitCode, UsageError, nearest
 from invarlock.plugins.catalog import Kind, Plugin, Status
 
@@ -21,13 +23,15 @@ examples:
   invarlock plugins
   invarlock plugins guards --verbose
   invarlock plugins adapters --explain hf_causal
-  invarlock plugins list --json"""
+  invarlock plugins list --json
+  invarlock plugins new guard my_guard"""
 
 CATEGORIES = {
-    "list": None,
+    "list": tuple(Kind),
     "adapters": (Kind.ADAPTER,),
     "guards": (Kind.GUARD,),
     "edits": (Kind.EDIT,),
+    "hooks": (Kind.HOOKS,),
 }
 STATUS = {Status.READY: "✅ Ready", Status.MISSING: "⚠ Missing", Status.ERROR: "❌ Error", Status.BLOCKED: "⏸ Blocked"}
 NONE = "—"
@@ -36,22 +40,31 @@ NONE = "—"
 @hookimpl
 def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "plugins", help="list adapters, guards and edits", description=DESCRIPTION, epilog=EPILOG
+        "plugins", help="list plugins, or write the package of a new one", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument(
-        "category", nargs="?", choices=list(CATEGORIES), default="list", help="what to list; default all"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, format plugins-v1")
-    parser.add_argument("--verbose", "-v", action="store_true", help="also module, entry point, hooks and errors")
-    parser.add_argument("--explain", metavar="NAME", help="everything about one plugin")
-    parser.add_argument(
-        "--only", choices=["ready", "missing", "error", "builtin", "plugin"], help="only plugins of a status or origin"
-    )
-    parser.set_defaults(run=run)
+    _add_listing_options(parser)
+    parser.set_defaults(run=run, category="list", json=False, verbose=False, explain=None, only=None)
+    categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
+    for category in CATEGORIES:
+        about = f"list {'all plugins' if category == 'list' else category}"
+        examples = f"examples:\n  invarlock plugins {category} --only ready\n  invarlock plugins {category} --json"
+        listing = categories.add_parser(category, help=about, description=DESCRIPTION, epilog=examples)
+        _add_listing_options(listing)
+        listing.set_defaults(category=category)
+    new_plugin.add_parser(categories)
+
+
+def _add_listing_options(parser: argparse.ArgumentParser) -> None:
+    """They can stand before the category and after it; what is not given must not undo what was."""
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--json", action="store_true", help="print one JSON object, format plugins-v1")
+    add("--verbose", "-v", action="store_true", help="also module, entry point, hooks and errors")
+    add("--explain", metavar="NAME", help="everything about one plugin")
+    add("--only", choices=["ready", "missing", "error", "builtin", "plugin"], help="only plugins of a status or origin")
 
 
 def run(args: argparse.Namespace) -> int:
-    listed = sorted(args.manager.catalog.of_kind(*(CATEGORIES[args.category] or Kind)), key=lambda p: (p.kind, p.name))
+    listed = sorted(args.manager.catalog.of_kind(*CATEGORIES[args.category]), key=lambda p: (p.kind, p.name))
     if args.only:
         listed = [plugin for plugin in listed if args.only in (plugin.status, plugin.origin)]
     if args.explain:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 
+from invarlock.core.errors import UsageError, nearest
+
 VOCABULARY = 96
 
 
 def llama(**changes: Any) -> transformers.LlamaForCausalLM:
-    """Untied; ``tie_word_embeddings=True`` ties the output head to the embedding."""
+    """Untied."""
     config = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -23,6 +26,11 @@ def llama(**changes: Any) -> transformers.LlamaForCausalLM:
         "tie_word_embeddings": False,
     }
     return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**config | changes))
+
+
+def llama_tied(**changes: Any) -> transformers.LlamaForCausalLM:
+    """With the output head tied to the embedding."""
+    return llama(**{"tie_word_embeddings": True} | changes)
 
 
 def gpt2(**changes: Any) -> transformers.GPT2LMHeadModel:
@@ -111,7 +119,22 @@ def opt(**changes: Any) -> transformers.OPTForCausalLM:
     return _build(transformers.OPTForCausalLM, transformers.OPTConfig(**config | changes))
 
 
-ALL = (llama, gpt2, bert, t5, mixtral, gpt_oss, opt)
+ARCHITECTURES: dict[str, Callable[..., Any]] = {
+    build.__name__: build for build in (llama, llama_tied, gpt2, bert, t5, mixtral, gpt_oss, opt)
+}
+
+
+def tiny_model(architecture: str = "llama", **changes: Any) -> Any:
+    """A small real model with random but seeded weights, float32, in evaluation mode; nothing is downloaded.
+
+    :param architecture: one of ``ARCHITECTURES``.
+    :param changes: fields of its configuration, as in ``tiny_model("llama", num_hidden_layers=4)``.
+    :raises UsageError: there is no such architecture.
+    """
+    if architecture not in ARCHITECTURES:
+        known = nearest(architecture, ARCHITECTURES) or f"; there is {', '.join(ARCHITECTURES)}"
+        raise UsageError(f"tiny_model: no architecture {architecture!r}{known}")
+    return ARCHITECTURES[architecture](**changes)
 
 
 def _build(model_class: Any, config: transformers.PretrainedConfig) -> Any:

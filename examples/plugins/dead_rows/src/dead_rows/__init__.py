@@ -1,0 +1,1 @@
+"""dead_rows: a guard as functions, and a timer around every guard."""

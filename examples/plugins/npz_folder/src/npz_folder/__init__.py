@@ -1,0 +1,1 @@
+"""npz_folder: an adapter for InvarLock, for a format of its own."""

@@ -1,0 +1,1 @@
+"""output_range: a guard for InvarLock, as a class."""

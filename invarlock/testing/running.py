@@ -1,0 +1,160 @@
+"""One guard through the real pipeline, with a model in memory: passes, taps, prepare, edit, validate, the checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from invarlock.config.schema import DatasetConfig, EditConfig, GuardsConfig, ModelConfig, PlanConfig, RunConfig
+from invarlock.core.api import ModelAdapter
+from invarlock.core.results import GuardResult
+from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.evaluation.layout import Windows
+from invarlock.evaluation.models import task_of, vocabulary_of
+from invarlock.evaluation.windows import make_windows
+from invarlock.pipeline.comparison import changed_weights
+from invarlock.pipeline.judging import Judge, Keeper
+from invarlock.pipeline.plans import plans_of
+from invarlock.plugins.catalog import Catalog, Kind, Origin, Plugin
+from invarlock.plugins.manager import PluginManager
+from invarlock.quantization import quantize_model
+from invarlock.testing.named_edits import damage
+
+Edit = Callable[[Any], object] | str | int | None
+"""What changes the model in place, the name of an edit, bits to round to, or None for no edit."""
+
+ADAPTER = "in_memory"
+
+
+def run_guard(guard: Any, model: torch.nn.Module, /, edit: Edit = None, **options: Any) -> GuardResult:
+    """Let one guard judge an edit of a model, as ``invarlock run`` and ``invarlock compare`` would.
+
+    The model writes windows of its own, passes over them before and after the edit with the guard's taps attached, and
+    is watched for changes that the guard makes. Afterwards it is what it was before. The same call gives the same
+    result.
+
+    :param guard: a class with ``Guard`` as base, an instance of one, or a module or object with hook functions.
+    :param model: as transformers' are; a causal, masked or sequence-to-sequence one.
+    :param edit: a function of the model that changes it in place; the name of an edit (``invarlock.testing.damage``);
+        how many bits to round its weights to, 2 to 8; or None for the unedited model.
+    :param options: the guard's options, as in the section ``guards.NAME`` of a configuration.
+    :returns: what it said; an exception, an incomplete result or a changed model is in ``error``, and aborts.
+    :raises UsageError: the guard's hooks are wrong, or the edit is not known.
+    """
+    return Session(guard, model, options).judge(edit)
+
+
+@dataclass
+class Session:
+    """A guard and a model, for several edits on the same windows; each time the guard is constructed anew."""
+
+    guard: Any
+    model: torch.nn.Module
+    options: Mapping[str, Any] = field(default_factory=dict)
+    observers: Mapping[str, Any] = field(default_factory=dict)
+    """Plugins with wrappers, by name: they see what the guard is given and returns."""
+
+    @cached_property
+    def windows(self) -> tuple[Windows, Windows]:
+        """What the model writes before its first edit."""
+        dataset = DatasetConfig(seq_len=24, preview_n=4, final_n=4)
+        tokenizer = _Vocabulary(vocabulary_of(self.model))
+        return make_windows(dataset, self.model, tokenizer, task=task_of(self.model))
+
+    def judge(self, edit: Edit = None) -> GuardResult:
+        """What the guard says of an edit; see :func:`run_guard`."""
+        judge = self._judge(edit if isinstance(edit, int) else 8)
+        model, adapter = judge.load(ADAPTER)
+        keeper = Keeper.of(model, adapter, judge.clock)
+        try:
+            judge.begin(model, adapter)
+            judge.windows = self.windows
+            judge.measure_baseline(model)
+            if not judge.prepare(model, lambda: keeper.undo(model)):
+                return judge.not_ready().results[0]
+            described = _apply(edit, model, judge.config, keeper.snapshot)
+            edited = Fingerprint.of(model)
+            weights = keeper.snapshot.parameters()
+            return judge.judge(
+                model, described, lambda: keeper.changed(model, edited), baseline_weights=weights
+            ).results[0]
+        finally:
+            keeper.restore(model)
+
+    def _judge(self, bitwidth: int) -> Judge:
+        name = _name_of(self.guard)
+        config = RunConfig(
+            model=ModelConfig(id=ADAPTER, adapter=ADAPTER),
+            edit=EditConfig(plan=PlanConfig(bitwidth=bitwidth, scope="all")),
+            guards=GuardsConfig(order=(name,), options={name: dict(self.options)}),
+        )
+        plugins = PluginManager(self._catalog(name))
+        slots = plugins.guard_slots(config.guards.order, config.guards.options)
+        return Judge(config, plugins, slots, False, lambda stage, done, total: None)
+
+    def _catalog(self, name: str) -> Catalog:
+        catalog = Catalog()
+        catalog.add(Plugin(ADAPTER, Kind.ADAPTER, Origin.LOCAL, __name__, factory=_InMemory(self.model)))
+        for observer, wrappers in self.observers.items():
+            catalog.add(Plugin(observer, Kind.HOOKS, Origin.LOCAL, __name__, factory=wrappers))
+        guard = self.guard(**self.options) if inspect.isclass(self.guard) else self.guard
+        catalog.add(Plugin(name, Kind.GUARD, Origin.LOCAL, name, factory=guard))
+        return catalog
+
+
+def _name_of(guard: Any) -> str:
+    return str(getattr(guard, "name", "") or getattr(guard, "__name__", "") or type(guard).__name__)
+
+
+def _apply(edit: Edit, model: torch.nn.Module, config: RunConfig, baseline: Snapshot) -> dict[str, Any]:
+    """Make the edit; returns what guards get to know of it."""
+    if isinstance(edit, int):
+        (plan,) = plans_of(config)
+        rounded = [dataclasses.asdict(weight) for weight in quantize_model(model, plan)]
+        return {"name": "quant_rtn", "plan": dataclasses.asdict(plan), "modules": rounded}
+    change = damage(model, edit) if isinstance(edit, str) else edit
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    changes = changed_weights(model, baseline.parameters(), lambda stage, done, total: None)
+    return {
+        "name": "compare",
+        "plan": {"subject": ADAPTER},
+        "modules": [dataclasses.asdict(weight) for weight in changes],
+    }
+
+
+class _InMemory(ModelAdapter):
+    """Hands out a model that is there already."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
+        return self._model
+
+    def load_tokenizer(self, model_id: str, **kwargs: Any) -> Any:
+        return _Vocabulary(vocabulary_of(self._model))
+
+
+class _Vocabulary:
+    """What has to be known of a tokenizer where a masked model writes its own windows: the last token is the mask."""
+
+    eos_token_id: int | None = None
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.mask_token_id: int | None = size - 1
+        self.all_special_ids = [size - 1]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) % (self.size - 1) for character in text]}
