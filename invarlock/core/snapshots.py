@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from invarlock.core.spread import local, whole
+from invarlock.core.spread import assembler, local, whole
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,10 +94,10 @@ class Snapshot:
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for.
 
-        Of weights that are spread over processes they are this one's parts.
+        Weights that are spread over processes are gathered then: all have to ask for the same.
         """
-        paths = {id(tensor): path for path, tensor in self._files()}
-        return _OnDisk(self._folder, {name: paths[identity] for name, identity in self._names.items()})
+        files = {id(tensor): (path, assembler(tensor)) for path, tensor in self._files()}
+        return _OnDisk(self._folder, {name: files[identity] for name, identity in self._names.items()})
 
     def _files(self) -> Iterator[tuple[Path, torch.Tensor]]:
         for number, tensor in enumerate(self._tensors):
@@ -115,17 +115,20 @@ class _Folder:
 class _OnDisk(Mapping[str, torch.Tensor]):
     """Tensors by name, read when asked for. It holds the folder, but not the model that was saved there."""
 
-    def __init__(self, folder: _Folder, paths: Mapping[str, Path]) -> None:
-        self._folder, self._paths = folder, paths
+    def __init__(
+        self, folder: _Folder, files: Mapping[str, tuple[Path, Callable[[torch.Tensor], torch.Tensor]]]
+    ) -> None:
+        self._folder, self._files = folder, files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return load_file(self._paths[name])["tensor"]
+        path, assemble = self._files[name]
+        return assemble(load_file(path)["tensor"])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._files)
 
 
 @dataclass(frozen=True)

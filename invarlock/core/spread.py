@@ -5,7 +5,7 @@ Whatever reads such a weight is called by all of them at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
@@ -45,6 +45,23 @@ def local(tensor: Tensor) -> Tensor:
     spread: Any = tensor
     part: Tensor = spread.to_local() if is_spread(tensor) else tensor
     return part
+
+
+def assembler(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes the whole of a tensor of parts like this one's; it does not hold the tensor."""
+    if not is_spread(tensor):
+        return lambda part: part
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = tensor
+    mesh, placements, shape, stride = spread.device_mesh, spread.placements, tensor.shape, tensor.stride()
+    device = tensor.device
+
+    def assemble(part: Tensor) -> Tensor:
+        parts = DTensor.from_local(part.to(device), mesh, placements, run_check=False, shape=shape, stride=stride)
+        return whole(parts)
+
+    return assemble
 
 
 @contextmanager
