@@ -435,6 +435,21 @@ def test_an_edited_baseline_and_an_edited_subject_are_found(invarlock, made: Pat
         assert f"  - {said}" in done.out
 
 
+@pytest.mark.parametrize("tamper", ["more tokens", "fewer windows"])
+def test_other_tokens_or_windows_than_those_measured_are_found(invarlock, made: Path, copied, tamper: str) -> None:
+    run = copied("rejected")
+    report = read_report(run)
+    windows = report["metrics"]["windows"]
+    if tamper == "more tokens":
+        windows["tokens"] = [1000 * count for count in windows["tokens"]]
+    else:
+        windows |= {name: values[:-1] for name, values in windows.items()}
+    (run / "report.json").write_text(json.dumps(report))
+    done = invarlock("verify", run, "--baseline", BASELINE)
+    assert done.code == 1, done.err
+    assert "metrics.windows.tokens (beside baseline): stored " in done.out
+
+
 def test_text_that_is_elsewhere_is_given(invarlock, made: Path, copied) -> None:
     run = copied("compared")
     report = read_report(run)

@@ -429,3 +429,44 @@ class Page(HTMLParser):
 
     def text_of(self, tag: str) -> list[str]:
         return self.found.get(tag, [])
+
+
+def test_a_report_that_a_format_cannot_hold_is_said_in_one_line(invarlock, config) -> None:
+    assert invarlock("run", "-c", config(), "--out", "out").code == 0
+    report = read_report(Path("out"))
+    report["guards"][0]["metrics"] = nested = {}
+    for _ in range(900):
+        nested["deeper"] = nested = {}
+    Path("out/report.json").write_text(json.dumps(report))
+    done = invarlock("report", "out", "--format", "json")
+    assert done.code == 2
+    assert done.err.startswith("invarlock: error: out: cannot be shown as json: ")
+    assert done.err.count("\n") == 1
+
+
+def test_a_suffix_that_says_no_format_is_refused(invarlock, config) -> None:
+    assert invarlock("run", "-c", config(), "--out", "out").code == 0
+    done = invarlock("report", "out", "-o", "report.htm")
+    assert (done.code, Path("report.htm").exists()) == (2, False)
+    assert "-o report.htm: .htm says no format" in done.err
+
+
+def test_a_users_matplotlibrc_changes_no_page(invarlock, config) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True}):
+        done = invarlock("run", "-c", config(), "--out", "out")
+    assert (done.code, done.err) == (0, "")
+    assert Path("out/report.html").is_file()
+
+
+def test_text_of_a_plugin_makes_no_heading_list_or_link_of_markdown(invarlock, module, config) -> None:
+    module(
+        "costs",
+        sections([{"title": "Costs", "text": "# ACCEPTED"}, {"title": "1. See", "text": "- https://evil.example"}]),
+    )
+    assert invarlock("run", "-c", config(), "-p", "costs", "--out", "out").code == 0
+    text = rendered(Path("out"), "markdown")
+    assert "\n\\# ACCEPTED" in text
+    assert "1\\. See" in text
+    assert "\n\\- https:<!-- -->//evil.example" in text

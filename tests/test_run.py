@@ -607,3 +607,45 @@ def test_interrupting_the_process_ends_with_130_and_leaves_nothing(tmp_path: Pat
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [("--json",), ("-q",), ()])
+@pytest.mark.parametrize(("bits", "code"), [(8, 0), (2, 1)])
+def test_a_reader_that_is_gone_changes_no_verdict(config, options: tuple[str, ...], bits: int, code: int) -> None:
+    path = config(edit={"plan": {"bitwidth": bits, "scope": "all"}})
+    command = [sys.executable, "-m", "invarlock", "run", "-c", str(path), "--out", f"out{bits}", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (code, b"")
+
+
+def test_what_a_plugin_prints_is_not_in_the_json(invarlock, module, config) -> None:
+    module("noisy", "from invarlock import hookimpl\n@hookimpl\ndef invarlock_attempt_finished(): print('noise')\n")
+    done = invarlock("run", "-c", config(), "--out", "out", "-p", "noisy", "--json")
+    assert json.loads(done.out)["verdict"]["accepted"] is True
+    assert done.err == "noise\n"
+
+
+def test_a_page_that_cannot_be_drawn_loses_no_run(invarlock, config, monkeypatch) -> None:
+    from invarlock.reporting import plots
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(plots, "_drawn", fail)
+    done = invarlock("run", "-c", config(output={"save_model": True}), "--out", "out")
+    assert done.code == 0
+    assert "report.html could not be written: RuntimeError: no ink; report.json is whole" in done.err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["model", "report.json"]
+
+
+def test_text_that_is_no_unicode_is_written_all_the_same(invarlock, module, config) -> None:
+    module(
+        "broken",
+        "from invarlock import hookimpl\n@hookimpl\ndef invarlock_validate():\n"
+        "    return {'passed': True, 'action': 'warn', 'message': 'bad \\ud800'}\n",
+    )
+    done = invarlock("run", "-c", config(guards={"order": ["broken"]}), "--out", "out", "-p", "broken")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["guards"][0]["message"] == "bad ?"

@@ -138,6 +138,11 @@ class OutputFolder:
         known = (*ARTIFACTS, PARTIAL, JOURNALS)
         return sorted(path.name for path in self.path.glob("*") if path.name not in known)
 
+    def clear_unfinished(self) -> None:
+        """Remove what a streamed run that was killed left, once there is another run's output."""
+        for name in (PARTIAL, JOURNALS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove what an earlier run left, now that this one has something to put in its place."""
         for name in ARTIFACTS:

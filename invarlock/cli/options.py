@@ -7,7 +7,8 @@ import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,11 +103,28 @@ def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace
     set_environment(args)
     from invarlock.core.ranks import joined_ranks
 
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, stdout_for_json_alone(args):
         report, folder = judge(args, ranks)
     if ranks.is_first:
-        show(report, folder, args)
+        with telling():
+            show(report, folder, args)
     return ExitCode(report["verdict"]["exit_code"])
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Print what was found: whether anybody listens to the end changes nothing of it, nor of the exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        # Rich makes a SystemExit of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def stdout_for_json_alone(args: argparse.Namespace) -> AbstractContextManager[object]:
+    """Meanwhile what plugins print goes to stderr, if stdout shall hold one JSON object."""
+    return redirect_stdout(sys.stderr) if args.json else nullcontext()
 
 
 def show(report: Report, folder: Path, args: argparse.Namespace) -> None:

@@ -154,12 +154,15 @@ def plain(value: Any) -> Any:
     Tensors and arrays become numbers or lists. JSON has no NaN and no infinity: they become the strings ``"nan"``,
     ``"inf"`` and ``"-inf"``, so that a reader can tell them from what was not measured (``null``).
     """
-    if value is None or isinstance(value, bool | int | str):
-        return value if not isinstance(value, StrEnum) else str(value)
+    if isinstance(value, str):
+        # A lone surrogate, as in a path that is not UTF-8, could not be written.
+        return str(value).encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, bool | int):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {plain(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, Sequence | set | frozenset):
         return [plain(entry) for entry in value]
     if hasattr(value, "tolist"):

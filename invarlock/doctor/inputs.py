@@ -58,14 +58,14 @@ def space(config: RunConfig) -> Iterator[Finding]:
 def text(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
     """Whether there is enough text for the windows; the weights stay on disk meanwhile."""
     dataset = config.dataset
-    if dataset.provider == "generated":
-        yield Finding(Status.OK, "text", "the baseline writes its own windows")
-        return
     judge = Judge(config, manager, [], strict=False, on_progress=lambda stage, done, total: None)
     try:
         model, adapter = judge.load(config.model.id, stream=True)
     except InvarlockError as error:
         yield Finding(Status.NOT_CHECKED, "text", f"needs the model, which was not opened: {one_line(error)}")
+        return
+    if dataset.provider == "generated":
+        yield Finding(Status.OK, "text", "the baseline writes its own windows")
         return
     try:
         judge.begin(model, adapter)
@@ -90,7 +90,8 @@ def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Finding]:
 
     try:
         huggingface_hub.model_info(config.model.id, revision=config.model.revision)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:
+        # Whatever hinders it is what was asked for; its libraries raise errors of many kinds.
         yield Finding(Status.PROBLEM, "hub", one_line(error), "check model.id, the network and your access token")
     else:
         yield Finding(Status.OK, "hub", f"{config.model.id} can be fetched")
@@ -103,7 +104,16 @@ def free_memory() -> int:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + _files_that_were_read()))
+
+
+def _files_that_were_read() -> int:
+    """Bytes that a container counts as used, and gives back as soon as they are needed."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return int(dict(line.split() for line in lines).get("inactive_file", 0))
 
 
 def _nbytes(config: RunConfig) -> int | None:

@@ -11,11 +11,11 @@ from typing import get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from invarlock.config.schema import Dtype, RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.snapshots import Fingerprint
+from invarlock.evaluation.passes import PassResult
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
@@ -127,7 +127,7 @@ class _Again:
         model = self._loaded(checkpoint)
         self._fingerprint("fingerprint_before", model)
         if self.stored:
-            self._losses("baseline", self.stored[0].losses, self._measured(model))
+            self._losses("baseline", self.stored[0], self._measured(model))
 
     def subject(self, checkpoint: str, *, after_baseline: bool) -> None:
         model = self._load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
@@ -139,7 +139,7 @@ class _Again:
         if reason := unreadable_windows(self.judge, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
             return
-        self._losses("edited", self.stored[1].losses, self._measured(model))
+        self._losses("edited", self.stored[1], self._measured(model))
 
     def _loaded(self, checkpoint: str) -> torch.nn.Module:
         """The first model: the windows are made with its tokenizer, or by itself."""
@@ -154,10 +154,10 @@ class _Again:
     def _load(self, checkpoint: str) -> tuple[torch.nn.Module, Adapter]:
         return load(self.judge, checkpoint, on_disk=self.run.report.model.streamed)
 
-    def _measured(self, model: torch.nn.Module) -> NDArray[np.float64]:
+    def _measured(self, model: torch.nn.Module) -> PassResult:
         self.judge.measure_baseline(model)
         assert self.judge.baseline_pass is not None
-        return self.judge.baseline_pass.losses
+        return self.judge.baseline_pass
 
     def _fingerprint(self, name: str, model: torch.nn.Module) -> None:
         stored = getattr(self.run.report.model, name)
@@ -170,14 +170,20 @@ class _Again:
             f"{what}, of the checkpoint", [Disagreement(what, stored, found, "measured")] if stored != found else []
         )
 
-    def _losses(self, side: str, stored: NDArray[np.float64], found: NDArray[np.float64]) -> None:
+    def _losses(self, side: str, stored: PassResult, found: PassResult) -> None:
         what = f"losses of the {side} model, measured again, to {self.tolerance:g} nats a token"
         self.verification.check(what, self._differing(side, stored, found))
 
-    def _differing(self, side: str, stored: NDArray[np.float64], found: NDArray[np.float64]) -> Sequence[Disagreement]:
+    def _differing(self, side: str, stored_pass: PassResult, found_pass: PassResult) -> Sequence[Disagreement]:
         """One line for all windows of a side, about the one that differs most."""
-        assert self.stored is not None
-        tokens = np.maximum(self.stored[0].tokens, 1)
+        if not np.array_equal(stored_pass.tokens, found_pass.tokens):
+            # Every figure is a mean over tokens: with other counts it could be any.
+            return [
+                Disagreement(
+                    f"metrics.windows.tokens (beside {side})", _counted(stored_pass), _counted(found_pass), "measured"
+                )
+            ]
+        stored, found, tokens = stored_pass.losses, found_pass.losses, np.maximum(found_pass.tokens, 1)
         with np.errstate(invalid="ignore"):
             # Equal infinities and NaN on both sides agree; one side alone that is not finite does not.
             same = (stored == found) | (np.isnan(stored) & np.isnan(found))
@@ -188,3 +194,7 @@ class _Again:
         worst = int(apart.argmax())
         what = f"metrics.windows.{side}[{worst}] (as {beyond - 1} more of {len(apart)} windows; this one most)"
         return [Disagreement(what, float(stored[worst]), float(found[worst]), "measured")]
+
+
+def _counted(measured: PassResult) -> str:
+    return f"{int(measured.tokens.sum())} tokens in {len(measured.tokens)} windows"

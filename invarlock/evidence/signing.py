@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.checkpoints.writing import SIGNATURE
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import InvarlockError, UsageError, one_line
 from invarlock.evidence.disagreements import ABSENT, Disagreement
 
 MISMATCH = "Signature mismatch: "
@@ -35,8 +35,14 @@ class Signer:
             return cls(configuration.use_elliptic_key_signer(private_key=key))
 
     def sign(self, folder: Path) -> None:
-        """Write the signature of all that is in a folder, to it."""
-        self.configured.set_hashing_config(_every_file("--sign")).sign(folder, folder / SIGNATURE)
+        """Write the signature of all that is in a folder, to it.
+
+        :raises InvarlockError: the library cannot; what is in the folder stays.
+        """
+        try:
+            self.configured.set_hashing_config(_every_file("--sign")).sign(folder, folder / SIGNATURE)
+        except (ValueError, TypeError, OSError) as error:
+            raise InvarlockError(f"--sign: {folder} is whole, but could not be signed: {one_line(error)}") from error
 
 
 def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from invarlock import __version__
 from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, unwritable_said, write_text
 from invarlock.config.schema import RunConfig
+from invarlock.core.errors import one_line
+from invarlock.core.ranks import Ranks
 from invarlock.core.results import GuardResult, plain
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
@@ -28,6 +31,8 @@ from invarlock.reporting import report as reporting
 from invarlock.reporting.rendering import render_html
 
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
+
+log = logging.getLogger("invarlock")
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,12 @@ class ModelFacts:
 
 
 def announced(judge: Judge, attempt: Attempt) -> Attempt:
-    """Tell plugins of an attempt whose verdict is folded, in one process; hands it on.
+    """Tell plugins of an attempt whose verdict is folded, in the first process; hands it on.
 
     :raises PluginError: a plugin failed.
     """
-    if judge.ranks.is_first:
-        judge.plugins.attempt_finished(attempt.number, _attempt_report(judge, attempt))
+    tell = judge.plugins.attempt_finished
+    judge.ranks.from_first(lambda: tell(attempt.number, _attempt_report(judge, attempt)))
     return attempt
 
 
@@ -99,13 +104,17 @@ def assemble(
     ).as_dict()
 
 
-def finish(report: dict[str, Any], plugins: PluginManager) -> None:
-    """Let plugins look at the report and add to it.
+def finish(report: dict[str, Any], plugins: PluginManager, ranks: Ranks) -> None:
+    """Let plugins look at the report and add to it, in the first process.
 
     :raises PluginError: one of them failed.
     """
-    plugins.run_finished(report)
-    report["sections"] = [dataclasses.asdict(section) for section in plugins.report_sections(report)]
+
+    def add() -> None:
+        plugins.run_finished(report)
+        report["sections"] = [dataclasses.asdict(section) for section in plugins.report_sections(report)]
+
+    ranks.from_first(add)
 
 
 def write(
@@ -124,15 +133,26 @@ def write(
     """
     with unwritable_said(output.path, undo=output.clear):
         output.clear()
+        if shards is None:
+            output.clear_unfinished()
         if save is not None:
             with clock.stage("save"), shards.completed() if shards else staged_folder(output.path / "model") as folder:
                 save(folder, report=report)
                 report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
         write_text(output.path / "report.json", reporting.to_json(report))
+    # What is written by now stays, whatever becomes of the page and the signature.
+    _write_page(report, output)
+    if output.sign:
+        output.sign(output.path)
+
+
+def _write_page(report: dict[str, Any], output: OutputFolder) -> None:
+    try:
         write_text(output.path / "report.html", render_html(report, output.path))
-        if output.sign:
-            output.sign(output.path)
+    except Exception as error:
+        log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
+        log.debug("report.html", exc_info=True)
 
 
 def _module_section(module: Any) -> reporting.ModuleSection:

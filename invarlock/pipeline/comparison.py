@@ -84,8 +84,7 @@ def compare(
     gc.collect()
     model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
     report = _report(judge, subject, announced(judge, attempt), baseline, model)
-    if ranks.is_first:
-        finish(report, plugins)
+    finish(report, plugins, ranks)
     if output is not None and ranks.is_first:
         write(report, output, judge.clock)
     ranks.gather(None)

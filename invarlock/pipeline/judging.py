@@ -277,7 +277,7 @@ class Judge:
     ) -> list[GuardResult]:
         results: list[GuardResult] = []
         for place, slot in enumerate(self.slots):
-            if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
+            if self.config.guards.fail_fast and self._objected(results):
                 results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
                 continue
             result = self._validate(place, model, context, observed[place])
@@ -285,6 +285,11 @@ class Judge:
                 result = GuardResult.failed(slot.name, changed_message(changed))
             results.append(result)
         return results
+
+    def _objected(self, results: Sequence[GuardResult]) -> bool:
+        """Whether a guard called for rollback or abort, in any process that asks them."""
+        here = any(not result.action.accepted for result in results)
+        return any(self.ranks.gather(here)) if self.view else here
 
     def _validate(
         self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation

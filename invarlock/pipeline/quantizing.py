@@ -59,8 +59,7 @@ def run(
     try:
         attempts = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
-        if ranks.is_first:
-            finish(report, plugins)
+        finish(report, plugins, ranks)
         save = None
         if export is not None and attempts[-1].verdict.accepted:
             saved = judge.view.gather(keep=ranks.is_first) if judge.view else model

@@ -130,8 +130,8 @@ class _StreamedRun:
             devices=[str(self.streaming.device)],
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
+        finish(report, judge.plugins, judge.ranks)
         if judge.ranks.is_first:
-            finish(report, judge.plugins)
             self._write(report)
         judge.ranks.gather(None)
         self.written = report

@@ -349,7 +349,10 @@ def _drawn(key: str, title: str, draw: Callable[[Any], None]) -> str:
         "axes.spines.top": False, "axes.spines.right": False, "grid.color": LINE, "grid.alpha": 0.4,
         "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
     }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context():
+        # Not what a matplotlibrc of the user says: a page looks the same everywhere, and needs no TeX.
+        mpl.rcdefaults()
+        mpl.rcParams.update(style)
         figure = Figure(figsize=(5, 3.1), dpi=72, layout="constrained")
         draw(figure.subplots())
         drawing = io.BytesIO()

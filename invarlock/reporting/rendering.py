@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TEMPLATES = resources.files(__package__) / "templates"
 WIDTH = 100
 """Columns of what is written for a terminal into a file."""
-MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]")
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$#]|^[-+=]|^\d+(?=[.)](?: |$))")
 
 
 def render_html(report: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -137,7 +137,12 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
 def _for_markdown(value: object) -> str:
     """Text on one line that Markdown shows as it is; nobody is notified by it."""
     text = " ".join(str(value).split())
-    return MARKDOWN.sub(r"\\\g<0>", text).replace("@", "@<!-- -->")
+    return MARKDOWN.sub(_escaped, text).replace("@", "@<!-- -->").replace("://", ":<!-- -->//")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """A mark with a backslash before it; of the number of a list entry it belongs behind."""
+    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
 
 def _source(name: str) -> str:

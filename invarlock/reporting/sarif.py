@@ -20,16 +20,16 @@ def sarif_log(views: Sequence[View]) -> dict[str, Any]:
     return {
         "$schema": "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json",
         "version": "2.1.0",
-        "runs": [_run(view) for view in views],
+        "runs": [_run(view, place) for place, view in enumerate(views, start=1)],
     }
 
 
-def _run(view: View) -> dict[str, Any]:
+def _run(view: View, place: int) -> dict[str, Any]:
     rules = [{"id": key, "shortDescription": {"text": text}} for key, text in RULES.items()]
     objections = [_objection(finding) for finding in view.verdict.findings if finding.objects]
     return {
         "tool": {"driver": {"name": "InvarLock", "semanticVersion": __version__, "rules": rules}},
-        "automationDetails": {"id": f"invarlock/{view.name}"},
+        "automationDetails": {"id": f"invarlock/{place}-{view.name}/"},
         "properties": {"verdict": view.verdict.action, "model": view.model, "edit": view.edit},
         "results": [*objections, *(_suspicion(suspect) for suspect in view.verdict.suspects)],
     }

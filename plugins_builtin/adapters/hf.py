@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +129,8 @@ def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"model.id: {path} is not valid JSON: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"model.id: {path} holds no JSON object")
     return config
 
 
@@ -150,10 +153,10 @@ def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
     try:
         return Path(str(cached_file(model_id, "config.json", revision=options.get("revision"))))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"model.id: {model_id} is no folder here and no cached checkpoint; "
-            "check the path, or add --allow-network to fetch it from a hub"
-        ) from error
+        todo = "check the path, or add --allow-network to fetch it from a hub"
+        if os.environ.get("HF_HUB_OFFLINE") != "1":
+            todo = f"the hub was asked, too: {one_line(error)}"
+        raise UsageError(f"model.id: {model_id} is no folder here and no cached checkpoint; {todo}") from error
 
 
 def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> Any:
@@ -190,12 +193,18 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
 
 def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """What makes transformers spread a model over the processes of the run; nothing where each has all of it."""
-    if wanted is None or (wanted == "auto" and _fits(model_id, _resolve(device))):
+    if wanted is None:
         return {}
     import torch.distributed as dist
     from transformers.distributed import DistributedConfig
 
     size = dist.get_world_size()
+    if wanted == "auto":
+        fits = [False] * size
+        # All do the same, though each sees the memory that is free on its own device.
+        dist.all_gather_object(fits, _fits(model_id, _resolve(device), options))
+        if all(fits):
+            return {}
     if read_config(model_id, options).get("is_encoder_decoder"):
         # Its two halves are called one by one where a target is written, which FSDP2 does not foresee.
         raise UsageError(f"model.id: {model_id}: no device holds it, and encoder-decoders are not spread; use --stream")
@@ -208,12 +217,14 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
     return {"distributed_config": spread}
 
 
-def _fits(model_id: str, device: str) -> bool:
-    """Whether a device holds the weights of a checkpoint, with some room beside them."""
+def _fits(model_id: str, device: str, options: Mapping[str, Any]) -> bool:
+    """Whether a device holds the weights of a folder's files, with some room beside them; of anything else it may."""
     import psutil
     import torch
 
     stored = sum(path.stat().st_size for path in Path(model_id).glob("*.safetensors"))
+    if options.get("dtype") == "float32" and read_config(model_id, options).get("dtype") in ("bfloat16", "float16"):
+        stored *= 2
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     else:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment
+from invarlock.cli.options import quieten_libraries, set_environment, stdout_for_json_alone, telling
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -49,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
     set_environment(args)
     from invarlock.doctor.findings import Status
 
-    findings = list(_findings(args))
+    with stdout_for_json_alone(args):
+        findings = list(_findings(args))
     problem = any(finding.status is Status.PROBLEM for finding in findings)
-    if args.json:
-        items = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"format_version": "doctor-v1", "problem": problem, "findings": items}, indent=2))
-    else:
-        print("\n".join(_lines(findings)))
+    items = [dataclasses.asdict(finding) for finding in findings]
+    with telling():
+        if args.json:
+            print(json.dumps({"format_version": "doctor-v1", "problem": problem, "findings": items}, indent=2))
+        else:
+            print("\n".join(_lines(findings)))
     return ExitCode.REJECTED if problem else ExitCode.ACCEPTED
 
 

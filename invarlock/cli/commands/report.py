@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.core.errors import ExitCode
+from invarlock.core.errors import ExitCode, UsageError, one_line
+
+if TYPE_CHECKING:
+    from invarlock.reporting.reading import Run
 
 FORMATS = ("terminal", "markdown", "html", "junit", "sarif", "json")
-SUFFIXES = {".md": "markdown", ".html": "html", ".xml": "junit", ".sarif": "sarif", ".json": "json"}
+SUFFIXES = {".txt": "terminal", ".md": "markdown", ".html": "html", ".xml": "junit", ".sarif": "sarif", ".json": "json"}
 
 DESCRIPTION = """\
 Shows the report of a run: on the terminal, as a page, or for a continuous-integration system. Several runs are put side
@@ -41,12 +45,33 @@ def invarlock_add_commands(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     # Only here: start-up has use for neither templates nor rich.
     from invarlock.reporting.reading import Run
-    from invarlock.reporting.rendering import render
 
     runs = [Run.read(Path(path)) for path in args.reports]
-    format_ = args.format or SUFFIXES.get(Path(args.output or "").suffix, "terminal")
-    if args.output:
-        _write(Path(args.output), render(runs, format_))
+    format_ = args.format or _format_of(args.output)
+    try:
+        _show(runs, format_, args.output)
+    except (RecursionError, ValueError, OverflowError) as error:
+        # A report can be any file: nested without end, or with figures that no plot holds.
+        raise UsageError(f"{args.reports[0]}: cannot be shown as {format_}: {one_line(error)}") from error
+    return ExitCode.ACCEPTED
+
+
+def _format_of(output: str | None) -> str:
+    """:raises UsageError: the file's name does not say."""
+    if output is None:
+        return "terminal"
+    suffix = Path(output).suffix.lower()
+    if suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise UsageError(f"-o {output}: {suffix or 'no suffix'} says no format; add --format, or use {known}")
+    return SUFFIXES[suffix]
+
+
+def _show(runs: Sequence[Run], format_: str, output: str | None) -> None:
+    from invarlock.reporting.rendering import render
+
+    if output:
+        _write(Path(output), render(runs, format_))
     elif format_ == "terminal":
         # Here, for the console that knows the terminal's width and colours.
         from rich.console import Console
@@ -56,12 +81,10 @@ def run(args: argparse.Namespace) -> int:
         print_to(Console(soft_wrap=True), runs)
     else:
         sys.stdout.write(render(runs, format_))
-    return ExitCode.ACCEPTED
 
 
 def _write(path: Path, text: str) -> None:
     from invarlock.checkpoints.writing import write_text
-    from invarlock.core.errors import UsageError, one_line
 
     try:
         write_text(path, text)

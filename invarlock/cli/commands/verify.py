@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment
+from invarlock.cli.options import quieten_libraries, set_environment, telling
 from invarlock.core.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = Checkpoints(args.baseline, args.subject, args.dataset, args.device)
         measure_again(found, checkpoints, args.manager, verification, on_progress)
     console = Console(soft_wrap=True)
-    for line in _lines(verification):
-        console.print(line, highlight=False, markup=False)
+    with telling():
+        for line in _lines(verification):
+            console.print(line, highlight=False, markup=False)
     return ExitCode.REJECTED if verification.disagreements else ExitCode.ACCEPTED
 
 

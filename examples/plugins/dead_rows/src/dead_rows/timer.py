@@ -13,7 +13,7 @@ def invarlock_validate(guard):
     try:
         return (yield)
     finally:
-        _seconds[guard] = time.perf_counter() - started
+        _seconds[guard] = _seconds.get(guard, 0.0) + time.perf_counter() - started
 
 
 @hookimpl
