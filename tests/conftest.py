@@ -13,6 +13,8 @@ import yaml
 
 # Before transformers is imported, as the command line does it: a test must not wait for a network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+# Before torch is imported: as many tests run at once as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from invarlock.cli.commands.run import demo_folder
 from invarlock.testing import Done, Invarlocker
