@@ -159,7 +159,7 @@ class SpectralGuard(Guard):
                 "measured": True,
                 "matrices": len(moves),
                 "not_measured": list(unmeasured[:TOP]),
-                "families": {family: self._summary(of_family) for family, of_family in families.items()},
+                "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
                 "modules": [move.metrics for move in moves[:TOP]],
                 "suspects": suspects(move.suspect for move in moves if move.score > 0),
             },
@@ -182,13 +182,16 @@ class SpectralGuard(Guard):
     def _drift(self, moves: Sequence[_Move]) -> float:
         return quantile([abs(move.sigma_change) for move in moves], self._sigma_quantile)
 
-    def _summary(self, moves: Sequence[_Move]) -> dict[str, Any]:
+    def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
+        """Figures of a family, each beside its limit: changes are relative, 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
             "matrices": len(moves),
             "median_change": rounded(quantile(changes, 0.5)),
             "largest_change": rounded(max(changes)),
+            "cap": self._caps[family],
             "sigma_drift": rounded(self._drift(moves)),
+            "deadband": self._deadband,
             "beyond_cap": sum(move.beyond > 1 for move in moves),
         }
 
