@@ -26,7 +26,8 @@ from invarlock.core.results import Action
 from invarlock.core.snapshots import Snapshot
 from invarlock.evaluation.passes import measure
 from invarlock.evaluation.windows import make_windows
-from invarlock.pipeline.judging import Attempt, Judge, Keeper
+from invarlock.pipeline.judging import Attempt, Judge
+from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager

@@ -27,7 +27,8 @@ from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
+from invarlock.pipeline.keeping import Keeper
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights

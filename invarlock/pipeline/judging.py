@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,10 +16,9 @@ import torch
 
 from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.errors import UsageError, one_line
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
-from invarlock.core.snapshots import Fingerprint
 from invarlock.core.spread import Sharding, sharding_of
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
 from invarlock.evaluation.layout import Windows
@@ -31,6 +27,8 @@ from invarlock.evaluation.models import Task, batch_size, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
+from invarlock.pipeline.clock import Clock
+from invarlock.pipeline.keeping import some
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
 
@@ -50,31 +48,6 @@ class RunResult:
 
     report: dict[str, Any]
     model: torch.nn.Module | None
-
-
-@dataclass
-class Clock:
-    """Seconds a stage and seconds a guard."""
-
-    stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    guards: dict[int, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] += time.perf_counter() - started
-
-    @contextmanager
-    def guard(self, place: int) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            with self.stage("guards"):
-                yield
-        finally:
-            self.guards[place] += time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -398,47 +371,5 @@ class _Calibration:
         return -(-len(self.windows) // self.batch_size) if self.windows else 0
 
 
-@dataclass(frozen=True)
-class Keeper:
-    """The baseline of a run: brings it back, and tells whether a model still is what it was."""
-
-    adapter: Adapter
-    snapshot: Any
-    fingerprint: Fingerprint
-    clock: Clock
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, adapter: Adapter, clock: Clock) -> Keeper:
-        with clock.stage("snapshot"):
-            return cls(adapter, adapter.snapshot(model), Fingerprint.of(model), clock)
-
-    def restore(self, model: torch.nn.Module, *, check: bool = True) -> None:
-        """Bring the baseline back.
-
-        :param check: look whether it is what it was.
-        :raises PluginError: when the adapter's snapshot did not bring it back bit for bit.
-        """
-        with self.clock.stage("restore"):
-            self.adapter.restore(model, self.snapshot)
-        if check and (changed := self.changed(model, self.fingerprint)):
-            raise PluginError(
-                f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
-            )
-
-    def changed(self, model: torch.nn.Module, earlier: Fingerprint) -> list[str]:
-        with self.clock.stage("fingerprint"):
-            return Fingerprint.of(model).changed_since(earlier)
-
-    def undo(self, model: torch.nn.Module) -> list[str]:
-        """What differs from the baseline; it is brought back."""
-        if changed := self.changed(model, self.fingerprint):
-            self.restore(model)
-        return changed
-
-
 def changed_message(names: Sequence[str]) -> str:
     return f"the guard changed the model ({some(names)}); the change was undone"
-
-
-def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,7 +16,8 @@ from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.judging import Attempt, Judge, Keeper, Progress, RunResult
+from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
+from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model

@@ -19,7 +19,8 @@ from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.models import task_of, vocabulary_of
 from invarlock.evaluation.windows import make_windows
 from invarlock.pipeline.comparison import changed_weights
-from invarlock.pipeline.judging import Judge, Keeper
+from invarlock.pipeline.judging import Judge
+from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.catalog import Catalog, Kind, Origin, Plugin
 from invarlock.plugins.manager import PluginManager

@@ -134,15 +134,20 @@ def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
+    """The checkpoint's configuration as transformers has it."""
+    from transformers import AutoConfig
+
+    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    return AutoConfig.from_pretrained(model_id, **accepted)
+
+
 def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What makes transformers turn packed codes into weights while it loads them; nothing for any other checkpoint."""
     packing = read_config(model_id, options).get("quantization_config") or {}
     if packing.get("quant_method") != "compressed-tensors":
         return {}
-    from transformers import AutoConfig
-
-    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
-    config = AutoConfig.from_pretrained(model_id, **accepted)
+    config = _config_of(model_id, options)
     config.quantization_config["dequantize"] = True
     return {"config": config}
 
@@ -234,10 +239,7 @@ def _fits(model_id: str, device: str, options: Mapping[str, Any]) -> bool:
 
 def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | None:
     """Why tensor parallelism cannot spread a model over so many processes, or None."""
-    from transformers import AutoConfig
-
-    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
-    config = AutoConfig.from_pretrained(model_id, **accepted)
+    config = _config_of(model_id, options)
     if not getattr(config, "base_model_tp_plan", None):
         return f"transformers has no plan for {config.model_type} models"
     for name in ("num_attention_heads", "num_key_value_heads"):
@@ -262,8 +264,7 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
     if read_config(model_id, options).get("quantization_config"):
         raise UsageError(f"model.id: {model_id}: cannot be streamed, its weights are packed")
     checkpoint = Checkpoint(Path(model_id))
-    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
-    config = transformers.AutoConfig.from_pretrained(model_id, **accepted)
+    config = _config_of(model_id, options)
     wanted = options.get("dtype", "auto")
     dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
     config.dtype = dtype
