@@ -17,7 +17,8 @@ from conftest import DEMO, read_report
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from invarlock.checkpoints.writing import OutputFolder, digests
+from invarlock.checkpoints.digests import digests
+from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.loading import load
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import DEMO, read_report
 
-from invarlock.checkpoints.writing import digests
+from invarlock.checkpoints.digests import digests
 from invarlock.core.errors import UsageError
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, GuardResult

@@ -20,9 +20,9 @@ from conftest import DEMO, read_report
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from invarlock.checkpoints.digests import digest_of, digests
 from invarlock.checkpoints.reading import Checkpoint
 from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.writing import digests
 from invarlock.core.errors import UsageError
 from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.passes import measure
@@ -32,8 +32,14 @@ from plugins_builtin.adapters.hf import HF_Causal_Adapter
 # Of compressed-tensors, on import.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-STREAMABLE = [architectures.llama, architectures.gpt2, architectures.t5, architectures.opt]
-"""Experts are stored one by one, and are one tensor in the model."""
+STREAMABLE = [
+    architectures.llama,
+    architectures.gpt2,
+    architectures.t5,
+    architectures.opt,
+    architectures.mixtral,
+    architectures.gpt_oss,
+]
 
 
 @pytest.fixture
@@ -90,7 +96,7 @@ def test_a_streamed_run_says_and_saves_what_one_in_memory_does(invarlock, config
 
 @pytest.mark.parametrize("build", STREAMABLE, ids=lambda build: build.__name__)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_architecture_whose_tensors_are_stored_as_they_are(invarlock, config, build, dtype) -> None:
+def test_every_architecture_is_saved_as_it_is_from_memory(invarlock, config, build, dtype) -> None:
     build().to(getattr(torch, dtype)).save_pretrained("checkpoint")
     path = saving(config, Path("checkpoint").absolute(), dataset={})
     for out, stream in (("memory", ()), ("streamed", ("--stream",))):
@@ -100,6 +106,69 @@ def test_every_architecture_whose_tensors_are_stored_as_they_are(invarlock, conf
     one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_experts_that_are_stored_one_by_one_in_several_files(invarlock, config) -> None:
+    architectures.mixtral().save_pretrained("checkpoint", max_shard_size="20KB")
+    files = Checkpoint(Path("checkpoint"))
+    experts = [name for name in files if ".layers.0.mlp.experts." in name or ".layers.0.block_sparse_moe." in name]
+    assert len({files.entries[name].file for name in experts}) > 1
+    edit = {"plan": {"bitwidth": 4, "scope": "ffn"}}
+    path = saving(config, Path("checkpoint").absolute(), dataset={"seq_len": 16}, edit=edit)
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        done = invarlock("run", "-c", path, "--out", out, *stream, "--set", "eval.max_pm_ratio=100")
+        assert done.code == 0, done.out + done.err
+    memory, streamed = read_report(Path("memory")), read_report(Path("streamed"))
+    assert streamed["edit"] == memory["edit"]
+    assert [module["name"] for module in streamed["edit"]["modules"]][:2] == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert one.keys() == other.keys() == files.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    saved = Checkpoint(Path("streamed/model"))
+    assert {name: entry.file for name, entry in saved.entries.items()} == {
+        name: entry.file for name, entry in files.entries.items()
+    }
+
+
+def test_several_parameters_that_are_stored_as_one(invarlock, config) -> None:
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    torch.manual_seed(0)
+    HrmTextForCausalLM(
+        HrmTextConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ).save_pretrained("checkpoint")
+    assert any("gqkv_proj" in name for name in Checkpoint(Path("checkpoint")))
+    path = saving(config, Path("checkpoint").absolute(), dataset={})
+    for out, stream in (("memory", ()), ("streamed", ("--stream",))):
+        done = invarlock("run", "-c", path, "--out", out, *stream, "--set", "eval.max_pm_ratio=100")
+        assert done.code == 0, done.out + done.err
+    one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    done = invarlock("run", "-c", saving(config, Path("checkpoint").absolute(), "compressed-tensors", dataset={}), "--out", "out", "--stream")  # fmt: skip
+    assert done.code == 2
+    assert "is made of tensors that are stored otherwise; run without --stream, or set output.format to" in done.err
+
+
+def test_names_of_the_base_model_as_old_checkpoints_have_them(invarlock, config) -> None:
+    model = architectures.gpt2()
+    model.save_pretrained("checkpoint")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights(Path("checkpoint")).items()}
+    old["h.0.attn.bias"] = torch.tril(torch.ones(8, 8))
+    save_file(old, "checkpoint/model.safetensors", metadata={"format": "pt"})
+    done = invarlock("run", "-c", saving(config, Path("checkpoint").absolute(), dataset={}), "--out", "out", "--stream")
+    assert done.code == 0, done.err
+    saved = weights(Path("out/model"))
+    assert saved.keys() == old.keys()
+    assert torch.equal(saved["h.0.attn.bias"], old["h.0.attn.bias"])
+    assert torch.equal(saved["wte.weight"], model.transformer.wte.weight)
+    assert not torch.equal(saved["h.0.attn.c_attn.weight"], model.transformer.h[0].attn.c_attn.weight)
+    reloaded, info = type(model).from_pretrained("out/model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(reloaded.transformer.h[0].attn.c_attn.weight, saved["h.0.attn.c_attn.weight"])
 
 
 def test_a_pass_reads_each_weight_once_and_measures_the_same(sharded, monkeypatch) -> None:
@@ -366,6 +435,39 @@ def test_a_broken_checkpoint_is_one_line_and_nothing_written(invarlock, config, 
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "memory"])
+def test_a_bit_that_flipped_is_noticed_by_a_digest(invarlock, config, sharded, stream) -> None:
+    files = sorted(sharded.glob("*.safetensors"))
+    sums = "".join(f"{digest_of(path)} *{path.name}\n" for path in files[1:])
+    (sharded / "SHA256SUMS").write_text(sums)
+    start = ("run", "-c", saving(config, sharded), "--force", *(["--stream"] if stream else []))
+    done = invarlock(*start, "--out", "sound")
+    assert done.code == 0, done.err
+    assert read_report(Path("sound"))["timings"]["check digests"] > 0
+    content = bytearray(files[1].read_bytes())
+    content[-5] ^= 0x40
+    files[1].write_bytes(content)
+    done = invarlock(*start, "--out", "out")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert f"{files[1]} is not the file that {sharded / 'SHA256SUMS'} has the digest of" in done.err
+    assert not Path("out").exists()
+
+
+def test_a_model_of_ours_is_held_against_its_report(invarlock) -> None:
+    invarlock("run", "--demo", "--set", "output.save_model=true", "--set", "output.format=gguf", "--set", "edit.plan.group_size=32", "--out", "saved")  # fmt: skip
+    path = Path("saved/model/model.gguf")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x40
+    path.write_bytes(content)
+    done = invarlock("compare", "--baseline", DEMO / "checkpoint", "--subject", path, "--out", "out")
+    assert done.code == 2
+    assert f"{path} is not the file that saved/model/report.json has the digest of" in done.err
+    (path.parent / "report.json").write_text("[]")
+    done = invarlock("compare", "--baseline", DEMO / "checkpoint", "--subject", path, "--out", "out")
+    assert "has the digest of" not in done.err
+
+
 def test_a_shard_that_changes_while_it_is_read_is_noticed(sharded) -> None:
     checkpoint = Checkpoint(sharded)
     name = next(iter(checkpoint))
@@ -379,11 +481,26 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(sharded) -> None:
         checkpoint.fingerprint()
 
 
-def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("experts.1.w1.weight", "gate_up_proj cannot be made of model.layers.0."),
+        ("experts.1.w2.weight", "down_proj has shape (3, 32, 24), and the configuration says (4, 32, 24)"),
+        ("layers.0.self_attn.q_proj.weight", "cannot be streamed, it has no tensor model.layers.0.self_attn.q_proj.weight"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_missing_is_said(invarlock, config, ending, said) -> None:
     architectures.mixtral().save_pretrained("experts")
+    stored = weights(Path("experts"))
+    gone = next(name for name in stored if name.endswith(ending))
+    save_file({name: stored[name] for name in stored if name != gone}, "experts/model.safetensors")
     done = invarlock("run", "-c", saving(config, Path("experts").absolute(), dataset={}), "--out", "out", "--stream")
     assert done.code == 2
-    assert "cannot be streamed, it has no tensor model.layers.0.mlp." in done.err
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
     done = invarlock("run", "-c", config(model={"id": "some.gguf", "adapter": "hf_gguf"}), "--stream", "--out", "out")
     assert done.code == 2
     assert "a GGUF file cannot be streamed" in done.err
@@ -429,9 +546,9 @@ def test_comparing_weights_leaves_them_on_disk(invarlock, config, sharded, modul
     assert changes == {"unchanged", "a grid of 256 levels a row (8 bits)"}
 
 
-def test_streamed_weights_of_experts_are_compared_in_memory(invarlock) -> None:
-    architectures.mixtral().save_pretrained("experts")
-    done = invarlock("compare", "--baseline", "experts", "--subject", "experts", "--weights-only", "--out", "out", "--strict")  # fmt: skip
+def test_what_cannot_be_streamed_is_compared_in_memory(invarlock) -> None:
+    invarlock("run", "--demo", "--set", "output.save_model=true", "--out", "saved")
+    done = invarlock("compare", "--baseline", DEMO / "checkpoint", "--subject", "saved/model", "--weights-only", "--out", "out")  # fmt: skip
     assert done.code == 0, done.err
 
 

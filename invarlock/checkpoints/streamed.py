@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,25 @@ from invarlock.checkpoints.reading import Checkpoint
 from invarlock.core.errors import UsageError
 
 Edit = Callable[[str, Tensor], Tensor]
-"""What is made of a weight as it is read, given the name that it is stored under; it may work in place."""
+"""What is made of a weight as it is read, given the name of the parameter; it may work in place."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of a checkpoint, and the parameters or buffers of a model that they are: here one is one."""
+
+    parameters: tuple[str, ...]
+    stored: tuple[str, ...]
+    converts: ClassVar[bool] = False
+    """Whether parameters are made of the tensors by more than a change of name."""
+
+    def load(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters, by name, made of tensors that are read by the name that each is stored under."""
+        return {self.parameters[0]: read(self.stored[0])}
+
+    def store(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored of the parameters, by name."""
+        return {self.stored[0]: weights[self.parameters[0]]}
 
 
 class Streaming(Mapping[str, Tensor]):
@@ -21,26 +41,27 @@ class Streaming(Mapping[str, Tensor]):
     As a mapping it is the unedited parameters, by every name that the model has for each.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.edit: Edit | None = None
         self.stored: dict[str, str] = {}
-        """Under which name each parameter is stored, by every name that the model has for it."""
+        """By which of its names each parameter is stored, by every name that the model has for it."""
         self.left_out: set[str] = set()
         """Tensors of the checkpoint that are a tied parameter once more."""
+        self._parts = {name: part for part in parts for name in part.parameters}
         self._dtypes: dict[str, torch.dtype] = {}
         parameters: dict[str, LazyTensor] = {}
         for names, empty in tied(model):
             parameters |= dict.fromkeys(names, self._place(names, empty))
         for name, buffer in model.named_buffers():
-            if name in checkpoint.entries:
-                buffer.copy_(checkpoint[name])
+            if name in self._parts:
+                buffer.copy_(self._load(name))
         buffers = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
         self._weights = LazyWeights(parameters, buffers)
         self.undo(model)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read(self.stored[name])
+        return self._load(self.stored[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -49,51 +70,73 @@ class Streaming(Mapping[str, Tensor]):
         return len(self.stored)
 
     def read(self, stored: str) -> Tensor:
-        """A tensor of the checkpoint as the unedited model has it, in memory of its own."""
+        """A tensor of the checkpoint in memory of its own, of the type that the unedited model has it in."""
         tensor = self.checkpoint[stored]
         return tensor.to(self.device, self._dtypes.get(stored, tensor.dtype), copy=True)
+
+    def part_of(self, parameter: str) -> Part:
+        """How a parameter is stored, by the name in ``stored``."""
+        return self._parts[parameter]
+
+    def parts_in(self, file: str) -> list[Part]:
+        """All that a shard holds, or holds some of, but for what is left out; what is no parameter, too."""
+        holding = {stored: part for part in self._parts.values() for stored in part.stored}
+        names = [name for name in self.checkpoint.names_in(file) if name not in self.left_out]
+        return list(dict.fromkeys(holding.get(name, Part((name,), (name,))) for name in names))
 
     def undo(self, model: nn.Module) -> list[str]:
         """Put back every parameter and buffer that is not the model's own any more; returns their names."""
         return self._weights.put_back(model)
+
+    def _load(self, parameter: str) -> Tensor:
+        return self._parts[parameter].load(self.read)[parameter]
 
     def _place(self, names: Sequence[str], empty: Tensor) -> LazyTensor:
         """Take in a parameter, by all its names.
 
         :param empty: what stands for it yet, of the shape and type that it shall have.
         """
-        folder, entries = self.checkpoint.folder, self.checkpoint.entries
-        stored, *others = [name for name in names if name in entries] or [""]
-        if not stored:
+        folder = self.checkpoint.folder
+        parameter, *others = [name for name in names if name in self._parts] or [""]
+        if not parameter:
             raise UsageError(f"model.id: {folder}: cannot be streamed, it has no tensor {names[0]}")
-        if entries[stored].shape != tuple(empty.shape):
-            shapes = f"{entries[stored].shape}, and the configuration says {tuple(empty.shape)}"
-            raise UsageError(f"model.id: {folder}: {stored} has shape {shapes}")
+        if (shape := self._shape(parameter)) != tuple(empty.shape):
+            shapes = f"{shape}, and the configuration says {tuple(empty.shape)}"
+            raise UsageError(f"model.id: {folder}: {parameter} has shape {shapes}")
         for other in others:
-            if not torch.equal(self.checkpoint[other], self.checkpoint[stored]):
-                raise UsageError(f"model.id: {folder}: cannot be streamed, {other} and {stored} are tied, and differ")
-        self.left_out |= set(others)
-        self.stored |= dict.fromkeys(names, stored)
-        self._dtypes[stored] = empty.dtype
+            if self._parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):
+                differ = f"{other} and {parameter} are tied, and differ"
+                raise UsageError(f"model.id: {folder}: cannot be streamed, {differ}")
+            self.left_out |= set(self._parts[other].stored)
+        self.stored |= dict.fromkeys(names, parameter)
+        self._dtypes |= dict.fromkeys(self._parts[parameter].stored, empty.dtype)
 
         def read() -> Tensor:
-            weight = self.read(stored)
-            return weight if self.edit is None else self.edit(stored, weight)
+            weight = self._load(parameter)
+            return weight if self.edit is None else self.edit(parameter, weight)
 
         return LazyTensor(tuple(empty.shape), empty.dtype, self.device, read)
 
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        entries = self.checkpoint.entries
+        made = self._parts[parameter].load(lambda name: torch.empty(entries[name].shape, device="meta"))
+        return tuple(made[parameter].shape)
 
-def attach(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> None:
+
+def attach(
+    model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], *, device: torch.device | str = "cpu"
+) -> None:
     """Put the weights of a checkpoint in the place of a model's empty ones, as they are on disk; ties stay tied.
 
     The model gets an attribute ``streaming``, a :class:`Streaming`.
 
     :param model: its parameters are on ``meta``, of the types that they shall have; its buffers are real.
+    :param parts: which tensors of the checkpoint are which of its parameters.
     :param device: where operations on them take place.
-    :raises UsageError: the checkpoint lacks a weight, under the name that the model has for it, or its shape differs,
-        or it stores tied weights with different values.
+    :raises UsageError: the checkpoint lacks a weight, or its shape differs, or it stores tied weights with different
+        values.
     """
-    model.streaming = Streaming(model, checkpoint, torch.device(device))  # type: ignore[assignment]
+    model.streaming = Streaming(model, checkpoint, parts, torch.device(device))  # type: ignore[assignment]
 
 
 def streaming_of(model: nn.Module) -> Streaming | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -83,18 +82,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def digests(folder: Path, name: str) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path there, under the name that the folder will have."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in files}
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from invarlock.checkpoints.writing import digest_of
+from invarlock.checkpoints.digests import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.evidence.disagreements import ABSENT, Disagreement, printable

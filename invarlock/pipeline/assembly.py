@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from invarlock import __version__
+from invarlock.checkpoints.digests import digests
 from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.writing import OutputFolder, digests, staged_folder, unwritable_said, write_text
+from invarlock.checkpoints.writing import OutputFolder, staged_folder, unwritable_said, write_text
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import one_line
 from invarlock.core.ranks import Ranks

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from invarlock.checkpoints.digests import check_weights
 from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
@@ -75,6 +77,8 @@ class Judge:
     on_progress: Progress
     ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(default_factory=Clock)
+    checked: set[Path] = field(default_factory=set)
+    """The checkpoints whose digests were looked at."""
     sharding: Sharding | None = None
     view: WholeView | None = None
     """Of a model that is spread over the processes."""
@@ -89,6 +93,7 @@ class Judge:
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
+        self._check_digests(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
@@ -102,6 +107,16 @@ class Judge:
                     "load the whole model onto devices"
                 )
         return model, adapter
+
+    def _check_digests(self, checkpoint: Path) -> None:
+        """Hold the files of a checkpoint against digests that lie beside them; processes share the files."""
+        if not checkpoint.exists() or checkpoint in self.checked:
+            return
+        shown = self.ranks.summed(partial(self.on_progress, "check digests"))
+        with self.clock.stage("check digests"):
+            check_weights(checkpoint, self.ranks.rank, self.ranks.size, shown)
+            self.ranks.gather(None)
+        self.checked.add(checkpoint)
 
     @property
     def trust(self) -> dict[str, Any]:

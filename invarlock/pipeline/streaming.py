@@ -21,7 +21,7 @@ from torch import Tensor
 from invarlock import __version__
 from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.streamed import Edit, Streaming, streaming_of
+from invarlock.checkpoints.streamed import Edit, Part, Streaming, streaming_of
 from invarlock.checkpoints.writing import OutputFolder, unwritable_said
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
@@ -70,6 +70,7 @@ def run_streamed(
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if export is not None:
         export.check(model, targets, judge.tokenizer)
+        _check_packable(export, streaming, targets)
     if reads_text:
         judge.make_windows(model)
     else:
@@ -209,39 +210,59 @@ class _StreamedRun:
 
     def _round_shard(self, file: str, scheme: Scheme, scratch: Scratch) -> list[dict[str, Any]]:
         """One shard: what was done to each of its weights."""
+        entries = self.streaming.checkpoint.entries
         tensors: dict[str, Tensor] = {}
         notes: list[dict[str, Any]] = []
-        for name in self.streaming.checkpoint.names_in(file):
-            if name in self.targets:
-                stored, result = self._round(name, scheme, scratch)
-                notes.append(dataclasses.asdict(result))
-                tensors |= stored
-            elif self.shards and name not in self.streaming.left_out:
-                tensors[name] = self.streaming.read(name)
+        for part in self.streaming.parts_in(file):
+            here = [name for name in part.stored if name in entries and entries[name].file == file]
+            if self.targets.keys().isdisjoint(part.parameters):
+                tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
+                continue
+            stored, results = self._round(part, scheme, scratch)
+            notes += map(dataclasses.asdict, results)
+            # A parameter that is stored in several files is rounded for each of them.
+            tensors |= {name: stored[name] for name in here} if part.converts and self.shards else stored
         if self.shards:
             self.shards.write(file, tensors, notes)
         return notes
 
-    def _round(self, name: str, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], QuantizedWeight]:
-        """One weight: what is stored of it, and what was done to it."""
-        target, export = self.targets[name], self.export
-        weight = self.streaming.read(name)
+    def _round(self, part: Part, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
+        """What is stored of some weights, and what was done to each of them that is in the plan."""
+        export = self.export
         stores_codes = export is not None and export.stores_codes
-        scale = scales_of(weight, scheme, layout=target.layout) if stores_codes else None
-        figures = quantize_(weight, scheme, layout=target.layout, scratch=scratch)
-        result = QuantizedWeight.of(target, scheme, figures)
-        return ({} if export is None else export.stored(name, weight, scale)), result
+        scale, results = None, []
+        weights = part.load(self.streaming.read)
+        for name in weights.keys() & self.targets.keys():
+            target = self.targets[name]
+            scale = scales_of(weights[name], scheme, layout=target.layout) if stores_codes else None
+            figures = quantize_(weights[name], scheme, layout=target.layout, scratch=scratch)
+            results.append(QuantizedWeight.of(target, scheme, figures))
+        stored = part.store(weights) if export is not None else {}
+        if export is not None and not part.converts:
+            ((name, weight),) = stored.items()
+            stored = export.stored(name, weight, scale)
+        return stored, results
 
     def _edit(self, scheme: Scheme) -> Edit:
         """What the edited model's weights are, each time that one is read."""
         scratch = Scratch()
 
-        def rounded(stored: str, weight: Tensor) -> Tensor:
-            if stored in self.targets:
-                quantize_(weight, scheme, layout=self.targets[stored].layout, measure=False, scratch=scratch)
+        def rounded(parameter: str, weight: Tensor) -> Tensor:
+            if parameter in self.targets:
+                quantize_(weight, scheme, layout=self.targets[parameter].layout, measure=False, scratch=scratch)
             return weight
 
         return rounded
+
+
+def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:
+    """Codes are stored of a weight that is a tensor of the checkpoint, and of no other."""
+    for target in targets:
+        if export.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
+            raise UsageError(
+                f"output.format: {export.format}: {target.name} is made of tensors that are stored otherwise; "
+                "run without --stream, or set output.format to dequantized"
+            )
 
 
 def _weight_of(note: dict[str, Any]) -> QuantizedWeight:

@@ -260,6 +260,7 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
 
     from invarlock.checkpoints.reading import Checkpoint
     from invarlock.checkpoints.streamed import attach
+    from plugins_builtin.adapters.conversions import parts_of
 
     if read_config(model_id, options).get("quantization_config"):
         raise UsageError(f"model.id: {model_id}: cannot be streamed, its weights are packed")
@@ -279,7 +280,7 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
     if kept and dtype != torch.float32:
         raise UsageError(f"model.id: {model_id}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
-    attach(model, checkpoint, device=_resolve(device))
+    attach(model, checkpoint, parts_of(model, checkpoint), device=_resolve(device))
     if getattr(model, "generation_config", None) and (Path(model_id) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(model_id)
     return model

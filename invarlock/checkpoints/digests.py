@@ -1,0 +1,73 @@
+"""SHA-256 digests of files: of what was written, and whether what is read is still that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from invarlock.core.errors import UsageError
+
+SUMS = "SHA256SUMS"
+"""What ``sha256sum *.safetensors`` prints, beside the files."""
+
+
+def digests(folder: Path, name: str) -> dict[str, str]:
+    """Of every file below a folder, by its path there, under the name that the folder will have."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in files}
+
+
+def digest_of(path: Path) -> str:
+    """In hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_weights(
+    checkpoint: Path, rank: int = 0, size: int = 1, on_progress: Callable[[int, int], object] = lambda done, total: None
+) -> None:
+    """Hold the weights of a checkpoint against the digests that lie beside them, if there are any.
+
+    :param checkpoint: a folder, or a single file.
+    :param rank: which of ``size`` processes that share the files this one is.
+    :param on_progress: called with the bytes that are done and those there are.
+    :raises UsageError: a file is not what its digest says: bits flipped, or it was changed.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    known = _known(folder)
+    weights = sorted(folder.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
+    files = [path for path in weights if path.name in known][rank::size]
+    total, done = sum(path.stat().st_size for path in files), 0
+    for path in files:
+        source, expected = known[path.name]
+        if digest_of(path) != expected:
+            raise UsageError(
+                f"model.id: {path} is not the file that {folder / source} has the digest of; fetch it again, or remove "
+                "the digests if it was changed on purpose"
+            )
+        done += path.stat().st_size
+        on_progress(done, total)
+
+
+def _known(folder: Path) -> dict[str, tuple[str, str]]:
+    """By the name of a file, where its digest is from, and the digest."""
+    known: dict[str, tuple[str, str]] = {}
+    if (folder / "report.json").is_file():
+        known |= {name: ("report.json", digest) for name, digest in _of_report(folder / "report.json").items()}
+    if (folder / SUMS).is_file():
+        for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+            digest, _, name = line.partition(" ")
+            # An asterisk says that the file was read as bytes.
+            known[name.lstrip(" *")] = (SUMS, digest.lower())
+    return known
+
+
+def _of_report(path: Path) -> dict[str, str]:
+    """Of the model that a run of ours has saved beside its report; nothing of a file that is no such report."""
+    try:
+        artifacts = json.loads(path.read_text(encoding="utf-8"))["artifacts"]
+        return {name.removeprefix("model/"): str(digest) for name, digest in artifacts.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
