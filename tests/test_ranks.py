@@ -86,7 +86,13 @@ def saved_bytes(out: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("name", "parallel"),
-    [("llama", "tensor"), ("llama", "fully_sharded"), ("mixtral", "tensor"), ("gpt2", "fully_sharded")],
+    [
+        ("llama", "tensor"),
+        ("llama", "fully_sharded"),
+        ("mixtral", "tensor"),
+        ("gpt2", "fully_sharded"),
+        ("t5", "fully_sharded"),
+    ],
 )
 def test_a_spread_model_is_judged_and_saved_as_a_whole_one_is(config, module, together, name, parallel) -> None:
     module(
@@ -109,8 +115,8 @@ def test_a_spread_model_is_judged_and_saved_as_a_whole_one_is(config, module, to
     one, two = comparable(Path("one")), comparable(Path("two"))
     assert saved_bytes("two") == saved_bytes("one")
     del one["config"]["model"], two["config"]["model"]
-    if parallel == "tensor":
-        # Sums over parts of a row are made in another order.
+    if parallel == "tensor" or name == "t5":
+        # Sums over parts of a row are made in another order; of T5, those of the probe of its blocks.
         for report in (one, two):
             figures = report["metrics"].pop("windows"), report["metrics"].pop("predictions"), report.pop("attempts")
             report["perplexity"] = pytest.approx(report["metrics"].pop("primary")["edited"], rel=1e-6)
@@ -147,19 +153,12 @@ def test_a_guard_that_changes_a_spread_model_is_named_and_changes_nothing(config
     assert read_report(Path("out"))["model"]["restored"] is True
 
 
-@pytest.mark.parametrize(
-    ("name", "parallel", "said"),
-    [
-        ("gpt2", "tensor", "model.parallel: tensor: transformers has no plan for gpt2 models; set it to fully_sharded"),
-        ("t5", "fully_sharded", "encoder-decoders are not spread"),
-    ],
-)
-def test_what_cannot_be_spread_is_refused(config, together, name, parallel, said) -> None:
-    getattr(architectures, name)().save_pretrained(name)
-    path = config(model={"id": str(Path(name).absolute()), "parallel": parallel}, dataset={"seq_len": 32})
+def test_what_cannot_be_spread_as_it_should_is_refused(config, together) -> None:
+    architectures.gpt2().save_pretrained("gpt2")
+    path = config(model={"id": str(Path("gpt2").absolute()), "parallel": "tensor"}, dataset={"seq_len": 32})
     finished = together(2, "run", "-c", path, "--out", "out")
     assert [code for code, _, _ in finished] == [2, 2], finished
-    assert said in finished[0][2]
+    assert "transformers has no plan for gpt2 models; set it to fully_sharded" in finished[0][2]
 
 
 def test_what_processes_say_of_a_guard_is_merged() -> None:

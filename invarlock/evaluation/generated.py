@@ -72,13 +72,13 @@ class _Writer:
         source = self.random_tokens(count, half)
         read = self.layout.surround(source)
         seen = torch.ones_like(read)
-        model: Any = self.model
-        encoded = model.get_encoder()(input_ids=read, attention_mask=seen)
         first = self.tensor((start, *self.layout.prefix)).expand(count, -1)
+        # Not by the encoder alone: where its weights are spread over processes, only the whole model gathers them.
+        encoded = self.model(input_ids=read, attention_mask=seen, decoder_input_ids=first).encoder_last_hidden_state
         rows = self.extend(
             first,
             first.shape[1] + half,
-            lambda rows, fresh: {"encoder_outputs": encoded, "attention_mask": seen, "decoder_input_ids": fresh},
+            lambda rows, fresh: {"encoder_outputs": (encoded,), "attention_mask": seen, "decoder_input_ids": fresh},
         )
         return torch.cat([source, rows[:, -half:]], dim=1)
 

@@ -210,9 +210,6 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
         dist.all_gather_object(fits, _fits(model_id, _resolve(device), options))
         if all(fits):
             return {}
-    if read_config(model_id, options).get("is_encoder_decoder"):
-        # Its two halves are called one by one where a target is written, which FSDP2 does not foresee.
-        raise UsageError(f"model.id: {model_id}: no device holds it, and encoder-decoders are not spread; use --stream")
     refusal = _indivisible(model_id, options, size)
     if wanted == "auto":
         wanted = "fully_sharded" if refusal else "tensor"
