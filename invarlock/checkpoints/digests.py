@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import counted
 
 SUMS = "SHA256SUMS"
 """What ``sha256sum *.safetensors`` prints, beside the files."""
@@ -16,7 +16,7 @@ SUMS = "SHA256SUMS"
 def digests(folder: Path, name: str) -> dict[str, str]:
     """Of every file below a folder, by its path there, under the name that the folder will have."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in files}
+    return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in counted(files, _size)}
 
 
 def digest_of(path: Path) -> str:
@@ -25,30 +25,28 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_weights(
-    checkpoint: Path, rank: int = 0, size: int = 1, on_progress: Callable[[int, int], object] = lambda done, total: None
-) -> None:
+def check_weights(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
     """Hold the weights of a checkpoint against the digests that lie beside them, if there are any.
 
     :param checkpoint: a folder, or a single file.
     :param rank: which of ``size`` processes that share the files this one is.
-    :param on_progress: called with the bytes that are done and those there are.
     :raises UsageError: a file is not what its digest says: bits flipped, or it was changed.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     known = _known(folder)
     weights = sorted(folder.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     files = [path for path in weights if path.name in known][rank::size]
-    total, done = sum(path.stat().st_size for path in files), 0
-    for path in files:
+    for path in counted(files, _size):
         source, expected = known[path.name]
         if digest_of(path) != expected:
             raise UsageError(
                 f"model.id: {path} is not the file that {folder / source} has the digest of; fetch it again, or remove "
                 "the digests if it was changed on purpose"
             )
-        done += path.stat().st_size
-        on_progress(done, total)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _known(folder: Path) -> dict[str, tuple[str, str]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from invarlock.checkpoints import gguf_file, packed
 from invarlock.checkpoints.reading import INDEX, SINGLE
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import watched
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
@@ -45,13 +46,22 @@ class Export:
 
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
-        if self.format == "compressed-tensors":
-            packed.save(folder, model, self.scheme, self.scales)
-        elif self.format == "dequantized":
-            model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
-        self._accompany(folder, model, tokenizer, report)
-        if self.format == "gguf":
-            gguf_file.save(folder, model, tokenizer, self.scales)
+        with watched(folder, self._size_of(model)):
+            if self.format == "compressed-tensors":
+                packed.save(folder, model, self.scheme, self.scales)
+            elif self.format == "dequantized":
+                model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
+            self._accompany(folder, model, tokenizer, report)
+            if self.format == "gguf":
+                gguf_file.save(folder, model, tokenizer, self.scales)
+
+    def _size_of(self, model: nn.Module) -> int:
+        """About how many bytes its weights will take."""
+        bits = dict.fromkeys(self.scales, self.scheme.bitwidth)
+        return sum(
+            parameter.numel() * bits.get(name, 8 * parameter.element_size()) // 8
+            for name, parameter in model.named_parameters()
+        )
 
     def stored(self, name: str, weight: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
         """What is stored of one weight, by name, where weights are written one by one.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +15,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -22,6 +24,9 @@ from rich.text import Text
 
 BYTES_FROM = 1_000_000
 """A total from here on is one of bytes: there are never so many windows or weights."""
+
+LOADING = ("Loading weights", "Converting and de-quantizing")
+"""How the bars of transformers begin that are shown as one of ours."""
 
 
 class _Amount(ProgressColumn):
@@ -40,12 +45,44 @@ def bars(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: None
         return
     columns = (TextColumn("{task.description:<14}"), BarColumn(), _Amount(), TimeRemainingColumn())
-    tasks = {}
+    tasks: dict[str, TaskID] = {}
+    latest: dict[str, int] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
+            if done < latest.get(stage, 0):
+                # It began once more, at a rate of its own.
+                progress.reset(tasks[stage])
+            latest[stage] = done
             progress.update(tasks[stage], completed=done, total=total)
 
-        yield show
+        with _loading_shown(show):
+            yield show
+
+
+@contextmanager
+def _loading_shown(show: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Show how many weights transformers has loaded, which has bars of its own for that."""
+    if "transformers" not in sys.modules:
+        # Nothing will be loaded.
+        yield
+        return
+    from transformers.utils import logging
+
+    def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loads = kwargs.get("desc", "").startswith(LOADING)
+        return _told(args[0], show) if loads else bar(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def _told(weights: Collection[Any], show: Callable[[str, int, int], None]) -> Iterator[Any]:
+    for done, weight in enumerate(weights, start=1):
+        yield weight
+        show("load", done, len(weights))

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from invarlock.core.progress import counted
 from invarlock.core.spread import assembler, local, whole
 
 
@@ -39,7 +40,7 @@ class Fingerprint:
     def of(cls, model: torch.nn.Module) -> Fingerprint:
         digests: dict[str, str] = {}
         names_by_identity: dict[int, str] = {}
-        for name, tensor in named_tensors(model):
+        for name, tensor in counted(list(named_tensors(model)), lambda named: named[1].nbytes):
             first = names_by_identity.setdefault(id(tensor), name)
             digests[name] = _digest(tensor) if first == name else f"tied to {first}"
         return cls(digests)
@@ -76,7 +77,7 @@ class Snapshot:
         self._structure = [_Structure.of(module) for module in model.modules()]
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
-        for path, tensor in self._files():
+        for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
             save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, path)
 
     @torch.no_grad()
@@ -84,7 +85,7 @@ class Snapshot:
         """Bring the model back bit for bit, ties included."""
         for structure in self._structure:
             structure.restore()
-        for path, tensor in self._files():
+        for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
             saved, part = load_file(path)["tensor"], local(tensor)
             if part.shape == saved.shape and part.dtype == saved.dtype:
                 part.copy_(saved)

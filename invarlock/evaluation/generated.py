@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from invarlock.core.progress import tell
 from invarlock.evaluation.layout import Layout
 from invarlock.evaluation.models import batch_size, device_of, evaluating, logits_of, vocabulary_of
 
@@ -31,10 +32,23 @@ def write_text(model: nn.Module, layout: Layout, count: int, *, seed: int) -> Te
 
     :raises PluginError: the model's output has no logits.
     """
-    writer = _Writer(model, layout, torch.Generator(device_of(model)).manual_seed(seed))
+    written = _Written(count * layout.text)
+    writer = _Writer(model, layout, torch.Generator(device_of(model)).manual_seed(seed), written)
     size = writer.rows_at_once()
     with evaluating(model):
         return torch.cat([writer.write(min(size, count - done)).cpu() for done in range(0, count, size)])
+
+
+@dataclass
+class _Written:
+    """How many tokens there are of how many that are wanted."""
+
+    total: int
+    done: int = 0
+
+    def add(self, tokens: int) -> None:
+        self.done += tokens
+        tell(self.done, self.total)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class _Writer:
     model: nn.Module
     layout: Layout
     generator: torch.Generator
+    written: _Written
 
     def rows_at_once(self) -> int:
         # With a cache only the last token's logits exist; without one, or with masks, those of whole rows.
@@ -101,6 +116,7 @@ class _Writer:
             likelihood = torch.where(hidden, drawn_likelihood, likelihood)
             doubtful = likelihood.topk(length * rounds_left // ROUNDS, largest=False).indices
             text = text.scatter(1, doubtful, mask)
+            self.written.add(text.numel() // ROUNDS)
         return text
 
     def extend(self, rows: Tensor, length: int, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Tensor:
@@ -113,6 +129,7 @@ class _Writer:
             output = self.model(**inputs(rows, fresh), **cache)
             drawn = self.draw(logits_of(self.model, output)[:, -1]).unsqueeze(1)
             rows = torch.cat([rows, drawn], dim=1)
+            self.written.add(len(drawn))
             fresh = drawn if self.caches else rows
             if self.caches:
                 cache["past_key_values"] = output.past_key_values

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from invarlock.checkpoints.digests import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import counted
 from invarlock.evidence.disagreements import ABSENT, Disagreement, printable
 from invarlock.reporting.report import FORMAT_VERSION, Report
 
@@ -47,7 +48,8 @@ def artifacts(run: Path, report: Report, config: RunConfig) -> Iterator[Disagree
     if not report.artifacts and (run / "model").exists():
         yield Disagreement("model", ABSENT, "a folder", how="found")
         return
-    found = {name: _digest(run / name) for name in _files(run)}
+    files = counted(list(_files(run)), lambda name: (run / name).lstat().st_size)
+    found = {name: _digest(run / name) for name in files}
     expected = dict(report.artifacts)
     if expected:
         expected[COPY] = digest_of(run / REPORT)

@@ -19,8 +19,9 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
+from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import load, unreadable_windows
-from invarlock.pipeline.judging import Judge, Progress
+from invarlock.pipeline.judging import Judge
 from invarlock.plugins.manager import Adapter, PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01

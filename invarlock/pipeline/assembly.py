@@ -138,9 +138,11 @@ def write(
         if shards is None:
             output.clear_unfinished()
         if save is not None:
-            with clock.stage("save"), shards.completed() if shards else staged_folder(output.path / "model") as folder:
-                save(folder, report=report)
-                report["artifacts"] |= digests(folder, "model")
+            with shards.completed() if shards else staged_folder(output.path / "model") as folder:
+                with clock.stage("save"):
+                    save(folder, report=report)
+                with clock.stage("digests"):
+                    report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
         write_text(output.path / "report.json", reporting.to_json(report))
     # What is written by now stays, whatever becomes of the page and the signature.

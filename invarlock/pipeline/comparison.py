@@ -27,8 +27,9 @@ from invarlock.core.snapshots import Fingerprint, Snapshot
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
-from invarlock.pipeline.keeping import Keeper
+from invarlock.pipeline.clock import Progress
+from invarlock.pipeline.judging import Attempt, Judge, RunResult
+from invarlock.pipeline.keeping import Keeper, fingerprint_of
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -114,9 +115,10 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     if streaming:
         weights, undo = streaming, partial(streaming.undo, model)
     else:
-        snapshot = Snapshot(model)
+        with judge.clock.stage("snapshot"):
+            snapshot = Snapshot(model)
         weights = snapshot.parameters()
-        undo = partial(Keeper(adapter, snapshot, Fingerprint.of(model), judge.clock).undo, model)
+        undo = partial(Keeper(adapter, snapshot, fingerprint_of(model, judge.clock), judge.clock).undo, model)
     judge.measure_baseline(model)
     ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
@@ -142,12 +144,12 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     model, adapter = load(judge, subject, on_disk=judge.windows is None)
     changes = list(changed_weights(model, baseline.weights, judge.on_progress))
     streaming = streaming_of(model)
-    edited = None if streaming else Fingerprint.of(model)
+    edited = None if streaming else fingerprint_of(model, judge.clock)
 
     def changed() -> list[str]:
         if streaming:
             return streaming.undo(model)
-        return Fingerprint.of(model).changed_since(edited) if edited else []
+        return fingerprint_of(model, judge.clock).changed_since(edited) if edited else []
 
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := unreadable_windows(judge, model):

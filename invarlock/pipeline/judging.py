@@ -9,7 +9,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from invarlock.checkpoints.digests import check_weights
 from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.progress import showing
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
 from invarlock.core.spread import Sharding, sharding_of
@@ -29,15 +29,12 @@ from invarlock.evaluation.models import Task, batch_size, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
-from invarlock.pipeline.clock import Clock
+from invarlock.pipeline.clock import Clock, Progress
 from invarlock.pipeline.keeping import some
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
 
 log = logging.getLogger("invarlock")
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, what is done of it and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,15 @@ class Judge:
     strict: bool
     on_progress: Progress
     ranks: Ranks = field(default_factory=Ranks)
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(init=False)
     checked: set[Path] = field(default_factory=set)
     """The checkpoints whose digests were looked at."""
     sharding: Sharding | None = None
     view: WholeView | None = None
     """Of a model that is spread over the processes."""
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.on_progress)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -112,9 +112,8 @@ class Judge:
         """Hold the files of a checkpoint against digests that lie beside them; processes share the files."""
         if not checkpoint.exists() or checkpoint in self.checked:
             return
-        shown = self.ranks.summed(partial(self.on_progress, "check digests"))
-        with self.clock.stage("check digests"):
-            check_weights(checkpoint, self.ranks.rank, self.ranks.size, shown)
+        with self.clock.stage("check digests") as shown, showing(self.ranks.summed(shown)):
+            check_weights(checkpoint, self.ranks.rank, self.ranks.size)
             self.ranks.gather(None)
         self.checked.add(checkpoint)
 
@@ -190,7 +189,7 @@ class Judge:
         found: list[Prepared] = []
         calib = _Calibration(self.windows[0] if self.windows else None)
         for place, slot in enumerate(self.slots):
-            with self.clock.guard(place):
+            with self.clock.guard(place, slot.name):
                 prepared = self.plugins.prepare(slot, model, self.adapter, calib)
             observed = self.baseline_observed[place]
             if observed.message:
@@ -285,7 +284,7 @@ class Judge:
         """Ask one guard; a tap of its own that failed is its error, whatever it says."""
         slot, baseline = self.slots[place], self.baseline_observed[place]
         observations = {"baseline": baseline.results(), "edited": edited.results()}
-        with self.clock.guard(place):
+        with self.clock.guard(place, slot.name):
             result = self.plugins.validate(slot, model, self.adapter, {**context, "observations": observations})
         failed = next((observation for observation in (baseline, edited) if observation.message), None)
         return GuardResult.failed(slot.name, failed.message or "", failed.trace) if failed else result
@@ -324,11 +323,8 @@ class Judge:
         if self.windows is None:
             return observations, None
         preview, final = self.windows
-        shown: Callable[[int, int], object] = partial(self.on_progress, stage)
-        if self.sharding is not Sharding.TENSOR:
-            shown = self.ranks.summed(shown)
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
-        with self.clock.stage(stage):
+        with self.clock.stage(stage) as shown:
             measured = measure(
                 model,
                 preview if guarding else preview[:0],
@@ -337,7 +333,7 @@ class Judge:
                 taps=[observation.taps for observation in observations],
                 reference=reference,
                 calls=calls,
-                on_progress=shown,
+                on_progress=shown if self.sharding is Sharding.TENSOR else self.ranks.summed(shown),
             )
             self.record = measured.record or self.record
             parts = self.ranks.gather(dataclasses.replace(measured, record=None))

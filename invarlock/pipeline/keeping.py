@@ -26,7 +26,8 @@ class Keeper:
     @classmethod
     def of(cls, model: torch.nn.Module, adapter: Adapter, clock: Clock) -> Keeper:
         with clock.stage("snapshot"):
-            return cls(adapter, adapter.snapshot(model), Fingerprint.of(model), clock)
+            snapshot = adapter.snapshot(model)
+        return cls(adapter, snapshot, fingerprint_of(model, clock), clock)
 
     def restore(self, model: torch.nn.Module, *, check: bool = True) -> None:
         """Bring the baseline back.
@@ -42,14 +43,18 @@ class Keeper:
             )
 
     def changed(self, model: torch.nn.Module, earlier: Fingerprint) -> list[str]:
-        with self.clock.stage("fingerprint"):
-            return Fingerprint.of(model).changed_since(earlier)
+        return fingerprint_of(model, self.clock).changed_since(earlier)
 
     def undo(self, model: torch.nn.Module) -> list[str]:
         """What differs from the baseline; it is brought back."""
         if changed := self.changed(model, self.fingerprint):
             self.restore(model)
         return changed
+
+
+def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:
+    with clock.stage("fingerprint"):
+        return Fingerprint.of(model)
 
 
 def some(names: Sequence[str]) -> str:

@@ -14,10 +14,11 @@ from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
-from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.core.snapshots import Snapshot
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
-from invarlock.pipeline.keeping import Keeper
+from invarlock.pipeline.clock import Progress
+from invarlock.pipeline.judging import Attempt, Judge, RunResult
+from invarlock.pipeline.keeping import Keeper, fingerprint_of
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
@@ -105,7 +106,7 @@ def _attempt(
             scales=export.scales if export is not None and export.stores_codes else None,
             on_progress=lambda done, total, name: judge.on_progress("quantize", done, total),
         )
-    edited = Fingerprint.of(model)
+    edited = fingerprint_of(model, judge.clock)
 
     def check() -> list[str]:
         if changed := keeper.changed(model, edited):
@@ -125,7 +126,7 @@ def _attempt(
 
 
 def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, keeper: Keeper) -> dict[str, Any]:
-    last, after = attempts[-1], Fingerprint.of(model)
+    last, after = attempts[-1], fingerprint_of(model, judge.clock)
     facts = ModelFacts(
         before=keeper.fingerprint.digest,
         after=after.digest,

@@ -28,7 +28,8 @@ from invarlock.core.errors import UsageError
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.judging import Attempt, Judge, Progress, RunResult
+from invarlock.pipeline.clock import Progress
+from invarlock.pipeline.judging import Attempt, Judge, RunResult
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight

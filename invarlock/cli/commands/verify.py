@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.options import quieten_libraries, set_environment, telling
 from invarlock.core.errors import ExitCode
+from invarlock.core.progress import showing
 
 if TYPE_CHECKING:
     from invarlock.evidence.verifying import Verification
@@ -59,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from invarlock.evidence.measuring import Checkpoints, measure_again
 
     found = verifying.Run.read(Path(args.folder))
-    verification = verifying.verify(found, args.public_key)
     if args.baseline or args.subject:
         quieten_libraries(verbose=False)
     with progress.bars(shown=True) as on_progress:
+        with showing(partial(on_progress, "check digests")):
+            verification = verifying.verify(found, args.public_key)
         checkpoints = Checkpoints(args.baseline, args.subject, args.dataset, args.device)
         measure_again(found, checkpoints, args.manager, verification, on_progress)
     console = Console(soft_wrap=True)

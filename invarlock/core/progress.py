@@ -1,0 +1,71 @@
+"""How much of a stage is done, told to whoever shows it: on the way down nobody has to pass that on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Shown = Callable[[int, int], object]
+"""Called with what is done and how much there is: bytes where it is a million or more, else things."""
+
+EVERY_SECONDS = 0.5
+
+_shown: ContextVar[Shown] = ContextVar("shown", default=lambda done, total: None)
+
+
+@contextmanager
+def showing(shown: Shown) -> Iterator[None]:
+    """Whatever is told in the block goes there."""
+    before = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(before)
+
+
+def tell(done: int, total: int) -> None:
+    _shown.get()(done, total)
+
+
+def counted(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Item]:
+    """The items one by one; each counts as done when the next one is asked for.
+
+    :param size: of an item, in bytes.
+    """
+    total, done = sum(map(size, items)), 0
+    for item in items:
+        yield item
+        done += size(item)
+        tell(done, total)
+
+
+@contextmanager
+def watched(folder: Path, total: int) -> Iterator[None]:
+    """Tell how many bytes lie below a folder that a library writes to, until the block ends."""
+    shown, ended = _shown.get(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(EVERY_SECONDS):
+            shown(min(total, _size(folder)), total)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _size(folder: Path) -> int:
+    sizes = 0
+    for path in folder.rglob("*"):
+        # What was listed may have another name by now.
+        with suppress(FileNotFoundError):
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes

@@ -1,0 +1,109 @@
+"""Whatever can last tells how far it is."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+
+from invarlock.checkpoints.writing import OutputFolder
+from invarlock.config.loading import load
+from invarlock.core import progress
+from invarlock.pipeline import run, run_streamed
+from invarlock.plugins.catalog import Selection
+from invarlock.plugins.manager import PluginManager
+
+# Of compressed-tensors, on import.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("pipeline", [run, run_streamed])
+def test_every_stage_is_told_to_its_end(config, pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.001)
+    told: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    path = config(guards={"order": ["invariants"]}, output={"save_model": True, "format": "dequantized"})
+    pipeline(
+        load(str(path), [], {}),
+        PluginManager.load(Selection()),
+        output=OutputFolder(Path("out")),
+        on_progress=lambda stage, done, total: told[stage].append((done, total)),
+    )
+    expected = {"baseline pass", "edited pass", "quantize", "digests"}
+    if pipeline is run:
+        expected |= {"snapshot", "fingerprint", "save"}
+    assert told.keys() >= expected
+    for stage in expected - {"save"}:
+        assert told[stage][-1][0] == told[stage][-1][1] > 0, stage
+    weights = (DEMO / "checkpoint" / "model.safetensors").stat().st_size
+    assert told["digests"][-1][1] > weights
+    if pipeline is run:
+        assert told["save"][-1][0] <= told["save"][-1][1]
+        # In float32, which is twice as wide as what is stored.
+        assert told["snapshot"][-1][1] == pytest.approx(2 * weights, rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
+def test_text_that_a_model_writes_is_counted_in_tokens(architecture) -> None:
+    from invarlock.evaluation.generated import write_text
+    from invarlock.evaluation.layout import Layout
+    from invarlock.testing import tiny_model
+
+    model = tiny_model(architecture)
+    layout = Layout.of(model, None, task="causal", length=16)
+    if architecture != "llama":
+        layout = replace(layout, **({"mask": 3} if architecture == "bert" else {"start": 0}))
+    told: list[tuple[int, int]] = []
+    with progress.showing(lambda done, total: told.append((done, total))):
+        written = write_text(model, layout, 3, seed=0)
+    assert 0 < told[-1][0] <= told[-1][1] == written.numel()
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_a_folder_that_a_library_writes_to_is_watched(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
+    told: list[tuple[int, int]] = []
+    with progress.showing(lambda done, total: told.append((done, total))), progress.watched(tmp_path, 100):
+        (tmp_path / "below").mkdir()
+        (tmp_path / "below" / "weights").write_bytes(b"0" * 60)
+        until = time.monotonic() + 10
+        while (60, 100) not in told and time.monotonic() < until:
+            time.sleep(0.01)
+    assert told[-1] == (60, 100)
+
+
+def test_a_terminal_is_shown_bars_also_of_loading() -> None:
+    master, slave = pty.openpty()
+    arguments = [
+        sys.executable,
+        "-m",
+        "invarlock",
+        "run",
+        "--demo",
+        "--out",
+        "out",
+        "--set",
+        "guards.order=[hello_guard]",
+    ]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=slave, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:
+                break
+    os.close(master)
+    assert process.returncode == 0, shown
+    for stage in (b"load", b"fingerprint", b"baseline pass", b"quantize", b"edited pass"):
+        assert stage in shown, stage
+    assert b"Loading weights" not in shown
