@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,29 @@ def test_the_demo_runs_on_the_device(invarlock) -> None:
     report = read_report(Path("out"))
     assert report["model"]["devices"] == ["cuda:0"]
     assert report["model"]["restored"] is True
+
+
+def test_a_streamed_model_is_saved_with_the_bytes_of_the_cpu(invarlock, config) -> None:
+    path = config(guards={}, output={"save_model": True})
+    for device in ("cpu", "cuda"):
+        done = invarlock("run", "-c", path, "--device", device, "--stream", "--out", device)
+        assert done.code == 0, done.err
+    saved = [(Path(device) / "model" / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
+    assert saved[0] == saved[1]
+
+
+def test_a_model_is_spread_over_the_devices_of_the_machine(invarlock) -> None:
+    done = invarlock("run", "--demo", "--device", "balanced", "--out", "out")
+    assert done.code == 0, done.err
+    devices = {f"cuda:{number}" for number in range(torch.cuda.device_count())}
+    assert set(read_report(Path("out"))["model"]["devices"]) <= devices
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+@pytest.mark.parametrize("parallel", ["windows", "tensor", "fully_sharded"])
+def test_processes_with_a_device_each(parallel: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "invarlock"]
+    arguments = ["run", "--demo", "-q", "--out", "out", "--set", f"model.parallel={parallel}"]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_report(Path("out"))["verdict"]["accepted"]

@@ -98,7 +98,6 @@ def _converted(
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     refusal = f"model.id: {checkpoint.folder}: cannot be streamed, {name} cannot be made of {stored[0]}"
-    refusal = f"model.id: {checkpoint.folder}: cannot be streamed, {name} cannot be made of {stored[0]}"
     try:
         made = part.load(empty)
         part = Converted(tuple(made), stored, conversion, patterns, renamed, model)
