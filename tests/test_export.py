@@ -15,8 +15,10 @@ import torch
 import transformers
 from conftest import DEMO, read_report
 from huggingface_hub import ModelCard
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from invarlock.checkpoints import gguf_file
 from invarlock.checkpoints.digests import digests
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.loading import load
@@ -147,6 +149,69 @@ def test_gguf_of_untied_and_biased_weights(config) -> None:
     model = guarded(config, Path("checkpoint").absolute(), "gguf", bitwidth=8, group_size=32)
     loaded = AutoModelForCausalLM.from_pretrained("out/model", gguf_file="model.gguf", dtype="float32")
     assert largest_difference(model, loaded) == 0.0
+
+
+TEXT = (
+    "In 1984, 1,234 men's 'cos THEY'LL won't;\n\n\n  def f(x):\n\treturn x**2 # äöü — “quoted”\r\n   tail   \n"
+    "<|endoftext|>héllo<|im_start|> 3.14159² x=10+20"
+)
+
+
+def splitting_as(name: str) -> tuple[Path, Any]:
+    """The demo model with a special word more, and a tokenizer that splits text as llama.cpp does under a name."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint", extra_special_tokens=["<|im_start|>"])
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype="float32")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained("checkpoint")
+    tokenizer.save_pretrained("checkpoint")
+    described = json.loads(Path("checkpoint/tokenizer.json").read_text())
+    steps = [{"trim_offsets": True} | step for step in gguf_file.SPLITTING[name]]
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    described["model"]["ignore_merges"] = name == "llama-bpe"
+    Path("checkpoint/tokenizer.json").write_text(json.dumps(described))
+    return Path("checkpoint").absolute(), AutoTokenizer.from_pretrained("checkpoint")
+
+
+@pytest.mark.parametrize("splitting", gguf_file.SPLITTING)
+def test_llama_cpp_finds_the_tokens_and_the_logits(config, splitting: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    folder, tokenizer = splitting_as(splitting)
+    model = guarded(config, folder, "gguf", bitwidth=8, group_size=32)
+    loaded = llama_cpp.Llama("out/model/model.gguf", n_ctx=128, logits_all=True, verbose=False)
+    text = TEXT + (DEMO / "text.jsonl").read_text()[:5000]
+    ids = tokenizer(text).input_ids
+    assert loaded.tokenize(text.encode(), special=True) == ids
+    loaded.eval(ids[:128])
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids[:128]])).logits[0]
+    # It rounds activations to 8 bits, too.
+    assert 0 < (torch.tensor(loaded.scores) - wanted).abs().mean() < 0.02 * wanted.std()
+
+
+def test_a_gguf_file_names_the_splitting_and_the_special_words(config) -> None:
+    gguf = pytest.importorskip("gguf")
+    folder, tokenizer = splitting_as("smollm")
+    guarded(config, folder, "gguf", bitwidth=8, group_size=32)
+    fields = gguf.GGUFReader("out/model/model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[tokenizer.convert_tokens_to_ids("<|im_start|>")] == gguf.TokenType.CONTROL
+
+
+def test_a_splitting_that_llama_cpp_does_not_know_is_refused(invarlock, config) -> None:
+    AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint").save_pretrained("checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.save_pretrained("checkpoint")
+    path = config(
+        model={"id": str(Path("checkpoint").absolute())},
+        edit={"plan": {"group_size": 32}},
+        output={"save_model": True, "format": "gguf"},
+    )
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 2
+    assert "no name is known for how this model's tokenizer does it; or set output.format to dequantized" in done.err
 
 
 @pytest.mark.parametrize(

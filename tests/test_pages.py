@@ -29,7 +29,7 @@ PAGES = [
 
 NOT_RUN = {
     r"pip (install|download)": "brings packages; .ci/run installs from these lines",
-    r"^(torchrun|srun) ": "several processes; tests/test_ranks.py starts them",
+    r"^(torchrun|srun|mpirun|salloc) ": "several processes; tests/test_ranks.py starts them",
     r"^python benchmarks/": "takes minutes; its figures are on the page",
     r"^bible |smollm2\.yaml": "a real model and a Debian package; tests/test_real.py downloads the model",
 }

@@ -185,18 +185,23 @@ def test_all_reject_what_one_would_and_the_first_tells_plugins(config, module, t
     assert sorted(entry.name for entry in Path("out").iterdir()) == ["report.html", "report.json"]
 
 
+@pytest.mark.parametrize(("adapter", "when"), [("auto", "before"), ("hf_causal", "after")])
 @pytest.mark.parametrize(
     ("failing", "said"),
-    [("raise RuntimeError('out of luck')", "rank 1: PluginError: "), ("os.kill(os.getpid(), signal.SIGKILL)", "is gone")],
-)  # fmt: skip
-def test_a_process_that_dies_ends_the_run_on_all_with_its_reason(config, module, together, failing, said) -> None:
+    [("raise UsageError('out of luck')", "rank 1: UsageError: out of luck"), ("os.kill(os.getpid(), 9)", "is gone")],
+)
+def test_a_process_that_dies_ends_the_run_on_all_with_its_reason(
+    config, module, together, failing, said, adapter, when
+) -> None:
+    dying = f"    if os.environ['RANK'] == '1': {failing}\n"
     module(
         "dying",
-        "import os, signal\nfrom invarlock import hookimpl\n"
-        "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n    model = yield\n"
-        f"    if os.environ['RANK'] == '1': {failing}\n    return model\n",
+        "import os\nfrom invarlock import hookimpl\nfrom invarlock.core.errors import UsageError\n"
+        "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n"
+        f"{dying if when == 'before' else ''}    model = yield\n{dying}    return model\n",
     )
-    path = config(output={"save_model": True}, plugins=["dying"])
+    model = {"id": str(DEMO / "checkpoint"), "adapter": adapter, "device": "cpu"}
+    path = config(model=model, output={"save_model": True}, plugins=["dying"])
     started = time.monotonic()
     first, second = together(2, "run", "-c", path, "--out", "out")
     assert time.monotonic() - started < 60
@@ -226,18 +231,70 @@ def test_shares_are_all_there_is_and_even(count: int, size: int, ahead: int) -> 
         Ranks(0, count + 1).share(count)
 
 
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[03-05,9],m1", "SLURM_JOB_ID": "7"}
+# Open MPI starts a daemon on each machine with srun, and what it starts has the variables of both.
+DAEMON = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "a1,b2", "SLURM_STEP_NODELIST": "b2"}
+
+
 @pytest.mark.parametrize(
-    "names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")],
-    ids=" ".join,
+    ("variables", "node"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "4"}, "localhost"), (OPEN_MPI, "localhost"), (OPEN_MPI | DAEMON, "a1"),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, "localhost"), (SLURM, "n03"), (SLURM | {"SLURM_STEP_NODELIST": "m1"}, "m1"),
+    ],
 )  # fmt: skip
-def test_launchers_are_known_by_their_environment(names: tuple[str, str], monkeypatch) -> None:
+def test_launchers_are_known_by_their_environment(variables: dict[str, str], node: str, monkeypatch) -> None:
     met = []
-    monkeypatch.setattr(Ranks, "_meet", lambda self: met.append(self))
+    monkeypatch.setattr(Ranks, "_meet", lambda self, address, port: met.append((self, address)))
     assert Ranks.join() == Ranks(0, 1)
-    monkeypatch.setenv(names[0], "2")
-    monkeypatch.setenv(names[1], "4")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert Ranks.join() == Ranks(2, 4)
-    assert met == [Ranks(2, 4)]
+    assert met == [(Ranks(2, 4), node)]
+
+
+def test_runs_at_once_on_one_machine_meet_at_ports_of_their_own(monkeypatch) -> None:
+    ports = []
+    monkeypatch.setattr(Ranks, "_meet", lambda self, address, port: ports.append(port))
+    for job, step in (("7", "0"), ("7", "1"), ("8", "0")):
+        for name, value in (SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).items():
+            monkeypatch.setenv(name, value)
+        Ranks.join()
+    assert len(set(ports)) == 3
+    assert all(29500 <= port < 32768 for port in ports)
+
+
+def _answers(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+
+
+@pytest.fixture(params=["mpirun", "srun"])
+def launcher(request: pytest.FixtureRequest) -> list[str]:
+    """What starts a command twice."""
+    if request.param == "mpirun":
+        if "Open MPI" not in _answers("mpirun", "--version"):
+            pytest.skip("Open MPI is not installed")
+        return ["mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe"]
+    if "idle" not in _answers("sinfo", "--noheader"):
+        pytest.skip("there is no node under Slurm here")
+    return ["srun", "--ntasks", "2"]
+
+
+@pytest.mark.parametrize("bitwidth", [8, 2])
+def test_a_launcher_starts_what_does_what_one_process_does(invarlock, config, launcher, bitwidth: int) -> None:
+    path = config(edit={"plan": {"bitwidth": bitwidth, "scope": "all"}}, output={"save_model": True})
+    one = invarlock("run", "-c", path, "--out", "one", "-q")
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", "invarlock", "run", "-c", path, "--out", "two", "-q"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (one.code, one.out.strip()), done.stderr
+    if bitwidth == 8:
+        assert saved_bytes("two") == saved_bytes("one")
 
 
 def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -> None:

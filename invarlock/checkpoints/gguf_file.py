@@ -25,6 +25,29 @@ ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
 USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 """What those who read a file of these architectures take for granted."""
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+BYTES_OF_WORDS = BYTES | {"use_regex": True}
+
+
+def _words(numbers: str) -> dict[str, Any]:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + numbers
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+SPLITTING = {
+    "gpt-2": [BYTES_OF_WORDS],
+    "smollm": [DIGITS, BYTES_OF_WORDS],
+    "qwen2": [_words(r"\p{N}"), BYTES],
+    "llama-bpe": [_words(r"\p{N}{1,3}"), BYTES],
+}
+"""What llama.cpp calls the rules by which text is split before tokens are looked up: the steps of tokenizer.json.
+
+Source: llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp."""
 
 
 def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
@@ -53,6 +76,10 @@ def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokeniz
             )
     if tokenizer is None or not _is_byte_level(tokenizer):
         return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
+    if _splitting(tokenizer) is None:
+        return (
+            "the file names how text is split into words, and no name is known for how this model's tokenizer does it"
+        )
     return None
 
 
@@ -112,32 +139,53 @@ def _write_tokenizer(writer: Any, folder: Path, tokenizer: Any, rows: int) -> No
     import gguf
 
     words = {number: word for word, number in tokenizer.get_vocab().items()}
-    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
+    added = tokenizer.added_tokens_decoder
     kinds = gguf.TokenType
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(_splitting(tokenizer))
     writer.add_token_list([words.get(number, f"[PAD{number}]") for number in range(rows)])
     writer.add_token_types(
         [
             kinds.UNUSED
             if number not in words
             else kinds.CONTROL
-            if number in special
+            if number in added and added[number].special
             else kinds.USER_DEFINED
             if number in added
             else kinds.NORMAL
             for number in range(rows)
         ]
     )
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows).add_to_gguf(writer, quiet=True)
+    vocabulary = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+    ids = tokenizer("a").input_ids
+    # What is not said is taken from the name of the splitting.
+    vocabulary.add_special_token |= {"bos": ids[0] == tokenizer.bos_token_id, "eos": ids[-1] == tokenizer.eos_token_id}
+    vocabulary.add_to_gguf(writer, quiet=True)
+
+
+def _described(tokenizer: Any) -> Any:
+    """The content of its tokenizer.json."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         return False
-    described = json.loads(backend.to_str())
+    described = _described(tokenizer)
     return described["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(described["decoder"])
+
+
+def _splitting(tokenizer: Any) -> str | None:
+    """llama.cpp's name for how a tokenizer splits text into words, or None."""
+    described = _described(tokenizer)
+    first = described["pre_tokenizer"] or {}
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in first.get("pretokenizers", [first])
+    ]
+    name = next((name for name, known in SPLITTING.items() if known == steps), None)
+    # It looks whole words up first under this name alone.
+    return name if bool(described["model"].get("ignore_merges")) == (name == "llama-bpe") else None
 
 
 def _heads(name: str, config: Any) -> int | None:

@@ -103,11 +103,14 @@ def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace
     set_environment(args)
     from invarlock.core.ranks import joined_ranks
 
-    with joined_ranks() as ranks, stdout_for_json_alone(args):
-        report, folder = judge(args, ranks)
-    if ranks.is_first:
-        with telling():
-            show(report, folder, args)
+    with joined_ranks() as ranks:
+        with stdout_for_json_alone(args):
+            report, folder = judge(args, ranks)
+        if ranks.is_first:
+            with telling():
+                show(report, folder, args)
+        # Launchers end all when one has ended with another status than 0, as after a rejection.
+        ranks.gather(None)
     return ExitCode(report["verdict"]["exit_code"])
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,17 +28,34 @@ MEETING = datetime.timedelta(minutes=5)
 PATIENCE = datetime.timedelta(days=7)
 """How long to wait later for the others, who may work for hours. One that dies is noticed at once, if its machine still
 is there to close its connections."""
+PORTS = range(29500, 32500)
+"""Of these one is met at: 29500 is what torch takes, and those that systems give out start at 32768."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The environment variables by which a launcher tells a process which of how many it is."""
+
+    rank: str
+    size: str
+    run: tuple[str, ...] = ()
+    """What numbers the run, so that several at once on one machine meet at ports of their own."""
+    nodes: str = ""
+    """The machines, the one of rank 0 first."""
+
 
 LAUNCHERS = (
-    ("RANK", "WORLD_SIZE"),  # torchrun
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun; sbatch alone sets no number of tasks of a step
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
-    ("PMI_RANK", "PMI_SIZE"),  # MPICH and its kin
+    Launcher("RANK", "WORLD_SIZE"),  # torchrun
+    Launcher(
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", run=("OMPI_MCA_ess_base_jobid",), nodes="SLURM_JOB_NODELIST"
+    ),
+    Launcher("PMI_RANK", "PMI_SIZE", nodes="SLURM_JOB_NODELIST"),  # MPICH and its kin
+    # srun; sbatch alone sets no number of tasks of a step. Last, for MPI starts its daemons with srun, too.
+    Launcher(
+        "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", run=("SLURM_JOB_ID", "SLURM_STEP_ID"), nodes="SLURM_STEP_NODELIST"
+    ),
 )
-
-
-LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 def local_rank() -> int:
@@ -43,9 +63,12 @@ def local_rank() -> int:
     return int(next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0"))
 
 
-def ranks_on_this_machine() -> int:
-    """How many processes of the run are on this machine; 1 where the launcher does not say."""
-    return int(next((os.environ[name] for name in LOCAL_SIZES if name in os.environ), "1"))
+def meeting_point(launcher: Launcher) -> tuple[str, int]:
+    """Where the processes meet, unless they are told: a machine and a port."""
+    # The first of n[01-04,07],m3 is n01.
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", os.environ.get(launcher.nodes) or "localhost").split(",")[0]
+    number = ".".join(os.environ[name] for name in launcher.run if name in os.environ)
+    return first, PORTS[zlib.crc32(number.encode()) % len(PORTS)]
 
 
 class PeerError(PluginError):
@@ -88,16 +111,15 @@ class Ranks:
 
         :raises PluginError: they could not be reached.
         """
-        rank, size = next(
-            ((os.environ[rank], os.environ[size]) for rank, size in LAUNCHERS if {rank, size} <= os.environ.keys()),
-            ("0", "1"),
-        )
-        ranks = cls(int(rank), int(size))
+        launcher = next((known for known in LAUNCHERS if {known.rank, known.size} <= os.environ.keys()), None)
+        if launcher is None:
+            return cls()
+        ranks = cls(int(os.environ[launcher.rank]), int(os.environ[launcher.size]))
         if ranks.size > 1:
-            ranks._meet()
+            ranks._meet(*meeting_point(launcher))
         return ranks
 
-    def _meet(self) -> None:
+    def _meet(self, address: str, port: int) -> None:
         import torch
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
@@ -107,8 +129,8 @@ class Ranks:
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
         try:
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=MEETING))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=MEETING)
@@ -130,6 +152,11 @@ class Ranks:
         :raises PeerError: one of them failed instead, or is gone.
         """
         return self._exchange(found, None)
+
+    def on_this_machine(self) -> int:
+        """How many processes of the run this machine has; all have to ask."""
+        name = socket.gethostname()
+        return self.gather(name).count(name)
 
     def from_first(self, make: Callable[[], Found]) -> Found:
         """What the first process makes of it, on all of them; no other one makes it."""

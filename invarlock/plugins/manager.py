@@ -14,6 +14,7 @@ import pluggy
 from invarlock import hookspecs
 from invarlock.core.api import ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import PluginError, UsageError, nearest, one_line
+from invarlock.core.ranks import PeerError
 from invarlock.core.results import GuardResult, plain
 from invarlock.core.sections import ReportSection
 from invarlock.plugins.catalog import Catalog, Kind, Plugin, Selection, Status, hook_marks
@@ -114,7 +115,7 @@ class PluginManager:
                 model = self._only("invarlock_load_model", plugin.instance)(
                     model_id=model_id, device=device, options=options
                 )
-            except UsageError:
+            except (UsageError, PeerError):
                 raise
             except OSError as error:
                 raise UsageError(f"adapter {adapter}: model.id: {error}") from error
@@ -136,7 +137,7 @@ class PluginManager:
                 model = self._only("invarlock_load_model", instance)(model_id=model_id, device=device, options=options)
             except OptionNotTakenError as error:
                 reasons.append(f"{plugin.name}: {one_line(error)}")
-            except UsageError:
+            except (UsageError, PeerError):
                 raise
             except Exception as error:
                 log.warning("adapter %s: load_model: %s; asking the next one", plugin.name, one_line(error))

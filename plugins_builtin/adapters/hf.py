@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from invarlock import hookimpl
 from invarlock.core.api import ModelAdapter
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.ranks import local_rank, ranks_on_this_machine
+from invarlock.core.ranks import Ranks, local_rank
 
 BALANCED = "balanced"
 MARGIN = 1.2
@@ -203,24 +203,26 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
     import torch.distributed as dist
     from transformers.distributed import DistributedConfig
 
-    size = dist.get_world_size()
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if wanted == "auto":
-        fits = [False] * size
+        fits = _fits(model_id, _resolve(device), options, ranks.on_this_machine())
         # All do the same, though each sees the memory that is free on its own device.
-        dist.all_gather_object(fits, _fits(model_id, _resolve(device), options))
-        if all(fits):
+        if all(ranks.gather(fits)):
             return {}
-    refusal = _indivisible(model_id, options, size)
+    refusal = _indivisible(model_id, options, ranks.size)
     if wanted == "auto":
         wanted = "fully_sharded" if refusal else "tensor"
     if wanted == "tensor" and refusal:
         raise UsageError(f"model.parallel: tensor: {refusal}; set it to fully_sharded")
-    spread = DistributedConfig(tp_size=size) if wanted == "tensor" else DistributedConfig(fsdp_size=size)
+    spread = DistributedConfig(tp_size=ranks.size) if wanted == "tensor" else DistributedConfig(fsdp_size=ranks.size)
     return {"distributed_config": spread}
 
 
-def _fits(model_id: str, device: str, options: Mapping[str, Any]) -> bool:
-    """Whether a device holds the weights of a folder's files, with some room beside them; of anything else it may."""
+def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
+    """Whether a device holds the weights of a folder's files, with some room beside them; of anything else it may.
+
+    :param sharing: how many processes share this machine's memory.
+    """
     import psutil
     import torch
 
@@ -230,7 +232,7 @@ def _fits(model_id: str, device: str, options: Mapping[str, Any]) -> bool:
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available // ranks_on_this_machine()
+        free = psutil.virtual_memory().available // sharing
     return bool(stored * MARGIN < free)
 
 
