@@ -12,6 +12,8 @@ from conftest import read_report
 
 from invarlock.quantization import Plan, Scheme, quantize_, quantize_model
 from invarlock.testing import architectures
+from plugins_builtin.guards.invariants import InvariantsGuard
+from plugins_builtin.guards.spectral import SpectralGuard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +41,26 @@ def test_devices_are_quantized_side_by_side() -> None:
     quantize_model(here, plan)
     for name, parameter in here.named_parameters():
         assert torch.equal(parameter, there.get_parameter(name).cpu())
+
+
+@pytest.mark.parametrize("guard", [InvariantsGuard, SpectralGuard])
+@pytest.mark.parametrize("devices", [("cpu", "cuda:0"), ("cuda:0", "cuda:1")], ids=" and ".join)
+def test_guards_look_at_devices_side_by_side(guard: type, devices: tuple[str, str]) -> None:
+    if torch.cuda.device_count() < sum(device.startswith("cuda") for device in devices):
+        pytest.skip("there is one CUDA device")
+    said = []
+    for first, second in (("cuda:0", "cuda:0"), devices):
+        model = architectures.llama().to(first)
+        model.model.layers[0].to(second)
+        asked = guard()
+        asked.prepare(model, None, None, {})
+        before = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+        quantize_model(model, Plan(Scheme(2), scope="all"))
+        said.append(asked.validate(model, None, {"baseline_weights": before}))
+    alone, together = said
+    assert together["action"] == alone["action"]
+    for key in ("suspects", "modules", "families"):
+        assert len(together["metrics"].get(key, [])) == len(alone["metrics"].get(key, []))
 
 
 def test_the_demo_runs_on_the_device(invarlock) -> None:

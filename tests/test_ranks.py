@@ -78,6 +78,121 @@ def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp
     assert saved[0] == saved[1]
 
 
+SHARING = """
+import os
+from invarlock import hookimpl
+from invarlock.core.sharing import each
+
+shares_work = True
+
+def note(*words):
+    print(os.environ.get("RANK"), *words, file=open("told", "a"))
+
+def largest(weight):
+    note(tuple(weight.shape), weight.nbytes)
+    return weight.abs().max().item()
+
+@hookimpl
+def invarlock_validate(model, context):
+    rank = os.environ.get("RANK")
+    {before}
+    found = each(largest, model.parameters())
+    return {{"passed": True, "action": "{action}", "message": str(sum(found)), "metrics": {{"largest": found}}}}
+"""
+
+
+def told() -> list[list[str]]:
+    return [line.split(maxsplit=1) for line in Path("told").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+def test_a_guard_shares_its_work_and_the_others_are_the_first_ones(config, demo, module, together, stream) -> None:
+    module("sharing", SHARING.format(before="note('asked')", action="rollback"))
+    module(
+        "alone",
+        "import os\nfrom invarlock import hookimpl\n@hookimpl\ndef invarlock_validate():\n"
+        "    print(os.environ['RANK'], 'alone', file=open('told', 'a'))\n"
+        "    return {'passed': True, 'action': 'continue'}\n",
+    )
+    path = config(guards={"order": ["alone", "sharing", "invariants"], "fail_fast": True}, plugins=["alone", "sharing"])
+    together(1, "run", "-c", path, "--out", "one", "-q", *stream)
+    by_one = sorted(line for _, line in told())
+    Path("told").unlink()
+    finished = together(3, "run", "-c", path, "--out", "three", "-q", *stream)
+    assert [code for code, _, _ in finished] == [1, 1, 1], finished
+    assert comparable(Path("three")) == comparable(Path("one"))
+    assert [guard["message"] for guard in read_report(Path("three"))["guards"]][-1] == "not run: guards.fail_fast"
+    lines = told()
+    assert sorted(line for _, line in lines if line != "asked") == [line for line in by_one if line != "asked"]
+    assert sorted(rank for rank, line in lines if line == "asked") == ["0", "1", "2"]
+    assert [rank for rank, line in lines if line == "alone"] == ["0"]
+    bytes_of = [sum(int(line.split()[-1]) for of, line in lines if of == rank and "(" in line) for rank in "012"]
+    whole = sum(parameter.nbytes for parameter in demo.parameters())
+    assert sum(bytes_of) == whole
+    assert max(bytes_of) - min(bytes_of) < 2 * max(parameter.nbytes for parameter in demo.parameters())
+
+
+def test_work_that_fails_in_one_process_fails_the_guard_in_all(config, module, together) -> None:
+    source = SHARING.replace(
+        "    return weight", "    if rank_of_work() == {place!r}: raise ValueError('too odd')\n    return weight"
+    )
+    source += "\ndef rank_of_work():\n    return os.environ.get('RANK')\n"
+    for size, place in ((1, "0"), (2, "1")):
+        module("sharing", source.format(before="", action="continue", place=place))
+        path = config(guards={"order": ["sharing", "invariants"]}, plugins=["sharing"], output={"save_model": True})
+        finished = together(size, "run", "-c", path, "--out", str(size), "-q", "--stream")
+        assert [code for code, _, _ in finished] == [3] * size, finished
+    one, two = (comparable(Path(out)) for out in ("1", "2"))
+    assert "in largest" in two["guards"][0].pop("error")
+    assert "in largest" in one["guards"][0].pop("error")
+    assert two["guards"] == one["guards"]
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out)"),
+        ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run is gone"),
+        ("if rank == '1': raise SystemExit('enough')", "SystemExit: enough"),
+    ],
+    ids=["alone", "killed", "left"],
+)  # fmt: skip
+def test_processes_that_go_different_ways_in_a_guard_end_the_run(config, module, together, before, said) -> None:
+    module("sharing", SHARING.format(before=before, action="continue"))
+    path = config(guards={"order": ["sharing"]}, plugins=["sharing"])
+    started = time.monotonic()
+    first, second = together(2, "run", "-c", path, "--out", "out", "--stream")
+    assert time.monotonic() - started < 60
+    assert first[0] == 3, first
+    assert second[0] != 0
+    assert said in first[2]
+    assert not Path("out/report.json").exists()
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+def test_a_guard_that_shares_its_work_and_changes_the_model_is_named(config, module, together, stream) -> None:
+    meddle = "import torch; model.lm_head.weight = torch.nn.Parameter(torch.zeros(1024, 128))"
+    module("sharing", SHARING.format(before=meddle, action="continue"))
+    path = config(guards={"order": ["sharing", "invariants"]}, plugins=["sharing"])
+    finished = together(2, "run", "-c", path, "--out", "out", "-q", *stream)
+    assert [code for code, _, _ in finished] == [3, 3], finished
+    sharing, invariants = read_report(Path("out"))["guards"]
+    assert sharing["message"].startswith("the guard changed the model (lm_head.weight")
+    assert invariants["action"] == "continue"
+
+
+def test_three_processes_reject_and_try_again_as_one_does(config, together) -> None:
+    path = config(
+        model={"id": str(DEMO / "checkpoint"), "device": "cpu"}, guards={},
+        edit={"plan": {"bitwidth": 2, "scope": "all"}, "retry": {"max_attempts": 3}},
+    )  # fmt: skip
+    for size in (1, 3):
+        finished = together(size, "run", "-c", path, "--out", str(size), "-q", "--stream")
+        assert len({code for code, _, _ in finished}) == 1, finished
+    assert len(read_report(Path("3"))["attempts"]) > 1
+    assert comparable(Path("3")) == comparable(Path("1"))
+
+
 def saved_bytes(out: str) -> dict[str, str]:
     return {
         name: digest for name, digest in digests(Path(out, "model"), "model").items() if name.endswith(".safetensors")
@@ -229,6 +344,16 @@ def test_shares_are_all_there_is_and_even(count: int, size: int, ahead: int) -> 
         assert abs(max(work[1:], default=work[0] + ahead) - (work[0] + ahead)) <= 1
     with pytest.raises(UsageError):
         Ranks(0, count + 1).share(count)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [0, 0], [5], [1] * 10, [100, 1, 1, 1, 100, 1], [0, 7, 0, 0, 9, 0], list(range(40))], ids=str
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_parts_are_all_there_is_and_of_about_as_many_bytes(sizes: list[int], size: int) -> None:
+    parts = [Ranks(rank, size).part(sizes) for rank in range(size)]
+    assert [place for part in parts for place in range(len(sizes))[part]] == list(range(len(sizes)))
+    assert all(abs(sum(sizes[part]) - sum(sizes) / size) <= max(sizes) for part in parts if sizes)
 
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}

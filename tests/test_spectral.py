@@ -15,8 +15,10 @@ from torch import nn
 from invarlock.core.errors import UsageError
 from invarlock.core.snapshots import Fingerprint
 from invarlock.quantization.model import quantize_model
+from invarlock.quantization.rtn import quantize_
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures
+from plugins_builtin.adapters.hf import HF_Causal_Adapter
 from plugins_builtin.guards import singular
 from plugins_builtin.guards.spectral import SpectralGuard
 
@@ -110,11 +112,11 @@ def test_sigma_and_frobenius_against_the_exact_ones(name: str) -> None:
     matrix = MATRICES[name]
     exact = float(torch.linalg.svdvals(matrix.double())[0])
     spectrum = spectrum_of(matrix)
-    assert exact * (1 - singular.ACCURACY) <= spectrum.sigma <= exact * (1 + 1e-4)
-    assert spectrum.frobenius == pytest.approx(float(matrix.double().norm()), rel=1e-4)
+    assert exact * (1 - singular.ACCURACY) <= spectrum.size.sigma <= exact * (1 + 1e-4)
+    assert spectrum.size.frobenius == pytest.approx(float(matrix.double().norm()), rel=1e-4)
     if exact:
         stable_rank = float(matrix.double().norm()) ** 2 / exact**2
-        assert spectrum.stable_rank == pytest.approx(stable_rank, rel=0.03)
+        assert spectrum.size.stable_rank == pytest.approx(stable_rank, rel=0.03)
 
 
 @pytest.mark.parametrize("shape", [(64, 192), (128, 128), (300, 60)])
@@ -123,16 +125,16 @@ def test_sigma_of_many_noise_matrices(shape: tuple[int, int]) -> None:
     together = singular.spectra(matrices)
     for matrix, spectrum in zip(matrices, together, strict=True):
         exact = float(torch.linalg.svdvals(matrix)[0])
-        assert exact * (1 - singular.ACCURACY) <= spectrum.sigma <= exact * (1 + 1e-4)
-    alone = [spectrum_of(matrix).sigma for matrix in matrices[:3]]
-    assert [spectrum.sigma for spectrum in together[:3]] == pytest.approx(alone, rel=1e-5)
+        assert exact * (1 - singular.ACCURACY) <= spectrum.size.sigma <= exact * (1 + 1e-4)
+    alone = [spectrum_of(matrix).size.sigma for matrix in matrices[:3]]
+    assert [spectrum.size.sigma for spectrum in together[:3]] == pytest.approx(alone, rel=1e-5)
 
 
 def test_sigma_of_every_matrix_of_a_real_model(demo) -> None:
     for name, parameter in demo.named_parameters():
         if parameter.ndim == 2:
             exact = float(torch.linalg.svdvals(parameter.detach())[0])
-            estimate = spectrum_of(parameter.detach()).sigma
+            estimate = spectrum_of(parameter.detach()).size.sigma
             assert exact * (1 - singular.ACCURACY) <= estimate <= exact * (1 + 1e-4), name
 
 
@@ -197,6 +199,20 @@ def test_the_sketch_is_right_on_average() -> None:
     # For changes of rank one, the worst case, the standard deviation is 25 %.
     assert 0.9 < sum(errors) / len(errors) < 1.1
     assert 0.15 < float(torch.tensor(errors).std()) < 0.35
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_leading_values_are_at_most_a_tenth_too_low_and_draw_on_no_randomness_but_their_own(name: str) -> None:
+    matrix = MATRICES[name]
+    state = torch.get_rng_state()
+    found = torch.tensor(singular.leading_values(matrix, 20), dtype=torch.float64)
+    assert torch.equal(torch.get_rng_state(), state)
+    exact = torch.linalg.svdvals(matrix.double())[:20]
+    assert found.shape == exact.shape
+    tiny = 1e-4 * float(exact[0])
+    assert bool((found >= 0.9 * exact - tiny).all())
+    assert bool((found <= exact * (1 + 1e-4) + tiny).all())
+    assert singular.leading_values(matrix, 20) == found.tolist()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -323,6 +339,26 @@ def test_a_family_that_drifts_as_a_whole(demo) -> None:
     assert judge(demo, damage, deadband=0.2)["action"] == "continue"
     one = judge(demo, on("model.layers.1.mlp.up_proj", lambda weight: weight.mul_(1.15)))
     assert one["action"] == "continue"
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_a_streamed_weight_is_read_once_a_side(demo, bits: int) -> None:
+    read: list[str] = []
+
+    def edited(name: str, weight: torch.Tensor) -> torch.Tensor:
+        read.append(name)
+        if guard_is_ready and weight.ndim == 2:
+            quantize_(weight, Scheme(bits))
+        return weight
+
+    model = HF_Causal_Adapter().load_model(str(DEMO / "checkpoint"), "cpu", dtype="float32", stream=True)
+    model.streaming.edit, guard, guard_is_ready = edited, SpectralGuard(), False
+    matrices = sorted(name for name, parameter in demo.named_parameters() if parameter.ndim == 2)
+    guard_is_ready = guard.prepare(model, None, None, {})["ready"]
+    assert sorted(read) == matrices
+    read.clear()
+    guard.validate(model, None, {})
+    assert sorted(read) == matrices
 
 
 # -- another model object, and options -----------------------------------------------------------------------------------

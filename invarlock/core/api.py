@@ -32,6 +32,11 @@ class Guard(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     """Distributions that the guard needs; one that is not installed makes its status "missing"."""
 
+    shares_work: ClassVar[bool] = False
+    """Whether all processes of a run ask the guard, and not the first one alone; what it does in
+    ``invarlock.core.sharing.each`` is shared among them. For guards that look at weights, and at nothing else: in all
+    processes but the first there are no ``observations``, and all have to say the same."""
+
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask for module inputs and outputs, before each of the two forward passes.
 

@@ -1,8 +1,8 @@
 """Several processes on one run: torchrun, Slurm or MPI start them, and they meet wherever one needs what others found.
 
-They share the evaluation windows, and the shards of a streamed model; then guards run on the first of them alone, so
-that each result is there once, as in a run of one process. Where a model in memory is spread over them, all do all
-things together.
+They share the evaluation windows, the shards of a streamed model, and the work of guards that look at weights alone;
+other guards run on the first of them, so that each result is there once, as in a run of one process. Where a model in
+memory is spread over them, all do all things together.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
@@ -201,6 +202,13 @@ class Ranks:
             for rank in range(self.size)
         ]
         return slice(ends[self.rank - 1] if self.rank else 0, ends[self.rank])
+
+    def part(self, sizes: Sequence[int]) -> slice:
+        """This process's part of things side by side, each of so many bytes: about as many as any other's."""
+        whole = sum(sizes) or 1
+        middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
+        owners = [min(self.size - 1, int(middle * self.size / whole)) for middle in middles]
+        return slice(bisect_left(owners, self.rank), bisect_right(owners, self.rank))
 
     def _exchange(self, found: Found, failure: str | None) -> list[Found]:
         if self.size == 1:

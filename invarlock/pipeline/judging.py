@@ -9,8 +9,9 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from invarlock.core.errors import UsageError, one_line
 from invarlock.core.progress import showing
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
+from invarlock.core.sharing import asked_together
 from invarlock.core.spread import Sharding, sharding_of
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
 from invarlock.evaluation.layout import Windows
@@ -35,6 +37,8 @@ from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepare
 from invarlock.plugins.observation import Observation
 
 log = logging.getLogger("invarlock")
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -178,27 +182,29 @@ class Judge:
         :param check: called after each: undoes what the guard changed of the model, and names it.
         :returns: whether all are ready.
         """
-        if self.view:
-            found = self.ranks.gather(self._prepare_all(self.view.model, self.view.undo))
-            self.prepared = [min(of_one, key=lambda prepared: prepared.ready) for of_one in zip(*found, strict=True)]
-        else:
-            self.prepared = self.ranks.from_first(lambda: self._prepare_all(model, check))
+        shown, undo = self._shown(model), self.view.undo if self.view else check
+        self.prepared = [
+            min(self._asked(slot, partial(self._prepare, place, shown, undo)), key=lambda prepared: prepared.ready)
+            for place, slot in enumerate(self.slots)
+        ]
         return all(prepared.ready for prepared in self.prepared)
 
-    def _prepare_all(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> list[Prepared]:
-        found: list[Prepared] = []
-        calib = _Calibration(self.windows[0] if self.windows else None)
-        for place, slot in enumerate(self.slots):
-            with self.clock.guard(place, slot.name):
-                prepared = self.plugins.prepare(slot, model, self.adapter, calib)
-            observed = self.baseline_observed[place]
-            if observed.message:
-                prepared = Prepared(message=observed.message, error=observed.trace)
-            if changed := check():
-                message = changed_message(changed)
-                prepared = Prepared(message=message, error=message)
-            found.append(prepared)
-        return found
+    def _prepare(self, place: int, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> Prepared:
+        calib, observed = _Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
+        with self.clock.guard(place, self.slots[place].name):
+            prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
+        if observed.message:
+            prepared = Prepared(message=observed.message, error=observed.trace)
+        if changed := check():
+            message = changed_message(changed)
+            prepared = Prepared(message=message, error=message)
+        return prepared
+
+    def _asked(self, slot: GuardSlot, ask: Callable[[], Found]) -> list[Found]:
+        """What each process that asks a guard is told: all where it shares its work or the model is spread."""
+        if self.view:
+            return self.ranks.gather(ask())
+        return asked_together(slot.name, self.ranks, ask) if slot.shares_work else [self.ranks.from_first(ask)]
 
     def not_ready(self) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
@@ -241,11 +247,14 @@ class Judge:
         observed, edited_pass = self._observed_pass(model, "edited pass", self.record)
         metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
-        if self.view:
-            found = self.ranks.gather(self._validate_all(self.view.model, context, observed, self.view.undo))
-            results = [GuardResult.merged(of_one) for of_one in zip(*found, strict=True)]
-        else:
-            results = self.ranks.from_first(lambda: self._validate_all(model, context, observed, check))
+        shown, undo = self._shown(model), self.view.undo if self.view else check
+        results: list[GuardResult] = []
+        for place, slot in enumerate(self.slots):
+            if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
+                results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
+            else:
+                ask = partial(self._validate, place, shown, context, observed[place], undo)
+                results.append(GuardResult.merged(self._asked(slot, ask)))
         outputs = []
         if metric and divergence:
             outputs = [
@@ -255,39 +264,24 @@ class Judge:
         verdict = self._fold(results, [*outputs, *findings])
         return Attempt(number, bitwidth, modules, results, metric, divergence, edited_pass, verdict)
 
-    def _validate_all(
+    def _validate(
         self,
+        place: int,
         model: torch.nn.Module,
         context: Mapping[str, Any],
-        observed: Sequence[Observation],
+        edited: Observation,
         check: Callable[[], Sequence[str]],
-    ) -> list[GuardResult]:
-        results: list[GuardResult] = []
-        for place, slot in enumerate(self.slots):
-            if self.config.guards.fail_fast and self._objected(results):
-                results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
-                continue
-            result = self._validate(place, model, context, observed[place])
-            if changed := check():
-                result = GuardResult.failed(slot.name, changed_message(changed))
-            results.append(result)
-        return results
-
-    def _objected(self, results: Sequence[GuardResult]) -> bool:
-        """Whether a guard called for rollback or abort, in any process that asks them."""
-        here = any(not result.action.accepted for result in results)
-        return any(self.ranks.gather(here)) if self.view else here
-
-    def _validate(
-        self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation
     ) -> GuardResult:
-        """Ask one guard; a tap of its own that failed is its error, whatever it says."""
+        """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self.baseline_observed[place]
         observations = {"baseline": baseline.results(), "edited": edited.results()}
         with self.clock.guard(place, slot.name):
             result = self.plugins.validate(slot, model, self.adapter, {**context, "observations": observations})
-        failed = next((observation for observation in (baseline, edited) if observation.message), None)
-        return GuardResult.failed(slot.name, failed.message or "", failed.trace) if failed else result
+        if failed := next((observation for observation in (baseline, edited) if observation.message), None):
+            result = GuardResult.failed(slot.name, failed.message or "", failed.trace)
+        if changed := check():
+            result = GuardResult.failed(slot.name, changed_message(changed))
+        return result
 
     def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
@@ -318,8 +312,10 @@ class Judge:
         where the model is spread over them.
         """
         guarding = self.ranks.is_first or self.sharding is not None
-        taken = self.slots if guarding else []
-        observations = [self.plugins.observe(slot, self._shown(model), self.adapter) for slot in taken]
+        observations = [
+            self.plugins.observe(slot, self._shown(model), self.adapter) if guarding else Observation()
+            for slot in self.slots
+        ]
         if self.windows is None:
             return observations, None
         preview, final = self.windows

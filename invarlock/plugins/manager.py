@@ -33,6 +33,11 @@ class GuardSlot:
     instance: Any
     policy: Mapping[str, Any]
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether all processes of a run ask it (``Guard.shares_work``)."""
+        return bool(getattr(self.instance, "shares_work", False))
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
-import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
+from invarlock.core.sharing import side_by_side
 from invarlock.core.spread import gathered
 from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, scales_of, unfit
 from invarlock.quantization.scheme import Plan, Scheme
@@ -83,11 +81,4 @@ def quantize_model(
                 on_progress(next(done), len(targets), target.name)
         return results
 
-    by_device: defaultdict[torch.device, list[WeightTarget]] = defaultdict(list)
-    for target in targets:
-        by_device[target.parameter.device].append(target)
-    if len(by_device) == 1:
-        return round_all(targets)
-    with ThreadPoolExecutor(len(by_device)) as pool:
-        results = {result.parameter_name: result for part in pool.map(round_all, by_device.values()) for result in part}
-    return [results[target.parameter_name] for target in targets]
+    return side_by_side(round_all, targets, lambda target: target.parameter.device)

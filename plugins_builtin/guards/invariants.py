@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from invarlock.core.api import Guard
+from invarlock.core.sharing import each
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,13 @@ class _Tensor:
         import torch
 
         shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+        # A view, because every operation on a streamed weight itself would read it again.
+        tensor = tensor.detach().view(shape)
         if not tensor.is_floating_point() or not tensor.numel():
             return cls(shape, dtype, True, 0, 0, False)
         if tensor.ndim < 2:
             finite = bool(tensor.isfinite().all())
             return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
-        # A view, because every operation on a streamed weight itself would read it again.
-        tensor = tensor.view(shape)
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
         return cls(
@@ -74,14 +75,14 @@ class _State:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> _State:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         by_identity: dict[int, list[str]] = defaultdict(list)
-        parameters: dict[str, _Tensor] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names = by_identity[id(parameter)]
-            parameters[name] = parameters[names[0]] if names else _Tensor.of(parameter.detach())
-            names.append(name)
+        for name, parameter in parameters.items():
+            by_identity[id(parameter)].append(name)
+        looked_at = each(_Tensor.of, (parameters[names[0]] for names in by_identity.values()))
+        found = dict(zip(by_identity, looked_at, strict=True))
         return cls(
-            parameters=parameters,
+            parameters={name: found[id(parameter)] for name, parameter in parameters.items()},
             buffers={name: _Tensor.of(buffer) for name, buffer in model.named_buffers()},
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
             norms={name: type(module).__name__ for name, module in model.named_modules() if _is_norm(module)},
@@ -101,6 +102,7 @@ class InvariantsGuard(Guard):
     """
 
     name = "invariants"
+    shares_work = True
 
     def __init__(self) -> None:
         self._baseline: _State | None = None

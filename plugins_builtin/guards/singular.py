@@ -49,17 +49,28 @@ TAME = (1e-8, 1e8)
 """Frobenius norms whose fourth power float32 holds; other matrices are scaled first."""
 TINY = 1e-30
 GRAM_UP_TO = 128
-MOST_NUMBERS = 2**26
-"""Of a matrix whose leading singular values are shown: 256 MiB as float32."""
+SUBSPACE_STEPS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """What is kept of a matrix (rows, columns): a few numbers a row and a column, and no weight."""
+@dataclass(frozen=True)
+class Size:
+    """How large a matrix is."""
 
     sigma: float
     """The largest singular value, to ``ACCURACY``."""
     frobenius: float
+
+    @property
+    def stable_rank(self) -> float:
+        """``||W||_F² / sigma²``, from 1 to the rank (Rudelson and Vershynin 2007); 0 for a matrix of zeros."""
+        return (self.frobenius / self.sigma) ** 2 if self.sigma else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """What is kept of a matrix (rows, columns): a few numbers a row and a column, and no weight. It is on the CPU."""
+
+    size: Size
     sketch: Tensor
     """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
     leading: Tensor
@@ -71,17 +82,12 @@ class Spectrum:
     def shape(self) -> tuple[int, int]:
         return self.sketch.shape[1], self.leading.shape[1]
 
-    @property
-    def stable_rank(self) -> float:
-        """``||W||_F² / sigma²``, from 1 to the rank (Rudelson and Vershynin 2007); 0 for a matrix of zeros."""
-        return (self.frobenius / self.sigma) ** 2 if self.sigma else 0.0
-
 
 @dataclass(frozen=True, eq=False)
 class Change:
     """A matrix after an edit, against what was kept of it."""
 
-    after: Spectrum
+    after: Size
     """Its sigma is to ``ACCURACY``, or where it was and right to ``ACCURACY + STILL``."""
     relative: float
     """About ``||W' - W||_F / ||W||_F``; infinite where W was zero and W' is not."""
@@ -92,7 +98,10 @@ class Change:
 
 @torch.no_grad()
 def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
-    """Measure matrices of one shape and device, of any floating type; None for one that holds NaN or Inf."""
+    """Measure matrices of one shape and device, of any floating type; None for one that holds NaN or Inf.
+
+    Each is gone through several times, and so had better be in memory.
+    """
     sketched = [_Sketched.of(matrix) for matrix in matrices]
     finite = [entry for entry in sketched if entry]
     sigmas = _cold(finite) if finite else []
@@ -109,33 +118,33 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
     """
     sketched = [_Sketched.of(matrix) for matrix in matrices]
     moved = [_Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
-    searched = [move for move in moved if move.bound > STILL * move.before.sigma]
+    searched = [move for move in moved if move.is_searched]
     sigmas = iter(_warm(searched) if searched else [])
-    found = (
-        move.change(*(next(sigmas) if move.bound > STILL * move.before.sigma else (None, move.before.leading)))
-        for move in moved
-    )
+    found = (move.change(next(sigmas)[0] if move.is_searched else None) for move in moved)
     return [next(found) if entry else None for entry in sketched]
 
 
 @torch.no_grad()
 def leading_values(matrix: Tensor, count: int) -> list[float] | None:
     """About the ``count`` largest singular values, the largest first, by randomized subspace iteration (Halko et al.
-    2011), the same in every process; where the spectrum is flat the last ones are a tenth too low. Of a small matrix
-    they come, exactly, from the product with its transpose.
+    2011), the same in every process and thread; where the spectrum is flat the last ones are a tenth too low. Of a
+    small matrix they come, exactly, from the product with its transpose.
 
-    :returns: None for a matrix that holds NaN or Inf, or that is too large to be copied to float32.
+    :returns: None for a matrix that holds NaN or Inf.
     """
-    if matrix.numel() > MOST_NUMBERS or not matrix.isfinite().all():
+    sketched = _Sketched.of(matrix)
+    if sketched is None:
         return None
     if min(matrix.shape) <= GRAM_UP_TO:
         wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
         squares: list[float] = torch.linalg.eigvalsh(wide @ wide.T).flip(0)[:count].clamp(min=0).tolist()
         return [math.sqrt(square) for square in squares]
-    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
-        torch.manual_seed(matrix.shape[1])
-        values = torch.svd_lowrank(matrix.float(), q=count + PROBES, niter=2)[1]
-    return [float(value) for value in values[:count]]
+    generator = torch.Generator().manual_seed(matrix.shape[1])
+    rows = torch.randn(count + PROBES, matrix.shape[1], generator=generator).to(matrix.device)
+    for _ in range(SUBSPACE_STEPS):
+        rows = _orthonormal(sketched.gram(_orthonormal(rows)))
+    values: list[float] = torch.linalg.svdvals(sketched.times(rows)).tolist()
+    return [value / sketched.scale for value in values[:count]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +185,18 @@ class _Sketched:
         # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
         return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self._blocks()))
 
+    def times(self, block: Tensor) -> Tensor:
+        """``W blockᵀ``."""
+        return torch.cat([rows @ block.T for rows in self._blocks()])
+
     def whole(self) -> Tensor:
-        return torch.cat(list(self._blocks()))
+        return self.matrix.float() * self.scale
+
+    def size(self, sigma: float) -> Size:
+        return Size(sigma / self.scale, self.frobenius / self.scale)
 
     def spectrum(self, sigma: float, leading: Tensor) -> Spectrum:
-        return Spectrum(sigma / self.scale, self.frobenius / self.scale, self.sketch, leading, self.scale)
+        return Spectrum(self.size(sigma), self.sketch.cpu(), leading.cpu(), self.scale)
 
     def _blocks(self) -> Iterator[Tensor]:
         return _blocks(self.matrix, self.scale)
@@ -211,13 +227,18 @@ class _Moved:
         bound = min(distance, (schatten / (PROBES * (PROBES - 1))) ** 0.25)
         return cls(now, before, difference, unit, distance / unit, bound / unit)
 
-    def change(self, sigma: float | None, leading: Tensor) -> Change:
-        sigma = self.before.sigma * self.now.scale if sigma is None else sigma
+    @property
+    def is_searched(self) -> bool:
+        """Whether sigma may have moved so far that it has to be found anew."""
+        return self.bound > STILL * self.before.size.sigma
+
+    def change(self, sigma: float | None) -> Change:
+        sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
         old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
         rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
-        before = self.before.frobenius
+        before = self.before.size.frobenius
         relative = self.distance / before if before else math.inf if self.distance else 0.0
-        return Change(self.now.spectrum(sigma, leading), relative, rows)
+        return Change(self.now.size(sigma), relative, rows)
 
 
 def _cold(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
@@ -305,9 +326,16 @@ def _probes(columns: int, device: torch.device) -> _Probes:
 
 
 def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
-    """``scale`` times a matrix, in float32, a few rows at a time: little memory, and in cache for several products."""
-    for rows in torch.split(matrix, _rows_at_once(matrix)):
-        yield rows.float() if scale == 1 else rows.float() * scale
+    """``scale`` times a matrix, in float32, a few rows at a time, each valid until the next: in cache for several
+    products, and in the same memory, because fresh memory costs as much as a product."""
+    parts = torch.split(matrix, _rows_at_once(matrix))
+    if matrix.dtype == torch.float32 and scale == 1:
+        yield from parts
+        return
+    memory = torch.empty(parts[0].shape, device=matrix.device)
+    for rows in parts:
+        block = memory[: len(rows)].copy_(rows)
+        yield block if scale == 1 else block.mul_(scale)
 
 
 def _rows_at_once(matrix: Tensor) -> int:

@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.core.api import Guard
+from invarlock.core.sharing import each
 from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.singular import Change, Spectrum
+    from plugins_builtin.guards.singular import Change, Size, Spectrum
 
 
 FEW = 3
 """Matrices whose leading singular values are measured where nothing is wrong; else those of all that it names."""
 MOST_VALUES = 32
+MOST_NUMBERS = 2**26
+"""Of a matrix whose leading singular values are shown; those of a larger one take seconds."""
 AT_ONCE = 64
-BYTES_AT_ONCE = 256 * 2**20
-"""Larger matrices gain nothing from company, and streamed ones are read again for each product."""
+BYTES_AT_ONCE = 32 * 2**20
+"""Larger matrices gain nothing from company, and all are in memory at the same time."""
 
 
 class SpectralGuard(Guard):
@@ -61,6 +64,7 @@ class SpectralGuard(Guard):
     """
 
     name = "spectral"
+    shares_work = True
 
     RETIRED: ClassVar[Mapping[str, str]] = {
         "contraction": "every matrix is held against its own baseline; use family_caps and deadband",
@@ -95,48 +99,51 @@ class SpectralGuard(Guard):
         self._baseline: dict[str, Spectrum | None] | None = None
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.singular import spectra
-
-        self._baseline = {}
-        for alike in _alike(_matrices(model, self._families)):
-            measured = spectra([matrix.values for matrix in alike])
-            self._baseline |= {matrix.name: entry for matrix, entry in zip(alike, measured, strict=True)}
+        measured = each(_spectra, _alike(_weights(model, self._families)))
+        self._baseline = {name: spectrum for found in measured for name, spectrum in found}
         finite = [entry for entry in self._baseline.values() if entry]
         return {
             "ready": True,
             "matrices": len(finite),
-            "largest_sigma": rounded(max((entry.sigma for entry in finite), default=None)),
+            "largest_sigma": rounded(max((entry.size.sigma for entry in finite), default=None)),
             "non_finite_in_baseline": [name for name, entry in self._baseline.items() if entry is None][:TOP],
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.singular import changes
-
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before = {name: entry for name, entry in self._baseline.items() if entry}
-        comparable = [
-            matrix
-            for matrix in _matrices(model, self._families)
-            if matrix.name in before and before[matrix.name].shape == tuple(matrix.values.shape)
-        ]
-        moves: dict[str, _Move | None] = {}
-        for alike in _alike(comparable):
-            measured = changes([matrix.values for matrix in alike], [before[matrix.name] for matrix in alike])
-            for matrix, change in zip(alike, measured, strict=True):
-                moves[matrix.name] = self._move(matrix, before[matrix.name], change) if change else None
-        if broken := [matrix.module for matrix in comparable if not moves[matrix.name]]:
+        weights = list(_weights(model, self._families))
+        measured = each(lambda alike: self._moves(alike, before), _alike(weights))
+        moves = {matrix.name: (matrix, move) for found in measured for matrix, move in found}
+        if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
-        if not comparable:
+        if not moves:
             return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
-        ranked = sorted((move for move in moves.values() if move), key=lambda move: -move.score)
+        ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
-        result["metrics"]["spectra"] = _spectra(
-            model, ranked[: TOP if result["warnings"] else FEW], context.get("baseline_weights") or {}
-        )
+        shown = ranked[: TOP if result["warnings"] else FEW]
+        result["metrics"]["spectra"] = _leading_values(shown, weights, context.get("baseline_weights") or {})
         return result
 
-    def _move(self, matrix: _Matrix, before: Spectrum, change: Change) -> _Move:
+    def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[_Matrix, _Move | None]]:
+        """Of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
+        from plugins_builtin.guards.singular import changes
+
+        pairs = [
+            (matrix, values)
+            for matrix, values in alike.read()
+            if matrix.name in before and before[matrix.name].shape == values.shape
+        ]
+        matrices, numbers = [matrix for matrix, _ in pairs], [values for _, values in pairs]
+        old = [before[matrix.name] for matrix in matrices]
+        found = changes(numbers, old)
+        return [
+            (matrix, self._move(matrix, spectrum.size, change) if change else None)
+            for matrix, spectrum, change in zip(matrices, old, found, strict=True)
+        ]
+
+    def _move(self, matrix: _Matrix, before: Size, change: Change) -> _Move:
         rows = int((change.rows > self._row_cap).sum())
         sigma = change.after.sigma / before.sigma - 1 if before.sigma else math.inf if change.after.sigma else 0.0
         cap = max(self._caps[matrix.family], 1e-9)
@@ -203,7 +210,55 @@ class _Matrix:
     name: str
     module: str
     family: str
-    values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A weight as a stack of matrices: one, or one for each expert of a fused weight."""
+
+    module: str
+    family: str
+    parameter_name: str
+    parameter: torch.Tensor
+    shape: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameter.nbytes
+
+    @property
+    def is_fused(self) -> bool:
+        return self.parameter.numel() != self.shape[0] * self.shape[1]
+
+    def read(self) -> torch.Tensor:
+        """(matrices, rows, columns); a streamed weight is read once for it."""
+        # A view, because every operation on a streamed weight itself would read it again.
+        return self.parameter.detach().view(self.parameter.shape).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Weights whose matrices have one shape, type and device."""
+
+    weights: Sequence[_Weight]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
+    def read(self) -> Iterator[tuple[_Matrix, torch.Tensor]]:
+        for weight in self.weights:
+            for place, values in enumerate(weight.read()):
+                name = f"{weight.module}[{place}]" if weight.is_fused else weight.module
+                yield _Matrix(name, weight.module, weight.family), values
 
 
 @dataclass(frozen=True)
@@ -211,8 +266,8 @@ class _Move:
     """What an edit did to a matrix."""
 
     matrix: _Matrix
-    before: Spectrum
-    after: Spectrum
+    before: Size
+    after: Size
     change: float
     sigma_change: float
     rows_replaced: int
@@ -245,53 +300,59 @@ class _Move:
         }
 
 
-def _matrices(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Matrix]:
-    """The weights in these families that are there to be read, as matrices."""
+def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weight]:
+    """The weights in these families that are there to be read."""
     from invarlock.quantization.selection import find_weights
 
     for target in find_weights(model):
-        weight, family = target.parameter.detach(), family_of(target.role.value)
+        weight, family = target.parameter, family_of(target.role.value)
         if family not in families or weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
-        if target.layout.name == "CONV":
-            yield _Matrix(target.name, target.name, family, weight.flatten(1))
-        elif weight.ndim == 2:
-            yield _Matrix(target.name, target.name, family, weight)
-        else:
-            experts = enumerate(weight.flatten(0, -3))
-            yield from (_Matrix(f"{target.name}[{place}]", target.name, family, expert) for place, expert in experts)
+        flat = target.layout.name == "CONV"
+        shape = (len(weight), weight.numel() // len(weight)) if flat else (weight.shape[-2], weight.shape[-1])
+        yield _Weight(target.name, family, target.parameter_name, weight, shape)
 
 
-def _spectra(
-    model: torch.nn.Module, moves: Sequence[_Move], baseline: Mapping[str, torch.Tensor]
+def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
+    """Weights whose matrices are worked on together, some dozens at a time."""
+    together: dict[Any, list[_Weight]] = defaultdict(list)
+    for weight in weights:
+        group = together[weight.shape, weight.parameter.dtype, weight.device]
+        group.append(weight)
+        if len(group) == AT_ONCE or len(group) * weight.nbytes >= BYTES_AT_ONCE:
+            yield _Alike([*group])
+            group.clear()
+    yield from (_Alike(group) for group in together.values() if group)
+
+
+def _spectra(alike: _Alike) -> list[tuple[str, Spectrum | None]]:
+    from plugins_builtin.guards.singular import spectra
+
+    matrices, numbers = zip(*alike.read(), strict=True)
+    return [(matrix.name, spectrum) for matrix, spectrum in zip(matrices, spectra(numbers), strict=True)]
+
+
+def _leading_values(
+    moves: Sequence[_Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
-    from invarlock.quantization.selection import find_weights
     from plugins_builtin.guards.singular import leading_values
 
-    names = {target.name: target.parameter_name for target in find_weights(model)}
-    found = []
-    for move in moves:
-        matrix, old = move.matrix, baseline.get(names[move.matrix.module])
-        if matrix.name != matrix.module or old is None or old.numel() != matrix.values.numel():
-            continue
-        before = leading_values(old.reshape(matrix.values.shape), MOST_VALUES)
-        after = leading_values(matrix.values, MOST_VALUES)
-        if before and after:
-            found.append({"module": matrix.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]})
-    return found
+    def values(weight: _Weight) -> dict[str, Any] | None:
+        old = baseline.get(weight.parameter_name)
+        if old is None or old.numel() != weight.parameter.numel():
+            return None
+        new = weight.read()[0]
+        before, after = (leading_values(numbers, MOST_VALUES) for numbers in (old.reshape(new.shape), new))
+        if not before or not after:
+            return None
+        return {"module": weight.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]}
 
-
-def _alike(matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:
-    """Matrices of one shape, type and device together, some dozens at a time."""
-    together: dict[Any, list[_Matrix]] = defaultdict(list)
-    for matrix in matrices:
-        group = together[matrix.values.shape, matrix.values.dtype, matrix.values.device]
-        group.append(matrix)
-        if len(group) == AT_ONCE or len(group) * matrix.values.nbytes >= BYTES_AT_ONCE:
-            yield [*group]
-            group.clear()
-    yield from filter(None, together.values())
+    whole = {
+        weight.module: weight for weight in weights if not weight.is_fused and weight.parameter.numel() <= MOST_NUMBERS
+    }
+    shown = [whole[move.matrix.module] for move in moves if move.matrix.module in whole]
+    return [found for found in each(values, shown) if found]
 
 
 def _replaced(moves: Sequence[_Move]) -> list[str]:
