@@ -29,14 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def test_every_stage_is_told_to_its_end(config, pipeline, monkeypatch) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.001)
     told: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    path = config(guards={"order": ["invariants"]}, output={"save_model": True, "format": "dequantized"})
+    guards = {"order": ["invariants", "spectral", "reconstruction"]}
+    path = config(guards=guards, output={"save_model": True, "format": "dequantized"})
     pipeline(
         load(str(path), [], {}),
         PluginManager.load(Selection()),
         output=OutputFolder(Path("out")),
         on_progress=lambda stage, done, total: told[stage].append((done, total)),
     )
-    expected = {"baseline pass", "edited pass", "quantize", "digests"}
+    expected = {"baseline pass", "edited pass", "quantize", "digests", *guards["order"]}
     if pipeline is run:
         expected |= {"snapshot", "fingerprint", "save"}
     assert told.keys() >= expected

@@ -28,8 +28,17 @@ def showing(shown: Shown) -> Iterator[None]:
         _shown.reset(before)
 
 
-def tell(done: int, total: int) -> None:
-    _shown.get()(done, total)
+class Tally:
+    """What is done of a total, in whatever thread, told to whom the stage shows it that this was made in."""
+
+    def __init__(self, total: int, wrapped: Callable[[Shown], Shown] = lambda shown: shown) -> None:
+        self.total, self.done = total, 0
+        self._shown, self._lock = wrapped(_shown.get()), threading.Lock()
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self.done += amount
+            self._shown(self.done, self.total)
 
 
 def counted(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Item]:
@@ -37,11 +46,10 @@ def counted(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Item
 
     :param size: of an item, in bytes.
     """
-    total, done = sum(map(size, items)), 0
+    tally = Tally(sum(map(size, items)))
     for item in items:
         yield item
-        done += size(item)
-        tell(done, total)
+        tally.add(size(item))
 
 
 @contextmanager

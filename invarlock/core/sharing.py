@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from invarlock.core.errors import PluginError, one_line
+from invarlock.core.progress import Shown, Tally
 from invarlock.core.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -87,8 +88,19 @@ def asked_together(guard: str, ranks: Ranks, ask: Callable[[], Found]) -> list[F
     return together.exchanged("was done", said)
 
 
-def _all_of(work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
-    return side_by_side(lambda of_one: [work(item) for item in of_one], items, lambda item: item.device)
+def _all_of(
+    work: Callable[[SomeWeight], Found],
+    items: Sequence[SomeWeight],
+    summed: Callable[[Shown], Shown] = lambda shown: shown,
+) -> list[Found]:
+    tally = Tally(sum(item.nbytes for item in items), summed)
+
+    def told(item: SomeWeight) -> Found:
+        found = work(item)
+        tally.add(item.nbytes)
+        return found
+
+    return side_by_side(lambda of_one: [told(item) for item in of_one], items, lambda item: item.device)
 
 
 @dataclass
@@ -103,7 +115,7 @@ class _Together:
     def each(self, work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
         mine = items[self.ranks.part([item.nbytes for item in items])]
         try:
-            part = _Part(_all_of(work, mine))
+            part = _Part(_all_of(work, mine, self.ranks.summed))
         except Exception as error:
             part = _Part([], one_line(error), traceback.format_exc())
         # Another number of items is another place: a guard that sees other weights elsewhere must not go on.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.core.progress import tell
+from invarlock.core.progress import Tally
 from invarlock.evaluation.layout import Layout
 from invarlock.evaluation.models import batch_size, device_of, evaluating, logits_of, vocabulary_of
 
@@ -32,23 +32,11 @@ def write_text(model: nn.Module, layout: Layout, count: int, *, seed: int) -> Te
 
     :raises PluginError: the model's output has no logits.
     """
-    written = _Written(count * layout.text)
-    writer = _Writer(model, layout, torch.Generator(device_of(model)).manual_seed(seed), written)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    writer = _Writer(model, layout, generator, Tally(count * layout.text))
     size = writer.rows_at_once()
     with evaluating(model):
         return torch.cat([writer.write(min(size, count - done)).cpu() for done in range(0, count, size)])
-
-
-@dataclass
-class _Written:
-    """How many tokens there are of how many that are wanted."""
-
-    total: int
-    done: int = 0
-
-    def add(self, tokens: int) -> None:
-        self.done += tokens
-        tell(self.done, self.total)
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class _Writer:
     model: nn.Module
     layout: Layout
     generator: torch.Generator
-    written: _Written
+    written: Tally
 
     def rows_at_once(self) -> int:
         # With a cache only the last token's logits exist; without one, or with masks, those of whole rows.

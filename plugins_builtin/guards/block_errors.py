@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import one_line
+from invarlock.core.progress import counted
 from invarlock.evaluation.models import evaluating
 from plugins_builtin.guards.block_leaves import Leaf, observe_leaves
 from plugins_builtin.guards.blocks import CANNOT_RUN, Call, find_blocks, find_parts
@@ -81,6 +82,7 @@ class Reference:
         """
         self.parts: dict[str, Part] = {}
         self.unmeasured = dict.fromkeys(_uncalled(model, calls.keys()), "not called")
+        self.sizes = {name: _nbytes(model.get_submodule(name)) for name in calls}
         blocks = find_blocks(model)
         last = max((place for place, name in enumerate(calls) if name in blocks), default=-1)
         self.tail = tuple(name for place, name in enumerate(calls) if place > last)
@@ -88,7 +90,8 @@ class Reference:
         self.positions = 1
         backward = _Backward()
         with evaluating(model):
-            for name, call in reversed(list(calls.items())):
+            for name in counted(list(calls)[::-1], self.sizes.__getitem__):
+                call = calls[name]
                 try:
                     self._add(name, model.get_submodule(name), call, name in blocks, backward, seed)
                 except CANNOT_RUN as error:
@@ -117,10 +120,14 @@ class Reference:
     def judge(self, model: nn.Module) -> Judgement:
         """Run every part of an edited model on the baseline's calls."""
         moved: dict[str, Tensor] = {}
+        parts = list(self.parts.values())
         with evaluating(model):
             rotation = self._rotation(model)
-            errors = [self._error(part, model, moved, rotation) for part in self.parts.values()]
+            errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
         return Judgement(errors, rotation is not None)
+
+    def _size(self, part: Part) -> int:
+        return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
         """What the edited model rotated all of its hidden states by; None if by nothing.
@@ -236,6 +243,10 @@ def _carried(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> Sequ
     except RuntimeError:
         # It works in place, or its kernels have no gradient: its residual connection is taken for the whole of it.
         return [gradient if leaf is leaves[0] and leaf.shape == gradient.shape else None for leaf in leaves]
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:
