@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from invarlock.core.errors import UsageError, one_line
 from invarlock.core.ranks import Ranks, local_rank
 
 BALANCED = "balanced"
+UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
+"""What transformers needs to read weights that a method packed, where it does not say all of it itself."""
 MARGIN = 1.2
 """Of a device's memory to the weights on it: activations need some, too."""
 
@@ -143,9 +146,15 @@ def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
 
 
 def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes transformers turn packed codes into weights while it loads them; nothing for any other checkpoint."""
-    packing = read_config(model_id, options).get("quantization_config") or {}
-    if packing.get("quant_method") != "compressed-tensors":
+    """What makes transformers turn packed codes into weights while it loads them; nothing for any other checkpoint.
+
+    :raises UsageError: what reads them is not installed.
+    """
+    method = str((read_config(model_id, options).get("quantization_config") or {}).get("quant_method"))
+    missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"model.id: {model_id}: is packed by {method}; to read it: pip install {' '.join(missing)}")
+    if method != "compressed-tensors":
         return {}
     config = _config_of(model_id, options)
     config.quantization_config["dequantize"] = True
@@ -308,10 +317,28 @@ def _unpacked(model: Any, model_id: str) -> Any:
             # Torchao's codes call themselves floating-point weights.
             if hasattr(type(parameter.data), "dequantize") and type(parameter.data) not in (Tensor, Parameter):
                 setattr(module, name, Parameter(parameter.data.dequantize(), requires_grad=False))
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "qweight"):
+            model.set_submodule(name, _dense(module))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     return model
+
+
+def _dense(packed: Any) -> Any:
+    """A linear layer in place of one of gptqmodel, whose kernels differ in all but what they make of an input."""
+    import torch
+
+    bias, packed.bias = packed.bias, None
+    dense = torch.nn.Linear(packed.in_features, packed.out_features, bias=bias is not None, device="meta")
+    with torch.no_grad():
+        # One product a number: nothing is added up that could be rounded.
+        rows = packed(torch.eye(packed.in_features, dtype=packed.scales.dtype, device=packed.scales.device))
+    dense.weight = torch.nn.Parameter(rows.T.contiguous(), requires_grad=False)
+    if bias is not None:
+        dense.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return dense
 
 
 def _resolve(device: str) -> str:
