@@ -339,7 +339,7 @@ def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, (1 << (20 if matrix.device.type == "cpu" else 26)) // max(1, matrix.shape[1]))
+    return max(1, (1 << (21 if matrix.device.type == "cpu" else 26)) // max(1, matrix.shape[1]))
 
 
 def _times(block: Tensor, rows: Tensor) -> Tensor:
