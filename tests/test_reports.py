@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
