@@ -360,6 +360,34 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
     assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.html", "report.json"]
 
 
+@pytest.mark.parametrize("moment", ["render_html", "_write_page"])
+def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
+    invarlock, config, sharded, moment, monkeypatch
+) -> None:
+    start = ("run", "-c", saving(config, sharded, guards={"order": ["invariants"]}), "--stream", "-q", "--out")
+    assert invarlock(*start, "whole").code == 0
+    program = (
+        f"import os, signal, sys\nfrom invarlock.pipeline import assembly\n"
+        f"assembly.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, *map(str, start), "cut"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert Path("cut/report.json").exists() is (moment == "_write_page")
+    written: list[str] = []
+    write = ShardedOutput.write
+    monkeypatch.setattr(
+        ShardedOutput, "write", lambda self, file, *rest: written.append(file) or write(self, file, *rest)
+    )
+    done = invarlock(*start, "cut")
+    assert (done.code, written) == (0, []), done.err
+    assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.html", "report.json"]
+    one, other = digests(Path("whole/model"), "model"), digests(Path("cut/model"), "model")
+    assert one.pop("model/report.json") != other.pop("model/report.json")
+    assert one == other == read_report(Path("cut"))["artifacts"]
+    assert invarlock(*start, "cut").code == 2
+
+
 def test_another_plan_does_not_go_on_with_the_shards_of_the_first(tmp_path) -> None:
     def shards(**identity: int) -> ShardedOutput:
         return ShardedOutput(tmp_path / "model", ["one.safetensors", "two.safetensors"], identity)

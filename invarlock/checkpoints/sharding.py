@@ -23,7 +23,8 @@ from invarlock.core.errors import UsageError
 class ShardedOutput:
     """Shards in a folder that is none of a checkpoint yet, with a journal of those that are whole.
 
-    Only what has the same identity is gone on with: the same input files, plan and format.
+    Only what has the same identity is gone on with: the same input files, plan and format. Journals stay until whoever
+    writes the rest of a run's output has done so.
     """
 
     target: Path
@@ -40,8 +41,8 @@ class ShardedOutput:
         self.folder = self.target.with_name(PARTIAL)
         self.journals = self.target.with_name(JOURNALS)
         self._done = self._kept()
-        if not self._done and self.rank == 0:
-            self.discard()
+        if self.rank == 0:
+            self._take_up()
         for folder in (self.folder, self.journals):
             folder.mkdir(parents=True, exist_ok=True)
         own = self.journals / f"{self.rank}.json"
@@ -80,13 +81,21 @@ class ShardedOutput:
                 f"output.dir: {self.folder} lacks {missing[0]}, which another process wrote somewhere else; give all "
                 "processes one output folder that they share"
             )
-        for stray in self.folder.glob(".*.partial"):
-            stray.unlink()
+        for stray in self.folder.iterdir():
+            if stray.name not in self.files:
+                stray.unlink()
         if list(self.files) != [SINGLE]:
             self._write_index(done)
         yield self.folder
         put_in_place(self.folder, self.target)
-        shutil.rmtree(self.journals, ignore_errors=True)
+
+    def _take_up(self) -> None:
+        """Go on with what an earlier process left, or begin."""
+        if not self._done:
+            self.discard()
+        elif self.target.is_dir() and not self.folder.exists():
+            # It was killed when the folder had taken its place, and the report had not.
+            self.target.rename(self.folder)
 
     def discard(self) -> None:
         for folder in (self.folder, self.journals):

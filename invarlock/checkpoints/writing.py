@@ -110,8 +110,9 @@ class OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output.dir: {self.path} is a file; choose a folder")
         there = [name for name in ARTIFACTS if (self.path / name).exists()]
-        # A run that was killed when it had saved the model, and not yet its report, is no other one's.
-        unfinished = there == ["model"] and (self.path / "model" / "report.json").is_file()
+        # A run that was killed when it had saved the model, and not yet all of its report, is no other one's.
+        saved = there == ["model"] and (self.path / "model" / "report.json").is_file()
+        unfinished = saved or ((self.path / JOURNALS).is_dir() and "report.html" not in there)
         if there and not self.force and not unfinished:
             raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
         if self.sign and (others := self._others()):
@@ -126,7 +127,7 @@ class OutputFolder:
         return sorted(path.name for path in self.path.glob("*") if path.name not in known)
 
     def clear_unfinished(self) -> None:
-        """Remove what a streamed run that was killed left, once there is another run's output."""
+        """Remove what streamed runs go on with when they are killed, once all is written."""
         for name in (PARTIAL, JOURNALS):
             shutil.rmtree(self.path / name, ignore_errors=True)
 

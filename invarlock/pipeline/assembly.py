@@ -135,8 +135,6 @@ def write(
     """
     with unwritable_said(output.path, undo=output.clear):
         output.clear()
-        if shards is None:
-            output.clear_unfinished()
         if save is not None:
             with shards.completed() if shards else staged_folder(output.path / "model") as folder:
                 with clock.stage("save"):
@@ -144,19 +142,35 @@ def write(
                 with clock.stage("digests"):
                     report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
+        # Drawn before, so that a run that is killed meanwhile has no report and can be started again.
+        page = _drawn(report, output)
         write_text(output.path / "report.json", reporting.to_json(report))
     # What is written by now stays, whatever becomes of the page and the signature.
-    _write_page(report, output)
+    if page:
+        _write_page(page, output)
+    output.clear_unfinished()
     if output.sign:
         output.sign(output.path)
 
 
-def _write_page(report: dict[str, Any], output: OutputFolder) -> None:
+def _drawn(report: dict[str, Any], output: OutputFolder) -> str | None:
     try:
-        write_text(output.path / "report.html", render_html(report, output.path))
+        return render_html(report, output.path)
     except Exception as error:
-        log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
-        log.debug("report.html", exc_info=True)
+        _without_page(error)
+        return None
+
+
+def _write_page(page: str, output: OutputFolder) -> None:
+    try:
+        write_text(output.path / "report.html", page)
+    except OSError as error:
+        _without_page(error)
+
+
+def _without_page(error: Exception) -> None:
+    log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
+    log.debug("report.html", exc_info=True)
 
 
 def _module_section(module: Any) -> reporting.ModuleSection:
