@@ -123,7 +123,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         shard[name] = weight.bfloat16()
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
             flush()
-    flush()
+    if shard:
+        flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
