@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -552,6 +554,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(config, sharded) -> None:
     assert "output.dir: out could not be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(Path("out").iterdir()) == []
+
+
+def _as_others() -> None:
+    """Root may write anywhere (CAP_DAC_OVERRIDE), unless it gives that up for what it starts (PR_CAPBSET_DROP)."""
+    ctypes.CDLL(None).prctl(24, 1)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "memory"])
+def test_a_folder_without_write_permission_is_one_line(config, sharded, stream) -> None:
+    path = saving(config, sharded, guards={"order": ["invariants"]})
+    Path("locked").mkdir(mode=0o500)
+    before = digests(sharded, "input")
+    arguments = ["run", "-c", str(path), "--out", "locked/out", "-q", *(["--stream"] if stream else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "invarlock", *arguments], capture_output=True, text=True, preexec_fn=_as_others
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"invarlock: error: output\.dir: no permission to write to \S+locked\n", done.stderr)
+    assert list(Path("locked").iterdir()) == []
+    assert digests(sharded, "input") == before
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
