@@ -49,6 +49,7 @@ class Streaming(Mapping[str, Tensor]):
         self.left_out: set[str] = set()
         """Tensors of the checkpoint that are a tied parameter once more."""
         self._parts = {name: part for part in parts for name in part.parameters}
+        self._holding = {stored: part for part in self._parts.values() for stored in part.stored}
         self._dtypes: dict[str, torch.dtype] = {}
         parameters: dict[str, LazyTensor] = {}
         for names, empty in tied(model):
@@ -80,9 +81,8 @@ class Streaming(Mapping[str, Tensor]):
 
     def parts_in(self, file: str) -> list[Part]:
         """All that a shard holds, or holds some of, but for what is left out; what is no parameter, too."""
-        holding = {stored: part for part in self._parts.values() for stored in part.stored}
         names = [name for name in self.checkpoint.names_in(file) if name not in self.left_out]
-        return list(dict.fromkeys(holding.get(name, Part((name,), (name,))) for name in names))
+        return list(dict.fromkeys(self._holding.get(name, Part((name,), (name,))) for name in names))
 
     def undo(self, model: nn.Module) -> list[str]:
         """Put back every parameter and buffer that is not the model's own any more; returns their names."""

@@ -21,6 +21,7 @@ from itertools import accumulate, count
 from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.progress import Shown
 
 Found = TypeVar("Found")
 
@@ -163,7 +164,7 @@ class Ranks:
         """What the first process makes of it, on all of them; no other one makes it."""
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
 
-    def summed(self, show: Callable[[int, int], object]) -> Callable[[int, int], object]:
+    def summed(self, show: Shown) -> Shown:
         """Progress of work that is shared: each process tells what is done of its part, and how large that is.
 
         All have to call this in the same order.
@@ -230,7 +231,7 @@ class Ranks:
 class _Summed:
     store: Any
     name: str
-    show: Callable[[int, int], object]
+    show: Shown
     done: int = 0
     total: int = 0
 

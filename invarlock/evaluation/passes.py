@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from invarlock.core.progress import Shown
 from invarlock.evaluation.heads import Head, set_aside_head
 from invarlock.evaluation.layout import UNSCORED, Windows
 from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, is_streamed, logits_of
@@ -23,9 +24,6 @@ from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Rows, Tap, attached
 
 CHUNK_BYTES = 4 * 2**20
-
-Progress = Callable[[int, int], object]
-"""Called with the windows done and the windows there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ def measure(
     taps: Iterable[Mapping[str, Tap]] = (),
     reference: TokenRecord | None = None,
     calls: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Shown | None = None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
 
@@ -106,7 +104,7 @@ def measure(
 class _Batches:
     """Batches of windows; a batch counts as done when the next one is asked for."""
 
-    def __init__(self, model: nn.Module, total: int, on_progress: Progress | None) -> None:
+    def __init__(self, model: nn.Module, total: int, on_progress: Shown | None) -> None:
         self.model, self.total, self.on_progress, self.done = model, total, on_progress, 0
 
     def of(self, windows: Windows) -> Iterator[Windows]:
@@ -124,7 +122,7 @@ def _together(
     task: Task,
     taps: Iterable[Mapping[str, Tap]],
     watch: Watch,
-    on_progress: Progress | None,
+    on_progress: Shown | None,
 ) -> tuple[Tensor, Tensor]:
     """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit.
 

@@ -25,6 +25,7 @@ from invarlock.checkpoints.streamed import Edit, Part, Streaming, streaming_of
 from invarlock.checkpoints.writing import OutputFolder, unwritable_said
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import counted, showing
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
@@ -153,11 +154,12 @@ class _StreamedRun:
 
     def _attempt(self, number: int, plan: Plan) -> Attempt:
         judge = self.judge
-        with judge.clock.stage("quantize"), unwritable_said(self.output.path):
+        with judge.clock.stage("quantize") as shown, unwritable_said(self.output.path):
             if self.export is not None:
                 self.export.scheme = plan.scheme
                 self.shards = self._open_shards(plan)
-            modules = self._round_all(plan.scheme)
+            with showing(judge.ranks.summed(shown)):
+                modules = self._round_all(plan.scheme)
         self.streaming.edit = self._edit(plan.scheme)
         edit = {
             "name": judge.config.edit.name,
@@ -197,15 +199,10 @@ class _StreamedRun:
         """
         checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.judge.ranks
         files = checkpoint.files[ranks.rank :: ranks.size]
-        total = sum(checkpoint.nbytes_of(file) for file in files)
         notes: list[dict[str, Any]] = []
-        shown = ranks.summed(partial(self.judge.on_progress, "quantize"))
-        done = 0
-        for file in files:
+        for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
             notes += self._round_shard(file, scheme, scratch) if noted is None else noted
-            done += checkpoint.nbytes_of(file)
-            shown(done, total)
         found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
         return [_weight_of(found[target.parameter_name]) for target in self.targets.values()]
 
@@ -215,7 +212,7 @@ class _StreamedRun:
         tensors: dict[str, Tensor] = {}
         notes: list[dict[str, Any]] = []
         for part in self.streaming.parts_in(file):
-            here = [name for name in part.stored if name in entries and entries[name].file == file]
+            here = [name for name in part.stored if entries[name].file == file]
             if self.targets.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
