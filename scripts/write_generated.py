@@ -14,7 +14,7 @@ from pathlib import Path
 
 from invarlock import hookspecs
 from invarlock.config.schema import keys
-from invarlock.plugins.catalog import HOOKS
+from invarlock.plugins.checking import HOOKS
 from invarlock.reporting.report import make_json_schema
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import pytest
 
 from invarlock import hookspecs
 from invarlock.core.errors import ExitCode
-from invarlock.plugins.catalog import GROUPS
+from invarlock.plugins.plugin import GROUPS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
 GROUP_NAMES = set(GROUPS.values())

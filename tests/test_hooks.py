@@ -15,7 +15,7 @@ import pytest
 from conftest import DEMO, Done, read_report
 
 from invarlock import hookspecs
-from invarlock.plugins.catalog import HOOKS
+from invarlock.plugins.checking import HOOKS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "hooks.md").read_text()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from invarlock.plugins.catalog import Catalog, Kind, Selection, Status
+from invarlock.plugins.catalog import Catalog, Selection
+from invarlock.plugins.plugin import Kind, Status
 
 GUARD = """
 from invarlock.core.api import Guard

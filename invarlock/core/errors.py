@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -38,6 +41,24 @@ class PluginError(InvarlockError):
     """A plugin failed; the message begins with its name."""
 
 
+class EscapedError(InvarlockError):
+    """A ``SystemExit``, a ``GeneratorExit`` or the like out of code that is not ours, as an error like any other."""
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Run foreign code in the block: of what is no ``Exception`` only Ctrl-C leaves it as it is.
+
+    :raises EscapedError: in place of anything else that would end the process unseen by ``except Exception``.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise EscapedError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to a misspelled one, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -46,7 +67,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """An exception as a single line: its type, unless it is one of ours, and its message."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception as failure:
+        text = f"its message cannot be had: {type(failure).__name__}"
     if isinstance(error, InvarlockError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def located(error: BaseException, file: str | None = None) -> str:
+    """An exception as a single line, with the file and the line that it was raised at.
+
+    :param file: prefer the innermost frame of this file to the innermost one of all.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
+    return f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})" if frame else one_line(error)

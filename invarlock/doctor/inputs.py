@@ -17,8 +17,8 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InvarlockError, UsageError, one_line
 from invarlock.doctor.findings import Finding, Status, size
 from invarlock.pipeline.judging import Judge
-from invarlock.plugins.catalog import Kind
 from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.plugin import Kind
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's limit of memory stands."""

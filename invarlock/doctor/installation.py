@@ -11,8 +11,9 @@ from packaging.specifiers import SpecifierSet
 
 from invarlock.core.errors import one_line
 from invarlock.doctor.findings import Finding, Status
-from invarlock.plugins import catalog
-from invarlock.plugins.catalog import OWN_DISTRIBUTION, Catalog, Plugin
+from invarlock.plugins.catalog import Catalog
+from invarlock.plugins.plugin import OWN_DISTRIBUTION, Plugin
+from invarlock.plugins.plugin import Status as PluginStatus
 
 NAMED = ("torch", "transformers")
 """What a reader wants to know the versions of."""
@@ -20,7 +21,7 @@ NAMED = ("torch", "transformers")
 
 def plugins(found: Catalog) -> Iterator[Finding]:
     """Each plugin that cannot be used and why; how many can."""
-    ready = [plugin for plugin in found.plugins if plugin.status is catalog.Status.READY]
+    ready = [plugin for plugin in found.plugins if plugin.status is PluginStatus.READY]
     yield Finding(Status.OK, "plugins", f"{len(ready)} are ready")
     for plugin in found.plugins:
         if plugin not in ready:
@@ -31,9 +32,9 @@ def _unready(plugin: Plugin) -> Finding:
     what = f"{plugin.label}: {plugin.error}"
     if plugin.options_missing:
         return Finding(Status.OK, "plugins", what, f"give its options as guards.{plugin.name}.OPTION")
-    if plugin.status is catalog.Status.BLOCKED:
+    if plugin.status is PluginStatus.BLOCKED:
         return Finding(Status.NOT_CHECKED, "plugins", what)
-    if plugin.status is catalog.Status.MISSING:
+    if plugin.status is PluginStatus.MISSING:
         return Finding(Status.WARNING, "plugins", what, "install it if you need the plugin")
     who = f"{plugin.distribution} {plugin.version}" if plugin.distribution else plugin.module
     return Finding(Status.PROBLEM, "plugins", what, f"update or remove {who}, or turn it off: -p no:{plugin.name}")

@@ -5,102 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from invarlock import __version__, hookspecs
+from invarlock import __version__
 from invarlock.core.api import Guard, ModelAdapter
-from invarlock.core.errors import UsageError, nearest, one_line
+from invarlock.core.errors import UsageError, contained, located, nearest, one_line
+from invarlock.plugins.checking import check, hook_marks
+from invarlock.plugins.plugin import GROUPS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
 
-OWN_DISTRIBUTION = "invarlock"
-
-
-class Kind(StrEnum):
-    ADAPTER = "adapter"
-    EDIT = "edit"
-    GUARD = "guard"
-    HOOKS = "hooks"
-    """Neither loads nor judges: wrappers, commands, readers of the report."""
-
-
-class Origin(StrEnum):
-    BUILTIN = "builtin"
-    PLUGIN = "plugin"
-    LOCAL = "local"
-    """Named with ``-p`` or ``plugins:``, not installed."""
-
-
-class Status(StrEnum):
-    READY = "ready"
-    MISSING = "missing"
-    """It needs a distribution that is not installed."""
-    ERROR = "error"
-    """It does not import, cannot be constructed, or its hooks are wrong."""
-    BLOCKED = "blocked"
-    """Turned off with ``-p no:NAME``; it was not imported."""
-
-
-GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters", Kind.HOOKS: "invarlock.hooks"}
-BASES: dict[Kind, type] = {Kind.GUARD: Guard, Kind.ADAPTER: ModelAdapter}
-
-
-@dataclass
-class Plugin:
-    """One plugin, ready or not, and why not."""
-
-    name: str
-    kind: Kind
-    origin: Origin
-    module: str
-    attribute: str = ""
-    distribution: str | None = None
-    version: str | None = None
-    status: Status = Status.READY
-    error: str | None = None
-    trace: str | None = None
-    factory: Any = None
-    """A class of the class form, or a module or object with hook implementations."""
-    instance: Any = None
-    """What is registered for hook calls: made from a class without options, or the module or object itself."""
-    requires: tuple[str, ...] = ()
-    hooks: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.name}"
-
-    @property
-    def entry_point(self) -> str | None:
-        group = GROUPS.get(self.kind)
-        if group is None or self.origin is Origin.LOCAL:
-            return None
-        return f"{group}: {self.name} = {self.module}" + (f":{self.attribute}" if self.attribute else "")
-
-    @property
-    def is_class(self) -> bool:
-        return inspect.isclass(self.factory)
-
-    @property
-    def options_missing(self) -> bool:
-        """Whether all that keeps a class from being ready are options that only a configuration can give."""
-        derived = self.is_class and issubclass(self.factory, Guard | ModelAdapter)
-        return derived and self.instance is None and self.status is Status.ERROR
-
-    def fail(self, error: str, status: Status = Status.ERROR, trace: str | None = None) -> None:
-        self.status, self.error, self.trace = status, error, trace
-
-    def require_ready(self) -> None:
-        """:raises UsageError: when somebody asked by name for a plugin that cannot be used."""
-        if self.status is not Status.READY:
-            raise UsageError(f"{self.label} is {_WHY[self.status]}: {self.error}")
-
-
-_WHY = {Status.MISSING: "not usable here", Status.ERROR: "broken", Status.BLOCKED: "blocked"}
+log = logging.getLogger("invarlock")
 
 
 @dataclass(frozen=True)
@@ -116,7 +37,9 @@ class Selection:
         """Split ``-p`` values into those to load and, as ``no:NAME``, those to block."""
         names = tuple(names)
         blocked = frozenset(name.removeprefix("no:") for name in names if name.startswith("no:"))
-        modules = tuple(dict.fromkeys(name for name in names if not name.startswith("no:")))
+        modules = dict.fromkeys(name for name in names if not name.startswith("no:"))
+        for name in modules.keys() & blocked:
+            log.warning("-p %s: is not loaded, -p no:%s blocks it", name, name)
         return cls(tuple(name for name in modules if name not in blocked), blocked, autoload)
 
 
@@ -157,7 +80,16 @@ class Catalog:
         """Import a module that somebody named, and take what it holds as plugins."""
         module = _import_local(name, [plugin.name for plugin in installed])
         added = list(_local_plugins(name, module))
+        if not added:
+            raise UsageError(
+                f"-p {name}: {_origin_of(module)} has no hook implementations and no classes derived from Guard or "
+                "ModelAdapter"
+            )
         for plugin in added:
+            if taken := self.named(plugin.name, plugin.kind):
+                raise UsageError(
+                    f"-p {name}: the name of its {plugin.label} is taken, {taken[0].whose}; give yours another name"
+                )
             self.add(plugin)
         return added
 
@@ -166,7 +98,7 @@ class Catalog:
 
         :raises UsageError: it cannot be used.
         """
-        _check(plugin)
+        check(plugin)
         plugin.require_ready()
         self.plugins.append(plugin)
 
@@ -248,28 +180,54 @@ def _block(plugins: list[Plugin], installed: list[Plugin], selection: Selection)
 def _load(plugin: Plugin) -> None:
     """Import an installed plugin; whatever goes wrong becomes its state, and hurts nobody else."""
     try:
-        plugin.factory = importlib.import_module(plugin.module)
-        for part in filter(None, plugin.attribute.split(".")):
-            plugin.factory = getattr(plugin.factory, part)
+        with contained():
+            plugin.factory = importlib.import_module(plugin.module)
+            for part in filter(None, plugin.attribute.split(".")):
+                plugin.factory = getattr(plugin.factory, part)
     except Exception as error:
         plugin.fail(one_line(error), trace=traceback.format_exc())
     else:
-        _check(plugin)
+        check(plugin)
 
 
 def _import_local(name: str, known: Iterable[str]) -> ModuleType:
+    """Import a module that somebody named.
+
+    :raises UsageError: it is not there, does not import, or is another one than that of the working folder.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*", name) or name.endswith(".py"):
+        stem = Path(name.removesuffix(".py")).name
+        raise UsageError(f"-p {name}: takes the name of a module, not a path; from its folder: -p {stem}")
     # Last on the path: a file of the working folder must not take the place of an installed module.
     if "" not in sys.path:
         sys.path.append("")
     try:
-        return importlib.import_module(name)
+        with contained():
+            module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             hint = nearest(name, known)
             raise UsageError(f"-p {name}: there is no plugin and no module of that name{hint}") from None
         raise UsageError(f"-p {name}: does not import: {one_line(error)}") from error
     except Exception as error:
-        raise UsageError(f"-p {name}: does not import: {one_line(error)}") from error
+        raise UsageError(f"-p {name}: does not import: {located(error)}") from error
+    if (shadowed := _shadowed(name, module)) is not None:
+        raise UsageError(f"-p {name}: {_origin_of(module)} has the name of {shadowed}; rename that file")
+    return module
+
+
+def _shadowed(name: str, module: ModuleType) -> Path | None:
+    """The file of the working folder that somebody meant, and another module came in its place."""
+    stem = Path(*name.split("."))
+    found = getattr(module, "__file__", None)
+    meant = next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+    return meant if meant and (found is None or not Path(found).exists() or not meant.samefile(found)) else None
+
+
+def _origin_of(module: ModuleType) -> str:
+    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return f"the module {module.__name__} of Python itself"
+    return f"the module {module.__name__} ({getattr(module, '__file__', None) or 'a namespace'})"
 
 
 def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
@@ -291,68 +249,3 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
 def _is_plain_hook(owner: Any, name: str) -> bool:
     marks = hook_marks(getattr(owner, name, None))
     return marks is not None and not marks.get("wrapper") and not marks.get("hookwrapper")
-
-
-def hook_marks(function: Any) -> dict[str, Any] | None:
-    """What ``@hookimpl`` left on a function; None when it is not marked."""
-    return getattr(function, "invarlock_impl", None)
-
-
-HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("invarlock_"))
-
-
-def _check(plugin: Plugin) -> None:
-    """Find out whether an imported plugin can be used, and make the instance that hook calls reach."""
-    plugin.requires = tuple(getattr(plugin.factory, "requires", ()))
-    missing = [name for name in plugin.requires if not _is_installed(name)]
-    if missing:
-        plugin.fail(f"needs {' '.join(missing)}: pip install {' '.join(missing)}", Status.MISSING)
-        return
-    if plugin.is_class:
-        base = BASES.get(plugin.kind)
-        if base and not issubclass(plugin.factory, base):
-            plugin.fail(f"the class {plugin.factory.__name__} is not derived from invarlock.core.api.{base.__name__}")
-            return
-        try:
-            plugin.instance = plugin.factory()
-        except Exception as error:
-            plugin.fail(f"cannot be constructed without options: {one_line(error)}", trace=traceback.format_exc())
-            return
-    else:
-        plugin.instance = plugin.factory
-    _check_hooks(plugin)
-
-
-def _check_hooks(plugin: Plugin) -> None:
-    candidates = {
-        name: getattr(plugin.instance, name) for name in dir(plugin.instance) if name.startswith("invarlock_")
-    }
-    marked = {name for name, value in candidates.items() if hook_marks(value) is not None}
-    for name in sorted(candidates):
-        if name in marked and name not in HOOKS:
-            plugin.fail(f"unknown hook {name!r}{nearest(name, HOOKS)}")
-        elif name not in marked and name in HOOKS and callable(candidates[name]):
-            plugin.fail(f"{name} is not marked; put @invarlock.hookimpl above it")
-        elif name in marked:
-            _check_arguments(plugin, name, candidates[name])
-    if not marked and plugin.status is Status.READY:
-        plugin.fail(f"{plugin.module} implements no hook; known are {', '.join(HOOKS)}")
-    plugin.hooks = tuple(sorted(marked & set(HOOKS)))
-
-
-def _check_arguments(plugin: Plugin, hook: str, function: Any) -> None:
-    given = inspect.signature(getattr(hookspecs, hook)).parameters
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in given:
-            hint = nearest(name, given) or f"; it has {', '.join(given)}"
-            plugin.fail(f"{hook} has no argument {name!r}{hint}")
-        elif parameter.default is not parameter.empty:
-            plugin.fail(f"{hook}: the argument {name!r} has a default, so it would never be passed; remove the default")
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

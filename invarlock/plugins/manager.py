@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.api import ModelAdapter, OptionNotTakenError
-from invarlock.core.errors import PluginError, UsageError, nearest, one_line
+from invarlock.core.api import Guard, ModelAdapter, OptionNotTakenError
+from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
 from invarlock.core.ranks import PeerError
 from invarlock.core.results import GuardResult, plain
 from invarlock.core.sections import ReportSection
-from invarlock.plugins.catalog import Catalog, Kind, Plugin, Selection, Status, hook_marks
-from invarlock.plugins.observation import Observation
+from invarlock.plugins.catalog import Catalog, Selection
+from invarlock.plugins.checking import hook_marks
+from invarlock.plugins.construction import construct
+from invarlock.plugins.faults import Faults, Threads
+from invarlock.plugins.observation import Observation, taps_of
+from invarlock.plugins.plugin import Kind, Origin, Plugin, Status
 from invarlock.plugins.trace import trace_calls, trace_discovery
 
 log = logging.getLogger("invarlock")
@@ -48,6 +53,19 @@ class Prepared:
     error: str | None = None
     """The traceback, or the message where there is none."""
 
+    @classmethod
+    def from_plugin(cls, returned: object) -> Prepared:
+        """Read what ``prepare`` returned."""
+        if returned is not None and not isinstance(returned, Mapping):
+            return cls.failed(f"prepare returned {type(returned).__name__}, not a dict with 'ready'")
+        if not isinstance(ready := (returned or {}).get("ready", True), bool):
+            return cls.failed(f"'ready' is a {type(ready).__name__}, not True or False")
+        return cls(plain(returned or {}))
+
+    @classmethod
+    def failed(cls, message: str, trace: str | None = None) -> Prepared:
+        return cls(message=message, error=trace or message)
+
     @property
     def ready(self) -> bool:
         return self.error is None and bool(self.returned.get("ready", True))
@@ -61,6 +79,9 @@ class PluginManager:
         self._pluggy = pluggy.PluginManager("invarlock")
         self._pluggy.add_hookspecs(hookspecs)
         trace_calls(self._pluggy)
+        self.faults = Faults()
+        """Of wrappers and threads while guards were asked; whoever folds a verdict takes them."""
+        self._threads = Threads(self.faults)
         # Registered first, so called last: pluggy calls the most recently registered plugin first.
         self._defaults = _DefaultAdapter()
         self._pluggy.register(self._defaults, "defaults")
@@ -96,16 +117,65 @@ class PluginManager:
         if plugin.instance is None or waits_for_options or self._pluggy.is_registered(plugin.instance):
             return
         if plugin.status is Status.READY:
-            self._pluggy.register(plugin.instance, plugin.label)
+            try:
+                with contained():
+                    self._admit(plugin.instance, plugin.label)
+            except Exception as error:
+                plugin.fail(f"cannot be registered: {one_line(error)}", trace=traceback.format_exc())
+
+    def _admit(self, instance: Any, name: str) -> None:
+        """Register what implements hooks, and hold its wrappers to account."""
+        self._pluggy.register(instance, name)
+        for caller in self._pluggy.get_hookcallers(instance) or ():
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is instance and implementation.wrapper:
+                    around = self.faults.accountable(name, caller.name, implementation.function)
+                    implementation.function = around  # type: ignore[misc]
+
+    def watching_threads(self) -> AbstractContextManager[None]:
+        """Meanwhile a thread that fails is a fault of the plugin that started it."""
+        return self._threads.watched()
+
+    @contextmanager
+    def _turn(self, plugin: str) -> Iterator[None]:
+        """Ask a plugin in the block: what leaves it is an ``Exception``, or Ctrl-C."""
+        with self._threads.of(plugin), contained():
+            yield
+
+    @contextmanager
+    def _answering(self, plugin: str, hook: str, file: str | None = None) -> Iterator[None]:
+        """Ask a plugin for what nobody can do without.
+
+        :raises PluginError: it failed, or a wrapper around it did.
+        """
+        try:
+            with self._turn(plugin):
+                yield
+        except (UsageError, PluginError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{plugin}: {hook}: {located(error, file)}") from error
+        if faults := self.faults.take():
+            raise PluginError("; ".join(f"{fault.source}: {fault.message}" for fault in faults))
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def add_commands(self, subparsers: Any) -> None:
         for plugin, hook in self._each("invarlock_add_commands"):
             try:
-                hook(subparsers=subparsers)
-            except Exception as error:
-                log.warning("%s: invarlock_add_commands: %s", plugin, one_line(error))
+                with self._answering(plugin, "invarlock_add_commands"):
+                    hook(subparsers=subparsers)
+            except InvarlockError as error:
+                self._unsound(plugin, one_line(error))
+
+    def _unsound(self, label: str, what: str) -> None:
+        """A plugin that failed while the command line was read: listed so, and told to whoever asked for it."""
+        for plugin in self.catalog.plugins:
+            if plugin.label == label:
+                plugin.fail(what)
+                if plugin.origin is not Origin.LOCAL:
+                    return
+        log.warning("%s", what)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -116,16 +186,11 @@ class PluginManager:
         """
         if adapter != "auto":
             plugin = self.catalog.get(adapter, Kind.ADAPTER, "model.adapter")
-            try:
-                model = self._only("invarlock_load_model", plugin.instance)(
-                    model_id=model_id, device=device, options=options
-                )
-            except (UsageError, PeerError):
-                raise
-            except OSError as error:
-                raise UsageError(f"adapter {adapter}: model.id: {error}") from error
-            except Exception as error:
-                raise PluginError(f"adapter {adapter}: load_model: {one_line(error)}") from error
+            with self._answering(plugin.label, "load_model", plugin.file):
+                try:
+                    model = self._loaded_by(plugin, model_id, device, options)
+                except OSError as error:
+                    raise UsageError(f"adapter {adapter}: model.id: {error}") from error
             if model is None:
                 raise UsageError(f"adapter {adapter}: model.id: it does not load {model_id}; try model.adapter: auto")
             return model, Adapter(self, plugin)
@@ -139,7 +204,8 @@ class PluginManager:
                 continue
             plugin = by_instance[id(instance)]
             try:
-                model = self._only("invarlock_load_model", instance)(model_id=model_id, device=device, options=options)
+                with self._turn(plugin.label):
+                    model = self._loaded_by(plugin, model_id, device, options)
             except OptionNotTakenError as error:
                 reasons.append(f"{plugin.name}: {one_line(error)}")
             except (UsageError, PeerError):
@@ -148,10 +214,16 @@ class PluginManager:
                 log.warning("adapter %s: load_model: %s; asking the next one", plugin.name, one_line(error))
                 reasons.append(f"{plugin.name}: {one_line(error)}")
             else:
-                if model is not None:
-                    return model, Adapter(self, plugin)
+                with self._answering(plugin.label, "load_model"):
+                    if model is not None:
+                        return model, Adapter(self, plugin)
                 reasons.append(f"{plugin.name} does not own it")
         raise UsageError(f"model.id: no adapter loads {model_id} ({'; '.join(reasons)})")
+
+    def _loaded_by(self, plugin: Plugin, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
+        # A copy: what one adapter changes of the options is nothing that the next one may see.
+        load = self._only("invarlock_load_model", plugin.instance)
+        return load(model_id=model_id, device=device, options=dict(options))
 
     # -- guards --------------------------------------------------------------------------------------------------------
 
@@ -168,19 +240,28 @@ class PluginManager:
                 log.warning("guards.%s: has options, but is not in guards.order: the guard is skipped", name)
         slots = []
         for place, name in enumerate(order):
-            policy = dict(options.get(name, {}))
+            policy = copy.deepcopy(dict(options.get(name, {})))
             plugin = self.catalog.find(name, Kind.GUARD, "guards.order")
-            instance = _construct(plugin, policy)
-            if not self._pluggy.is_registered(instance):
-                self._pluggy.register(instance, f"{plugin.label} at guards.order.{place}")
+            with self._answering(plugin.label, "registration", plugin.file):
+                instance = construct(plugin, policy)
+                if not self._pluggy.is_registered(instance):
+                    self._admit(instance, f"{plugin.label} at guards.order.{place}")
             slots.append(GuardSlot(name, plugin, instance, policy))
         return slots
+
+    def watches(self, slot: GuardSlot) -> bool:
+        """Whether a guard, or a wrapper around it, has an ``observe`` of its own."""
+        implementations = self._only("invarlock_observe", slot.instance).get_hookimpls()
+        default = getattr(type(slot.instance), "observe", None) is Guard.observe
+        return any(implementation.plugin is not slot.instance or not default for implementation in implementations)
 
     def observe(self, slot: GuardSlot, model: Any, adapter: Adapter) -> Observation:
         hook = self._only("invarlock_observe", slot.instance)
         observation = Observation()
         try:
-            observation.wanted = hook(model=model, adapter=adapter, policy=slot.policy, guard=slot.name) or {}
+            with self._turn(slot.plugin.label):
+                wanted = hook(model=model, adapter=adapter, policy=copy.deepcopy(slot.policy), guard=slot.name)
+                observation.wanted = taps_of(wanted)
             unknown = observation.wanted.keys() - dict(model.named_modules()).keys()
             if unknown:
                 raise PluginError(f"the model has no module {', '.join(sorted(unknown))}")
@@ -192,50 +273,58 @@ class PluginManager:
     def prepare(self, slot: GuardSlot, model: Any, adapter: Adapter, calib: Any) -> Prepared:
         hook = self._only("invarlock_prepare", slot.instance)
         try:
-            returned = hook(model=model, adapter=adapter, calib=calib, policy=slot.policy, guard=slot.name)
+            with self._turn(slot.plugin.label):
+                policy = copy.deepcopy(slot.policy)
+                returned = hook(model=model, adapter=adapter, calib=calib, policy=policy, guard=slot.name)
+                return Prepared.from_plugin(returned)
         except Exception as error:
-            return Prepared(message=f"prepare: {one_line(error)}", error=traceback.format_exc())
-        if returned is not None and not isinstance(returned, Mapping):
-            message = f"prepare returned {type(returned).__name__}, not a dict with 'ready'"
-            return Prepared(message=message, error=message)
-        return Prepared(plain(returned or {}))
+            return Prepared.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
 
     def validate(self, slot: GuardSlot, model: Any, adapter: Adapter, context: Mapping[str, Any]) -> GuardResult:
         hook = self._only("invarlock_validate", slot.instance)
         try:
-            returned = hook(model=model, adapter=adapter, context={**context, "policy": slot.policy}, guard=slot.name)
+            with self._turn(slot.plugin.label):
+                own = {**context, "policy": copy.deepcopy(slot.policy)}
+                returned = hook(model=model, adapter=adapter, context=own, guard=slot.name)
+                return GuardResult.from_plugin(slot.name, returned)
         except Exception as error:
-            return GuardResult.failed(slot.name, one_line(error), traceback.format_exc())
-        return GuardResult.from_plugin(slot.name, returned)
+            return GuardResult.failed(slot.name, located(error, slot.plugin.file), traceback.format_exc())
 
     # -- the report ----------------------------------------------------------------------------------------------------
 
     def attempt_finished(self, attempt: int, report: dict[str, Any]) -> None:
-        self._tell("invarlock_attempt_finished", attempt=attempt, report=report)
+        """:raises PluginError: a plugin failed."""
+        for plugin, hook in self._each("invarlock_attempt_finished"):
+            with self._answering(plugin, "invarlock_attempt_finished"):
+                hook(attempt=attempt, report=copy.deepcopy(report))
 
-    def run_finished(self, report: dict[str, Any]) -> None:
-        self._tell("invarlock_run_finished", report=report)
-
-    def _tell(self, name: str, **arguments: Any) -> None:
-        """Call every implementation of a hook that returns nothing.
+    def run_finished(self, report: dict[str, Any]) -> dict[str, Any]:
+        """What plugins have to add to a report below ``extra``.
 
         :raises PluginError: one of them failed.
         """
-        for plugin, hook in self._each(name):
-            try:
-                hook(**arguments)
-            except Exception as error:
-                raise PluginError(f"{plugin}: {name}: {one_line(error)}") from error
+        extra: dict[str, Any] = {}
+        for plugin, hook in self._each("invarlock_run_finished"):
+            with self._answering(plugin, "invarlock_run_finished"):
+                shown = copy.deepcopy(report)
+                for returned in hook(report=shown):
+                    extra |= _extra(returned)
+                extra |= _extra(shown.get("extra"))
+        return extra
 
     def report_sections(self, report: dict[str, Any]) -> list[ReportSection]:
+        """:raises PluginError: a plugin failed, or a section is not of that form."""
         found: list[ReportSection] = []
         for plugin, hook in self._each("invarlock_report_sections"):
-            try:
-                for returned in hook(report=report):
+            with self._answering(plugin, "invarlock_report_sections"):
+                for returned in hook(report=copy.deepcopy(report)):
                     found += [ReportSection.from_plugin(plugin, section) for section in returned]
-            except Exception as error:
-                raise PluginError(f"{plugin}: invarlock_report_sections: {one_line(error)}") from error
         return found
+
+    def that_saw_the_end(self) -> list[str]:
+        """The plugins that look at attempts and reports."""
+        hooks = ("invarlock_attempt_finished", "invarlock_run_finished", "invarlock_report_sections")
+        return list(dict.fromkeys(plugin for hook in hooks for plugin, _ in self._each(hook)))
 
     # -- how hooks are called ------------------------------------------------------------------------------------------
 
@@ -258,35 +347,16 @@ class PluginManager:
         return [implementation.plugin for implementation in implementations if not implementation.wrapper]
 
 
+def _extra(returned: object) -> dict[str, Any]:
+    if returned is not None and not isinstance(returned, Mapping):
+        raise TypeError(f"it returned {type(returned).__name__}, not a dict of keys below 'extra'")
+    found: dict[str, Any] = plain(returned or {})
+    return found
+
+
 def _wraps(plugin: Any, hook: str) -> bool:
     marks = hook_marks(getattr(plugin, hook, None))
-    return marks is not None and bool(marks.get("wrapper") or marks.get("hookwrapper"))
-
-
-def _construct(plugin: Plugin, options: Mapping[str, Any]) -> Any:
-    """A guard with its options; of a module or object the options are its policy alone."""
-    if not plugin.is_class:
-        plugin.require_ready()
-        return plugin.instance
-    # A class with required options is listed as broken, since it cannot be constructed without them; here it may be.
-    if not plugin.options_missing:
-        plugin.require_ready()
-    accepted = inspect.signature(plugin.factory).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    for name in options:
-        if name not in accepted and not takes_any:
-            known = f"; it takes {', '.join(accepted)}" if accepted else "; it takes no options"
-            raise UsageError(
-                f"guards.{plugin.name}.{name}: the guard has no such option{nearest(name, accepted)}{known}"
-            )
-    try:
-        return plugin.factory(**options)
-    except UsageError as error:
-        raise UsageError(f"guards.{plugin.name}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"guards.{plugin.name}: cannot be constructed: {one_line(error)}") from error
-    except Exception as error:
-        raise PluginError(f"guard {plugin.name}: cannot be constructed: {one_line(error)}") from error
+    return marks is not None and bool(marks.get("wrapper"))
 
 
 class _DefaultAdapter(ModelAdapter):
@@ -311,8 +381,11 @@ class Adapter:
         return self._call("invarlock_load_tokenizer", model_id=model_id, options=options)
 
     def describe(self, model: Any) -> dict[str, Any]:
-        description: dict[str, Any] = plain(self._call("invarlock_describe", model=model))
-        return description
+        description = self._call("invarlock_describe", model=model)
+        if not isinstance(description, Mapping):
+            raise PluginError(f"adapter {self.name}: describe returned {type(description).__name__}, not a dict")
+        described: dict[str, Any] = plain(description)
+        return described
 
     def snapshot(self, model: Any) -> Any:
         return self._call("invarlock_snapshot", model=model)
@@ -328,9 +401,5 @@ class Adapter:
     def _call(self, hook: str, **arguments: Any) -> Any:
         # The default is registered first, so an adapter that implements the hook is asked before it.
         caller = self._manager._only(hook, self._plugin.instance, self._manager._defaults)
-        try:
+        with self._manager._answering(self._plugin.label, hook, self._plugin.file):
             return caller(**arguments)
-        except (UsageError, PluginError):
-            raise
-        except Exception as error:
-            raise PluginError(f"adapter {self.name}: {hook}: {one_line(error)}") from error

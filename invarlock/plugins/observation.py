@@ -7,7 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from invarlock.core.errors import one_line
+from invarlock.core.errors import PluginError, contained, located
+
+
+def taps_of(returned: object) -> Mapping[str, Any]:
+    """Read what ``observe`` returned.
+
+    :raises PluginError: it is not taps by module name.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise PluginError(f"it returned {type(returned).__name__}, not a dict of taps by module name")
+    for name, tap in returned.items():
+        if not isinstance(name, str) or not callable(tap) or not callable(getattr(tap, "result", None)):
+            raise PluginError(f"{name!r}: a tap is a callable with a method result(), {type(tap).__name__} is not")
+    return dict(returned)
 
 
 @dataclass
@@ -25,14 +40,15 @@ class Observation:
     def results(self) -> dict[str, Any]:
         """What each tap collected; nothing from a guard whose taps failed."""
         try:
-            return {} if self.message else {module: tap.result() for module, tap in self.wanted.items()}
+            with contained():
+                return {} if self.message else {module: tap.result() for module, tap in self.wanted.items()}
         except Exception as error:
             self.fail("result of a tap", error)
             return {}
 
     def fail(self, where: str, error: Exception) -> None:
         if self.message is None:
-            self.message, self.trace = f"{where}: {one_line(error)}", traceback.format_exc()
+            self.message, self.trace = f"{where}: {located(error)}", traceback.format_exc()
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,8 @@ class _Shielded:
     def __call__(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self.observation.message is None:
             try:
-                self.tap(module, args, kwargs, output)
+                with contained():
+                    self.tap(module, args, kwargs, output)
             except Exception as error:
                 self.observation.fail(f"tap on {self.module_name}", error)
 

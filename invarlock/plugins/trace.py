@@ -10,7 +10,7 @@ from typing import Any
 
 import pluggy
 
-from invarlock.plugins.catalog import Plugin
+from invarlock.plugins.plugin import Plugin
 
 log = logging.getLogger("invarlock.trace")
 

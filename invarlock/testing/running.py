@@ -22,8 +22,9 @@ from invarlock.pipeline.comparison import changed_weights
 from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.plans import plans_of
-from invarlock.plugins.catalog import Catalog, Kind, Origin, Plugin
+from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.plugin import Kind, Origin, Plugin
 from invarlock.quantization import quantize_model
 from invarlock.testing.named_edits import damage
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Iterable
@@ -13,7 +12,8 @@ from typing import Any
 from invarlock import hookimpl
 from invarlock.cli.commands import new_plugin
 from invarlock.core.errors import ExitCode, UsageError, nearest
-from invarlock.plugins.catalog import Kind, Plugin, Status
+from invarlock.plugins.checking import installed_version
+from invarlock.plugins.plugin import Kind, Plugin, Status
 
 DESCRIPTION = """\
 Lists plugins. A plugin is ready only if it imports and can be constructed."""
@@ -115,7 +115,7 @@ def _item(plugin: Plugin) -> dict[str, Any]:
 
 
 def _row(plugin: Plugin) -> list[str]:
-    versions = [_version_of(name) for name in plugin.requires]
+    versions = [installed_version(text) or "not installed" for text in plugin.requires]
     return [
         plugin.name,
         plugin.origin.capitalize(),
@@ -124,13 +124,6 @@ def _row(plugin: Plugin) -> list[str]:
         ", ".join(versions) or NONE,
         STATUS[plugin.status] + (f": {plugin.error}" if plugin.error else ""),
     ]
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def table(rows: Iterable[list[str]]) -> str:

@@ -1,0 +1,147 @@
+"""Faults of plugins that are not being asked: wrappers around another plugin's hook, and threads left behind.
+
+Neither may change what the plugin that is asked has found, nor be taken for its fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from invarlock.core.errors import contained, located
+from invarlock.core.results import Action, Finding
+
+_ENDED = object()
+
+
+@dataclass
+class Faults:
+    """What such plugins did wrong, until the verdict, or whoever called a hook, takes note of it."""
+
+    _found: list[Finding] = field(default_factory=list)
+
+    def add(self, plugin: str, what: str) -> None:
+        finding = Finding(plugin, Action.ABORT, what, failed=True)
+        if finding not in self._found:
+            self._found.append(finding)
+
+    def take(self) -> list[Finding]:
+        found, self._found[:] = list(self._found), []
+        return found
+
+    def accountable(self, plugin: str, hook: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        """A wrapper whose mistakes are its own.
+
+        If it fails, does not yield or loses the result, that is a fault of its plugin, and the result that it was given
+        goes on to the caller.
+        """
+
+        def fault(what: str) -> None:
+            self.add(plugin, f"{hook}: {what}")
+
+        @functools.wraps(wrapper)
+        def around(*args: Any) -> Generator[None, Any, Any]:
+            running = wrapper(*args)
+            try:
+                with contained():
+                    begun = next(running, _ENDED) is not _ENDED
+            except Exception as error:
+                fault(located(error))
+                begun = False
+            else:
+                if not begun:
+                    fault("the wrapper did not yield")
+            try:
+                result = yield
+            except BaseException as error:
+                if not begun or isinstance(error, KeyboardInterrupt):
+                    raise
+                return _recovered(running, error, fault)
+            return _concluded(running, result, fault) if begun else result
+
+        return around
+
+
+def _concluded(running: Generator[None, Any, Any], result: Any, fault: Callable[[str], None]) -> Any:
+    """What the wrapper makes of a result; the result itself where it makes a mistake."""
+    try:
+        with contained():
+            running.send(result)
+    except StopIteration as ended:
+        if not _lost(result, ended.value):
+            return ended.value
+        fault(f"the wrapper returned {type(ended.value).__name__} in place of the result; return what yield gave")
+    except Exception as error:
+        fault(located(error))
+    else:
+        running.close()
+        fault("the wrapper yielded twice")
+    return result
+
+
+def _recovered(running: Generator[None, Any, Any], error: BaseException, fault: Callable[[str], None]) -> Any:
+    """What the wrapper makes of an exception of the hook that it wraps: a result, or the same exception.
+
+    :raises BaseException: the exception, where the wrapper passes it on or makes a mistake.
+    """
+    try:
+        running.throw(error)
+    except StopIteration as ended:
+        return ended.value
+    except BaseException as raised:
+        if raised is not error:
+            fault(located(raised))
+    else:
+        running.close()
+        fault("the wrapper yielded twice")
+    raise error
+
+
+def _lost(result: Any, returned: Any) -> bool:
+    """Whether a wrapper returned nothing where there was something, or no mapping where there was one."""
+    if isinstance(result, Mapping):
+        return not isinstance(returned, Mapping)
+    return result is not None and returned is None
+
+
+class Threads:
+    """Threads that plugins start: one that fails is its plugin's fault, whenever that is."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._owners: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
+        self._asked: str | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take note of threads that fail while the block runs."""
+        before, threading.excepthook = threading.excepthook, self._failed
+        try:
+            yield
+        finally:
+            threading.excepthook = before
+
+    @contextmanager
+    def of(self, plugin: str) -> Iterator[None]:
+        """A turn of this plugin: threads that appear in it are its own."""
+        self._claim(self._asked)
+        before, self._asked = self._asked, plugin
+        try:
+            yield
+        finally:
+            self._claim(plugin)
+            self._asked = before
+
+    def _claim(self, plugin: str | None) -> None:
+        for thread in threading.enumerate():
+            self._owners.setdefault(thread, plugin)
+
+    def _failed(self, failure: threading.ExceptHookArgs) -> None:
+        owner = self._owners.get(failure.thread, self._asked) if failure.thread else self._asked
+        error = failure.exc_value or failure.exc_type()
+        self._faults.add(owner or "a thread", f"a thread of it failed: {located(error)}")

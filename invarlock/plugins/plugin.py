@@ -1,0 +1,108 @@
+"""One plugin: what it is, where it comes from, and whether it can be used."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from invarlock.core.api import Guard, ModelAdapter
+from invarlock.core.errors import UsageError
+
+OWN_DISTRIBUTION = "invarlock"
+
+
+class Kind(StrEnum):
+    ADAPTER = "adapter"
+    EDIT = "edit"
+    GUARD = "guard"
+    HOOKS = "hooks"
+    """Neither loads nor judges: wrappers, commands, readers of the report."""
+
+
+class Origin(StrEnum):
+    BUILTIN = "builtin"
+    PLUGIN = "plugin"
+    LOCAL = "local"
+    """Named with ``-p`` or ``plugins:``, not installed."""
+
+
+class Status(StrEnum):
+    READY = "ready"
+    MISSING = "missing"
+    """It needs a distribution that is not installed."""
+    ERROR = "error"
+    """It does not import, cannot be constructed, or its hooks are wrong."""
+    BLOCKED = "blocked"
+    """Turned off with ``-p no:NAME``; it was not imported."""
+
+
+GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters", Kind.HOOKS: "invarlock.hooks"}
+BASES: dict[Kind, type] = {Kind.GUARD: Guard, Kind.ADAPTER: ModelAdapter}
+
+
+@dataclass
+class Plugin:
+    """One plugin, ready or not, and why not."""
+
+    name: str
+    kind: Kind
+    origin: Origin
+    module: str
+    attribute: str = ""
+    distribution: str | None = None
+    version: str | None = None
+    status: Status = Status.READY
+    error: str | None = None
+    trace: str | None = None
+    factory: Any = None
+    """A class of the class form, or a module or object with hook implementations."""
+    instance: Any = None
+    """What is registered for hook calls: made from a class without options, or the module or object itself."""
+    requires: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.name}"
+
+    @property
+    def entry_point(self) -> str | None:
+        group = GROUPS.get(self.kind)
+        if group is None or self.origin is Origin.LOCAL:
+            return None
+        return f"{group}: {self.name} = {self.module}" + (f":{self.attribute}" if self.attribute else "")
+
+    @property
+    def file(self) -> str | None:
+        """Where its source is, to tell where it failed."""
+        return getattr(sys.modules.get(self.module), "__file__", None)
+
+    @property
+    def is_class(self) -> bool:
+        return inspect.isclass(self.factory)
+
+    @property
+    def whose(self) -> str:
+        if self.origin is Origin.LOCAL:
+            return f"by one of -p {self.module}"
+        return "by a built-in" if self.origin is Origin.BUILTIN else f"by one of {self.distribution} {self.version}"
+
+    @property
+    def options_missing(self) -> bool:
+        """Whether all that keeps a class from being ready are options that only a configuration can give."""
+        derived = self.is_class and issubclass(self.factory, Guard | ModelAdapter)
+        return derived and self.instance is None and self.status is Status.ERROR
+
+    def fail(self, error: str, status: Status = Status.ERROR, trace: str | None = None) -> None:
+        self.status, self.error, self.trace = status, error, trace
+
+    def require_ready(self) -> None:
+        """:raises UsageError: when somebody asked by name for a plugin that cannot be used."""
+        if self.status is not Status.READY:
+            raise UsageError(f"{self.label} is {_WHY[self.status]}: {self.error}")
+
+
+_WHY = {Status.MISSING: "not usable here", Status.ERROR: "broken", Status.BLOCKED: "blocked"}
