@@ -1,7 +1,5 @@
 """``python -m invarlock``."""
 
-import sys
+from invarlock.cli.main import console
 
-from invarlock.cli.main import main
-
-sys.exit(main())
+console()

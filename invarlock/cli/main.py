@@ -7,19 +7,36 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
+from invarlock.cli import leaving, streams
 from invarlock.cli.parser import build_parser, read_plugin_options
-from invarlock.core.errors import ExitCode, InvarlockError, one_line
+from invarlock.core.errors import ExitCode, InvarlockError, PluginError, UsageError, contained, one_line
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
+
+ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def console() -> NoReturn:
+    """End this process with what ``main`` returns, whatever plugins have left running and whoever reads the output."""
+    started = leaving.now()
+    streams.take(aside="--json" in sys.argv)
+    try:
+        code = main()
+    except SystemExit as stopped:  # argparse, after --help and --version
+        code = int(stopped.code or 0)
+    leaving.leave(code, started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints at most one line for an error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    tracing = os.environ.get("INVARLOCK_DEBUG_TRACE") == "1"
-    _log_to_stderr(logging.DEBUG if tracing else logging.WARNING)
+    tracing = False
+    _log_to_stderr(logging.WARNING)
     try:
+        if tracing := _is_on("INVARLOCK_DEBUG_TRACE"):
+            _log_to_stderr(logging.DEBUG)
         return _run(arguments)
     except InvarlockError as error:
         if tracing:
@@ -29,10 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; the model in memory was restored, nothing was saved")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe is gone; what was left to say has no listener.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.ACCEPTED
     except Exception:
         traceback.print_exc()
         _say("this is a bug in invarlock, or in a plugin named above")
@@ -44,7 +57,7 @@ def _run(arguments: list[str]) -> int:
 
     The ``-p`` options are read before anything is imported, so that a broken plugin can always be turned off.
     """
-    autoload = os.environ.get("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD") != "1"
+    autoload = not _is_on("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD")
     selection = Selection.of(read_plugin_options(arguments), autoload=autoload)
     plugins = PluginManager.load(selection)
     parser = build_parser(plugins)
@@ -53,8 +66,21 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return ExitCode.USAGE
     args.manager, args.selection = plugins, selection
-    code: int = args.run(args)
+    with contained():
+        code = args.run(args)
+    if not isinstance(code, int):
+        raise PluginError(f"the command returned {type(code).__name__}, not an exit code")
+    if code == ExitCode.ACCEPTED and not getattr(args, "judges", False):
+        streams.require_written()
     return code
+
+
+def _is_on(variable: str) -> bool:
+    """:raises UsageError: an environment variable says neither yes nor no."""
+    value = os.environ.get(variable, "")
+    if value.lower() not in (*ON, *OFF):
+        raise UsageError(f"{variable}={value}: is neither one of {', '.join(ON)} nor of {', '.join(OFF[1:])}")
+    return value.lower() in ON
 
 
 def _log_to_stderr(level: int) -> None:

@@ -7,16 +7,19 @@ import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.errors import ExitCode
+from invarlock.cli import streams
 
 if TYPE_CHECKING:
     from invarlock.checkpoints.writing import OutputFolder
     from invarlock.core.ranks import Ranks
+    from invarlock.pipeline import RunResult
+
+    Judging = Callable[[argparse.Namespace, Ranks], tuple[RunResult, Path]]
 
 Report = dict[str, Any]
 
@@ -94,35 +97,23 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
     return OutputFolder(path, force=args.force, sign=sign)
 
 
-def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Ranks], tuple[Report, Path]]) -> int:
+def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     """Judge with the other processes of the run, if there are any; the first one prints.
 
-    :param judge: returns the report and the folder that it is in.
+    :param judge: returns what was found and the folder that the report is in.
     :returns: the exit code of the verdict.
     """
     set_environment(args)
     from invarlock.core.ranks import joined_ranks
 
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, args.manager.watching_threads():
         with stdout_for_json_alone(args):
-            report, folder = judge(args, ranks)
+            result, folder = judge(args, ranks)
         if ranks.is_first:
-            with telling():
-                show(report, folder, args)
+            show(result.report, folder, args)
         # Launchers end all when one has ended with another status than 0, as after a rejection.
         ranks.gather(None)
-    return ExitCode(report["verdict"]["exit_code"])
-
-
-@contextmanager
-def telling() -> Iterator[None]:
-    """Print what was found: whether anybody listens to the end changes nothing of it, nor of the exit code."""
-    try:
-        yield
-        sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):
-        # Rich makes a SystemExit of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return result.verdict.exit_code
 
 
 def stdout_for_json_alone(args: argparse.Namespace) -> AbstractContextManager[object]:
@@ -139,7 +130,7 @@ def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
     from invarlock.reporting.view import View
 
     if args.json:
-        sys.stdout.write(to_json(report))
+        streams.result().write(to_json(report))
         return
     console, view = Console(soft_wrap=True), View.of(report)
     if args.quiet:

@@ -81,6 +81,7 @@ def located(error: BaseException, file: str | None = None) -> str:
 
     :param file: prefer the innermost frame of this file to the innermost one of all.
     """
-    frames = traceback.extract_tb(error.__traceback__)
+    raised = error.__cause__ if isinstance(error, EscapedError) and error.__cause__ else error
+    frames = traceback.extract_tb(raised.__traceback__)
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
     return f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})" if frame else one_line(error)

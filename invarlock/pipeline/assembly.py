@@ -113,7 +113,7 @@ def finish(report: dict[str, Any], plugins: PluginManager, ranks: Ranks) -> None
     """
 
     def add() -> None:
-        plugins.run_finished(report)
+        report["extra"] |= plugins.run_finished(report)
         report["sections"] = [dataclasses.asdict(section) for section in plugins.report_sections(report)]
 
     ranks.from_first(add)

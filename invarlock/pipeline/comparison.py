@@ -21,15 +21,16 @@ from invarlock.checkpoints.streamed import streaming_of
 from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.model_state import ModelState
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action, Finding
-from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.core.snapshots import Fingerprint, Snapshot, named_tensors
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Attempt, Judge, RunResult
-from invarlock.pipeline.keeping import Keeper, fingerprint_of
+from invarlock.pipeline.judging import Attempt, Judge, RunResult, Undo
+from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -84,13 +85,14 @@ def compare(
     ready, baseline = _prepare_baseline(judge, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    model, attempt = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready())
+    model, attempt, undo = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready(), list)
     report = _report(judge, subject, announced(judge, attempt), baseline, model)
     finish(report, plugins, ranks)
+    judge.confirm(undo)
     if output is not None and ranks.is_first:
         write(report, output, judge.clock)
     ranks.gather(None)
-    return RunResult(report, model)
+    return RunResult(report, model, attempt.verdict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class _Baseline:
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
     model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
+    state = ModelState.of(model)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:
         judge.windows = None
@@ -112,14 +115,15 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
         judge.make_windows(model)
     streaming = streaming_of(model)
     weights: Mapping[str, torch.Tensor]
+    undo: Undo
     if streaming:
-        weights, undo = streaming, partial(streaming.undo, model)
+        weights, undo = streaming, lambda: [*state.undo(), *streaming.undo(model)]
     else:
         with judge.clock.stage("snapshot"):
             snapshot = Snapshot(model)
         weights = snapshot.parameters()
-        undo = partial(Keeper(adapter, snapshot, fingerprint_of(model, judge.clock), judge.clock).undo, model)
-    judge.measure_baseline(model)
+        undo = Keeper(adapter, Loaded.of(model, judge.clock), snapshot).undo
+    judge.measure_baseline(model, undo, state)
     ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
     return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
@@ -140,17 +144,10 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return streaming.checkpoint.fingerprint() if streaming else Fingerprint.of(model).digest
 
 
-def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt]:
+def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt, Undo]:
     model, adapter = load(judge, subject, on_disk=judge.windows is None)
+    undo = _subject_undo(judge, model, subject)
     changes = list(changed_weights(model, baseline.weights, judge.on_progress))
-    streaming = streaming_of(model)
-    edited = None if streaming else fingerprint_of(model, judge.clock)
-
-    def changed() -> list[str]:
-        if streaming:
-            return streaming.undo(model)
-        return fingerprint_of(model, judge.clock).changed_since(edited) if edited else []
-
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := unreadable_windows(judge, model):
         judge.windows = None
@@ -163,12 +160,29 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     attempt = judge.judge(
         model,
         edit,
-        changed,
+        undo,
         modules=changes,
         baseline_weights=baseline.weights,
         findings=findings,
     )
-    return model, attempt
+    return model, attempt, undo
+
+
+def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> Undo:
+    """What undoes a guard's changes of the subject: its files are there to be read again."""
+    streaming = streaming_of(model)
+    if streaming:
+        state = ModelState.of(model)
+        return lambda: [*state.undo(), *streaming.undo(model)]
+    loaded = Loaded.of(model, judge.clock)
+
+    def read_again() -> None:
+        fresh, _ = judge.load(subject)
+        kept = dict(named_tensors(fresh))
+        for name, tensor in named_tensors(model):
+            tensor.data = kept[name].data
+
+    return partial(loaded.undo, read_again)
 
 
 def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:

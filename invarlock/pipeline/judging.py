@@ -5,6 +5,7 @@ It calls hooks and knows no plugin by name.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from invarlock.checkpoints.digests import check_weights
+from invarlock.checkpoints.inputs import InputFiles
 from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.model_state import ModelState, tokenizer_digest
 from invarlock.core.progress import showing
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
@@ -35,10 +38,14 @@ from invarlock.pipeline.clock import Clock, Progress
 from invarlock.pipeline.keeping import some
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
 from invarlock.plugins.observation import Observation
+from invarlock.plugins.plugin import Origin
 
 log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
+
+Undo = Callable[[], list[str]]
+"""Undoes what was changed of a model, and names it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class RunResult:
 
     report: dict[str, Any]
     model: torch.nn.Module | None
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,15 @@ class Judge:
     on_progress: Progress
     ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(init=False)
-    checked: set[Path] = field(default_factory=set)
-    """The checkpoints whose digests were looked at."""
+    inputs: dict[Path, InputFiles] = field(default_factory=dict)
+    """The checkpoints that were loaded, as they were before."""
     sharding: Sharding | None = None
     view: WholeView | None = None
     """Of a model that is spread over the processes."""
+    view_state: ModelState | None = None
+    tokenizer: Any = None
+    tokenizer_loaded: str = ""
+    """A digest of the tokenizer as it was loaded."""
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.on_progress)
@@ -97,13 +109,17 @@ class Judge:
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
-        self._check_digests(Path(model_id))
+        self._take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
             options["parallel"] = section.parallel
         with self.clock.stage("load"):
             model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
+        if not isinstance(model, torch.nn.Module):
+            raise PluginError(
+                f"adapter {adapter.name}: load_model returned {type(model).__name__}, not a torch.nn.Module"
+            )
         for name, parameter in model.named_parameters():
             if parameter.device.type == "meta":
                 raise UsageError(
@@ -112,14 +128,23 @@ class Judge:
                 )
         return model, adapter
 
-    def _check_digests(self, checkpoint: Path) -> None:
+    def _take_note_of(self, checkpoint: Path) -> None:
         """Hold the files of a checkpoint against digests that lie beside them; processes share the files."""
-        if not checkpoint.exists() or checkpoint in self.checked:
+        if not checkpoint.exists() or checkpoint in self.inputs:
             return
+        self.inputs[checkpoint] = InputFiles.of(checkpoint)
         with self.clock.stage("check digests") as shown, showing(self.ranks.summed(shown)):
             check_weights(checkpoint, self.ranks.rank, self.ranks.size)
             self.ranks.gather(None)
-        self.checked.add(checkpoint)
+
+    def changed_inputs(self) -> list[Finding]:
+        """The checkpoints whose files are not what they were before they were loaded."""
+        changed = ((checkpoint, files.changes()) for checkpoint, files in self.inputs.items())
+        return [
+            Finding("input checkpoint", Action.WARN, f"{checkpoint} was changed during the run: {some(changes)}")
+            for checkpoint, changes in changed
+            if changes
+        ]
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -143,12 +168,14 @@ class Judge:
         self.sharding = sharding_of(model)
         if self.sharding:
             self.view = WholeView(model)
+            self.view_state = ModelState.of(self.view.model)
         self.description = adapter.describe(self._shown(model))
         self.task: Task = task_of(model)
         self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
         needs_text = self.config.dataset.provider != "generated" or self.task == "masked"
         self.reads_text = needs_text if reads_text is None else reads_text
         self.tokenizer = self._load_tokenizer() if self.reads_text or wants_tokenizer else None
+        self.tokenizer_loaded = tokenizer_digest(self.tokenizer) if self.tokenizer is not None else ""
 
     def _shown(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as guards see it."""
@@ -172,32 +199,67 @@ class Judge:
 
     # -- the baseline --------------------------------------------------------------------------------------------------
 
-    def measure_baseline(self, model: torch.nn.Module) -> None:
-        self.record: TokenRecord | None = None
-        self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass")
+    def measure_baseline(self, model: torch.nn.Module, undo: Undo = list, state: ModelState | None = None) -> None:
+        """Run the baseline over the windows once.
 
-    def prepare(self, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> bool:
+        :param undo: called after each guard that asked for taps.
+        :param state: of the model, to take note of what its own code changes of it while it runs.
+        """
+        self.record: TokenRecord | None = None
+        self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass", undo, state=state)
+
+    def _whole_undo(self, undo: Undo) -> Undo:
+        """What undoes a guard's changes of all that guards can reach: the model as they see it, and the tokenizer."""
+
+        def undo_all() -> list[str]:
+            if self.view and self.view_state:
+                return [*self.view_state.undo(), *self.view.undo(), *self._undo_tokenizer()]
+            return [*undo(), *self._undo_tokenizer()]
+
+        return undo_all
+
+    def _undo_tokenizer(self) -> list[str]:
+        if self.tokenizer is None or tokenizer_digest(self.tokenizer) == self.tokenizer_loaded:
+            return []
+        self.tokenizer = self._load_tokenizer()
+        if tokenizer_digest(self.tokenizer) != self.tokenizer_loaded:
+            raise PluginError(
+                f"adapter {self.adapter.name}: the tokenizer was changed, and is another one loaded again"
+            )
+        return ["the tokenizer"]
+
+    def confirm(self, undo: Undo) -> None:
+        """Make sure that what was judged is still what there is, before it is saved.
+
+        :raises PluginError: a plugin changed it after the last guard had been asked.
+        """
+        if changed := self._whole_undo(undo)():
+            who = ", ".join(self.plugins.that_saw_the_end()) or "a plugin that kept it"
+            raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
+        for finding in self.changed_inputs():
+            log.warning("%s", finding.message)
+
+    def prepare(self, model: torch.nn.Module, undo: Undo) -> bool:
         """Prepare the guards one by one.
 
-        :param check: called after each: undoes what the guard changed of the model, and names it.
+        :param undo: called after each.
         :returns: whether all are ready.
         """
-        shown, undo = self._shown(model), self.view.undo if self.view else check
+        shown, undo = self._shown(model), self._whole_undo(undo)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, undo)), key=lambda prepared: prepared.ready)
             for place, slot in enumerate(self.slots)
         ]
         return all(prepared.ready for prepared in self.prepared)
 
-    def _prepare(self, place: int, model: torch.nn.Module, check: Callable[[], Sequence[str]]) -> Prepared:
+    def _prepare(self, place: int, model: torch.nn.Module, undo: Undo) -> Prepared:
         calib, observed = _Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
         with self.clock.guard(place, self.slots[place].name):
             prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
         if observed.message:
-            prepared = Prepared(message=observed.message, error=observed.trace)
-        if changed := check():
-            message = changed_message(changed)
-            prepared = Prepared(message=message, error=message)
+            prepared = Prepared.failed(observed.message, observed.trace)
+        if changed := undo():
+            prepared = Prepared.failed(changed_message(changed))
         return prepared
 
     def _asked(self, slot: GuardSlot, ask: Callable[[], Found]) -> list[Found]:
@@ -229,7 +291,7 @@ class Judge:
         self,
         model: torch.nn.Module,
         edit: Mapping[str, Any],
-        check: Callable[[], Sequence[str]],
+        undo: Undo,
         *,
         number: int = 1,
         bitwidth: int | None = None,
@@ -240,14 +302,14 @@ class Judge:
         """Run the edited model over the windows once, ask every guard, and fold.
 
         :param edit: what guards get to know of the edit.
-        :param check: called after each guard: undoes what it changed of the model, and names it.
+        :param undo: called after each guard.
         :param baseline_weights: the baseline's parameters by name, read from disk one at a time.
         :param findings: what was found besides.
         """
-        observed, edited_pass = self._observed_pass(model, "edited pass", self.record)
+        observed, edited_pass = self._observed_pass(model, "edited pass", undo, self.record)
         metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
-        shown, undo = self._shown(model), self.view.undo if self.view else check
+        shown, undo = self._shown(model), self._whole_undo(undo)
         results: list[GuardResult] = []
         for place, slot in enumerate(self.slots):
             if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
@@ -270,22 +332,27 @@ class Judge:
         model: torch.nn.Module,
         context: Mapping[str, Any],
         edited: Observation,
-        check: Callable[[], Sequence[str]],
+        undo: Undo,
     ) -> GuardResult:
         """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self.baseline_observed[place]
         observations = {"baseline": baseline.results(), "edited": edited.results()}
+        # Copies: what one guard changes of them is nothing that the next one may see.
+        own = {**context, "edit": copy.deepcopy(context["edit"]), "observations": observations}
         with self.clock.guard(place, slot.name):
-            result = self.plugins.validate(slot, model, self.adapter, {**context, "observations": observations})
+            result = self.plugins.validate(slot, model, self.adapter, own)
         if failed := next((observation for observation in (baseline, edited) if observation.message), None):
             result = GuardResult.failed(slot.name, failed.message or "", failed.trace)
-        if changed := check():
+        if changed := undo():
             result = GuardResult.failed(slot.name, changed_message(changed))
         return result
 
     def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
+        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
-        return fold([*said, *findings], strict=self.strict)
+        besides = [*self.plugins.faults.take(), *self.changed_inputs()]
+        found = dict.fromkeys(finding for part in self.ranks.gather(besides) for finding in part)
+        return fold([*said, *findings, *found], strict=self.strict)
 
     def _context(
         self, model: torch.nn.Module, edit: Mapping[str, Any], metric: MetricResult | None, number: int
@@ -304,7 +371,12 @@ class Judge:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def _observed_pass(
-        self, model: torch.nn.Module, stage: str, reference: TokenRecord | None = None
+        self,
+        model: torch.nn.Module,
+        stage: str,
+        undo: Undo,
+        reference: TokenRecord | None = None,
+        state: ModelState | None = None,
     ) -> tuple[list[Observation], PassResult | None]:
         """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
@@ -312,10 +384,8 @@ class Judge:
         where the model is spread over them.
         """
         guarding = self.ranks.is_first or self.sharding is not None
-        observations = [
-            self.plugins.observe(slot, self._shown(model), self.adapter) if guarding else Observation()
-            for slot in self.slots
-        ]
+        undo = self._whole_undo(undo)
+        observations = [self._observe(slot, model, undo) if guarding else Observation() for slot in self.slots]
         if self.windows is None:
             return observations, None
         preview, final = self.windows
@@ -333,8 +403,31 @@ class Judge:
             )
             self.record = measured.record or self.record
             parts = self.ranks.gather(dataclasses.replace(measured, record=None))
+        self._check_taps(observations, stage, undo, state)
         # Under tensor parallelism all processes have measured the same.
         return observations, PassResult.joined(parts[:1] if self.sharding is Sharding.TENSOR else parts)
+
+    def _observe(self, slot: GuardSlot, model: torch.nn.Module, undo: Undo) -> Observation:
+        """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
+        observation = self.plugins.observe(slot, self._shown(model), self.adapter)
+        if self.plugins.watches(slot) and (changed := undo()):
+            observation.fail("observe", PluginError(changed_message(changed)))
+            observation.wanted = {}
+        return observation
+
+    def _check_taps(
+        self, observations: Sequence[Observation], stage: str, undo: Undo, state: ModelState | None
+    ) -> None:
+        """Make sure that no tap changed the model during a pass.
+
+        :raises PluginError: one did; whose it is cannot be told.
+        """
+        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
+        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
+        if state is not None and not strangers:
+            state.settle()
+        if strangers and (changed := undo()):
+            raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
 
     def _share_of(self, final: Windows, *, ahead: int, model: torch.nn.Module) -> tuple[slice, int]:
         """This process's part of the final windows, and how often all of them have to run the model."""

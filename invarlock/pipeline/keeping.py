@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from invarlock.core.errors import PluginError
+from invarlock.core.model_state import ModelState
 from invarlock.core.snapshots import Fingerprint
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.manager import Adapter
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model was right after it had been loaded, and how to tell whether it still is."""
+
+    model: torch.nn.Module
+    fingerprint: Fingerprint
+    state: ModelState
+    clock: Clock
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, clock: Clock) -> Loaded:
+        return cls(model, fingerprint_of(model, clock), ModelState.of(model), clock)
+
+    def undo(self, bring_back: Callable[[], object], expected: Fingerprint | None = None) -> list[str]:
+        """Names of what differs of the model; it is as it was afterwards.
+
+        :param bring_back: does so with weights, where they differ.
+        :param expected: the weights, if not those that were loaded.
+        """
+        state = self.state.undo()
+        weights = fingerprint_of(self.model, self.clock).changed_since(expected or self.fingerprint)
+        if weights:
+            bring_back()
+        return [*weights, *state]
 
 
 @dataclass(frozen=True)
@@ -19,37 +46,45 @@ class Keeper:
     """The baseline of a run: brings it back, and tells whether a model still is what it was."""
 
     adapter: Adapter
+    loaded: Loaded
     snapshot: Any
-    fingerprint: Fingerprint
-    clock: Clock
 
     @classmethod
-    def of(cls, model: torch.nn.Module, adapter: Adapter, clock: Clock) -> Keeper:
-        with clock.stage("snapshot"):
-            snapshot = adapter.snapshot(model)
-        return cls(adapter, snapshot, fingerprint_of(model, clock), clock)
+    def of(cls, loaded: Loaded, adapter: Adapter) -> Keeper:
+        """Take a snapshot of a model that is as it was loaded.
 
-    def restore(self, model: torch.nn.Module, *, check: bool = True) -> None:
+        :raises PluginError: it no longer is.
+        """
+        with loaded.clock.stage("snapshot"):
+            snapshot = adapter.snapshot(loaded.model)
+        keeper = cls(adapter, loaded, snapshot)
+        if changed := loaded.undo(lambda: None):
+            raise PluginError(f"adapter {adapter.name}: the model changed after it was loaded: {some(changed)}")
+        return keeper
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.loaded.fingerprint
+
+    def restore(self, *, check: bool = True) -> None:
         """Bring the baseline back.
 
         :param check: look whether it is what it was.
         :raises PluginError: when the adapter's snapshot did not bring it back bit for bit.
         """
-        with self.clock.stage("restore"):
-            self.adapter.restore(model, self.snapshot)
-        if check and (changed := self.changed(model, self.fingerprint)):
+        loaded = self.loaded
+        loaded.state.undo()
+        with loaded.clock.stage("restore"):
+            self.adapter.restore(loaded.model, self.snapshot)
+        loaded.state.undo()
+        if check and (changed := fingerprint_of(loaded.model, loaded.clock).changed_since(self.fingerprint)):
             raise PluginError(
                 f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
             )
 
-    def changed(self, model: torch.nn.Module, earlier: Fingerprint) -> list[str]:
-        return fingerprint_of(model, self.clock).changed_since(earlier)
-
-    def undo(self, model: torch.nn.Module) -> list[str]:
+    def undo(self) -> list[str]:
         """What differs from the baseline; it is brought back."""
-        if changed := self.changed(model, self.fingerprint):
-            self.restore(model)
-        return changed
+        return self.loaded.undo(self.restore)
 
 
 def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:

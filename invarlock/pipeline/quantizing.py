@@ -17,8 +17,8 @@ from invarlock.core.results import Action
 from invarlock.core.snapshots import Snapshot
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Attempt, Judge, RunResult
-from invarlock.pipeline.keeping import Keeper, fingerprint_of
+from invarlock.pipeline.judging import Attempt, Judge, RunResult, Undo
+from invarlock.pipeline.keeping import Keeper, Loaded, fingerprint_of
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
@@ -52,16 +52,18 @@ def run(
     slots = plugins.guard_slots(config.guards.order, config.guards.options)
     judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     model, adapter = judge.load(config.model.id, spread=True)
+    loaded = Loaded.of(model, judge.clock)
     targets = select_targets(model, plans[0])
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
         export.check(model, targets, judge.tokenizer)
     judge.make_windows(model)
-    keeper = Keeper.of(model, adapter, judge.clock)
+    keeper = Keeper.of(loaded, adapter)
     try:
-        attempts = _attempts(judge, model, keeper, plans, export)
+        attempts, undo = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
         finish(report, plugins, ranks)
+        judge.confirm(undo)
         save = None
         if export is not None and attempts[-1].verdict.accepted:
             saved = judge.view.gather(keep=ranks.is_first) if judge.view else model
@@ -71,32 +73,36 @@ def run(
         ranks.gather(None)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
-        keeper.restore(model, check=judge.view is None)
+        keeper.restore(check=judge.view is None)
         raise
-    return RunResult(report, model)
+    return RunResult(report, model, attempts[-1].verdict)
 
 
 def _attempts(
     judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Sequence[Plan], export: Export | None
-) -> list[Attempt]:
-    """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left."""
-    judge.measure_baseline(model)
-    if not judge.prepare(model, lambda: keeper.undo(model)):
-        return [announced(judge, judge.not_ready())]
+) -> tuple[list[Attempt], Undo]:
+    """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left.
+
+    :returns: the attempts, and what undoes later changes of the model as the last one left it.
+    """
+    judge.measure_baseline(model, keeper.undo, keeper.loaded.state)
+    if not judge.prepare(model, keeper.undo):
+        return [announced(judge, judge.not_ready())], keeper.undo
     attempts: list[Attempt] = []
     for number, plan in enumerate(plans, start=1):
-        attempts.append(announced(judge, _attempt(judge, model, keeper, number, plan, export)))
-        if attempts[-1].verdict.accepted:
+        attempt, undo = _attempt(judge, model, keeper, number, plan, export)
+        attempts.append(announced(judge, attempt))
+        if attempt.verdict.accepted:
+            return attempts, undo
+        keeper.restore()
+        if attempt.verdict.action is Action.ABORT:
             break
-        keeper.restore(model)
-        if attempts[-1].verdict.action is Action.ABORT:
-            break
-    return attempts
+    return attempts, keeper.undo
 
 
 def _attempt(
     judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan, export: Export | None
-) -> Attempt:
+) -> tuple[Attempt, Undo]:
     if export is not None:
         export.scheme = plan.scheme
     with judge.clock.stage("quantize"):
@@ -108,21 +114,21 @@ def _attempt(
         )
     edited = fingerprint_of(model, judge.clock)
 
-    def check() -> list[str]:
-        if changed := keeper.changed(model, edited):
-            keeper.restore(model)
-            quantize_model(model, plan, measure=False)
-        return changed
+    def edit_again() -> None:
+        keeper.restore()
+        quantize_model(model, plan, measure=False)
 
+    undo = partial(keeper.loaded.undo, edit_again, edited)
     edit = {
         "name": judge.config.edit.name,
         "plan": dataclasses.asdict(plan),
         "modules": [dataclasses.asdict(module) for module in modules],
     }
     weights = keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None
-    return judge.judge(
-        model, edit, check, number=number, bitwidth=plan.scheme.bitwidth, modules=modules, baseline_weights=weights
+    attempt = judge.judge(
+        model, edit, undo, number=number, bitwidth=plan.scheme.bitwidth, modules=modules, baseline_weights=weights
     )
+    return attempt, undo
 
 
 def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, keeper: Keeper) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from invarlock.checkpoints.streamed import Edit, Part, Streaming, streaming_of
 from invarlock.checkpoints.writing import OutputFolder, unwritable_said
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.model_state import ModelState
 from invarlock.core.progress import counted, showing
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
@@ -66,6 +67,7 @@ def run_streamed(
     streaming = streaming_of(model)
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
+    state = ModelState.of(model)
     targets = select_targets(model, plans[0])
     reads_text = config.dataset.provider != "generated"
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
@@ -78,17 +80,16 @@ def run_streamed(
     else:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
         judge.windows = None
-    judge.measure_baseline(model)
-    streamed = _StreamedRun(judge, model, streaming, targets, output, export)
+    streamed = _StreamedRun(judge, model, streaming, state, targets, output, export)
+    judge.measure_baseline(model, streamed.undo, state)
     try:
-        ready = judge.prepare(model, lambda: streaming.undo(model))
-        streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
+        ready = judge.prepare(model, streamed.undo)
+        return streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
         if ranks.size == 1:
             streamed.discard()
         raise
-    return RunResult(streamed.written, model)
 
 
 class _StreamedRun:
@@ -99,15 +100,19 @@ class _StreamedRun:
         judge: Judge,
         model: torch.nn.Module,
         streaming: Streaming,
+        state: ModelState,
         targets: Sequence[WeightTarget],
         output: OutputFolder,
         export: Export | None,
     ) -> None:
-        self.judge, self.model, self.streaming = judge, model, streaming
+        self.judge, self.model, self.streaming, self.state = judge, model, streaming, state
         self.output, self.export = output, export
         self.targets = {streaming.stored[target.parameter_name]: target for target in targets}
         self.shards: ShardedOutput | None = None
-        self.written: dict[str, Any] = {}
+
+    def undo(self) -> list[str]:
+        """Undo what a guard changed of the model, and name it."""
+        return [*self.state.undo(), *self.streaming.undo(self.model)]
 
     def attempts(self, plans: Sequence[Plan]) -> list[Attempt]:
         attempts: list[Attempt] = []
@@ -118,7 +123,7 @@ class _StreamedRun:
             self.streaming.edit = None
         return attempts
 
-    def report(self, attempts: Sequence[Attempt]) -> None:
+    def report(self, attempts: Sequence[Attempt]) -> RunResult:
         """Put the report together, and keep the shards or throw them away."""
         judge, last = self.judge, attempts[-1]
         accepted = last.verdict.accepted
@@ -134,10 +139,11 @@ class _StreamedRun:
         )
         report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
         finish(report, judge.plugins, judge.ranks)
+        judge.confirm(self.undo)
         if judge.ranks.is_first:
             self._write(report)
         judge.ranks.gather(None)
-        self.written = report
+        return RunResult(report, self.model, last.verdict)
 
     def _write(self, report: dict[str, Any]) -> None:
         if not report["verdict"]["accepted"] or self.export is None or self.shards is None:
@@ -169,7 +175,7 @@ class _StreamedRun:
         return judge.judge(
             self.model,
             edit,
-            lambda: self.streaming.undo(self.model),
+            self.undo,
             number=number,
             bitwidth=plan.scheme.bitwidth,
             modules=modules,

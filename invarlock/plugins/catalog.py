@@ -8,7 +8,6 @@ import inspect
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from invarlock import __version__
 from invarlock.core.api import Guard, ModelAdapter
-from invarlock.core.errors import UsageError, contained, located, nearest, one_line
+from invarlock.core.errors import EscapedError, PluginError, UsageError, contained, located, nearest, one_line
 from invarlock.plugins.checking import check, hook_marks
 from invarlock.plugins.plugin import GROUPS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
 
@@ -185,7 +184,7 @@ def _load(plugin: Plugin) -> None:
             for part in filter(None, plugin.attribute.split(".")):
                 plugin.factory = getattr(plugin.factory, part)
     except Exception as error:
-        plugin.fail(one_line(error), trace=traceback.format_exc())
+        plugin.fail_of(error, one_line(error))
     else:
         check(plugin)
 
@@ -209,6 +208,8 @@ def _import_local(name: str, known: Iterable[str]) -> ModuleType:
             hint = nearest(name, known)
             raise UsageError(f"-p {name}: there is no plugin and no module of that name{hint}") from None
         raise UsageError(f"-p {name}: does not import: {one_line(error)}") from error
+    except EscapedError as error:
+        raise PluginError(f"-p {name}: does not import: {located(error)}") from error
     except Exception as error:
         raise UsageError(f"-p {name}: does not import: {located(error)}") from error
     if (shadowed := _shadowed(name, module)) is not None:

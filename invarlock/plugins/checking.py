@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,7 +33,7 @@ def check(plugin: Plugin) -> None:
             if plugin.instance is not None:
                 _check_hooks(plugin)
     except Exception as error:
-        plugin.fail(located(error, plugin.file), trace=traceback.format_exc())
+        plugin.fail_of(error, located(error, plugin.file))
 
 
 def _instantiate(plugin: Plugin) -> None:
@@ -49,7 +48,7 @@ def _instantiate(plugin: Plugin) -> None:
         with contained():
             plugin.instance = plugin.factory()
     except Exception as error:
-        plugin.fail(f"cannot be constructed without options: {one_line(error)}", trace=traceback.format_exc())
+        plugin.fail_of(error, f"cannot be constructed without options: {one_line(error)}")
 
 
 def _check_hooks(plugin: Plugin) -> None:

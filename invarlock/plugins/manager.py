@@ -121,7 +121,7 @@ class PluginManager:
                 with contained():
                     self._admit(plugin.instance, plugin.label)
             except Exception as error:
-                plugin.fail(f"cannot be registered: {one_line(error)}", trace=traceback.format_exc())
+                plugin.fail_of(error, f"cannot be registered: {one_line(error)}")
 
     def _admit(self, instance: Any, name: str) -> None:
         """Register what implements hooks, and hold its wrappers to account."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from invarlock.core.api import Guard, ModelAdapter
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import EscapedError, InvarlockError, PluginError, UsageError
 
 OWN_DISTRIBUTION = "invarlock"
 
@@ -57,6 +58,8 @@ class Plugin:
     status: Status = Status.READY
     error: str | None = None
     trace: str | None = None
+    ended_process: bool = False
+    """Whether its code raised ``SystemExit`` or the like."""
     factory: Any = None
     """A class of the class form, or a module or object with hook implementations."""
     instance: Any = None
@@ -96,13 +99,23 @@ class Plugin:
         derived = self.is_class and issubclass(self.factory, Guard | ModelAdapter)
         return derived and self.instance is None and self.status is Status.ERROR
 
-    def fail(self, error: str, status: Status = Status.ERROR, trace: str | None = None) -> None:
-        self.status, self.error, self.trace = status, error, trace
+    def fail(self, error: str, status: Status = Status.ERROR) -> None:
+        self.status, self.error = status, error
+
+    def fail_of(self, error: Exception, message: str) -> None:
+        """Fail of what its code raised, in an ``except`` block."""
+        self.fail(message)
+        self.trace, self.ended_process = traceback.format_exc(), isinstance(error, EscapedError)
 
     def require_ready(self) -> None:
-        """:raises UsageError: when somebody asked by name for a plugin that cannot be used."""
+        """Make sure that a plugin can be used which somebody asked for by name.
+
+        :raises UsageError: it cannot.
+        :raises PluginError: because it would have ended the process.
+        """
         if self.status is not Status.READY:
-            raise UsageError(f"{self.label} is {_WHY[self.status]}: {self.error}")
+            failure: type[InvarlockError] = PluginError if self.ended_process else UsageError
+            raise failure(f"{self.label} is {_WHY[self.status]}: {self.error}")
 
 
 _WHY = {Status.MISSING: "not usable here", Status.ERROR: "broken", Status.BLOCKED: "blocked"}

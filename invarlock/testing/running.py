@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from invarlock.evaluation.models import task_of, vocabulary_of
 from invarlock.evaluation.windows import make_windows
 from invarlock.pipeline.comparison import changed_weights
 from invarlock.pipeline.judging import Judge
-from invarlock.pipeline.keeping import Keeper
+from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.manager import PluginManager
@@ -73,21 +73,20 @@ class Session:
         """What the guard says of an edit; see :func:`run_guard`."""
         judge = self._judge(edit if isinstance(edit, int) else 8)
         model, adapter = judge.load(ADAPTER)
-        keeper = Keeper.of(model, adapter, judge.clock)
+        keeper = Keeper.of(Loaded.of(model, judge.clock), adapter)
         try:
             judge.begin(model, adapter)
             judge.windows = self.windows
-            judge.measure_baseline(model)
-            if not judge.prepare(model, lambda: keeper.undo(model)):
+            judge.measure_baseline(model, keeper.undo, keeper.loaded.state)
+            if not judge.prepare(model, keeper.undo):
                 return judge.not_ready().results[0]
             described = _apply(edit, model, judge.config, keeper.snapshot)
-            edited = Fingerprint.of(model)
+            # A change is named; it need not be undone, for no other guard looks at the model.
+            undo = partial(keeper.loaded.undo, lambda: None, Fingerprint.of(model))
             weights = keeper.snapshot.parameters()
-            return judge.judge(
-                model, described, lambda: keeper.changed(model, edited), baseline_weights=weights
-            ).results[0]
+            return judge.judge(model, described, undo, baseline_weights=weights).results[0]
         finally:
-            keeper.restore(model)
+            keeper.restore()
 
     def _judge(self, bitwidth: int) -> Judge:
         name = _name_of(self.guard)

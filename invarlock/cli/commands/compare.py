@@ -17,6 +17,7 @@ from invarlock.cli.options import (
 
 if TYPE_CHECKING:
     from invarlock.core.ranks import Ranks
+    from invarlock.pipeline import RunResult
 
 DESCRIPTION = """\
 Judges an edit that somebody else made: the same guards, metric, verdict and report as a run, with a second checkpoint
@@ -45,14 +46,14 @@ def invarlock_add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("-c", "--config", metavar="CONFIG", help="a configuration; its model.id is the baseline's")
     add_judging_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
     return judge_together(args, _judge)
 
 
-def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path]:
+def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[RunResult, Path]:
     from invarlock.config.loading import load
 
     config = load(args.config, args.settings, overrides(args) | _checkpoint_and_text(args))
@@ -70,7 +71,7 @@ def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path
             config, args.subject, args.manager, weights_only=args.weights_only, output=folder, strict=args.strict,
             ranks=ranks, on_progress=on_progress,
         )  # fmt: skip
-    return result.report, folder.path
+    return result, folder.path
 
 
 def _checkpoint_and_text(args: argparse.Namespace) -> dict[str, str | None]:

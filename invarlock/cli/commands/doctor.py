@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment, stdout_for_json_alone, telling
+from invarlock.cli import streams
+from invarlock.cli.options import quieten_libraries, set_environment, stdout_for_json_alone
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.add_argument("-c", "--config", metavar="CONFIG", help="check what this configuration asks for, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object, format doctor-v1")
     parser.add_argument("--allow-network", action="store_true", help="ask the hub for a model that is not here")
-    parser.set_defaults(run=run, quiet=True)
+    parser.set_defaults(run=run, quiet=True, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
         findings = list(_findings(args))
     problem = any(finding.status is Status.PROBLEM for finding in findings)
     items = [dataclasses.asdict(finding) for finding in findings]
-    with telling():
-        if args.json:
-            print(json.dumps({"format_version": "doctor-v1", "problem": problem, "findings": items}, indent=2))
-        else:
-            print("\n".join(_lines(findings)))
+    if args.json:
+        whole = {"format_version": "doctor-v1", "problem": problem, "findings": items}
+        print(json.dumps(whole, indent=2), file=streams.result())
+    else:
+        print("\n".join(_lines(findings)))
     return ExitCode.REJECTED if problem else ExitCode.ACCEPTED
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from invarlock import hookimpl
+from invarlock.cli import streams
 from invarlock.cli.commands import new_plugin
 from invarlock.core.errors import ExitCode, UsageError, nearest
 from invarlock.plugins.checking import installed_version
@@ -70,11 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.explain:
         listed = _explained(args.explain, listed)
     if args.json:
-        print(
-            json.dumps(
-                {"format_version": "plugins-v1", "category": _category(args), "items": [*map(_item, listed)]}, indent=2
-            )
-        )
+        whole = {"format_version": "plugins-v1", "category": _category(args), "items": [*map(_item, listed)]}
+        print(json.dumps(whole, indent=2), file=streams.result())
     elif args.explain:
         print("\n\n".join(_details(plugin) for plugin in listed))
     else:

@@ -19,6 +19,7 @@ from invarlock.cli.options import (
 
 if TYPE_CHECKING:
     from invarlock.core.ranks import Ranks
+    from invarlock.pipeline import RunResult
 
 DESCRIPTION = """\
 Loads the model of a configuration, measures it, quantizes it by round-to-nearest in memory, lets the guards judge, and
@@ -49,14 +50,14 @@ def invarlock_add_commands(subparsers: Any) -> None:
         help="leave the weights on disk and work tensor by tensor, whatever the size of the model",
     )  # fmt: skip
     add_judging_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
     return judge_together(args, _judge)
 
 
-def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path]:
+def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[RunResult, Path]:
     from invarlock.config.loading import load
 
     config = load(_config_path(args), args.settings, overrides(args) | _demo_model(args))
@@ -74,7 +75,7 @@ def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], Path
         result = run_pipeline(
             config, args.manager, output=folder, strict=args.strict, ranks=ranks, on_progress=on_progress
         )
-    return result.report, folder.path
+    return result, folder.path
 
 
 def _config_path(args: argparse.Namespace) -> str:

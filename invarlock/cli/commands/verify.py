@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment, telling
+from invarlock.cli.options import quieten_libraries, set_environment
 from invarlock.core.errors import ExitCode
 from invarlock.core.progress import showing
 
@@ -47,7 +47,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.add_argument("--dataset", metavar="FILE.jsonl", help="where the text is, if not where the report says")
     parser.add_argument("--device", help="measure on this device instead of the report's")
     # The network cannot be allowed.
-    parser.set_defaults(run=run, allow_network=False, quiet=False)
+    parser.set_defaults(run=run, allow_network=False, quiet=False, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = Checkpoints(args.baseline, args.subject, args.dataset, args.device)
         measure_again(found, checkpoints, args.manager, verification, on_progress)
     console = Console(soft_wrap=True)
-    with telling():
-        for line in _lines(verification):
-            console.print(line, highlight=False, markup=False)
+    for line in _lines(verification):
+        console.print(line, highlight=False, markup=False)
     return ExitCode.REJECTED if verification.disagreements else ExitCode.ACCEPTED
 
 

@@ -1,0 +1,201 @@
+"""What a server reads of a model besides its weights: hooks, attributes, configurations, modes; and the tokenizer.
+
+Weights are the matter of ``invarlock.core.snapshots``. Here a copy is kept, live objects are held against it, and what
+differs is named and put back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+TENSORS = ("_parameters", "_buffers")
+"""Attributes of a module that snapshots and fingerprints look after."""
+CONFIGURATIONS = ("config", "generation_config")
+
+
+@dataclass
+class ModelState:
+    """The state of a model at one moment, and how to bring it back."""
+
+    namespaces: list[_Namespace]
+    gradients: dict[str, tuple[Tensor, bool]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelState:
+        return cls(
+            [_Namespace.of(name, owner) for name, owner in _owners(model)],
+            {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()},
+        )
+
+    def settle(self) -> None:
+        """Take numbers and tensors that differ by now as the model's own: some models keep counts while they run."""
+        for namespace in self.namespaces:
+            namespace.settle()
+
+    def undo(self) -> list[str]:
+        """Put back what differs; returns the names."""
+        changed = [name for namespace in self.namespaces for name in namespace.undo()]
+        for name, (parameter, required) in self.gradients.items():
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+                changed.append(f"{name}.requires_grad")
+        return changed
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Whatever has attributes that decide what a model computes, with the name that a reader knows it by."""
+    configurations: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        yield name or type(model).__name__, module
+        for attribute in CONFIGURATIONS:
+            if (configuration := vars(module).get(attribute)) is not None:
+                _collect(f"{name}.{attribute}".lstrip("."), configuration, configurations)
+    yield from configurations.values()
+    for kind in dict.fromkeys(base for module in model.modules() for base in type(module).__mro__):
+        if kind is not object:
+            yield kind.__name__, kind
+    yield "torch's global hooks", module_globals
+
+
+def _collect(name: str, configuration: Any, found: dict[int, tuple[str, Any]]) -> None:
+    """A configuration and those within it, as one for text and one for images."""
+    if id(configuration) in found or not hasattr(configuration, "to_dict"):
+        return
+    found[id(configuration)] = name, configuration
+    for attribute, value in vars(configuration).items():
+        _collect(f"{name}.{attribute}", value, found)
+
+
+@dataclass
+class _Namespace:
+    """The attributes of one object as they were."""
+
+    name: str
+    owner: Any
+    kept: dict[str, Any]
+    counted: Callable[[str, Any], bool]
+    """Whether an attribute is looked after."""
+    volatile: set[str] = field(default_factory=set)
+    """What the model's own code changes while it runs."""
+
+    @classmethod
+    def of(cls, name: str, owner: Any) -> _Namespace:
+        counted = _counted_by(owner)
+        kept = {key: _copied(value) for key, value in vars(owner).items() if counted(key, value)}
+        return cls(name, owner, kept, counted)
+
+    def _changed(self) -> list[str]:
+        live = {key: value for key, value in vars(self.owner).items() if self.counted(key, value)}
+        names = dict.fromkeys([*self.kept, *live])
+        return [
+            name
+            for name in names
+            if name not in self.volatile
+            and (name not in live or name not in self.kept or not _same(live[name], self.kept[name]))
+        ]
+
+    def settle(self) -> None:
+        for name in self._changed():
+            now = vars(self.owner).get(name)
+            if isinstance(now, bool | int | float | Tensor | None) and isinstance(self.owner, nn.Module):
+                self.volatile.add(name)
+
+    def undo(self) -> list[str]:
+        changed = self._changed()
+        for name in changed:
+            if name not in self.kept:
+                _delete(self.owner, name)
+            else:
+                _put_back(self.owner, name, self.kept[name])
+        return [f"{self.name}.{name}" for name in changed]
+
+
+def _counted_by(owner: Any) -> Callable[[str, Any], bool]:
+    if isinstance(owner, nn.Module):
+        return lambda name, value: name not in TENSORS
+    if isinstance(owner, type):
+        return lambda name, value: callable(value) or isinstance(value, property | classmethod | staticmethod)
+    if owner is module_globals:
+        return lambda name, value: name.startswith("_global_")
+    return lambda name, value: True
+
+
+def _copied(value: Any) -> Any:
+    """A copy of plain values, containers and tensors; anything else is kept as the object that it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(_copied, value))
+    if isinstance(value, dict):
+        # Ordered dictionaries of hooks, too: an empty copy of the same kind, filled.
+        copied = copy.copy(value)
+        copied.update({key: _copied(entry) for key, entry in value.items()})
+        return copied
+    return value
+
+
+def _same(live: Any, kept: Any) -> bool:
+    if live is kept:
+        return True
+    if type(live) is not type(kept):
+        return False
+    if isinstance(kept, Tensor):
+        return live.shape == kept.shape and live.dtype == kept.dtype and bool(torch.equal(live, kept))
+    if isinstance(kept, Mapping):
+        return list(live) == list(kept) and all(_same(live[key], kept[key]) for key in kept)
+    if isinstance(kept, list | tuple):
+        return len(live) == len(kept) and all(map(_same, live, kept))
+    try:
+        return bool(live == kept)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _put_back(owner: Any, name: str, kept: Any) -> None:
+    """A container keeps its identity: others may hold it, as the handles of hooks do."""
+    live = vars(owner).get(name)
+    if isinstance(kept, dict) and type(live) is type(kept):
+        live.clear()
+        live.update(_copied(kept))
+    elif isinstance(owner, type):
+        setattr(owner, name, kept)
+    else:
+        vars(owner)[name] = _copied(kept)
+
+
+def _delete(owner: Any, name: str) -> None:
+    if isinstance(owner, type):
+        delattr(owner, name)
+    else:
+        del vars(owner)[name]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what a tokenizer makes of text, and of what is saved of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = [
+        repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str(),
+        *(repr(getattr(tokenizer, name, None)) for name in _TOKENIZER_ATTRIBUTES),
+    ]
+    return xxhash.xxh3_128_hexdigest("\n".join(described).encode("utf-8", "surrogatepass"))
+
+
+_TOKENIZER_ATTRIBUTES = (
+    "special_tokens_map",
+    "added_tokens_decoder",
+    "chat_template",
+    "init_kwargs",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+    "clean_up_tokenization_spaces",
+)
