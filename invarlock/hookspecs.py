@@ -2,7 +2,8 @@
 
 A plugin implements any of these with ``@invarlock.hookimpl``, on functions of a module or methods of an object, and may
 take any subset of a hook's arguments, by name. An implementation with ``wrapper=True`` runs around the others: it takes
-the same arguments, yields once, gets the result from the yield and returns it.
+the same arguments, yields once, gets the result from the yield and returns it. A wrapper that fails, does not yield or
+loses the result is named and ends with exit code 3; what it wraps keeps its result.
 
 Each example below is a whole plugin: put into a file ``mine.py``, it works with ``-p mine``. A guard is run if it
 stands in ``guards.order``, an adapter if ``model.adapter`` names it or, with ``auto``, if it owns ``model.id``. A guard
@@ -184,10 +185,10 @@ def invarlock_observe(model: Any, adapter: Any, policy: Mapping[str, Any], guard
     :param policy: the guard's options, as in the configuration.
     :param guard: the name of the guard that is asked.
     :returns: a tap for each module name to look at: a callable ``tap(module, args, kwargs, output)`` with a method
-        ``result()``. It is called for the preview windows. None asks for nothing.
+        ``result()``. It is called for the preview windows, and must change nothing. None asks for nothing.
         Stops at the first non-None result.
 
-    On raise: an error of that guard, which counts as abort.
+    On raise, or for anything but taps by module name: an error of that guard, which counts as abort.
 
     Example, a guard that looks at the largest output of each MLP block::
 
@@ -228,7 +229,8 @@ def invarlock_prepare(
     :param calib: the preview windows: an iterable of batches, dicts of ``input_ids`` and ``attention_mask``.
     :param policy: the guard's options, as in the configuration.
     :param guard: the name of the guard that is asked; of use to wrappers.
-    :returns: a dict with ``ready``; None counts as ready. Stops at the first non-None result.
+    :returns: a dict with ``ready``, True or False; None counts as ready. Stops at the first non-None result.
+        What is kept of the model for ``invarlock_validate`` has to be a copy: the edit happens in place.
 
     On raise, or with ``ready: False``: abort before the edit. The other guards are still prepared.
 
@@ -266,7 +268,9 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``,
         ``metrics`` and ``warnings``. Stops at the first non-None result.
 
-    On raise, or without ``passed``: an error of that guard, which counts as abort; the traceback is in the report.
+    On raise, without ``passed``, for an unknown action, or where ``passed`` and ``action`` contradict each other: an
+    error of that guard, which counts as abort; the traceback is in the report. So is a change of the model, of what hangs
+    on its modules (hooks, attributes), of its configuration or its tokenizer: it is undone and named.
 
     Example, a timer around every guard::
 
@@ -335,14 +339,16 @@ def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
 
 
 @hookspec
-def invarlock_run_finished(report: dict[str, Any]) -> None:
+def invarlock_run_finished(report: dict[str, Any]) -> dict[str, Any] | None:
     """Look at the report of a run, and add to it.
 
-    Called once a run, after the report exists and before it is written.
+    Called once a run, after the report exists and before it is written. The model was judged by then: a change of it,
+    of its configuration or of its tokenizer ends the run with exit code 3, and nothing is saved.
 
-    :param report: the report as ``report.json`` will hold it; a plugin may add keys of its own below
-        ``report["extra"]``.
-    :returns: nothing; all implementations are called, the last registered first.
+    :param report: a copy of the report as ``report.json`` will hold it. Keys that are put below ``report["extra"]`` are
+        taken over; no other change is.
+    :returns: a dict of plain values that go below ``extra``, or None. All implementations are called, the last
+        registered first.
 
     On raise: the plugin is named, the baseline restored, and nothing is written; exit code 3.
 
@@ -352,8 +358,8 @@ def invarlock_run_finished(report: dict[str, Any]) -> None:
         from invarlock import hookimpl
 
         @hookimpl
-        def invarlock_run_finished(report):
-            report["extra"]["ticket"] = os.environ.get("TICKET")
+        def invarlock_run_finished():
+            return {"ticket": os.environ.get("TICKET")}
     """
 
 
@@ -364,7 +370,7 @@ def invarlock_report_sections(report: dict[str, Any]) -> list[dict[str, Any]] | 
     Called once a run, after ``invarlock_run_finished`` and before anything is written. The sections are kept in
     ``report["sections"]``, so that ``invarlock report`` shows them later without the plugin.
 
-    :param report: the report as ``report.json`` will hold it; it is to be read.
+    :param report: a copy of the report as ``report.json`` will hold it, to be read.
     :returns: a list of sections, dicts of plain values: ``title`` and, of one's choice, ``text``, and a table as
         ``columns`` (names) and ``rows`` (lists of as many cells: text, numbers, None). No markup: it would be shown as
         it stands. None adds nothing; all implementations are called, the last registered first.

@@ -67,7 +67,7 @@ def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokeniz
     if unusual:
         return f"a {kind} file does not say that {unusual[0]} is {getattr(config, unusual[0])}"
     if find_spec("gguf") is None:
-        return "the package gguf is missing: pip install 'invarlock[gguf]'"
+        return "the package gguf is missing: pip install gguf"
     for target in targets:
         if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
             shape = tuple(target.parameter.shape)

@@ -181,8 +181,10 @@ def _delete(owner: Any, name: str) -> None:
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of what a tokenizer makes of text, and of what is saved of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    # The tokenizer of an adapter's own may have no more methods than it needs.
+    vocabulary = getattr(tokenizer, "get_vocab", dict)
     described = [
-        repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str(),
+        repr(sorted(vocabulary().items())) if backend is None else backend.to_str(),
         *(repr(getattr(tokenizer, name, None)) for name in _TOKENIZER_ATTRIBUTES),
     ]
     return xxhash.xxh3_128_hexdigest("\n".join(described).encode("utf-8", "surrogatepass"))

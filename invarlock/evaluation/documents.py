@@ -86,7 +86,7 @@ def _hf(dataset: Dataset) -> Sequence[Any]:
         # Here, because the library is optional and slow to import.
         datasets = import_module("datasets")
     except ImportError:
-        raise UsageError("dataset.provider: hf needs a library: pip install 'invarlock[hf]'") from None
+        raise UsageError("dataset.provider: hf needs a library: pip install datasets") from None
     try:
         table = datasets.load_dataset(dataset.path, dataset.name, split=dataset.split)
     except ConnectionError:

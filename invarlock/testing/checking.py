@@ -11,6 +11,7 @@ import torch
 from invarlock import hookimpl
 from invarlock.core.results import Action, GuardResult
 from invarlock.testing.architectures import ARCHITECTURES, tiny_model
+from invarlock.testing.keeping import live_weights
 from invarlock.testing.named_edits import damage
 from invarlock.testing.running import Session
 
@@ -20,7 +21,8 @@ def check_guard(guard: Any, /, **options: Any) -> None:
 
     It passes the unedited model, in float32 and bfloat16, with tied and untied embeddings, and with experts; it does
     not change the model; the same run gives the same result; what it returns is plain enough for JSON; and to a weight
-    that holds NaN or infinity, before or after the edit, it gives an answer, whichever, and raises nothing.
+    that holds NaN or infinity, before or after the edit, it gives an answer, whichever, and raises nothing. It keeps no
+    live weights from ``prepare``: the edit happens in place, so that it would compare the edited model with itself.
 
     :param guard: a class with ``Guard`` as base, an instance of one, or a module or object with hook functions.
     :param options: the guard's options.
@@ -37,6 +39,7 @@ def _broken_promises(guard: Any, options: Mapping[str, Any]) -> Iterator[str]:
     for architecture in ARCHITECTURES:
         returned = _Returned()
         session = Session(guard, tiny_model(architecture), options, {"returned": returned})
+        returned.session = session
         for said in [*_broken_in(session), *dict.fromkeys(returned.problems)]:
             yield f"{architecture}: {said}"
 
@@ -66,14 +69,21 @@ def _failures(result: GuardResult, where: str) -> Iterator[str]:
 
 
 class _Returned:
-    """A wrapper around the guard that notes what of its answers JSON cannot hold."""
+    """A wrapper around the guard that notes what of its answers JSON cannot hold, and what it keeps of the model."""
+
+    session: Session
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     @hookimpl(wrapper=True)
-    def invarlock_prepare(self) -> Generator[None, Any, Any]:
-        return (yield from self._noted("prepare"))
+    def invarlock_prepare(self, model: torch.nn.Module) -> Generator[None, Any, Any]:
+        returned = yield from self._noted("prepare")
+        if kept := next(live_weights(self.session.instance, model), None):
+            self.problems.append(
+                f"it keeps live weights from prepare ({kept}), which the edit will change: clone() them"
+            )
+        return returned
 
     @hookimpl(wrapper=True)
     def invarlock_validate(self) -> Generator[None, Any, Any]:

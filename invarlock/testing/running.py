@@ -61,6 +61,8 @@ class Session:
     options: Mapping[str, Any] = field(default_factory=dict)
     observers: Mapping[str, Any] = field(default_factory=dict)
     """Plugins with wrappers, by name: they see what the guard is given and returns."""
+    instance: Any = None
+    """The guard that was asked last."""
 
     @cached_property
     def windows(self) -> tuple[Windows, Windows]:
@@ -104,8 +106,8 @@ class Session:
         catalog.add(Plugin(ADAPTER, Kind.ADAPTER, Origin.LOCAL, __name__, factory=_InMemory(self.model)))
         for observer, wrappers in self.observers.items():
             catalog.add(Plugin(observer, Kind.HOOKS, Origin.LOCAL, __name__, factory=wrappers))
-        guard = self.guard(**self.options) if inspect.isclass(self.guard) else self.guard
-        catalog.add(Plugin(name, Kind.GUARD, Origin.LOCAL, name, factory=guard))
+        self.instance = self.guard(**self.options) if inspect.isclass(self.guard) else self.guard
+        catalog.add(Plugin(name, Kind.GUARD, Origin.LOCAL, name, factory=self.instance))
         return catalog
 
 

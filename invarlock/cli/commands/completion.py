@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import shtab
     except ModuleNotFoundError as error:
-        raise UsageError("completion needs shtab: pip install 'invarlock[completion]'") from error
+        raise UsageError("completion needs shtab: pip install shtab") from error
     from invarlock.cli.parser import build_parser
 
     parser = build_parser(args.manager)
