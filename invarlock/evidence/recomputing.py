@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold, plain
+from invarlock.core.plain import OWN, plain
+from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
 from invarlock.evaluation.divergence import SHOWN, Limits, judge_figures, window_p95
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
@@ -20,13 +22,15 @@ from invarlock.pipeline.comparison import families
 from invarlock.pipeline.suspects import blame
 from invarlock.reporting.report import FindingSection, GuardSection, Number, Report
 
+_plain = partial(plain, limits=OWN)
+
 BESIDE = ("tokenizer", "primary metric")
 """Who may object to a comparison beside the guards and what was measured."""
 
 
 def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The configuration's digest, and the plan and the guards that it asks for."""
-    yield from differences("config", report.config, plain(config.as_dict()))
+    yield from differences("config", report.config, _plain(config.as_dict()))
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
     changed = sum(module.parameters for module in report.edit.modules if module.change != "unchanged")
@@ -34,7 +38,7 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if _is_comparison(report):
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
-        plan = plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
+        plan = _plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
         yield from differences("edit.name", report.edit.name, config.edit.name)
         yield from differences("edit.plan", report.edit.plan, plan)
 
@@ -163,13 +167,6 @@ def _losses(stored: Sequence[Number]) -> Any:
 
 def _differing(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
     return differences(what, _plain(stored), _plain(found))
-
-
-def _plain(value: Any) -> Any:
-    """Data classes, or lists of them, as JSON holds them."""
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
 
 
 def _is_comparison(report: Report) -> bool:
