@@ -85,10 +85,10 @@ class GuardSection:
 @dataclass
 class MetricSection:
     kind: Literal["perplexity", "masked_perplexity", "target_perplexity"]
-    baseline: float | None
-    edited: float | None
-    ratio: float | None
-    ci: tuple[float, float] | None
+    baseline: Number | None
+    edited: Number | None
+    ratio: Number | None
+    ci: tuple[Number, Number] | None
     ci_level: float
     windows: int
     tokens: int
@@ -177,7 +177,7 @@ class AttemptSection:
     bitwidth: int | None
     action: Actions
     decided_by: str
-    ratio: float | None
+    ratio: Number | None
 
 
 @dataclass
