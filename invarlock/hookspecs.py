@@ -232,7 +232,8 @@ def invarlock_prepare(
     :returns: a dict with ``ready``, True or False; None counts as ready. Stops at the first non-None result.
         What is kept of the model for ``invarlock_validate`` has to be a copy: the edit happens in place.
 
-    On raise, or with ``ready: False``: abort before the edit. The other guards are still prepared.
+    On raise, with ``ready: False``, or where ``ready`` is neither True nor False: abort before the edit. The other
+    guards are still prepared.
 
     Example, a guard that compares the norm of each parameter with what it was::
 
@@ -266,11 +267,16 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
         ``rank``.
     :param guard: the name of the guard that is asked; of use to wrappers.
     :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``,
-        ``metrics`` and ``warnings``. Stops at the first non-None result.
+        ``metrics`` (a dict of figures) and ``warnings`` (a list of texts). An edit that did not pass is one to warn of,
+        to roll back or to abort; "continue" goes with ``passed`` False only where ``metrics["measured"]`` is False,
+        too: then the guard says neither. Stops at the first non-None result.
 
-    On raise, without ``passed``, for an unknown action, or where ``passed`` and ``action`` contradict each other: an
-    error of that guard, which counts as abort; the traceback is in the report. So is a change of the model, of what hangs
-    on its modules (hooks, attributes), of its configuration or its tokenizer: it is undone and named.
+    On raise, without ``passed``, with an unknown or a contradicting action, or where ``metrics`` hold what is no data:
+    an error of that guard, which counts as abort; the traceback is in the report. What is too long for a report is cut,
+    with a warning that says so: lists to 10,000 entries, tensors of more than 1,000 numbers to their shape.
+
+    A change of the model, of what hangs on its modules (hooks, attributes), of its configuration or its tokenizer is an
+    error of the guard, too: it is undone and named.
 
     Example, a timer around every guard::
 

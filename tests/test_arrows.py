@@ -24,7 +24,7 @@ LAYERS = {
     "pipeline": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins"},
     # A new package is written to the side and renamed, as checkpoints are.
     "scaffold": {"core", "plugins", "checkpoints"},
-    "evidence": {"core", "config", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
+    "evidence": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
     "doctor": {"core", "config", "checkpoints", "plugins", "pipeline"},
     "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence", "doctor", "scaffold"},
     # For authors: it drives what a user drives, and nothing else imports it.

@@ -284,7 +284,8 @@ def test_a_tap_that_changes_the_model_is_found(judged) -> None:
 def test_a_subject_is_brought_back_for_the_next_guard(invarlock, module, what: str) -> None:
     module("odd", guard(validate=f"{MEDDLING[what]}; return {OK}"))
     module(
-        "witness", guard(validate="return {'passed': True, 'metrics': {'sum': float(next(model.parameters()).detach().sum())}}")
+        "witness",
+        guard(validate="return {'passed': True, 'metrics': {'sum': float(next(model.parameters()).detach().sum())}}"),
     )
     done = invarlock(
         "compare", "--baseline", DEMO / "checkpoint", "--subject", DEMO / "checkpoint", "-p", "odd", "-p", "witness", "--out", "out",

@@ -14,6 +14,7 @@ from invarlock.checkpoints import gguf_file, packed
 from invarlock.checkpoints.reading import INDEX, SINGLE
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import watched
+from invarlock.core.text import markdown
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
@@ -123,21 +124,32 @@ def _write_card(folder: Path, export: Export, report: Mapping[str, Any]) -> None
         base_model_relation=None if Path(export.source).exists() else "quantized",
         tags=["quantization", "round-to-nearest", "invarlock", export.format],
     )
+    verdict, primary = report["verdict"], report["metrics"]["primary"]
+    facts = {
+        "verdict": f"accepted ({verdict['action']}), {verdict['decided_by']}",
+        "rests on": verdict["rests_on"],
+        **({primary["kind"].replace("_", " "): primary["message"]} if primary else {}),
+    }
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md.jinja")),
-        name=Path(export.source).stem if Path(export.source).exists() else export.source,
+        name=markdown(Path(export.source).stem if Path(export.source).exists() else export.source),
         what=export.described,
         weights=len(report["edit"]["modules"]),
         version=report["invarlock_version"],
-        verdict=report["verdict"],
-        primary=report["metrics"]["primary"],
-        guards=report["guards"],
-        loading=_loading(export.format, report["model"]["description"].get("model_class") or "AutoModelForCausalLM"),
+        facts=[(name, markdown(fact)) for name, fact in facts.items()],
+        guards=[(markdown(guard["name"]), _said(guard), markdown(guard["message"])) for guard in report["guards"]],
+        loading=_loading(export.format, str(report["model"]["description"].get("model_class"))),
     )
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
+def _said(guard: Mapping[str, Any]) -> str:
+    return "not measured" if guard["passed"] is None else str(guard["action"])
+
+
 def _loading(format_: Format, model_class: str) -> str:
+    if not model_class.isidentifier() or model_class == "None":
+        model_class = "AutoModelForCausalLM"
     file = f', gguf_file="{gguf_file.FILE}"' if format_ == "gguf" else ""
     return f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("."{file})'

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
-from invarlock.core.errors import ExitCode
+from invarlock.core.errors import ExitCode, nearest
+from invarlock.core.plain import (
+    MESSAGE,
+    METRICS,
+    WARNINGS,
+    Limits,
+    Reader,
+    Unreadable,
+    as_text,
+    kind_name,
+    shortened,
+)
+from invarlock.core.plain import plain as plain
 
 
 class Action(StrEnum):
@@ -32,8 +43,8 @@ class Action(StrEnum):
 class GuardResult:
     """What one guard said of one attempt.
 
-    ``passed`` is None when nothing was measured; that never counts as passed. ``error`` says how the guard itself
-    failed; its action is then always ``abort``.
+    ``passed`` is None when nothing was measured, which a guard says with ``metrics["measured"]`` False; that never
+    counts as passed. ``error`` says how the guard itself failed; its action is then always ``abort``.
     """
 
     name: str
@@ -46,32 +57,40 @@ class GuardResult:
 
     @classmethod
     def from_plugin(cls, name: str, returned: object) -> GuardResult:
-        """Read what ``validate`` returned; what it lacks makes it an error of that guard, which counts as abort."""
-        if not isinstance(returned, Mapping):
-            return cls.failed(name, f"validate returned {type(returned).__name__}, not a dict with 'passed'")
-        if not isinstance(returned.get("passed"), bool):
-            return cls.failed(name, "the result of validate lacks 'passed' (True or False)")
-        passed = returned["passed"]
-        if not passed and returned.get("action") is None:
-            return cls.failed(name, "the result of validate has passed=False but lacks 'action'")
-        said = returned.get("action") or "none"
+        """Read what ``validate`` returned, whatever it is.
+
+        What it lacks, what contradicts itself and what is no data makes it an error of that guard, which counts as
+        abort. What is too long is cut, and a warning says so.
+        """
         try:
-            action = Action.CONTINUE if said == "none" else Action(said)
-        except ValueError:
-            return cls.failed(name, f"unknown action {said!r}; known are {', '.join(Action)}")
-        metrics = returned.get("metrics") or {}
-        if not isinstance(metrics, Mapping):
-            return cls.failed(name, f"'metrics' is a {type(metrics).__name__}, not a dict")
-        warnings = returned.get("warnings") or ()
-        if isinstance(warnings, str):
-            warnings = (warnings,)
+            return cls._read(name, _dict_of("validate", "passed", returned))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return cls.failed(name, _reason("validate", error))
+
+    @classmethod
+    def _read(cls, name: str, returned: Mapping[Any, Any]) -> GuardResult:
+        if "passed" not in returned:
+            raise Unreadable("the result of validate lacks 'passed' (True or False)")
+        passed = _flag("passed", returned["passed"])
+        action = _action(returned.get("action"), passed)
+        metrics, cut_metrics = _part(returned, "metrics", METRICS, dict)
+        warnings, cut_warnings = _part(returned, "warnings", WARNINGS, list)
+        message, cut_message = Reader.strict("message", returned.get("message"), MESSAGE)
+        measured = not (action is Action.CONTINUE and metrics.get("measured") is False)
+        if measured and (wrong := contradiction(passed, action)):
+            raise Unreadable(wrong)
         return cls(
             name=name,
-            passed=passed,
+            passed=passed if measured else None,
             action=action,
-            message=str(returned.get("message") or ""),
-            warnings=tuple(map(str, warnings)),
-            metrics=plain(metrics),
+            message=as_text(message),
+            warnings=(
+                *map(as_text, warnings),
+                *(f"cut: {cut}" for cut in (*cut_metrics, *cut_warnings, *cut_message)),
+            ),
+            metrics=metrics,
         )
 
     @classmethod
@@ -90,7 +109,42 @@ class GuardResult:
     @classmethod
     def failed(cls, name: str, message: str, trace: str | None = None) -> GuardResult:
         """The result of a guard that itself failed, with its traceback if there is one."""
-        return cls(name, passed=False, action=Action.ABORT, message=message, error=trace or message)
+        message = plain(message, MESSAGE)
+        return cls(name, passed=False, action=Action.ABORT, message=message, error=shortened(trace or message))
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What a guard's ``prepare`` returned, or how it failed."""
+
+    returned: Mapping[str, Any] = field(default_factory=dict)
+    message: str | None = None
+    error: str | None = None
+    """The traceback, or the message where there is none."""
+
+    @classmethod
+    def from_plugin(cls, returned: object) -> PrepareResult:
+        """Read what ``prepare`` returned, whatever it is; None counts as ready."""
+        if returned is None:
+            return cls()
+        try:
+            given = _dict_of("prepare", "ready", returned)
+            _flag("ready", given.get("ready", True))
+            made, cut = Reader.strict("prepare", given, METRICS)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return cls.failed(_reason("prepare", error))
+        return cls({**made, "cut": cut[0]} if cut else made)
+
+    @classmethod
+    def failed(cls, message: str, trace: str | None = None) -> PrepareResult:
+        message = plain(message, MESSAGE)
+        return cls(message=message, error=shortened(trace or message))
+
+    @property
+    def ready(self) -> bool:
+        return self.error is None and self.returned.get("ready", True) is True
 
 
 @dataclass(frozen=True)
@@ -148,23 +202,56 @@ def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
     return Verdict(worst, decided_by, tuple(findings), exit_code)
 
 
-def plain(value: Any) -> Any:
-    """Bring what a plugin returned to what JSON can hold.
+def contradiction(passed: bool | None, action: Action) -> str | None:
+    """Why a guard cannot mean both, or None if it can; ``passed`` is None where it measured nothing."""
+    if passed is None:
+        return None if action is Action.CONTINUE else f"nothing was measured, and 'action' is {action.value!r}"
+    if passed is action.accepted or action is Action.WARN:
+        return None
+    return f"'passed' is {passed} and 'action' is {action.value!r}, which contradict each other"
 
-    Tensors and arrays become numbers or lists. JSON has no NaN and no infinity: they become the strings ``"nan"``,
-    ``"inf"`` and ``"-inf"``, so that a reader can tell them from what was not measured (``null``).
-    """
-    if isinstance(value, str):
-        # A lone surrogate, as in a path that is not UTF-8, could not be written.
-        return str(value).encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {plain(str(key)): plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence | set | frozenset):
-        return [plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return repr(value)
+
+def _dict_of(hook: str, key: str, returned: Any) -> Mapping[Any, Any]:
+    if not issubclass(type(returned), Mapping):
+        raise Unreadable(f"{hook} returned {kind_name(returned)}, not a dict with {key!r}")
+    return cast("Mapping[Any, Any]", returned)
+
+
+def _flag(key: str, value: object) -> bool:
+    if type(value) is not bool:
+        # Text is always true.
+        todo = "say True or False" if value is None or issubclass(type(value), str) else "use bool()"
+        raise Unreadable(f"{key!r} is {kind_name(value)}, {todo}")
+    return value
+
+
+def _action(value: object, passed: bool) -> Action:
+    if value is None and not passed:
+        raise Unreadable("the result of validate has passed=False but lacks 'action'")
+    word = plain(value, MESSAGE) if value is None or issubclass(type(value), str) else kind_name(value)
+    if word in (None, "none"):
+        return Action.CONTINUE
+    if word not in list(Action):
+        known = ", ".join(Action)
+        raise Unreadable(
+            f"unknown action {word[:50]!r}{nearest(word.strip().lower()[:50], map(str, Action))}; known are {known}"
+        )
+    return Action(word)
+
+
+def _part(returned: Mapping[Any, Any], key: str, limits: Limits, kind: type) -> tuple[Any, list[str]]:
+    """An entry of a result, which may be left out, and what was cut of it; one text is a list of one."""
+    value = returned.get(key)
+    if value is None:
+        return kind(), []
+    made, cut = Reader.strict(key, [value] if kind is list and issubclass(type(value), str) else value, limits)
+    if not isinstance(made, kind):
+        raise Unreadable(f"{key!r} is {kind_name(value)}, not a {kind.__name__}")
+    return made, cut
+
+
+def _reason(hook: str, error: BaseException) -> str:
+    """What is wrong with a result that could not be read."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    return f"the result of {hook} raises {kind_name(error, article=False)} when it is read"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
+
+from invarlock.core.plain import METRICS, SECTIONS, Reader, Unreadable, as_text, kind_name
 
 Cell = str | int | float | bool | None
 KEYS = ("title", "text", "columns", "rows")
+MOST = 20
+"""Sections of one plugin: all of them stand on one page."""
 
 
 @dataclass(frozen=True)
@@ -23,29 +28,58 @@ class ReportSection:
     """Each as long as ``columns``."""
 
     @classmethod
+    def all_from_plugin(cls, source: str, returned: Any) -> list[ReportSection]:
+        """Read the sections that a plugin returned, whatever they are.
+
+        :raises ValueError: with what is wrong in them.
+        """
+        try:
+            given = list(islice(returned, MOST + 1))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            why = f"raises {kind_name(error, article=False)}"
+            raise Unreadable(f"{kind_name(returned)} is no list of sections: it {why}") from None
+        found = [cls.from_plugin(source, section) for section in given[:MOST]]
+        if len(given) > MOST:
+            found[-1] = found[-1]._with_note([f"the first {MOST} sections of the plugin are kept"])
+        return found
+
+    @classmethod
     def from_plugin(cls, source: str, returned: object) -> ReportSection:
-        """Read one section as a plugin returned it.
+        """Read one section as a plugin returned it; what is too long is cut, and its text says so.
 
         :raises ValueError: with what is wrong in it.
         """
-        if not isinstance(returned, Mapping):
-            raise ValueError(f"a section is a {type(returned).__name__}, not a dict with 'title'")
-        if unknown := [key for key in returned if key not in KEYS]:
-            raise ValueError(f"a section has the key {unknown[0]!r}; known are {', '.join(KEYS)}")
-        title, text = returned.get("title"), returned.get("text", "")
+        if not issubclass(type(returned), Mapping):
+            raise Unreadable(f"a section is {kind_name(returned)}, not a dict with 'title'")
+        values, cut = Reader.strict("section", returned, SECTIONS)
+        if unknown := [key for key in values if key not in KEYS]:
+            raise Unreadable(f"a section has the key {unknown[0][:50]!r}; known are {', '.join(KEYS)}")
+        title, text = values.get("title"), values.get("text", "")
         if not isinstance(title, str) or not title.strip() or not isinstance(text, str):
-            raise ValueError("a section needs a 'title', a text, and its 'text' is one too")
-        columns, rows = returned.get("columns", []), returned.get("rows", [])
-        if not _is_list(columns) or not _is_list(rows) or not all(_is_list(row) for row in rows):
-            raise ValueError(f"section {title!r}: 'columns' is a list, and 'rows' a list of lists")
+            raise Unreadable("a section needs a 'title', a text, and its 'text' is one too")
+        columns, rows = values.get("columns", []), values.get("rows", [])
+        if not all(isinstance(entry, list) for entry in (columns, rows, *(rows if isinstance(rows, list) else ()))):
+            raise Unreadable(f"section {title[:50]!r}: 'columns' is a list, and 'rows' a list of lists")
+        if cut and rows and len(rows[-1]) < len(columns):
+            del rows[-1]
         if any(len(row) != len(columns) for row in rows):
-            raise ValueError(f"section {title!r}: each row needs as many cells as there are columns, {len(columns)}")
-        return cls(source, title, text, [str(column) for column in columns], [[*map(_cell, row)] for row in rows])
+            needed = f"each row needs as many cells as there are columns, {len(columns)}"
+            raise Unreadable(f"section {title[:50]!r}: {needed}")
+        cells = [[as_text(cell) if isinstance(cell, dict | list) else cell for cell in row] for row in rows]
+        return cls(source, title, text, [*map(as_text, columns)], cells)._with_note(cut)
+
+    def _with_note(self, cut: Sequence[str]) -> ReportSection:
+        return replace(self, text="\n".join(filter(None, [self.text, *(f"cut: {what}" for what in cut)])))
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+def extra_from_plugin(returned: object) -> dict[str, Any]:
+    """What a plugin adds below ``extra`` of a report; None adds nothing.
 
-
-def _cell(value: Any) -> Cell:
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    :raises ValueError: with what is wrong in it.
+    """
+    if returned is not None and not issubclass(type(returned), Mapping):
+        raise Unreadable(f"returned {kind_name(returned)}, not a dict of what goes below 'extra'")
+    made, cut = Reader.strict("extra", {} if returned is None else returned, METRICS)
+    return {**made, "cut": cut[0]} if cut else made

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from invarlock.core.results import plain
+from invarlock.core.plain import OWN, plain
 
 RELATIVE = 1e-9
 """Floats that differ by less agree: sums and exponentials are not the same to the last bit on every processor."""
@@ -61,5 +61,5 @@ def _agree(stored: Any, found: Any) -> bool:
 def _shown(value: Any) -> str:
     if value is ABSENT:
         return "nothing"
-    text = json.dumps(plain(value))
+    text = json.dumps(plain(value, OWN))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

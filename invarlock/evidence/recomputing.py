@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold, plain
-from invarlock.evaluation.divergence import SHOWN, Limits, judge_figures, window_p95
+from invarlock.core.plain import OWN, plain
+from invarlock.core.results import Action, Finding, GuardResult, Verdict, contradiction, fold
+from invarlock.evaluation.divergence import SHOWN, Limits, compare_predictions, judge_figures, window_p95
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.predictions import TokenChanges
 from invarlock.evidence.disagreements import Disagreement, differences
 from invarlock.pipeline.assembly import WEIGHTS_ALONE, config_digest, divergence_section, metric_section, rests_on
 from invarlock.pipeline.comparison import families
+from invarlock.pipeline.plans import plans_of
 from invarlock.pipeline.suspects import blame
-from invarlock.reporting.report import FindingSection, GuardSection, Number, Report
+from invarlock.quantization.selection import SCOPE_ROLES
+from invarlock.reporting.report import FindingSection, GuardSection, ModuleSection, Number, Report
 
-BESIDE = ("tokenizer", "primary metric")
-"""Who may object to a comparison beside the guards and what was measured."""
+_plain = partial(plain, limits=OWN)
+
+SCOPES = {scope: {role.value for role in roles} for scope, roles in SCOPE_ROLES.items()}
+NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
+_BITS = re.compile(r"\((\d+) bits\)$")
+"""In what is said of a weight that lies on a grid."""
 
 
 def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The configuration's digest, and the plan and the guards that it asks for."""
-    yield from differences("config", report.config, plain(config.as_dict()))
+    yield from differences("config", report.config, _plain(config.as_dict()))
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
     changed = sum(module.parameters for module in report.edit.modules if module.change != "unchanged")
@@ -34,7 +45,7 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if _is_comparison(report):
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
-        plan = plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
+        plan = _plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
         yield from differences("edit.name", report.edit.name, config.edit.name)
         yield from differences("edit.plan", report.edit.plan, plan)
 
@@ -42,6 +53,8 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The perplexities, their ratio and its interval, from the losses of each window."""
     stored = report.metrics.primary
+    if not _is_comparison(report):
+        yield from differences("metrics.windows (whether measured)", report.metrics.windows is not None, _made(report))
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.primary (whether measured)", stored is not None, measured is not None)
         return
@@ -66,8 +79,11 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.predictions (whether measured)", stored is not None, measured is not None)
         return
-    if stored.limits is None or stored.flips is None:
-        yield from differences("metrics.predictions.action", stored.action, Action.ABORT.value)
+    comparable = measured[0].tokens.any() and np.isfinite(measured[0].losses).all()
+    if not comparable or stored.limits is None or stored.flips is None:
+        nothing = dataclasses.replace(measured[1], changes=NO_TOKENS)
+        found = compare_predictions(measured[0], nothing, ratio=config.eval.max_pm_ratio)
+        yield from _differing("metrics.predictions", stored, divergence_section(found))
         return
     figures = {name: getattr(stored, name) for name in (*SHOWN, "margin_baseline", "margin_loss")}
     figures["window_p95"] = window_p95(*measured)
@@ -82,12 +98,59 @@ def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     outputs = {"primary metric": report.metrics.primary, "predictions": report.metrics.predictions}
     expected += [FindingSection(name, each.action, each.message, False) for name, each in outputs.items() if each]
     stored = report.verdict.findings
-    beside = [finding for finding in stored[len(expected) :] if _is_comparison(report) and finding.source in BESIDE]
-    yield from _differing("verdict.findings", stored, [*expected, *beside])
+    beside = stored[len(expected) :] if _is_comparison(report) else []
+    others = [finding for finding in beside if not finding.source.startswith("guard ")]
+    yield from _differing("verdict.findings", stored, [*expected, *others])
+
+
+def guards(report: Report, config: RunConfig) -> Iterator[Disagreement]:
+    """Whether each guard passed, against its action; and whether it was asked at all."""
+    rejected = False
     for place, guard in enumerate(report.guards):
-        if guard.error is not None:
-            yield from differences(f"guards[{place}].action", guard.action, Action.ABORT.value)
-            yield from differences(f"guards[{place}].passed", guard.passed, False)
+        action, where = Action(guard.action), f"guards[{place}]"
+        failed = guard.error is not None or guard.prepare.get("ready") is False
+        yield from differences(f"{where}.action", guard.action, Action.ABORT.value if failed else guard.action)
+        unasked = not failed and (config.guards.fail_fast and rejected if _made(report) else True)
+        passed = guard.passed
+        if unasked or (action is Action.CONTINUE and guard.metrics.get("measured") is False):
+            passed = None
+        elif passed is None or contradiction(passed, action):
+            passed = action.accepted
+        yield from differences(f"{where}.passed", guard.passed, passed)
+        yield from differences(f"{where}.action", guard.action, Action.CONTINUE.value if unasked else guard.action)
+        rejected = rejected or not action.accepted
+    if not _made(report) and not rejected:
+        yield Disagreement("edit.modules", [], "weights, or a guard that was not ready", how="expected")
+
+
+def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
+    """What was done to each weight, against the plan or, of a comparison, against its own words."""
+    for place, weight in enumerate(report.edit.modules):
+        where = f"edit.modules[{place}]"
+        found = _compared(weight) if _is_comparison(report) else _planned(weight, report, config)
+        yield from differences(where, {name: getattr(weight, name) for name in found}, found)
+        if not _is_comparison(report) and not config.edit.plan.include:
+            roles = sorted(SCOPES[config.edit.plan.scope])
+            if weight.role not in roles:
+                yield Disagreement(f"{where}.role", weight.role, " or ".join(roles), how="expected")
+    names = [weight.name for weight in report.edit.modules]
+    yield from differences("edit.modules (different names)", len(names), len(set(names)))
+
+
+def _planned(weight: ModuleSection, report: Report, config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"bits": report.attempts[-1].bitwidth, "change": "quantized"}
+    if not config.edit.plan.clamp_ratio:
+        found["clipped_share"] = 0.0
+    if weight.relative_error is not None and math.isfinite(weight.relative_error):
+        error = weight.relative_error
+        found["sqnr_db"] = -20 * math.log10(error) if error > 0 else None
+    return found
+
+
+def _compared(weight: ModuleSection) -> dict[str, Any]:
+    grid = _BITS.search(weight.change)
+    found: dict[str, Any] = {"bits": int(grid[1]) if grid else None}
+    return found | ({"relative_error": 0.0} if weight.change == "unchanged" else {})
 
 
 def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -101,13 +164,18 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         "exit_code": int(folded.exit_code),
         "suspects": [] if folded.accepted else _plain(blame(map(_result, report.guards))),
     }
-    if report.metrics.windows is not None or stored.rests_on != WEIGHTS_ALONE:
+    if report.metrics.windows is not None or not _is_comparison(report):
         found["rests_on"] = rests_on(config)
+    elif _made(report):
+        found["rests_on"] = WEIGHTS_ALONE
     yield from differences("verdict", {name: _plain(getattr(stored, name)) for name in found}, found)
 
 
 def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """The last attempt is the one that the verdict is of; each before it was rolled back, with one bit less."""
+    """The last attempt is the one that the verdict is of; each before it was rolled back, with one bit less.
+
+    A rollback is the last one only where the plan has no bits left to try.
+    """
     folded, last = folded_anew(report), report.attempts[-1]
     found = {
         "action": folded.action.value,
@@ -119,18 +187,22 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
     earlier = [each.action for each in report.attempts[:-1]]
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK.value] * (count - 1))
+    bits: list[int | None] = [None]
     if not _is_comparison(report):
-        first = config.edit.plan.bitwidth
-        bits = [each.bitwidth for each in report.attempts]
-        yield from differences("attempts[*].bitwidth", bits, [*range(first, first + count)])
+        planned = [plan.scheme.bitwidth for plan in plans_of(config)]
+        bits = [*(planned if folded.action is Action.ROLLBACK else planned[:count])]
+    yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
 
 
 def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """Whether the baseline came back agrees with the verdict and the fingerprints."""
+    """Which model it was; and whether the baseline came back, against the verdict and the fingerprints."""
     stored, rejected = report.model, not folded_anew(report).accepted
+    yield from differences("model.id", stored.id, config.model.id)
+    if config.model.adapter != "auto":
+        yield from differences("model.adapter", stored.adapter, config.model.adapter)
     restored = True if rejected and not _is_comparison(report) else None
     yield from differences("model.restored", stored.restored, restored)
-    if restored:
+    if restored or not _made(report):
         yield from differences("model.fingerprint_after", stored.fingerprint_after, stored.fingerprint_before)
 
 
@@ -165,11 +237,9 @@ def _differing(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
     return differences(what, _plain(stored), _plain(found))
 
 
-def _plain(value: Any) -> Any:
-    """Data classes, or lists of them, as JSON holds them."""
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
+def _made(report: Report) -> bool:
+    """Whether there was an edit to judge; there is none where a guard was not ready."""
+    return bool(report.edit.modules)
 
 
 def _is_comparison(report: Report) -> bool:

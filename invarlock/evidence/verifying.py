@@ -22,6 +22,8 @@ RECOMPUTED: dict[str, Callable[[Report, RunConfig], Iterator[Disagreement]]] = {
     "configuration, its digest, plan and guards": recomputing.configuration,
     "perplexities, ratio and interval, from the windows": recomputing.metric,
     "rises of the windows, limits and action of the predictions": recomputing.predictions,
+    "guards: whether they passed, against their actions": recomputing.guards,
+    "weights: bits and errors of each, against the plan": recomputing.weights,
     "findings, against guards, metric and predictions": recomputing.findings,
     "verdict, reasons, suspects and exit code": recomputing.verdict,
     "attempts": recomputing.attempts,

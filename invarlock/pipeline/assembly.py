@@ -20,8 +20,9 @@ from invarlock.checkpoints.sharding import ShardedOutput
 from invarlock.checkpoints.writing import OutputFolder, staged_folder, unwritable_said, write_text
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import one_line
+from invarlock.core.plain import OWN, plain
 from invarlock.core.ranks import Ranks
-from invarlock.core.results import GuardResult, plain
+from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
@@ -67,7 +68,7 @@ def _attempt_report(judge: Judge, attempt: Attempt) -> dict[str, Any]:
         "metrics": dataclasses.asdict(_metrics_section(judge, attempt)),
         "verdict": dataclasses.asdict(_verdict_section(judge, attempt)),
     }
-    plain_sections: dict[str, Any] = plain(sections)
+    plain_sections: dict[str, Any] = plain(sections, OWN)
     return plain_sections
 
 

@@ -24,7 +24,7 @@ from invarlock.core.errors import PluginError, UsageError, one_line
 from invarlock.core.model_state import ModelState, tokenizer_digest
 from invarlock.core.progress import showing
 from invarlock.core.ranks import Ranks
-from invarlock.core.results import Action, Finding, GuardResult, Verdict, fold
+from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
 from invarlock.core.sharing import asked_together
 from invarlock.core.spread import Sharding, sharding_of
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
@@ -36,7 +36,7 @@ from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
 from invarlock.pipeline.clock import Clock, Progress
 from invarlock.pipeline.keeping import some
-from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager, Prepared
+from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
 
@@ -252,14 +252,14 @@ class Judge:
         ]
         return all(prepared.ready for prepared in self.prepared)
 
-    def _prepare(self, place: int, model: torch.nn.Module, undo: Undo) -> Prepared:
+    def _prepare(self, place: int, model: torch.nn.Module, undo: Undo) -> PrepareResult:
         calib, observed = _Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
         with self.clock.guard(place, self.slots[place].name):
             prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
         if observed.message:
-            prepared = Prepared.failed(observed.message, observed.trace)
+            prepared = PrepareResult.failed(observed.message, observed.trace)
         if changed := undo():
-            prepared = Prepared.failed(changed_message(changed))
+            prepared = PrepareResult.failed(changed_message(changed))
         return prepared
 
     def _asked(self, slot: GuardSlot, ask: Callable[[], Found]) -> list[Found]:
@@ -275,7 +275,7 @@ class Judge:
         ]
         return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, None, self._fold(results, []))
 
-    def _unready_result(self, slot: GuardSlot, prepared: Prepared) -> GuardResult:
+    def _unready_result(self, slot: GuardSlot, prepared: PrepareResult) -> GuardResult:
         if prepared.error:
             return GuardResult.failed(slot.name, prepared.message or "", prepared.error)
         if prepared.ready:

@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pluggy
@@ -16,7 +16,7 @@ from invarlock import hookspecs
 from invarlock.core.api import Guard, ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
 from invarlock.core.ranks import PeerError
-from invarlock.core.results import GuardResult, plain
+from invarlock.core.results import GuardResult, PrepareResult, plain
 from invarlock.core.sections import ReportSection
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks
@@ -42,33 +42,6 @@ class GuardSlot:
     def shares_work(self) -> bool:
         """Whether all processes of a run ask it (``Guard.shares_work``)."""
         return bool(getattr(self.instance, "shares_work", False))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a guard's ``prepare`` returned, or how it failed."""
-
-    returned: Mapping[str, Any] = field(default_factory=dict)
-    message: str | None = None
-    error: str | None = None
-    """The traceback, or the message where there is none."""
-
-    @classmethod
-    def from_plugin(cls, returned: object) -> Prepared:
-        """Read what ``prepare`` returned."""
-        if returned is not None and not isinstance(returned, Mapping):
-            return cls.failed(f"prepare returned {type(returned).__name__}, not a dict with 'ready'")
-        if not isinstance(ready := (returned or {}).get("ready", True), bool):
-            return cls.failed(f"'ready' is a {type(ready).__name__}, not True or False")
-        return cls(plain(returned or {}))
-
-    @classmethod
-    def failed(cls, message: str, trace: str | None = None) -> Prepared:
-        return cls(message=message, error=trace or message)
-
-    @property
-    def ready(self) -> bool:
-        return self.error is None and bool(self.returned.get("ready", True))
 
 
 class PluginManager:
@@ -270,15 +243,15 @@ class PluginManager:
             observation.fail("observe", error)
         return observation
 
-    def prepare(self, slot: GuardSlot, model: Any, adapter: Adapter, calib: Any) -> Prepared:
+    def prepare(self, slot: GuardSlot, model: Any, adapter: Adapter, calib: Any) -> PrepareResult:
         hook = self._only("invarlock_prepare", slot.instance)
         try:
             with self._turn(slot.plugin.label):
                 policy = copy.deepcopy(slot.policy)
                 returned = hook(model=model, adapter=adapter, calib=calib, policy=policy, guard=slot.name)
-                return Prepared.from_plugin(returned)
+                return PrepareResult.from_plugin(returned)
         except Exception as error:
-            return Prepared.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
+            return PrepareResult.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
 
     def validate(self, slot: GuardSlot, model: Any, adapter: Adapter, context: Mapping[str, Any]) -> GuardResult:
         hook = self._only("invarlock_validate", slot.instance)

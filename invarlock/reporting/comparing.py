@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from invarlock.core.results import plain
 from invarlock.reporting.describing import NOT_MEASURED, Measure, shown, shown_bytes
 from invarlock.reporting.report import to_json
 from invarlock.reporting.view import View
@@ -54,7 +53,7 @@ def _cost(view: View) -> tuple[float, float]:
 
 
 def as_json(table: SideBySide) -> str:
-    return to_json(plain(dataclasses.asdict(table)))
+    return to_json(dataclasses.asdict(table))
 
 
 def _limited(measure: Measure) -> str:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from invarlock.reporting.plain_data import Node, cleaned
+from invarlock.core.text import cleaned
+from invarlock.reporting.plain_data import Node
 
 NOT_MEASURED = "not measured"
 MOST_FIGURES = 400

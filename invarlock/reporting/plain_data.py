@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HARMFUL = re.compile(
-    r"[^\t\n\r\x20-\x7e\xa0-\u200d\u2010-\u2029\u202f-\u2065"
-    r"\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
-)
-"""Control characters (a terminal would obey them, XML cannot hold them), surrogates (UTF-8 has none), and marks that
-turn the direction of all the text that follows."""
+from invarlock.core.text import cleaned
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,3 @@ class Node:
 
     def flag(self) -> bool | None:
         return self.value if isinstance(self.value, bool) else None
-
-
-def cleaned(text: str) -> str:
-    return HARMFUL.sub("\ufffd", text)

@@ -36,5 +36,7 @@ class Run:
             raise UsageError(f"{file}: is not a report: {one_line(error)}") from error
         version = report.get("format_version") if isinstance(report, dict) else None
         if version != FORMAT_VERSION:
-            raise UsageError(f"{file}: is not a report of format {FORMAT_VERSION}, its format_version is {version!r}")
+            raise UsageError(
+                f"{file}: is not a report of format {FORMAT_VERSION}, its format_version is {version!r:.80}"
+            )
         return cls(report, file.absolute().parent)

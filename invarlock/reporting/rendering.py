@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invarlock.core.text import markdown
 from invarlock.reporting import describing
 from invarlock.reporting.comparing import SideBySide, as_json
 from invarlock.reporting.junit import Suite
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 TEMPLATES = resources.files(__package__) / "templates"
 WIDTH = 100
 """Columns of what is written for a terminal into a file."""
-MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$#]|^[-+=]|^\d+(?=[.)](?: |$))")
 
 
 def render_html(report: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -124,7 +123,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=autoescape,
-        finalize=None if autoescape else _for_markdown,
+        finalize=None if autoescape else markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -132,17 +131,6 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
     )
     environment.filters |= {"shown": describing.shown, "shown_bytes": describing.shown_bytes}
     return environment
-
-
-def _for_markdown(value: object) -> str:
-    """Text on one line that Markdown shows as it is; nobody is notified by it."""
-    text = " ".join(str(value).split())
-    return MARKDOWN.sub(_escaped, text).replace("@", "@<!-- -->").replace("://", ":<!-- -->//")
-
-
-def _escaped(found: re.Match[str]) -> str:
-    """A mark with a backslash before it; of the number of a list entry it belongs behind."""
-    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
 
 def _source(name: str) -> str:

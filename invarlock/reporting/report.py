@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final, Literal
 
-from invarlock.core.results import plain
+from invarlock.core.plain import OWN, Reader, plain
 from invarlock.core.sections import ReportSection
+from invarlock.core.text import HARMFUL
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -83,10 +85,10 @@ class GuardSection:
 @dataclass
 class MetricSection:
     kind: Literal["perplexity", "masked_perplexity", "target_perplexity"]
-    baseline: float | None
-    edited: float | None
-    ratio: float | None
-    ci: tuple[float, float] | None
+    baseline: Number | None
+    edited: Number | None
+    ratio: Number | None
+    ci: tuple[Number, Number] | None
     ci_level: float
     windows: int
     tokens: int
@@ -175,7 +177,7 @@ class AttemptSection:
     bitwidth: int | None
     action: Actions
     decided_by: str
-    ratio: float | None
+    ratio: Number | None
 
 
 @dataclass
@@ -203,12 +205,22 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as ``report.json`` holds it: only what JSON can hold, the format version first."""
-        values: dict[str, Any] = plain(dataclasses.asdict(self))
+        values: dict[str, Any] = plain(self, OWN)
         return {"format_version": values.pop("format_version"), **values}
 
 
-def to_json(report: dict[str, Any]) -> str:
-    return json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(report: Mapping[str, Any]) -> str:
+    """
+    :raises ValueError: it is nested too deep, or holds what JSON cannot.
+    """
+    values, _ = Reader.strict("report", report, OWN)
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    # They stand inside of texts alone; printed as they are, a terminal would obey them.
+    return HARMFUL.sub(_as_escape, text) + "\n"
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def json_schema() -> dict[str, Any]:

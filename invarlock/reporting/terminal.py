@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from invarlock.core.text import on_one_line
 from invarlock.reporting.comparing import SideBySide
 from invarlock.reporting.describing import NOT_MEASURED
 from invarlock.reporting.view import Guard, Section, View
@@ -28,8 +29,8 @@ def render(view: View, console: Console, *, verbose: bool = False) -> None:
         console.print(_families(view))
     console.print(_guards(view))
     for section in view.sections:
-        for line in (f"{section.title} (by {section.source})", section.text):
-            console.print(escape(line), highlight=False, soft_wrap=True)
+        for line in (_line(f"{section.title} (by {section.source})"), escape(section.text)):
+            console.print(line, highlight=False, soft_wrap=True)
         console.print(_section(section))
     if verbose:
         console.print(_modules(view))
@@ -38,13 +39,13 @@ def render(view: View, console: Console, *, verbose: bool = False) -> None:
 def verdict_line(view: View) -> str:
     """The verdict in one line, with rich's markup."""
     verdict = view.verdict
-    return f"[{COLOURS[verdict.action]}]{verdict.word}[/] ({verdict.action}): {escape(verdict.summary)}"
+    return f"[{COLOURS[verdict.action]}]{verdict.word}[/] ({verdict.action}): {_line(verdict.summary)}"
 
 
 def render_side_by_side(table: SideBySide, console: Console) -> None:
     """Print several runs, a column each."""
     best = "none was accepted" if table.best is None else table.runs[table.best]
-    console.print(f"best     {escape(best)}", highlight=False, soft_wrap=True)
+    console.print(f"best     {_line(best)}", highlight=False, soft_wrap=True)
     console.print(escape(table.rule), highlight=False, soft_wrap=True)
     console.print()
     shown = Table(box=None, pad_edge=False, header_style="bold")
@@ -59,20 +60,24 @@ def render_side_by_side(table: SideBySide, console: Console) -> None:
 def _lines(view: View) -> Iterator[str]:
     yield verdict_line(view)
     for reason in view.reasons:
-        yield f"  - {escape(reason)}"
+        yield f"  - {_line(reason)}"
     for suspect in view.most_suspect:
-        yield f"suspect  {escape(suspect.module)} ({escape(suspect.evidence[0])})"
+        yield f"suspect  {_line(suspect.module)} ({_line(suspect.evidence[0])})"
     yield ""
-    yield f"model    {escape(view.model)}"
-    yield f"edit     {escape(view.edit)}"
-    yield f"metric   {escape(view.metric)}"
+    yield f"model    {_line(view.model)}"
+    yield f"edit     {_line(view.edit)}"
+    yield f"metric   {_line(view.metric)}"
     if view.predictions:
-        yield f"tokens   {escape(view.predictions)}"
-    yield f"rests on {escape(view.verdict.rests_on)}"
+        yield f"tokens   {_line(view.predictions)}"
+    yield f"rests on {_line(view.verdict.rests_on)}"
     if view.restored is not None:
         yield f"model    {'restored bit for bit' if view.restored else 'NOT RESTORED'}"
     for attempt in view.attempts[:-1]:
-        yield f"attempt  {escape(attempt.number)} at {attempt.bitwidth} bits: {attempt.action}"
+        yield f"attempt  {_line(attempt.number)} at {attempt.bitwidth} bits: {attempt.action}"
+
+
+def _line(text: str) -> str:
+    return escape(on_one_line(text))
 
 
 def _table(*headings: str, right: tuple[str, ...] = (), fold: tuple[str, ...] = ()) -> Table:

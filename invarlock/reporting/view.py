@@ -133,7 +133,7 @@ class Guard:
 
     @property
     def said(self) -> str:
-        return "not run" if self.passed is None else self.action
+        return NOT_MEASURED if self.passed is None else self.action
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ Computes again, from the windows in a report, the perplexities, the interval and
 every file. With a public key it checks the signature, with checkpoints at hand it measures them again. A report is a
 stranger's: no plugin that it names is imported unless -p names it too, and the network stays off."""
 
+UNSIGNED = "UNSIGNED: consistent with itself, which a forger can be, too"
+
 EPILOG = """\
 examples:
   invarlock verify runs/int4
@@ -69,14 +71,16 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = Checkpoints(args.baseline, args.subject, args.dataset, args.device)
         measure_again(found, checkpoints, args.manager, verification, on_progress)
     console = Console(soft_wrap=True)
-    for line in _lines(verification):
+    for line in _lines(verification, signed=args.public_key is not None):
         console.print(line, highlight=False, markup=False)
     return ExitCode.REJECTED if verification.disagreements else ExitCode.ACCEPTED
 
 
-def _lines(verification: Verification) -> Iterator[str]:
+def _lines(verification: Verification, *, signed: bool) -> Iterator[str]:
     count = len(verification.disagreements)
     yield f"DISAGREES in {count} place{'s' if count > 1 else ''}" if count else "AGREES in all that was checked"
     yield from (f"  - {disagreement}" for disagreement in verification.disagreements)
     yield from (f"checked      {what}" for what in verification.checked)
     yield from (f"not checked  {what}" for what in verification.not_checked)
+    if not signed and not count:
+        yield UNSIGNED

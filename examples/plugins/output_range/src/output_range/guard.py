@@ -29,7 +29,12 @@ class OutputRangeGuard(Guard):
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = context["observations"]["baseline"], context["observations"]["edited"]
         if not before or not after:
-            return {"passed": False, "action": "continue", "message": "not measured: there were no windows"}
+            return {
+                "passed": False,
+                "action": "continue",
+                "message": "not measured: there were no windows",
+                "metrics": {"measured": False},
+            }
         # "not within" rather than "beyond": NaN is neither.
         broken = [name for name in after if not after[name] <= self.max_growth * before[name]]
         grown = [name for name in after if name not in broken and after[name] > self.warn_growth * before[name]]
