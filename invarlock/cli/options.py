@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.errors import ExitCode
+from invarlock.core.errors import ExitCode, UsageError
+from invarlock.core.paths import PathError, given
 
 if TYPE_CHECKING:
     from invarlock.checkpoints.writing import OutputFolder
@@ -28,17 +29,27 @@ def add_judging_options(parser: argparse.ArgumentParser) -> None:
         help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
     )  # fmt: skip
     parser.add_argument("--device", help="same as --set model.device=DEVICE")
-    parser.add_argument("--out", metavar="DIR", help="same as --set output.dir=DIR")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
     parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
     parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
-    parser.add_argument("--sign", metavar="KEY", help="sign the output with this private key, a PEM file")
+    parser.add_argument(
+        "--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
     parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings"
     )
+
+
+def path_argument(text: str) -> str:
+    """The type of an option that takes a path: see ``invarlock.core.paths``."""
+    try:
+        return given(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,12 +81,16 @@ def output_folder(configured: str | None, name: str) -> Path:
     """The folder that was asked for, or a new one below ``runs`` named after the run and the time."""
     if configured is not None:
         return Path(configured)
+    try:
+        runs = Path(given("runs"))
+    except PathError as error:
+        raise UsageError(f"output.dir: {error}") from None
     stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    path, number = Path("runs", stem), 1
-    while path.exists():
+    folder, number = runs / stem, 1
+    while folder.exists():
         number += 1
-        path = Path("runs", f"{stem}-{number}")
-    return path
+        folder = runs / f"{stem}-{number}"
+    return folder
 
 
 def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks: Ranks) -> OutputFolder:
@@ -90,8 +105,8 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
         from invarlock.evidence.signing import Signer
 
         sign = Signer.of(args.sign).sign
-    path = ranks.from_first(lambda: output_folder(configured, name))
-    return OutputFolder(path, force=args.force, sign=sign)
+    folder = ranks.from_first(lambda: output_folder(configured, name))
+    return OutputFolder(folder, force=args.force, sign=sign)
 
 
 def judge_together(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Ranks], tuple[Report, Path]]) -> int:

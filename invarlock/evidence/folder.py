@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from invarlock.checkpoints.digests import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.paths import absolute
 from invarlock.core.progress import counted
 from invarlock.evidence.disagreements import ABSENT, Disagreement, printable
 from invarlock.reporting.report import FORMAT_VERSION, Report
@@ -28,7 +29,9 @@ def read_report(run: Path) -> Report:
     try:
         text = (run / REPORT).read_bytes()
     except OSError as error:
-        raise UsageError(f"{run}: {REPORT} cannot be read ({error.strerror}); give the folder of a run") from None
+        raise UsageError(
+            f"{absolute(run)}: {REPORT} cannot be read ({error.strerror}); give the folder of a run"
+        ) from None
     try:
         report: Report = TypeAdapter(Report).validate_json(text, strict=True)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment, stdout_for_json_alone, telling
+from invarlock.cli.options import path_argument, quieten_libraries, set_environment, stdout_for_json_alone, telling
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor", help="find out what stands in the way of a run", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("-c", "--config", metavar="CONFIG", help="check what this configuration asks for, too")
+    parser.add_argument(
+        "-c", "--config", type=path_argument, metavar="CONFIG", help="check what this configuration asks for, too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, format doctor-v1")
     parser.add_argument("--allow-network", action="store_true", help="ask the hub for a model that is not here")
     parser.set_defaults(run=run, quiet=True)
