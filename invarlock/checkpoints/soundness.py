@@ -28,16 +28,18 @@ def check_folder(folder: Path) -> None:
         check_file(path)
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise _refused(folder, f"is an adapter on top of {base}: merge it into that model first (merge_and_unload)")
+        raise _refused(
+            folder, f"an adapter on top of {base}: merge it into that model first (merge_and_unload of peft)"
+        )
     if not (folder / "config.json").is_file():
-        raise _refused(folder, "has no config.json: it is no checkpoint of transformers")
+        raise _refused(folder, "there is no config.json: it is no checkpoint of transformers")
     if any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise _refused(
             folder,
-            f"its weights are a pickle, {pickles[0]}, which runs code when it is read: convert it to safetensors",
+            f"its weights are a pickle, {pickles[0]}, which runs code when read: convert it to safetensors",
         )
     raise _refused(folder, f"there is neither {SINGLE} nor {INDEX}")
 
@@ -53,7 +55,7 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"model.id: {absolute(path)} cannot be read: {error.strerror}") from error
     if pointer:
-        raise _refused(path, "is a git-lfs pointer, not the file: git lfs pull")
+        raise _refused(path, "a git-lfs pointer, not the file: git lfs pull")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise _refused(path, f"is not valid JSON: {one_line(error)}") from error
+        raise _refused(path, f"not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise _refused(path, "holds no JSON object")
     return value
@@ -83,4 +85,4 @@ def _read_files(folder: Path) -> Iterator[Path]:
 
 
 def _refused(path: Path, why: str) -> UsageError:
-    return UsageError(f"model.id: {absolute(path)} {why}")
+    return UsageError(f"model.id: {absolute(path)}: {why}")

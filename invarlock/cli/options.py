@@ -24,10 +24,7 @@ Report = dict[str, Any]
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """How to set keys, where the output goes, and how much is said."""
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-        help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
-    )  # fmt: skip
+    add_setting_option(parser)
     parser.add_argument("--device", help="same as --set model.device=DEVICE")
     parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
     parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
@@ -50,6 +47,13 @@ def path_argument(text: str) -> str:
         return given(text)
     except PathError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_setting_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
+    )  # fmt: skip
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
     if model.get_output_embeddings() is None:
         raise UsageError(
             f"model.id: {checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
-            "language-model head, so that nothing it predicts can be measured; name a class with one"
+            "language-model head, so that nothing it predicts can be measured; name one that has, as LlamaForCausalLM"
         )
     empty = next((name for name, weight in model.named_parameters() if weight.numel() == 0), None)
     if empty is not None:
