@@ -17,6 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTER, LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
 """How a file begins that git-lfs left in the place of the real one, and the size that its specification allows."""
 ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -31,6 +32,9 @@ def check_folder(folder: Path) -> None:
         raise _refused(
             folder, f"an adapter on top of {base}: merge it into that model first (merge_and_unload of peft)"
         )
+    if (folder / GENERATION).is_file():
+        # Transformers goes on without it, and then generates with other settings.
+        read_json(folder / GENERATION)
     if not (folder / "config.json").is_file():
         raise _refused(folder, "there is no config.json: it is no checkpoint of transformers")
     if any((folder / name).is_file() for name in (SINGLE, INDEX)):

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.errors import ExitCode, UsageError
-from invarlock.core.paths import PathError, given
+from invarlock.core.errors import ExitCode
+from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
     from invarlock.checkpoints.writing import OutputFolder
@@ -63,7 +63,11 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal."""
+    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal.
+
+    :raises UsageError: there is no working directory, without which they cannot be imported.
+    """
+    check_working_directory()
     if not args.allow_network:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if args.quiet or not sys.stderr.isatty():
@@ -85,15 +89,11 @@ def output_folder(configured: str | None, name: str) -> Path:
     """The folder that was asked for, or a new one below ``runs`` named after the run and the time."""
     if configured is not None:
         return Path(configured)
-    try:
-        runs = Path(given("runs"))
-    except PathError as error:
-        raise UsageError(f"output.dir: {error}") from None
     stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder, number = runs / stem, 1
+    folder, number = Path("runs", stem), 1
     while folder.exists():
         number += 1
-        folder = runs / f"{stem}-{number}"
+        folder = Path("runs", f"{stem}-{number}")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from invarlock import hookimpl
 from invarlock.core.errors import UsageError
-from invarlock.core.inputs import complaints_of
+from invarlock.core.inputs import complaints_of, panics_unprinted
 
 
 class OptionNotTakenError(UsageError):
@@ -103,7 +103,10 @@ class ModelAdapter(ABC):
         remedy = (
             "put the model's tokenizer files beside its weights, or judge without text (dataset.provider: generated)"
         )
-        with complaints_of(f"model.id: {model_id}: no tokenizer could be loaded from there; {remedy}"):
+        with (
+            panics_unprinted(),
+            complaints_of(f"model.id: {model_id}: no tokenizer could be loaded from there; {remedy}"),
+        ):
             tokenizer = AutoTokenizer.from_pretrained(model_id, **{"trust_remote_code": False, **kwargs})
             # Where there are no files, some classes of transformers are made without a vocabulary.
             if len(tokenizer) <= len(tokenizer.all_special_ids):

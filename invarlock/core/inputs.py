@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,10 +28,38 @@ def complaints_of(what: str) -> Iterator[None]:
     except Exception as error:
         raise UsageError(f"{what}: {_told(error)}") from error
     except BaseException as error:
-        # A panic of a library in Rust, tokenizers for one, is no Exception.
-        if type(error).__module__ != "pyo3_runtime":
+        if not _is_panic(error):
             raise
         raise UsageError(f"{what}: {_told(error)}") from error
+
+
+@contextmanager
+def panics_unprinted() -> Iterator[None]:
+    """Keep what Rust prints of a panic, stack and all, from standard error: the exception tells it, too."""
+    if sys.stderr is None:
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error) or _is_panic(error.__cause__)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            if not panicked:
+                os.write(2, held.read())
+
+
+def _is_panic(error: BaseException | None) -> bool:
+    """Whether a library in Rust, such as tokenizers, gave up; that is no ``Exception``."""
+    return type(error).__module__ == "pyo3_runtime"
 
 
 def _told(error: BaseException) -> str:

@@ -44,7 +44,7 @@ def given(text: str) -> str:
     except UnicodeEncodeError:
         raise PathError(f"{path!r} is not UTF-8; rename the file or folder") from None
     if not Path(path).is_absolute():
-        _working_directory()
+        check_working_directory()
     try:
         kind = stat.S_IFMT(Path(path).stat().st_mode)
     except FileNotFoundError:
@@ -108,8 +108,9 @@ def _value(variable: re.Match[str]) -> str:
     return os.environ[name]
 
 
-def _working_directory() -> None:
+def check_working_directory() -> None:
+    """:raises UsageError: it was removed, and nothing can be relative to it."""
     try:
         Path.cwd()
     except OSError:
-        raise PathError("is relative to the working directory, which is gone; change to another one") from None
+        raise UsageError("the working directory is gone; change to another one") from None

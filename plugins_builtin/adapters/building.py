@@ -6,6 +6,7 @@ A number in ``config.json`` can ask for a million layers; what is stored tells h
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
 
     if not getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1):
         raise _disagrees(checkpoint, "num_hidden_layers is 0")
-    with _at_most_modules(MODULES_PER_TENSOR * len(checkpoint) + FEW, checkpoint), torch.device("meta"):
+    with warnings.catch_warnings(), _at_most_modules(checkpoint), torch.device("meta"):
+        # Of tensors without numbers, which are refused below.
+        warnings.simplefilter("ignore")
         model = make()
     if model.get_output_embeddings() is None:
         raise UsageError(
@@ -83,10 +86,10 @@ def _numbers(section: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _at_most_modules(most: int, checkpoint: Checkpoint) -> Iterator[None]:
+def _at_most_modules(checkpoint: Checkpoint) -> Iterator[None]:
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    count = 0
+    count, most = 0, MODULES_PER_TENSOR * len(checkpoint) + FEW
 
     def counted(module: Any, name: str, submodule: Any) -> None:
         nonlocal count

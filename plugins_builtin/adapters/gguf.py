@@ -10,7 +10,7 @@ from invarlock import hookimpl
 from invarlock.checkpoints.soundness import check_file
 from invarlock.core.api import ModelAdapter
 from invarlock.core.errors import NotStreamedError, UsageError
-from invarlock.core.inputs import complaints_of
+from invarlock.core.inputs import complaints_of, panics_unprinted
 from plugins_builtin.adapters.hf import load_checkpoint
 
 
@@ -49,7 +49,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoTokenizer
 
         path, trust = Path(model_id), bool(kwargs.get("trust_remote_code"))
-        with complaints_of(f"model.id: {model_id}: the file holds no usable tokenizer"):
+        with panics_unprinted(), complaints_of(f"model.id: {model_id}: the file holds no usable tokenizer"):
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust)
 
     @hookimpl

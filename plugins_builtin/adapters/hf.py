@@ -148,6 +148,7 @@ def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoin
     check_folder(folder)
     checkpoint = Checkpoint(folder)
     check_counts(read_config(str(folder), options), checkpoint)
+    _check_unpackable(str(folder), options)
     config = _config_of(str(folder), options)
     check_size(config, partial(_built, loader, config, options), checkpoint)
     return checkpoint
@@ -161,11 +162,18 @@ def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any
 
 
 def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
-    """The method that packed the weights.
+    """The method that packed the weights, or an empty string.
 
-    :raises UsageError: what reads them is not installed.
+    :raises UsageError: what reads them is not known, or not installed.
     """
-    method = str((read_config(model_id, options).get("quantization_config") or {}).get("quant_method"))
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    packing = read_config(model_id, options).get("quantization_config")
+    if packing is None:
+        return ""
+    method = str(packing.get("quant_method")) if isinstance(packing, dict) else str(packing)
+    if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise UsageError(f"model.id: {model_id}: config.json: quantization_config: no method {method!r} is known")
     missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
     if missing:
         raise UsageError(f"model.id: {model_id}: is packed by {method}; to read it: pip install {' '.join(missing)}")
@@ -192,8 +200,13 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     """
     if device == BALANCED:
         options["device_map"] = BALANCED
-    model, loading = loader.from_pretrained(model_id, output_loading_info=True, **options)
-    unloaded = sorted(map(str, [*loading["missing_keys"], *loading.get("mismatched_keys", [])]))
+    # Mismatches are among what it tells; else it prints a table.
+    model, loading = loader.from_pretrained(model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for name, stored, described in sorted(loading.get("mismatched_keys", [])):
+        raise UsageError(
+            f"model.id: {model_id}: {name} has shape {tuple(stored)}, and the configuration says {tuple(described)}"
+        )
+    unloaded = sorted(loading["missing_keys"])
     if unloaded:
         raise UsageError(
             f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
@@ -275,7 +288,6 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     from plugins_builtin.adapters.conversions import parts_of
 
     folder = checkpoint.folder
-    _check_unpackable(str(folder), options)
     if read_config(str(folder), options).get("quantization_config"):
         raise NotStreamedError(f"model.id: {folder}: cannot be streamed, its weights are packed")
     config = _config_of(str(folder), options)
