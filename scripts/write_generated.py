@@ -17,6 +17,28 @@ from invarlock.config.schema import keys
 from invarlock.plugins.checking import HOOKS
 from invarlock.reporting.report import make_json_schema
 
+READING = """\
+## How a file is read
+
+Scalars are those of YAML 1.2: `1e-3` is a number, `2024-01-01` is text. What readers of YAML disagree about has to be
+quoted or written out: `no`, `on`, `010`, `1:30`, `1_000`. Numbers are finite and have at most 18 digits. Aliases and
+`<<` are expanded, up to a million values and characters in all; what is written out goes before what is merged. Keys at
+the top that begin with `x-` are free for anchors:
+
+```yaml
+x-plan: &plan {bitwidth: 4, group_size: 64}
+model:  {id: "${MODELS}/checkpoint"}
+edit:   {plan: {<<: *plan, scope: all}}
+```
+
+## Paths
+
+One rule for `model.id`, `dataset.path`, `output.dir` and every option that takes a path: `~` and `${NAME}` are
+expanded, and a variable that is not set is an error; nothing else of a shell is. A relative path is below the working
+directory, not beside the file. What is not there is reported by its absolute path. An empty path, a named pipe, a
+device and a name that is not UTF-8 are refused. `model.id` is an id on a hub where it looks like one, `name` or
+`owner/name`, and nothing of that name is there; `./owner/name` is always a path."""
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -68,6 +90,8 @@ def configuration_page() -> str:
         "A YAML file; all sections but `model` are optional. `--set KEY=VALUE` goes before the file,",
         "the file before the defaults. An unknown key is an error that names it, its line and the nearest known one.",
         "`invarlock config --schema` prints a JSON Schema for editors.",
+        "",
+        *READING.splitlines(),
     ]
     section = None
     for key in keys():

@@ -25,7 +25,7 @@ LAYERS = {
     # A new package is written to the side and renamed, as checkpoints are.
     "scaffold": {"core", "plugins", "checkpoints"},
     "evidence": {"core", "config", "quantization", "evaluation", "checkpoints", "reporting", "plugins", "pipeline"},
-    "doctor": {"core", "config", "checkpoints", "plugins", "pipeline"},
+    "doctor": {"core", "config", "quantization", "evaluation", "checkpoints", "plugins", "pipeline"},
     "cli": {"core", "config", "plugins", "pipeline", "reporting", "checkpoints", "evidence", "doctor", "scaffold"},
     # For authors: it drives what a user drives, and nothing else imports it.
     "testing": {"core", "config", "quantization", "evaluation", "pipeline", "plugins", "cli"},

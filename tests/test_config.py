@@ -88,7 +88,7 @@ def test_a_mistake_on_the_command_line_names_the_setting(setting: str, said: str
 
 
 def test_a_missing_file_and_a_folder_are_said() -> None:
-    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such"):
+    with pytest.raises(UsageError, match=r"/nowhere\.yaml does not exist"):
         load("nowhere.yaml")
     with pytest.raises(UsageError, match="folder"):
         load(".")

@@ -29,14 +29,26 @@ def test_a_healthy_set_up_has_no_problem(invarlock, config) -> None:
     done = invarlock("doctor", "-c", config(), "--json")
     assert done.code == 0, done.out
     assert not findings(done, "problem")
-    assert set(findings(done, "ok")) == {"versions", "plugins", "devices", "guards", "memory", "disk", "text", "hub"}
+    assert set(findings(done, "ok")) == {
+        "versions",
+        "plugins",
+        "devices",
+        "guards",
+        "output",
+        "memory",
+        "disk",
+        "model",
+        "edit",
+        "text",
+        "hub",
+    }
     assert "enough for 2 + 6 windows of 64 tokens" in findings(done, "ok")["text"]
 
 
 def test_without_a_configuration_the_rest_is_said_to_be_not_checked(invarlock) -> None:
     done = invarlock("doctor", "--json")
     assert done.code == 0
-    assert set(findings(done, "not checked")) == {"guards", "memory", "disk", "text", "hub"}
+    assert set(findings(done, "not checked")) == {"guards", "output", "memory", "disk", "model", "edit", "text", "hub"}
     assert "not checked  memory    there is no configuration\n" in invarlock("doctor").out
 
 
@@ -47,7 +59,7 @@ def test_a_requirement_that_is_not_met_is_a_problem(invarlock, site, config) -> 
     assert findings(done, "problem") == {
         "versions": "xxhash 0.1, and xxhash>=3.4 is needed -> pip install 'xxhash>=3.4'"
     }
-    assert "mend the versions first" in findings(done, "not checked")["memory"]
+    assert "install what is required first" in findings(done, "not checked")["memory"]
 
 
 def test_a_broken_plugin_is_a_problem_that_can_be_turned_off(invarlock, site) -> None:
@@ -121,8 +133,9 @@ def test_a_containers_limit_is_held_against_the_model(invarlock, config, tmp_pat
 
 def test_a_model_that_is_not_here_is_not_looked_for_on_the_network(invarlock, config) -> None:
     done = invarlock("doctor", "-c", config(model={"id": "somebody/model"}), "--json")
-    assert set(findings(done, "not checked")) == {"memory", "text", "hub"}
-    assert "--allow-network" in findings(done, "not checked")["hub"]
+    assert done.code == 1
+    assert set(findings(done, "problem")) == {"model", "hub"}
+    assert "--allow-network" in findings(done, "problem")["hub"]
 
 
 def test_a_broken_checkpoint_is_a_problem(invarlock, config) -> None:

@@ -447,7 +447,7 @@ BROKEN = {
     "wrong file": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": names["model.embed_tokens.weight"]})), "and it is not"),
     "unknown tensor": (lambda folder: _edit_index(folder, lambda names: names.update({"ghost": names["model.norm.weight"]})), "says that ghost is in"),
     "twice": (_repeat_tensor, "is in both"),
-    "no map": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+    "no map": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "no JSON object"),
     "no weights": (lambda folder: [path.unlink() for path in folder.glob("model*")], "model.safetensors"),
 }  # fmt: skip
 

@@ -422,9 +422,9 @@ def test_a_bad_path_is_said(tmp_path: Path, gpt2_tokenizer: Any) -> None:
     for provider in ("local_jsonl", "local_text"):
         assert "dataset.path: provider local_" in refused(Data(provider), gpt2_tokenizer)
         assert "does not exist" in refused(Data(provider, str(tmp_path / "none")), gpt2_tokenizer)
-        assert "is a directory" in refused(Data(provider, str(tmp_path)), gpt2_tokenizer)
+        assert "is a folder" in refused(Data(provider, str(tmp_path)), gpt2_tokenizer)
         assert "is not UTF-8 text (byte 3)" in refused(Data(provider, str(tmp_path / "latin1.txt")), gpt2_tokenizer)
-        assert "cannot read" in refused(Data(provider, str(tmp_path / "latin1.txt" / "x")), gpt2_tokenizer)
+        assert "cannot be read" in refused(Data(provider, str(tmp_path / "latin1.txt" / "x")), gpt2_tokenizer)
 
 
 def test_too_little_text_is_said_with_the_number_there_is(tmp_path: Path, gpt2_tokenizer: Any) -> None:

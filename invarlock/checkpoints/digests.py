@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 
 from invarlock.core.errors import UsageError
@@ -11,6 +13,13 @@ from invarlock.core.progress import counted
 
 SUMS = "SHA256SUMS"
 """What ``sha256sum *.safetensors`` prints, beside the files."""
+# An asterisk says that the file was read as bytes.
+LINE = re.compile(
+    r"SHA256 \((?P<bsd_name>.+)\) = (?P<bsd_digest>[0-9a-fA-F]{64})|\\?(?P<digest>[0-9a-fA-F]{64})\s+\*?(?P<name>.+)"
+)
+"""GNU's form, and that of BSD and ``sha256sum --tag``."""
+
+log = logging.getLogger("invarlock")
 
 
 def digests(folder: Path, name: str) -> dict[str, str]:
@@ -36,6 +45,8 @@ def check_weights(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
     known = _known(folder)
     weights = sorted(folder.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     files = [path for path in weights if path.name in known][rank::size]
+    if weights and (folder / SUMS).is_file() and not rank and not any(path.name in known for path in weights):
+        log.warning("%s: names none of the weight files beside it: their digests were not checked", folder / SUMS)
     for path in counted(files, _size):
         source, expected = known[path.name]
         if digest_of(path) != expected:
@@ -56,9 +67,9 @@ def _known(folder: Path) -> dict[str, tuple[str, str]]:
         known |= {name: ("report.json", digest) for name, digest in _of_report(folder / "report.json").items()}
     if (folder / SUMS).is_file():
         for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
-            digest, _, name = line.partition(" ")
-            # An asterisk says that the file was read as bytes.
-            known[name.lstrip(" *")] = (SUMS, digest.lower())
+            if found := LINE.fullmatch(line.strip()):
+                name = found["bsd_name"] or found["name"]
+                known[name.removeprefix("./")] = (SUMS, (found["bsd_digest"] or found["digest"]).lower())
     return known
 
 

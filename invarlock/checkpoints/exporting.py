@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from invarlock.checkpoints import gguf_file, packed
-from invarlock.checkpoints.reading import INDEX, SINGLE
+from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import watched
 from invarlock.core.text import markdown

@@ -15,10 +15,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from invarlock.checkpoints.soundness import INDEX, SINGLE, read_json
 from invarlock.core.errors import UsageError, one_line
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -164,9 +163,9 @@ def _files(folder: Path) -> list[str]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise _broken(folder, f"{INDEX} holds no weight_map: {one_line(error)}") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from invarlock.checkpoints.reading import INDEX, SINGLE
+from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.checkpoints.writing import JOURNALS, PARTIAL, put_in_place, write_text
 from invarlock.core.errors import UsageError
 

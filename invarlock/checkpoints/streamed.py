@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from invarlock.checkpoints.lazy import LazyTensor, LazyWeights, tied
 from invarlock.checkpoints.reading import Checkpoint
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import NotStreamedError, UsageError
 
 Edit = Callable[[str, Tensor], Tensor]
 """What is made of a weight as it is read, given the name of the parameter; it may work in place."""
@@ -106,7 +106,7 @@ class Streaming(Mapping[str, Tensor]):
         for other in others:
             if self._parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):
                 differ = f"{other} and {parameter} are tied, and differ"
-                raise UsageError(f"model.id: {folder}: cannot be streamed, {differ}")
+                raise NotStreamedError(f"model.id: {folder}: cannot be streamed, {differ}")
             self.left_out |= set(self._parts[other].stored)
         self.stored |= dict.fromkeys(names, parameter)
         self._dtypes |= dict.fromkeys(self._parts[parameter].stored, empty.dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.cli import streams
+from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
     from invarlock.checkpoints.writing import OutputFolder
@@ -26,22 +27,36 @@ Report = dict[str, Any]
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """How to set keys, where the output goes, and how much is said."""
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-        help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
-    )  # fmt: skip
+    add_setting_option(parser)
     parser.add_argument("--device", help="same as --set model.device=DEVICE")
-    parser.add_argument("--out", metavar="DIR", help="same as --set output.dir=DIR")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
     parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
     parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
-    parser.add_argument("--sign", metavar="KEY", help="sign the output with this private key, a PEM file")
+    parser.add_argument(
+        "--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
     parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings"
     )
+
+
+def path_argument(text: str) -> str:
+    """The type of an option that takes a path: see ``invarlock.core.paths``."""
+    try:
+        return given(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_setting_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
+    )  # fmt: skip
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +66,11 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal."""
+    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal.
+
+    :raises UsageError: there is no working directory, without which they cannot be imported.
+    """
+    check_working_directory()
     if not args.allow_network:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if args.quiet or not sys.stderr.isatty():
@@ -74,11 +93,11 @@ def output_folder(configured: str | None, name: str) -> Path:
     if configured is not None:
         return Path(configured)
     stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    path, number = Path("runs", stem), 1
-    while path.exists():
+    folder, number = Path("runs", stem), 1
+    while folder.exists():
         number += 1
-        path = Path("runs", f"{stem}-{number}")
-    return path
+        folder = Path("runs", f"{stem}-{number}")
+    return folder
 
 
 def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks: Ranks) -> OutputFolder:
@@ -93,8 +112,8 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
         from invarlock.evidence.signing import Signer
 
         sign = Signer.of(args.sign).sign
-    path = ranks.from_first(lambda: output_folder(configured, name))
-    return OutputFolder(path, force=args.force, sign=sign)
+    folder = ranks.from_first(lambda: output_folder(configured, name))
+    return OutputFolder(folder, force=args.force, sign=sign)
 
 
 def judge_together(args: argparse.Namespace, judge: Judging) -> int:

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from invarlock.config.schema import Key, RunConfig, keys
+from invarlock.config.reading import DEPTH, Source, kind, read_file, read_setting
+from invarlock.config.schema import PATHS, Key, RunConfig, keys
 from invarlock.core.errors import UsageError, nearest
+from invarlock.core.paths import PathError, given
 
-PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 KNOWN_GUARD_KEYS = ("order", "fail_fast")
-
-
-@dataclass
-class Source:
-    """Where each key of a configuration was written, for the error that names it."""
-
-    name: str
-    values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-
-    def error(self, key: str, problem: str) -> UsageError:
-        """The one line about a key, at the nearest place that was written down: the key's own, or its parent's."""
-        place = key
-        while place and place not in self.places:
-            place = place.rpartition(".")[0]
-        return UsageError(f"{self.places.get(place, self.name)}: {key or 'configuration'}: {problem}")
+ANCHORS = "x-"
+"""Top-level keys that begin so are free for what is used elsewhere by its anchor."""
 
 
 def load(path: str | None, settings: Iterable[str] = (), overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -42,76 +26,19 @@ def load(path: str | None, settings: Iterable[str] = (), overrides: Mapping[str,
     :param overrides: dotted keys from options such as ``--device``, set last.
     :raises UsageError: for anything wrong, with file, line, key and the nearest known key.
     """
-    source = read_yaml(path) if path is not None else Source("configuration")
+    source = read_file(path) if path is not None else Source("configuration")
     for setting in settings:
         key, separator, value = setting.partition("=")
-        if not separator or not key:
+        key = key.strip()
+        if not separator or not all(key.split(".")) or key.count(".") > DEPTH:
             raise UsageError(f"--set {setting}: expected KEY=VALUE, for example edit.plan.bitwidth=4")
-        set_key(source, key.strip(), parse_scalar(setting, value), f"--set {setting}")
+        set_key(source, key, read_setting(setting, key, value, source), f"--set {setting}")
+    source.values = {key: value for key, value in source.values.items() if not key.startswith(ANCHORS)}
+    # Those of options have been, when they were read.
+    _expand_paths(source, [key for key in PATHS if key not in (overrides or {})])
     for key, value in (overrides or {}).items():
         set_key(source, key, value, f"option for {key}")
     return validate(source)
-
-
-def read_yaml(path: str) -> Source:
-    """Read a file into plain values, remembering the line of each key; duplicate keys are errors."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder, not a configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a configuration: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise UsageError(f"{path}{line}: not valid YAML: {problem}") from None
-    if node is None:
-        raise UsageError(f"{path}: the file is empty; at least model.id is needed")
-    source = Source(path)
-    value = _plain(node, "", source)
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a mapping of sections, found {_kind(value)}")
-    source.values = value
-    return source
-
-
-def _plain(node: yaml.Node, key: str, source: Source) -> Any:
-    source.places[key] = f"{source.name}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN_TAGS:
-        raise source.error(key, f"the tag {node.tag} is not allowed")
-    if isinstance(node, yaml.MappingNode):
-        return _plain_mapping(node, key, source)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, f"{key}.{number}", source) for number, item in enumerate(node.value)]
-    try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)
-    except yaml.YAMLError:
-        raise source.error(key, f"the tag {node.tag} is not allowed") from None
-
-
-def _plain_mapping(node: yaml.MappingNode, parent: str, source: Source) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        name = str(key_node.value)
-        key = f"{parent}.{name}" if parent else name
-        source.places[key] = f"{source.name}:{key_node.start_mark.line + 1}"
-        if name in mapping:
-            raise source.error(key, "the key is given twice")
-        mapping[name] = _plain(value_node, key, source)
-        source.places[key] = f"{source.name}:{key_node.start_mark.line + 1}"
-    return mapping
-
-
-def parse_scalar(setting: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {setting}: the value is not valid YAML") from None
 
 
 def set_key(source: Source, key: str, value: Any, place: str) -> None:
@@ -125,6 +52,17 @@ def set_key(source: Source, key: str, value: Any, place: str) -> None:
         section = entry
     section[last] = value
     source.places[key] = place
+
+
+def _expand_paths(source: Source, paths: Iterable[str]) -> None:
+    for path in paths:
+        section, _, key = path.partition(".")
+        values = source.values.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            try:
+                values[key] = given(values[key])
+            except PathError as error:
+                raise source.error(path, str(error)) from None
 
 
 def validate(source: Source) -> RunConfig:
@@ -145,7 +83,7 @@ def _gather_guard_options(guards: dict[str, Any], source: Source) -> dict[str, A
     sections = {name: value for name, value in guards.items() if name not in KNOWN_GUARD_KEYS}
     for name, value in sections.items():
         if not isinstance(value, dict):
-            problem = f"expected the options of a guard {name!r} as a mapping, found {_kind(value)}"
+            problem = f"expected the options of a guard {name!r} as a mapping, found {kind(value)}"
             raise source.error(f"guards.{name}", problem + nearest(name, KNOWN_GUARD_KEYS))
     return {**own, "options": sections}
 
@@ -163,7 +101,9 @@ def _explain(error: Any, source: Source) -> UsageError:
     expected = known[key].type if key in known else error["msg"].removeprefix("Input should be ")
     expected = "a mapping of keys" if error["type"] == "dataclass_type" else expected
     close = nearest(str(error["input"]), expected.split(" | ")) if " | " in expected else ""
-    return source.error(key, f"expected {expected}, found {_kind(error['input'])}{close}")
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        close = "; quote it if it is text"
+    return source.error(key, f"expected {expected}, found {kind(error['input'])}{close}")
 
 
 def _nearest_key(key: str) -> str:
@@ -197,16 +137,6 @@ def _check_across_keys(config: RunConfig, source: Source) -> None:
         raise source.error("edit.plan.group_size", "groups lie within output channels: it needs per_channel: true")
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    return f"{value!r}" if not isinstance(value, bool) else str(value).lower()
-
-
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the configuration file, with each key's sentence, for editors."""
     schema = TypeAdapter(RunConfig).json_schema()
@@ -214,7 +144,8 @@ def json_schema() -> dict[str, Any]:
     _describe(schema, schema, "", sentences)
     guards = schema["$defs"]["GuardsConfig"]
     guards["additionalProperties"] = guards["properties"].pop("options")["additionalProperties"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    anchors = {"patternProperties": {f"^{ANCHORS}": True}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **anchors}
 
 
 def _describe(section: dict[str, Any], schema: dict[str, Any], prefix: str, sentences: Mapping[str, Key]) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+PATHS = ("model.id", "dataset.path", "output.dir")
+"""Keys whose values are paths, or ids on a hub: ``invarlock.core.paths`` has the rule."""
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -137,7 +139,7 @@ class EvalConfig:
 
     metric: MetricConfig = field(default_factory=MetricConfig)
     max_pm_ratio: Annotated[
-        float, Ge(1.0), "Limit of the ratio edited / baseline; the interval's upper end is held against it."
+        float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."
     ] = 1.10
 
 

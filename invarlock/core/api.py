@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from invarlock import hookimpl
 from invarlock.core.errors import UsageError
+from invarlock.core.inputs import complaints_of, panics_unprinted
 
 
 class OptionNotTakenError(UsageError):
@@ -99,16 +100,19 @@ class ModelAdapter(ABC):
         """Load the model's own tokenizer: by default what transformers finds beside the weights."""
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_id, **kwargs)
+        remedy = (
+            "put the model's tokenizer files beside its weights, or judge without text (dataset.provider: generated)"
+        )
+        with (
+            panics_unprinted(),
+            complaints_of(f"model.id: {model_id}: no tokenizer could be loaded from there; {remedy}"),
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(model_id, **{"trust_remote_code": False, **kwargs})
             # Where there are no files, some classes of transformers are made without a vocabulary.
             if len(tokenizer) <= len(tokenizer.all_special_ids):
                 raise ValueError("its vocabulary is empty")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"model.id: {model_id}: no tokenizer could be loaded from there ({type(error).__name__}); "
-                "put the model's tokenizer files beside its weights, or judge without text: dataset.provider: generated"
-            ) from error
+            # What is broken can show only when text is read.
+            tokenizer("a")
         return tokenizer
 
     def describe(self, model: Any) -> dict[str, Any]:

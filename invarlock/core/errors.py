@@ -37,6 +37,10 @@ class UsageError(InvarlockError):
     exit_code = ExitCode.USAGE
 
 
+class NotStreamedError(UsageError):
+    """A checkpoint that may be sound, but whose weights cannot be left on disk."""
+
+
 class PluginError(InvarlockError):
     """A plugin failed; the message begins with its name."""
 

@@ -1,7 +1,11 @@
-"""What a configuration asks for, against this machine: guards, memory, disk, text, hub. No weights are loaded."""
+"""What a configuration asks for, against this machine: guards, output, memory, disk, model, edit, text, hub.
+
+No weights are loaded.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -9,16 +13,25 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
 import psutil
 import torch
 
+from invarlock.checkpoints.exporting import Export
 from invarlock.checkpoints.reading import Checkpoint
+from invarlock.checkpoints.writing import OutputFolder
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import InvarlockError, UsageError, one_line
+from invarlock.core.api import OptionNotTakenError
+from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, one_line
+from invarlock.core.inputs import complaints_of
+from invarlock.core.paths import absolute
 from invarlock.doctor.findings import Finding, Status, size
+from invarlock.evaluation.windows import check_lengths
 from invarlock.pipeline.judging import Judge
+from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
-from invarlock.plugins.plugin import Kind
+from invarlock.plugins.plugin import Kind, Origin
+from invarlock.quantization.selection import select_targets
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's limit of memory stands."""
@@ -33,7 +46,9 @@ def guards(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
         if config.model.adapter != "auto":
             manager.catalog.get(config.model.adapter, Kind.ADAPTER, "model.adapter")
     except InvarlockError as error:
-        yield Finding(Status.PROBLEM, "guards", one_line(error), "mend the configuration, or install what is missing")
+        yield Finding(
+            Status.PROBLEM, "guards", one_line(error), "correct the configuration, or install what is missing"
+        )
     else:
         yield Finding(Status.OK, "guards", f"{', '.join(slot.name for slot in slots)} can be constructed")
 
@@ -43,7 +58,7 @@ def space(config: RunConfig) -> Iterator[Finding]:
     try:
         weights = _nbytes(config)
     except UsageError as error:
-        yield Finding(Status.PROBLEM, "memory", one_line(error), "mend model.id")
+        yield Finding(Status.PROBLEM, "memory", one_line(error), "correct model.id, or the checkpoint")
         return
     if weights is None:
         yield Finding(Status.NOT_CHECKED, "memory", f"the size of {config.model.id} is not known without loading it")
@@ -55,39 +70,78 @@ def space(config: RunConfig) -> Iterator[Finding]:
     yield _disk(output, saved + 2**24, "the output", "choose another output.dir")
 
 
-def text(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
-    """Whether there is enough text for the windows; the weights stay on disk meanwhile."""
-    dataset = config.dataset
+def output(config: RunConfig) -> Iterator[Finding]:
+    """Whether the output folder may be written to."""
+    folder = Path(config.output.dir or Path("runs", "new"))
+    try:
+        OutputFolder(folder).check(config.model.id)
+    except InvarlockError as error:
+        yield Finding(Status.PROBLEM, "output", one_line(error), "choose another output.dir, or run with --force")
+    else:
+        yield Finding(Status.OK, "output", f"{absolute(folder)} can be written to")
+
+
+def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
+    """The checkpoint, the weights that are quantized, and whether there is enough text; the weights stay on disk."""
+    # Devices are another finding.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
     judge = Judge(config, manager, [], strict=False, on_progress=lambda stage, done, total: None)
     try:
-        model, adapter = judge.load(config.model.id, stream=True)
+        opened, adapter = judge.load(config.model.id, stream=True)
     except InvarlockError as error:
-        yield Finding(Status.NOT_CHECKED, "text", f"needs the model, which was not opened: {one_line(error)}")
+        yield _unopened(config, manager, error)
+        yield from (Finding(Status.NOT_CHECKED, subject, "needs the model") for subject in ("edit", "text"))
         return
-    if dataset.provider == "generated":
-        yield Finding(Status.OK, "text", "the baseline writes its own windows")
-        return
+    yield Finding(Status.OK, "model", f"{adapter.name} opens it")
     try:
-        judge.begin(model, adapter)
-        judge.make_windows(model)
+        targets = select_targets(opened, plans_of(config)[0])
+        judge.begin(opened, adapter, wants_tokenizer=config.output.save_model)
+        if config.output.save_model:
+            Export(config.output.format, plans_of(config)[0].scheme, config.model.id).check(
+                opened, targets, judge.tokenizer
+            )
     except InvarlockError as error:
-        yield Finding(Status.PROBLEM, "text", one_line(error), "mend the configuration, or give more text")
-    else:
-        what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"
-        yield Finding(Status.OK, "text", what)
+        yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")
+        yield Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")
+        return
+    yield Finding(Status.OK, "edit", f"{len(targets)} weights would be quantized")
+    yield _text(config, judge, opened)
+
+
+def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) -> Finding:
+    others = [plugin.name for plugin in manager.catalog.of_kind(Kind.ADAPTER) if plugin.origin is not Origin.BUILTIN]
+    # One that cannot leave weights on disk may load it all the same.
+    asked = others if config.model.adapter == "auto" else []
+    if asked or isinstance(error, NotStreamedError | OptionNotTakenError):
+        return Finding(Status.NOT_CHECKED, "model", f"cannot be opened without its weights: {one_line(error)}")
+    return Finding(Status.PROBLEM, "model", one_line(error), "correct model.id, or the checkpoint")
+
+
+def _text(config: RunConfig, judge: Judge, opened: torch.nn.Module) -> Finding:
+    dataset = config.dataset
+    try:
+        if dataset.provider == "generated":
+            # Weights on disk would be read anew for each token that is written.
+            check_lengths(dataset, opened)
+            return Finding(Status.OK, "text", "the baseline writes its own windows")
+        judge.make_windows(opened)
+    except InvarlockError as error:
+        return Finding(Status.PROBLEM, "text", one_line(error), "correct the configuration, or give more text")
+    what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"
+    return Finding(Status.OK, "text", what)
 
 
 def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Finding]:
     """Whether a hub can be reached, if the configuration needs one."""
-    if Path(config.model.id).exists():
-        yield Finding(Status.OK, "hub", "not needed: the checkpoint is on this machine")
+    folder = _folder(config)
+    if folder is not None:
+        where = "on this machine" if Path(config.model.id).exists() else f"in the cache, {folder}"
+        yield Finding(Status.OK, "hub", f"not needed: the checkpoint is {where}")
         return
     if not allow_network:
-        what = f"{config.model.id} is not on this machine"
-        yield Finding(Status.NOT_CHECKED, "hub", what, "check the path; or add --allow-network to ask the hub")
+        what = f"{config.model.id} is not on this machine, and the network is off"
+        yield Finding(Status.PROBLEM, "hub", what, "check the path; or add --allow-network to ask the hub")
         return
-    import huggingface_hub
-
     try:
         huggingface_hub.model_info(config.model.id, revision=config.model.revision)
     except Exception as error:
@@ -95,6 +149,20 @@ def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Finding]:
         yield Finding(Status.PROBLEM, "hub", one_line(error), "check model.id, the network and your access token")
     else:
         yield Finding(Status.OK, "hub", f"{config.model.id} can be fetched")
+
+
+def _folder(config: RunConfig) -> Path | None:
+    """Where the checkpoint is on this machine, in a hub's cache too."""
+    path = Path(config.model.id)
+    if path.exists():
+        return path
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(config.model.id, revision=config.model.revision, local_files_only=True)
+        )
+    # No name of a hub is a ValueError.
+    except (OSError, ValueError):
+        return None
 
 
 def free_memory() -> int:
@@ -121,16 +189,14 @@ def _nbytes(config: RunConfig) -> int | None:
 
     :raises UsageError: the checkpoint is broken.
     """
-    path = Path(config.model.id)
-    if path.suffix == ".gguf" and path.is_file() and find_spec("gguf"):
+    path = _folder(config)
+    if path is not None and path.suffix == ".gguf" and path.is_file() and find_spec("gguf"):
         import gguf
 
-        try:
+        with complaints_of(f"model.id: {path}: cannot be read"):
             counts = [int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors]
-        except (ValueError, IndexError, KeyError) as error:
-            raise UsageError(f"model.id: {path}: {one_line(error)}") from error
         return sum(counts) * _itemsize(config, torch.float32)
-    if not path.is_dir():
+    if path is None or not path.is_dir():
         return None
     entries = Checkpoint(path).entries.values()
     if any(not entry.dtype.is_floating_point for entry in entries):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from invarlock.core.errors import UsageError, nearest, one_line
+from invarlock.core.paths import regular_file
 
 
 class Dataset(Protocol):
@@ -119,12 +120,10 @@ def _given_path(dataset: Dataset) -> Path:
 
 
 def _read(path: Traversable) -> str:
+    if isinstance(path, Path):
+        regular_file(path, "dataset.path", "give the path of a file")
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"dataset.path: {path} does not exist; give the path of a file") from None
-    except IsADirectoryError:
-        raise UsageError(f"dataset.path: {path} is a directory; give the path of a file in it") from None
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"dataset.path: {path} is not UTF-8 text (byte {error.start}); convert it") from None
     except OSError as error:
@@ -140,8 +139,9 @@ def _json_lines(content: str, path: Traversable, field: str) -> list[Any]:
 def _value(line: str, where: str, field: str) -> Any:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"dataset.path: {where}: not JSON: {error.msg}; one object a line is expected") from None
+    except (ValueError, RecursionError) as error:
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise UsageError(f"dataset.path: {where}: not JSON: {problem}; one object a line is expected") from None
     if not isinstance(record, dict):
         raise UsageError(f"dataset.path: {where}: a {type(record).__name__}; one object a line is expected")
     if field not in record:

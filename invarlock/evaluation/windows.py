@@ -28,7 +28,7 @@ def make_windows(
     :returns: ``dataset.preview_n`` and ``dataset.final_n`` windows of at most ``dataset.seq_len`` tokens.
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
-    _check_lengths(dataset, model)
+    check_lengths(dataset, model)
     layout = Layout.of(model, tokenizer, task=task, length=dataset.seq_len)
     wanted = dataset.preview_n + dataset.final_n
     if dataset.provider == "generated":
@@ -43,7 +43,8 @@ def make_windows(
     return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
 
-def _check_lengths(dataset: Dataset, model: nn.Module) -> None:
+def check_lengths(dataset: Dataset, model: nn.Module) -> None:
+    """:raises UsageError: the windows that a dataset asks for do not fit the model."""
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise UsageError(
             f"dataset.stride: {dataset.stride} is less than dataset.seq_len ({dataset.seq_len}): windows would overlap"

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from invarlock.checkpoints.digests import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.paths import absolute
 from invarlock.core.progress import counted
 from invarlock.evidence.disagreements import ABSENT, Disagreement, printable
 from invarlock.reporting.report import FORMAT_VERSION, Report
@@ -30,9 +31,10 @@ def read_report(run: Path) -> Report:
         # A pipe would be waited for.
         text = path.read_bytes() if path.is_file() or not path.exists() else None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{run}: {REPORT} cannot be read ({one_line(error)}); give the folder of a run") from None
+        problem = f"{REPORT} cannot be read ({one_line(error)})"
+        raise UsageError(f"{absolute(run)}: {problem}; give the folder of a run") from None
     if text is None:
-        raise UsageError(f"{path}: is no plain file; give the folder of a run")
+        raise UsageError(f"{absolute(path)}: is no plain file; give the folder of a run")
     try:
         report: Report = TypeAdapter(Report).validate_json(text, strict=True)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from invarlock.checkpoints.writing import SIGNATURE
 from invarlock.core.errors import InvarlockError, UsageError, one_line
+from invarlock.core.paths import absolute
 from invarlock.evidence.disagreements import ABSENT, Disagreement
 
 MISMATCH = "Signature mismatch: "
@@ -31,7 +32,7 @@ class Signer:
     def of(cls, key: str) -> Signer:
         """:raises UsageError: the file cannot be read, or holds no private key of an elliptic curve."""
         configuration = _library("--sign", "signing").Config()
-        with _key_said(f"--sign {key}"):
+        with _key_said(f"--sign {absolute(key)}"):
             return cls(configuration.use_elliptic_key_signer(private_key=key))
 
     def sign(self, folder: Path) -> None:
@@ -51,7 +52,7 @@ def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:
     :raises UsageError: the key cannot be read.
     """
     configuration = _library("--public-key", "verifying").Config().set_hashing_config(_every_file("--public-key"))
-    with _key_said(f"--public-key {public_key}"):
+    with _key_said(f"--public-key {absolute(public_key)}"):
         verifier = configuration.use_elliptic_key_verifier(public_key=public_key)
     if not (folder / SIGNATURE).is_file():
         yield Disagreement(SIGNATURE, ABSENT, "a signature", how="expected")

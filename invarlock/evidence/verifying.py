@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from invarlock.checkpoints.writing import SIGNATURE
-from invarlock.config.loading import Source, validate
+from invarlock.config.loading import validate
+from invarlock.config.reading import Source
 from invarlock.config.schema import RunConfig
 from invarlock.evidence import recomputing
 from invarlock.evidence.disagreements import Disagreement, printable

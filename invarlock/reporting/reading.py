@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.paths import absolute
 from invarlock.reporting.report import FORMAT_VERSION
 
 
@@ -29,7 +30,7 @@ class Run:
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UsageError(f"{file}: there is no report; name a run's folder or its report.json") from None
+            raise UsageError(f"{absolute(file)}: there is no report; name a run's folder or its report.json") from None
         except OSError as error:
             raise UsageError(f"{file}: cannot be read: {one_line(error)}") from error
         except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invarlock.checkpoints.reading import Checkpoint
 from invarlock.checkpoints.streamed import Part
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import NotStreamedError, one_line
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _converted(
             return part
         back = {of: tuple(tensor.shape) for of, tensor in part.store(made).items()}
     except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise UsageError(f"{refusal}: {one_line(error)}") from error
+        raise NotStreamedError(f"{refusal}: {one_line(error)}") from error
     if back != {of: checkpoint.entries[of].shape for of in stored}:
-        raise UsageError(f"{refusal} and back")
+        raise NotStreamedError(f"{refusal} and back")
     return part
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from invarlock import hookimpl
+from invarlock.checkpoints.soundness import check_file
 from invarlock.core.api import ModelAdapter
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import NotStreamedError, UsageError
+from invarlock.core.inputs import complaints_of, panics_unprinted
 from plugins_builtin.adapters.hf import load_checkpoint
 
 
@@ -27,22 +29,44 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoModelForCausalLM
 
         path = Path(model_id)
-        if kwargs.get("stream"):
-            raise UsageError(f"model.id: {model_id}: a GGUF file cannot be streamed")
-        if not path.is_file():
-            raise UsageError(f"model.id: {model_id}: there is no such GGUF file")
-        dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
-        return load_checkpoint(AutoModelForCausalLM, str(path.parent), device, gguf_file=path.name, dtype=dtype)
+        check_file(path)
+        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
+            _check_layers(path)
+            if kwargs.get("stream"):
+                raise NotStreamedError(f"model.id: {model_id}: a GGUF file cannot be streamed")
+            dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
+            # What lies beside the file may name code.
+            return load_checkpoint(
+                AutoModelForCausalLM,
+                str(path.parent),
+                device,
+                gguf_file=path.name,
+                dtype=dtype,
+                trust_remote_code=bool(kwargs.get("trust_remote_code")),
+            )
 
     def load_tokenizer(self, model_id: str, **kwargs: Any) -> Any:
         from transformers import AutoTokenizer
 
-        path = Path(model_id)
-        try:
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"model.id: {model_id}: the file holds no usable tokenizer: {one_line(error)}") from error
+        path, trust = Path(model_id), bool(kwargs.get("trust_remote_code"))
+        with panics_unprinted(), complaints_of(f"model.id: {model_id}: the file holds no usable tokenizer"):
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust)
 
     @hookimpl
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         return super().invarlock_load_model(model_id, device, options) if model_id.endswith(".gguf") else None
+
+
+def _check_layers(path: Path) -> None:
+    """Hold the number of layers that a file states against its tensors, before any is built.
+
+    :raises UsageError: there are fewer tensors than layers.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    for name, stated in reader.fields.items():
+        if name.endswith(".block_count") and not 0 < stated.contents() <= len(reader.tensors):
+            raise UsageError(
+                f"model.id: {path}: {name} is {stated.contents()}, and {len(reader.tensors)} tensors are stored"
+            )

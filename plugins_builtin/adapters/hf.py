@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock import hookimpl
+from invarlock.checkpoints.soundness import check_folder
 from invarlock.core.api import ModelAdapter
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import NotStreamedError, UsageError, one_line
+from invarlock.core.inputs import complaints_of
 from invarlock.core.ranks import Ranks, local_rank
+from plugins_builtin.adapters.building import check_counts, check_size
+from plugins_builtin.adapters.locating import architectures, folder_of, is_here, read_config
+
+if TYPE_CHECKING:
+    from invarlock.checkpoints.reading import Checkpoint
 
 BALANCED = "balanced"
 UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
@@ -36,18 +42,22 @@ class _TransformersAdapter(ModelAdapter):
             leave the weights on disk, and ``parallel`` where several processes may share the model.
         :raises UsageError: when there is no such checkpoint, or it is broken, incomplete or pickled.
         """
+        options = {"trust_remote_code": False, **kwargs}
+        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
+            return self._load(model_id, device, options)
+
+    def _load(self, model_id: str, device: str, options: dict[str, Any]) -> Any:
         import transformers
 
-        from invarlock.checkpoints.reading import INDEX, SINGLE, Checkpoint
-
-        if kwargs.pop("stream", False):
-            return _streamed(model_id, self.auto_class_for(model_id, kwargs), device, kwargs)
-        if any((Path(model_id) / name).is_file() for name in (SINGLE, INDEX)):
-            # Transformers would read what an index names, wherever it is.
-            Checkpoint(Path(model_id))
-        loader = getattr(transformers, self.auto_class_for(model_id, kwargs))
-        parallel = _parallel(model_id, device, kwargs.pop("parallel", None), kwargs)
-        options = {"dtype": "auto", "use_safetensors": True, **kwargs, **parallel, **_dequantized(model_id, kwargs)}
+        streamed, wanted = options.pop("stream", False), options.pop("parallel", None)
+        loader = getattr(transformers, self.auto_class_for(model_id, options))
+        if streamed or is_here(model_id):
+            # Before transformers reads what an index names, wherever it is, or builds what the configuration says.
+            checkpoint = _checked(folder_of(model_id, options), loader, options)
+        if streamed:
+            return _streamed(checkpoint, loader, device, options)
+        parallel = _parallel(model_id, device, wanted, options)
+        options = {"dtype": "auto", "use_safetensors": True, **options, **parallel, **_dequantized(model_id, options)}
         return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
@@ -101,48 +111,73 @@ class HF_Auto_Adapter(_TransformersAdapter):
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
         import transformers
 
+        if is_here(model_id):
+            check_folder(folder_of(model_id, options))
         names = architectures(model_id, options)
         for name in names:
             if hasattr(transformers, name):
                 return name
         raise UsageError(f"model.id: {model_id}: config.json names no class of transformers (architectures: {names})")
 
+    def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
+        # Whatever is there and nobody else's, so that the reason why it cannot be loaded is found.
+        there = Path(model_id).exists() and not model_id.endswith(".gguf")
+        return there or super().owns(model_id, options)
+
     @hookimpl(trylast=True)
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         return super().invarlock_load_model(model_id, device, options)
-
-
-def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
-    return list(read_config(model_id, options).get("architectures") or [])
-
-
-def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's ``config.json``; empty for a GGUF file, which has none.
-
-    :raises UsageError: when there is none to be had.
-    """
-    path = Path(model_id) / "config.json"
-    if model_id.endswith(".gguf"):
-        return {}
-    if not Path(model_id).exists():
-        path = _cached_config(model_id, options)
-    elif not path.is_file():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"model.id: {path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"model.id: {path} holds no JSON object")
-    return config
 
 
 def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
     """The checkpoint's configuration as transformers has it."""
     from transformers import AutoConfig
 
-    accepted = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
-    return AutoConfig.from_pretrained(model_id, **accepted)
+    trust = bool(options.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(model_id, revision=options.get("revision"), trust_remote_code=trust)
+
+
+def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoint:
+    """The tensors of a checkpoint whose configuration fits them.
+
+    :raises UsageError: it is none, or the configuration describes another model.
+    """
+    # Only here: torch is slow to import.
+    from invarlock.checkpoints.reading import Checkpoint
+
+    check_folder(folder)
+    checkpoint = Checkpoint(folder)
+    check_counts(read_config(str(folder), options), checkpoint)
+    _check_unpackable(str(folder), options)
+    config = _config_of(str(folder), options)
+    check_size(config, partial(_built, loader, config, options), checkpoint)
+    return checkpoint
+
+
+def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any) -> Any:
+    """A model as a configuration says it is."""
+    if hasattr(loader, "from_config"):
+        return loader.from_config(config, trust_remote_code=bool(options.get("trust_remote_code")), **settings)
+    return loader._from_config(config, **settings)
+
+
+def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
+    """The method that packed the weights, or an empty string.
+
+    :raises UsageError: what reads them is not known, or not installed.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    packing = read_config(model_id, options).get("quantization_config")
+    if packing is None:
+        return ""
+    method = str(packing.get("quant_method")) if isinstance(packing, dict) else str(packing)
+    if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise UsageError(f"model.id: {model_id}: config.json: quantization_config: no method {method!r} is known")
+    missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"model.id: {model_id}: is packed by {method}; to read it: pip install {' '.join(missing)}")
+    return method
 
 
 def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +185,7 @@ def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     :raises UsageError: what reads them is not installed.
     """
-    method = str((read_config(model_id, options).get("quantization_config") or {}).get("quant_method"))
-    missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
-    if missing:
-        raise UsageError(f"model.id: {model_id}: is packed by {method}; to read it: pip install {' '.join(missing)}")
+    method = _check_unpackable(model_id, options)
     if method != "compressed-tensors":
         return {}
     config = _config_of(model_id, options)
@@ -161,34 +193,20 @@ def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"config": config}
 
 
-def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
-    from transformers.utils import cached_file
-
-    try:
-        return Path(str(cached_file(model_id, "config.json", revision=options.get("revision"))))
-    except (OSError, ValueError) as error:
-        todo = "check the path, or add --allow-network to fetch it from a hub"
-        if os.environ.get("HF_HUB_OFFLINE") != "1":
-            todo = f"the hub was asked, too: {one_line(error)}"
-        raise UsageError(f"model.id: {model_id} is no folder here and no cached checkpoint; {todo}") from error
-
-
 def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> Any:
-    """Call a transformers class's ``from_pretrained``; what it says of a broken checkpoint becomes one line.
+    """Call a transformers class's ``from_pretrained``.
 
-    :raises UsageError: also when weights are missing from the checkpoint: transformers would invent them.
+    :raises UsageError: when weights are missing from the checkpoint: transformers would invent them.
     """
-    from safetensors import SafetensorError
-
     if device == BALANCED:
         options["device_map"] = BALANCED
-    try:
-        model, loading = loader.from_pretrained(model_id, output_loading_info=True, **options)
-    except SafetensorError as error:
-        raise UsageError(f"model.id: {model_id}: a safetensors file is corrupt: {one_line(error)}") from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise UsageError(f"model.id: {model_id}: cannot be loaded: {one_line(error)}") from error
-    unloaded = sorted(map(str, [*loading["missing_keys"], *loading.get("mismatched_keys", [])]))
+    # Mismatches are among what it tells; else it prints a table.
+    model, loading = loader.from_pretrained(model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for name, stored, described in sorted(loading.get("mismatched_keys", [])):
+        raise UsageError(
+            f"model.id: {model_id}: {name} has shape {tuple(stored)}, and the configuration says {tuple(described)}"
+        )
+    unloaded = sorted(loading["missing_keys"])
     if unloaded:
         raise UsageError(
             f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
@@ -257,7 +275,7 @@ def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | 
     return None
 
 
-def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str, Any]) -> Any:
+def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping[str, Any]) -> Any:
     """A model whose weights stay in its safetensors files.
 
     :raises UsageError: they are packed, or not laid out as the model has them.
@@ -266,31 +284,27 @@ def _streamed(model_id: str, auto_class: str, device: str, options: Mapping[str,
     import transformers
     from accelerate import init_empty_weights
 
-    from invarlock.checkpoints.reading import Checkpoint
     from invarlock.checkpoints.streamed import attach
     from plugins_builtin.adapters.conversions import parts_of
 
-    if read_config(model_id, options).get("quantization_config"):
-        raise UsageError(f"model.id: {model_id}: cannot be streamed, its weights are packed")
-    checkpoint = Checkpoint(Path(model_id))
-    config = _config_of(model_id, options)
+    folder = checkpoint.folder
+    if read_config(str(folder), options).get("quantization_config"):
+        raise NotStreamedError(f"model.id: {folder}: cannot be streamed, its weights are packed")
+    config = _config_of(str(folder), options)
     wanted = options.get("dtype", "auto")
     dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
     config.dtype = dtype
-    loader = getattr(transformers, auto_class)
-    make = getattr(loader, "from_config", None) or loader._from_config
-    trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
     # Its buffers are real: rotary angles and masks are computed, not stored.
     with init_empty_weights(include_buffers=False):
-        model = make(config, dtype=dtype, **trust).eval()
+        model = _built(loader, config, options, dtype=dtype).eval()
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
     kept |= (getattr(model, "_keep_in_fp32_modules", None) or set()) if dtype == torch.float16 else set()
     if kept and dtype != torch.float32:
-        raise UsageError(f"model.id: {model_id}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
+        raise NotStreamedError(f"model.id: {folder}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
     attach(model, checkpoint, parts_of(model, checkpoint), device=_resolve(device))
-    if getattr(model, "generation_config", None) and (Path(model_id) / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(model_id)
+    if getattr(model, "generation_config", None) and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     return model
 
 

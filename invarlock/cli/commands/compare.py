@@ -12,6 +12,7 @@ from invarlock.cli.options import (
     judge_together,
     output_of,
     overrides,
+    path_argument,
     quieten_libraries,
 )
 
@@ -36,15 +37,23 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare", help="judge an edited checkpoint against its baseline", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("--baseline", required=True, metavar="DIR", help="the checkpoint before the edit")
-    parser.add_argument("--subject", required=True, metavar="DIR", help="the checkpoint after the edit")
+    parser.add_argument(
+        "--baseline", type=path_argument, required=True, metavar="DIR", help="the checkpoint before the edit"
+    )
+    parser.add_argument(
+        "--subject", type=path_argument, required=True, metavar="DIR", help="the checkpoint after the edit"
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", metavar="FILE.jsonl", help="text to measure on, one JSON object a line")
+    source.add_argument(
+        "--dataset", type=path_argument, metavar="FILE.jsonl", help="text to measure on, one JSON object a line"
+    )
     source.add_argument("--generated", action="store_true", help="measure on windows that the baseline writes")
     source.add_argument(
         "--weights-only", action="store_true", help="measure no outputs: weights and single blocks alone"
     )
-    parser.add_argument("-c", "--config", metavar="CONFIG", help="a configuration; its model.id is the baseline's")
+    parser.add_argument(
+        "-c", "--config", type=path_argument, metavar="CONFIG", help="a configuration; its model.id is the baseline's"
+    )
     add_judging_options(parser)
     parser.set_defaults(run=run, judges=True)
 

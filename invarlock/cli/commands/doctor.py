@@ -10,15 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli import streams
-from invarlock.cli.options import quieten_libraries, set_environment, stdout_for_json_alone
+from invarlock.cli.options import (
+    add_setting_option,
+    path_argument,
+    quieten_libraries,
+    set_environment,
+    stdout_for_json_alone,
+)
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
     from invarlock.doctor.findings import Finding
 
 DESCRIPTION = """\
-Loads and constructs every plugin, checks versions and devices, and, of a configuration, its guards, the memory and the
-disk that its model needs, its text against the windows asked for, and access to a hub. No weights are loaded."""
+Loads and constructs every plugin, checks versions and devices, and, of a configuration, its guards, its output folder,
+the memory and the disk that its model needs, the checkpoint, the weights that the plan selects, its text against the
+windows asked for, and access to a hub. No weights are loaded."""
 
 EPILOG = """\
 examples:
@@ -32,7 +39,7 @@ exit status:
   2  wrong usage or configuration"""
 
 
-OF_CONFIG = ("guards", "memory", "disk", "text", "hub")
+OF_CONFIG = ("guards", "output", "memory", "disk", "model", "edit", "text", "hub")
 
 
 @hookimpl
@@ -40,7 +47,10 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor", help="find out what stands in the way of a run", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("-c", "--config", metavar="CONFIG", help="check what this configuration asks for, too")
+    parser.add_argument(
+        "-c", "--config", type=path_argument, metavar="CONFIG", help="check what this configuration asks for, too"
+    )
+    add_setting_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, format doctor-v1")
     parser.add_argument("--allow-network", action="store_true", help="ask the hub for a model that is not here")
     parser.set_defaults(run=run, quiet=True, judges=True)
@@ -69,14 +79,15 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     versions = list(installation.versions())
     yield from versions
     lacking = any(finding.status is Status.PROBLEM for finding in versions)
-    if args.config is not None and not lacking:
+    configured = args.config is not None or args.settings
+    if configured and not lacking:
         yield from _findings_of_config(args)
         return
     yield from installation.plugins(args.manager.catalog)
     yield from installation.devices("auto")
     why, todo = ("there is no configuration", "give one with -c CONFIG")
-    if args.config is not None:
-        why, todo = "a requirement is not met", "mend the versions first"
+    if configured:
+        why, todo = "a requirement is not met", "install what is required first"
     yield from (Finding(Status.NOT_CHECKED, subject, why, todo) for subject in OF_CONFIG)
 
 
@@ -86,17 +97,18 @@ def _findings_of_config(args: argparse.Namespace) -> Iterator[Finding]:
     from invarlock.doctor import inputs, installation
     from invarlock.doctor.findings import Finding, Status
 
-    config = load(args.config)
+    config = load(args.config, args.settings)
     try:
         args.manager.add(config.plugins, args.selection.blocked)
     except UsageError as error:
-        yield Finding(Status.PROBLEM, "plugins", one_line(error), "mend the module, or take it out of plugins")
+        yield Finding(Status.PROBLEM, "plugins", one_line(error), "correct the module, or take it out of plugins")
     yield from installation.plugins(args.manager.catalog)
     yield from installation.devices(config.model.device)
     quieten_libraries(verbose=False)
     yield from inputs.guards(config, args.manager)
+    yield from inputs.output(config)
     yield from inputs.space(config)
-    yield from inputs.text(config, args.manager)
+    yield from inputs.model(config, args.manager)
     yield from inputs.hub(config, allow_network=args.allow_network)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from invarlock.cli.options import path_argument
 from invarlock.core.errors import ExitCode
 from invarlock.scaffold import TEMPLATES
 
@@ -26,7 +27,9 @@ def add_parser(categories: Any) -> None:
     )
     parser.add_argument("kind", choices=list(TEMPLATES), help="what the plugin is")
     parser.add_argument("name", metavar="NAME", help="name of the plugin, of its module and of its folder")
-    parser.add_argument("--dir", default=".", metavar="DIR", help="where the folder goes; default the current one")
+    parser.add_argument(
+        "--dir", type=path_argument, default=".", metavar="DIR", help="where the folder goes; default the current one"
+    )
     parser.set_defaults(run=run)
 
 

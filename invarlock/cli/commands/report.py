@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
+from invarlock.cli.options import path_argument
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report", help="show the report of a run, or several side by side", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("reports", nargs="+", metavar="RUN", help="a run's folder, or its report.json")
+    parser.add_argument(
+        "reports", type=path_argument, nargs="+", metavar="RUN", help="a run's folder, or its report.json"
+    )
     parser.add_argument(
         "--format", choices=FORMATS, help="default: what the name of the output file ends in says, else terminal"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write to a file instead of standard output")
+    parser.add_argument(
+        "-o", "--output", type=path_argument, metavar="FILE", help="write to a file instead of standard output"
+    )
     parser.set_defaults(run=run)
 
 

@@ -14,6 +14,7 @@ from invarlock.cli.options import (
     judge_together,
     output_of,
     overrides,
+    path_argument,
     quieten_libraries,
 )
 
@@ -43,7 +44,9 @@ def invarlock_add_commands(subparsers: Any) -> None:
         "run", help="quantize a model under guard and print the verdict", description=DESCRIPTION, epilog=epilog
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-c", "--config", metavar="CONFIG", help="the run's configuration, a YAML file")
+    source.add_argument(
+        "-c", "--config", type=path_argument, metavar="CONFIG", help="the run's configuration, a YAML file"
+    )
     source.add_argument("--demo", action="store_true", help="a small trained model that is shipped along, offline")
     parser.add_argument(
         "--stream", action="store_true",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import quieten_libraries, set_environment
+from invarlock.cli.options import path_argument, quieten_libraries, set_environment
 from invarlock.core.errors import ExitCode
 from invarlock.core.progress import showing
 
@@ -40,13 +40,22 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify", help="check a report, its files and its signature", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("folder", metavar="RUN", help="the folder of a run or a comparison")
-    parser.add_argument("--public-key", metavar="KEY", help="check the signature with this key, a PEM file")
-    parser.add_argument("--baseline", metavar="DIR", help="measure the checkpoint before the edit again")
+    parser.add_argument("folder", type=path_argument, metavar="RUN", help="the folder of a run or a comparison")
     parser.add_argument(
-        "--subject", metavar="DIR", help="measure the edited checkpoint again; with --baseline, by default RUN/model"
+        "--public-key", type=path_argument, metavar="KEY", help="check the signature with this key, a PEM file"
     )
-    parser.add_argument("--dataset", metavar="FILE.jsonl", help="where the text is, if not where the report says")
+    parser.add_argument(
+        "--baseline", type=path_argument, metavar="DIR", help="measure the checkpoint before the edit again"
+    )
+    parser.add_argument(
+        "--subject",
+        type=path_argument,
+        metavar="DIR",
+        help="measure the edited checkpoint again; with --baseline, by default RUN/model",
+    )
+    parser.add_argument(
+        "--dataset", type=path_argument, metavar="FILE.jsonl", help="where the text is, if not where the report says"
+    )
     parser.add_argument("--device", help="measure on this device instead of the report's")
     # The network cannot be allowed.
     parser.set_defaults(run=run, allow_network=False, quiet=False, judges=True)

@@ -1,0 +1,92 @@
+"""Whether a folder or file can be a checkpoint: what is found before a library opens it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from invarlock.core.errors import UsageError, one_line
+from invarlock.core.paths import absolute, regular_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READ = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".tiktoken")
+"""Endings of the files that libraries look for in a folder."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+POINTER, LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+"""How a file begins that git-lfs left in the place of the real one, and the size that its specification allows."""
+ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of transformers whose files cannot be read as a checkpoint's.
+
+    :raises UsageError: what is wrong, and what to do.
+    """
+    for path in _read_files(folder):
+        check_file(path)
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise _refused(
+            folder, f"an adapter on top of {base}: merge it into that model first (merge_and_unload of peft)"
+        )
+    if (folder / GENERATION).is_file():
+        # Transformers goes on without it, and then generates with other settings.
+        read_json(folder / GENERATION)
+    if not (folder / "config.json").is_file():
+        raise _refused(folder, "there is no config.json: it is no checkpoint of transformers")
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise _refused(
+            folder,
+            f"its weights are a pickle, {pickles[0]}, which runs code when read: convert it to safetensors",
+        )
+    raise _refused(folder, f"there is neither {SINGLE} nor {INDEX}")
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file, or a pointer of git-lfs.
+
+    :raises UsageError: what is wrong, and what to do.
+    """
+    regular_file(path, "model.id", "give a checkpoint")
+    try:
+        pointer = path.stat().st_size <= LARGEST_POINTER and path.read_bytes().startswith(POINTER)
+    except OSError as error:
+        raise UsageError(f"model.id: {absolute(path)} cannot be read: {error.strerror}") from error
+    if pointer:
+        raise _refused(path, "a git-lfs pointer, not the file: git lfs pull")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    :raises UsageError: it cannot be read, or holds something else.
+    """
+    check_file(path)
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise _refused(path, f"not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise _refused(path, "holds no JSON object")
+    return value
+
+
+def _read_files(folder: Path) -> Iterator[Path]:
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix in READ)
+    except OSError as error:
+        raise UsageError(f"model.id: {absolute(folder)} cannot be read: {error.strerror}") from error
+    for path in found:
+        # A folder of that name is left alone, as libraries do.
+        if not path.is_dir():
+            yield path
+
+
+def _refused(path: Path, why: str) -> UsageError:
+    return UsageError(f"model.id: {absolute(path)}: {why}")

@@ -1,0 +1,85 @@
+"""Where a checkpoint lies, on this machine or in a hub's cache, and its ``config.json`` as it stands there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from invarlock.checkpoints.soundness import READ, read_json
+from invarlock.core.errors import UsageError, one_line
+from invarlock.core.paths import absolute, is_hub_id
+
+
+def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:
+    """The folder of a checkpoint; of an id on a hub, the one in the cache, fetched first where the network is on.
+
+    :raises UsageError: when there is none to be had.
+    """
+    if Path(model_id).exists():
+        return Path(model_id)
+    if _offline():
+        return _cached_config(model_id, options).parent
+    from huggingface_hub import snapshot_download
+
+    _check_hub_id(model_id)
+    try:
+        patterns = [f"*{ending}" for ending in READ]
+        return Path(snapshot_download(model_id, revision=options.get("revision"), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _not_here(model_id, error) from error
+
+
+def is_here(model_id: str) -> bool:
+    """Whether all there will be of a checkpoint is on this machine already."""
+    return Path(model_id).exists() or _offline()
+
+
+def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
+    """:raises UsageError: ``config.json`` is broken."""
+    names = read_config(model_id, options).get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"model.id: {model_id}: config.json: architectures: expected a list of names, found {names!r}")
+    return names
+
+
+def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's ``config.json``; empty for a GGUF file, which has none.
+
+    :raises UsageError: when there is none to be had.
+    """
+    path = Path(model_id) / "config.json"
+    if model_id.endswith(".gguf"):
+        return {}
+    if not Path(model_id).exists():
+        path = _cached_config(model_id, options)
+    elif not os.path.lexists(path):
+        return {}
+    return read_json(path)
+
+
+def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
+    from transformers.utils import cached_file
+
+    _check_hub_id(model_id)
+    try:
+        return Path(str(cached_file(model_id, "config.json", revision=options.get("revision"))))
+    except (OSError, ValueError) as error:
+        raise _not_here(model_id, error) from error
+
+
+def _check_hub_id(model_id: str) -> None:
+    if not is_hub_id(model_id):
+        raise UsageError(f"model.id: {absolute(model_id)} does not exist; give a checkpoint, or an id on a hub")
+
+
+def _not_here(model_id: str, error: Exception) -> UsageError:
+    todo = "check the path, or add --allow-network to fetch it from a hub"
+    if not _offline():
+        todo = f"the hub was asked, too: {one_line(error)}"
+    return UsageError(f"model.id: {absolute(model_id)} does not exist, and {model_id} is in no cache of a hub; {todo}")
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE") == "1"
