@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from invarlock.cli import signals
 from invarlock.cli.parser import build_parser, read_plugin_options
 from invarlock.core.errors import ExitCode, InvarlockError, one_line
 from invarlock.plugins.catalog import Selection
@@ -20,15 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     tracing = os.environ.get("INVARLOCK_DEBUG_TRACE") == "1"
     _log_to_stderr(logging.DEBUG if tracing else logging.WARNING)
     try:
-        return _run(arguments)
+        with signals.taken():
+            return _run(arguments)
     except InvarlockError as error:
         if tracing:
             traceback.print_exc()
         _say(one_line(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the model in memory was restored, nothing was saved")
-        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        _say(signals.told(interrupt))
+        return signals.status(interrupt)
     except BrokenPipeError:
         # The reader of a pipe is gone; what was left to say has no listener.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
