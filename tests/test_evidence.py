@@ -369,7 +369,7 @@ def test_force_signs_anew_and_nothing_else_is_signed_along(invarlock, made: Path
     (run / "notes.txt").write_text("mine")
     done = invarlock(*arguments, "--force")
     assert done.code == 2
-    assert "notes.txt, which would be signed along" in done.err
+    assert "notes.txt, which would not be signed along" in done.err
 
 
 def test_what_a_streamed_run_left_when_it_was_cut_off_is_not_signed_along(invarlock, made: Path) -> None:

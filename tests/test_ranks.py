@@ -437,3 +437,38 @@ def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -
     for stage in ("baseline pass", "edited pass"):
         done = [int(line[2]) for line in told if line[1] == stage]
         assert max(done) == 8, "2 + 6 windows, whichever process was the last to tell"
+
+
+@pytest.mark.parametrize("whom", [(0, 1), (1,)], ids=["all", "one"])
+def test_processes_that_are_told_to_end_do_not_wait_for_each_other(module, config, tmp_path, whom) -> None:
+    """One waits for the other, which is busy."""
+    module(
+        "busy",
+        "import os, time\nfrom pathlib import Path\nfrom invarlock import hookimpl\n"
+        "@hookimpl\ndef invarlock_attempt_finished():\n    Path('here').touch()\n    time.sleep(600)\n",
+    )
+    command = [sys.executable, "-m", "invarlock", "run", "-c", config(plugins=["busy"]), "--out", "out", "-q"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        common = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        while not Path("here").exists():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        for rank in whom:
+            processes[rank].terminate()
+        told = processes[whom[0]]
+        assert "interrupted by SIGTERM" in told.communicate(timeout=30)[1]
+        assert told.returncode == 143
+        # The other one learns of it where it next waits.
+        if 0 in whom:
+            processes[1].wait(30)
+            assert not Path("out").exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -375,7 +375,8 @@ def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
     )
     killed = subprocess.run([sys.executable, "-c", program, *map(str, start), "cut"], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert Path("cut/report.json").exists() is (moment == "_write_page")
+    assert not Path("cut/report.json").exists()
+    assert not Path("cut/model").exists()
     written: list[str] = []
     write = ShardedOutput.write
     monkeypatch.setattr(
@@ -392,11 +393,11 @@ def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
 
 def test_another_plan_does_not_go_on_with_the_shards_of_the_first(tmp_path) -> None:
     def shards(**identity: int) -> ShardedOutput:
-        return ShardedOutput(tmp_path / "model", ["one.safetensors", "two.safetensors"], identity)
+        return ShardedOutput(tmp_path, ["one.safetensors", "two.safetensors"], identity)
 
     first = shards(bits=8)
     first.write("one.safetensors", {"weight": torch.ones(2)}, ["noted"])
-    with pytest.raises(UsageError, match=r"lacks two\.safetensors"), first.completed():
+    with pytest.raises(UsageError, match=r"lacks two\.safetensors"), first.completed(tmp_path / "model"):
         pass
     assert not (tmp_path / "model").exists()
     assert shards(bits=8).notes("one.safetensors") == ["noted"]
@@ -553,7 +554,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(config, sharded) -> None:
     assert done.returncode == 2, done.stderr
     assert "output.dir: out could not be written" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(Path("out").iterdir()) == []
+    assert not Path("out").exists()
 
 
 def _as_others() -> None:

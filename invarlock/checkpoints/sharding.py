@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from invarlock.checkpoints.soundness import INDEX, SINGLE
-from invarlock.checkpoints.writing import JOURNALS, PARTIAL, put_in_place, write_text
+from invarlock.checkpoints.swapping import is_folder, remove
+from invarlock.checkpoints.writing import JOURNALS, PARTIAL, write_text
 from invarlock.core.errors import UsageError
 
 
@@ -27,8 +27,8 @@ class ShardedOutput:
     writes the rest of a run's output has done so.
     """
 
-    target: Path
-    """The folder that it all becomes."""
+    output: Path
+    """The folder that holds the shards and the journals meanwhile."""
     files: Sequence[str]
     """The names of all its shards."""
     identity: Mapping[str, Any]
@@ -38,11 +38,10 @@ class ShardedOutput:
     _own: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder = self.target.with_name(PARTIAL)
-        self.journals = self.target.with_name(JOURNALS)
+        self.folder, self.journals = self.output / PARTIAL, self.output / JOURNALS
         self._done = self._kept()
-        if self.rank == 0:
-            self._take_up()
+        if self.rank == 0 and not (self._done and is_folder(self.folder) and is_folder(self.journals)):
+            self.discard()
         for folder in (self.folder, self.journals):
             folder.mkdir(parents=True, exist_ok=True)
         own = self.journals / f"{self.rank}.json"
@@ -58,6 +57,7 @@ class ShardedOutput:
         :param notes: what JSON can hold.
         """
         staged = self.folder / f".{file}.partial"
+        remove(staged)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, metadata={"format": "pt"})
         # On the disk before the journal says so.
         with staged.open("rb") as written:
@@ -70,8 +70,8 @@ class ShardedOutput:
         write_text(self.journals / f"{self.rank}.json", journal)
 
     @contextmanager
-    def completed(self) -> Iterator[Path]:
-        """The folder, to be given what it lacks yet; then it takes its place. If that fails, the shards stay.
+    def completed(self, target: Path) -> Iterator[Path]:
+        """The folder, to be given what it lacks yet; then it becomes ``target``. If that fails, the shards stay.
 
         :raises UsageError: shards are missing.
         """
@@ -83,23 +83,15 @@ class ShardedOutput:
             )
         for stray in self.folder.iterdir():
             if stray.name not in self.files:
-                stray.unlink()
+                remove(stray)
         if list(self.files) != [SINGLE]:
             self._write_index(done)
         yield self.folder
-        put_in_place(self.folder, self.target)
-
-    def _take_up(self) -> None:
-        """Go on with what an earlier process left, or begin."""
-        if not self._done:
-            self.discard()
-        elif self.target.is_dir() and not self.folder.exists():
-            # It was killed when the folder had taken its place, and the report had not.
-            self.target.rename(self.folder)
+        self.folder.rename(target)
 
     def discard(self) -> None:
         for folder in (self.folder, self.journals):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def _write_index(self, done: Mapping[str, dict[str, Any]]) -> None:
         weight_map = {name: file for file, entry in done.items() for name in entry["tensors"]}
@@ -109,11 +101,14 @@ class ShardedOutput:
 
     def _is_whole(self, file: str, done: Mapping[str, dict[str, Any]]) -> bool:
         path = self.folder / file
-        return file in done and path.is_file() and path.stat().st_size == done[file]["size"]
+        return file in done and path.is_file() and not path.is_symlink() and path.stat().st_size == done[file]["size"]
 
     def _kept(self) -> dict[str, dict[str, Any]]:
-        """What the journals say is whole, if all are of this identity."""
-        journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.journals.glob("[0-9]*.json")]
-        if any(journal["identity"] != self.identity for journal in journals):
+        """What the journals say is whole, if all can be read and are of this identity."""
+        try:
+            journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.journals.glob("[0-9]*.json")]
+            if any(journal["identity"] != self.identity for journal in journals):
+                return {}
+            return {file: entry for journal in journals for file, entry in journal["shards"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError):
             return {}
-        return {file: entry for journal in journals for file, entry in journal["shards"].items()}

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from invarlock.checkpoints.claiming import LOCK, Claim
+from invarlock.checkpoints.swapping import (
+    NEW,
+    is_folder,
+    is_swapped,
+    is_there,
+    new_staging,
+    remove,
+    stagings,
+    swap,
+    undo,
+)
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.ranks import ALONE, Ranks
 
 SIGNATURE = "run.sigstore.json"
 """A bundle goes by this ending."""
@@ -21,50 +35,54 @@ PARTIAL = ".model.partial"
 """Where a model is until it is whole."""
 JOURNALS = ".model.journals"
 """What is whole of one that is written shard by shard."""
+OURS = (*ARTIFACTS, PARTIAL, JOURNALS)
+"""What makes room for the output of a run."""
 
 
 @contextmanager
-def unwritable_said(path: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+def unwritable_said(path: Path) -> Iterator[None]:
     """What the system says of a disk that is full, or of a folder that may not be written to, as one line.
 
-    :raises UsageError: in place of an ``OSError``, after ``undo``.
+    :raises UsageError: in place of an ``OSError``.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        undo()
         raise UsageError(f"output.dir: {path} could not be written: {one_line(error)}") from error
 
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside ``target`` that becomes ``target`` when the block ends well, and else vanishes.
-
-    What an earlier process left there, that was killed, goes first.
-    """
-    staged = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    """An empty folder beside ``target`` that becomes ``target`` when the block ends well, and else vanishes."""
+    if not target.parent.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".invarlock.", suffix=".partial", dir=target.parent))
     try:
         yield staged
-        put_in_place(staged, target)
+        let_read(staged)
+        staged.rename(target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
 
 
-def put_in_place(staged: Path, target: Path) -> None:
-    """Let a whole folder take its place, readable for everybody that the umask allows."""
+def let_read(folder: Path) -> None:
+    """Make all that is in a folder readable for everybody that the umask allows."""
     mask = _umask()
-    for path in (staged, *staged.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    staged.rename(target)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file to the side and rename it into place."""
+    """Write a file to the side and rename it into place.
+
+    :raises OSError: also where something other than a file is in its place: a link, a folder, a pipe, a device.
+    """
+    if is_there(target) and not stat.S_ISREG(target.lstat().st_mode):
+        raise FileExistsError("what is there is no plain file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=".invarlock.", suffix=".partial", dir=target.parent)
     staged = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -84,58 +102,131 @@ def _umask() -> int:
     return mask
 
 
-@dataclass(frozen=True)
+@dataclass
 class OutputFolder:
     """Where the artifacts of one run go."""
 
     path: Path
     force: bool = False
     sign: Callable[[Path], None] | None = None
-    """Called with the folder when all is written; what else lies in the folder would be signed, too."""
+    """Called with a folder of all that is written, before it takes its place."""
+    made: list[Path] = field(default_factory=list)
+    """Folders that were made for it; they go if nothing comes of it."""
+    saved: bool = False
+    """Whether what the run wrote is in its place."""
+
+    def __post_init__(self) -> None:
+        self._claim = Claim(self.path, self.made)
+
+    @contextmanager
+    def claimed(self, *model_ids: str, ranks: Ranks = ALONE) -> Iterator[None]:
+        """Before anything is loaded: keep other runs out of the folder, and refuse what must not be written to.
+
+        The first process claims it for all of the run.
+
+        :param model_ids: the input checkpoints.
+        :raises UsageError: on all processes: another run is writing there, or its output is there; or the folder and an
+            input lie in each other; or it cannot be written to.
+        """
+        try:
+            if refusal := ranks.from_first(lambda: self._refusal(model_ids)):
+                raise UsageError(refusal)
+            yield
+        finally:
+            self.release()
 
     def check(self, model_id: str) -> None:
-        """Refuse, before anything is loaded, what must not be written to.
+        """Refuse what must not be written to, without claiming it.
 
-        :raises UsageError: another run's output lies there, or the folder and the input checkpoint lie in each other.
+        :raises UsageError: as ``claimed`` does.
         """
+        self._check_place(model_id)
+        self._check_content()
+
+    def _refusal(self, model_ids: Sequence[str]) -> str | None:
+        try:
+            with unwritable_said(self.path):
+                for model_id in model_ids:
+                    self._check_place(model_id)
+                self._claim.take()
+                self._sweep()
+            self._check_content()
+        except UsageError as error:
+            return one_line(error)
+        return None
+
+    def release(self) -> None:
+        """Leave the folder to others, without what is not whole."""
+        if self._claim.is_held:
+            self._sweep()
+            self._claim.release()
+
+    def _check_place(self, model_id: str) -> None:
         checkpoint, folder = Path(model_id).resolve(), self.path.resolve()
         if checkpoint.is_dir() and (checkpoint == folder or checkpoint in folder.parents):
             raise UsageError(
                 f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
             )
-        for name in (*ARTIFACTS, PARTIAL):
+        for name in (*OURS, *(path.name for path in stagings(folder))):
             artifact = (folder / name).resolve()
             if checkpoint.exists() and (checkpoint == artifact or artifact in checkpoint.parents):
                 raise UsageError(f"output.dir: {self.path / name} is, or holds, the input {model_id}; choose another")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output.dir: {self.path} is a file; choose a folder")
-        there = [name for name in ARTIFACTS if (self.path / name).exists()]
-        # A run that was killed when it had saved the model, and not yet all of its report, is no other one's.
-        saved = there == ["model"] and (self.path / "model" / "report.json").is_file()
-        unfinished = saved or ((self.path / JOURNALS).is_dir() and "report.html" not in there)
-        if there and not self.force and not unfinished:
-            raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
-        if self.sign and (others := self._others()):
-            raise UsageError(f"output.dir: {self.path} holds {others[0]}, which would be signed along; choose another")
         nearest_existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not os.access(nearest_existing, os.W_OK):
             raise UsageError(f"output.dir: no permission to write to {nearest_existing}")
 
-    def _others(self) -> list[str]:
-        """What no run wrote."""
-        known = (*ARTIFACTS, PARTIAL, JOURNALS)
-        return sorted(path.name for path in self.path.glob("*") if path.name not in known)
+    def _check_content(self) -> None:
+        there = [name for name in ARTIFACTS if is_there(self.path / name)]
+        if there and not self.force:
+            raise UsageError(f"output.dir: {self.path} holds another run's {there[0]}; choose another or add --force")
+        others = sorted(path.name for path in self.path.glob("*") if path.name not in (*OURS, LOCK))
+        if self.sign and others:
+            raise UsageError(
+                f"output.dir: {self.path} holds {others[0]}, which would not be signed along; choose another"
+            )
 
-    def clear_unfinished(self) -> None:
-        """Remove what streamed runs go on with when they are killed, once all is written."""
-        for name in (PARTIAL, JOURNALS):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+    @contextmanager
+    def replaced(self) -> Iterator[Path]:
+        """An empty folder whose files take the place of an earlier run's when the block ends well, and else vanish."""
+        staging = new_staging(self.path)
+        try:
+            yield staging / NEW
+            let_read(staging / NEW)
+            swap(staging, self.path, OURS)
+        finally:
+            self.saved = is_swapped(staging)
+            self._sweep()
 
-    def clear(self) -> None:
-        """Remove what an earlier run left, now that this one has something to put in its place."""
-        for name in ARTIFACTS:
-            path = self.path / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    def _sweep(self) -> None:
+        """Remove what is not whole, of this process or of one that was killed, but for shards to go on with."""
+        for staging in stagings(self.path):
+            if is_folder(staging):
+                undo(staging, self.path, OURS)
+                self._keep_shards(staging / NEW / "model")
+            remove(staging)
+
+    def _keep_shards(self, model: Path) -> None:
+        if is_folder(model) and is_folder(self.path / JOURNALS) and not is_there(self.path / PARTIAL):
+            model.rename(self.path / PARTIAL)
+
+    @property
+    def kept(self) -> str:
+        """What there is of the run's output by now."""
+        if self.saved:
+            what = "the report and the model" if is_there(self.path / "model") else "the report"
+            return f"{what} had been saved to {self.path}"
+        if any(self.path.glob(f"{JOURNALS}/*.json")):
+            return "nothing was saved but whole shards, from which the same command goes on"
+        return "nothing was saved"
+
+
+@contextmanager
+def claimed(output: OutputFolder | None, *model_ids: str, ranks: Ranks) -> Iterator[None]:
+    """As ``OutputFolder.claimed``, where there is one."""
+    if output is None:
+        yield
+        return
+    with output.claimed(*model_ids, ranks=ranks):
+        yield

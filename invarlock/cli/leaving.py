@@ -9,6 +9,7 @@ import time
 from typing import NoReturn
 
 from invarlock.cli import streams
+from invarlock.core import temporary
 
 
 def now() -> float:
@@ -26,6 +27,7 @@ def leave(code: int, started: float) -> NoReturn:
         stream.flush()
     if any(not thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
         # The interpreter would wait for them.
+        temporary.remove_all()
         os._exit(code)
     sys.exit(code)
 

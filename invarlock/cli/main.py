@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from invarlock.cli import leaving, streams
+from invarlock.cli import leaving, signals, streams
 from invarlock.cli.parser import build_parser, read_plugin_options
 from invarlock.core.errors import ExitCode, InvarlockError, PluginError, UsageError, contained, one_line
 from invarlock.plugins.catalog import Selection
@@ -37,15 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if tracing := _is_on("INVARLOCK_DEBUG_TRACE"):
             _log_to_stderr(logging.DEBUG)
-        return _run(arguments)
+        with signals.taken():
+            return _run(arguments)
     except InvarlockError as error:
         if tracing:
             traceback.print_exc()
         _say(one_line(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the model in memory was restored, nothing was saved")
-        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        _say(signals.told(interrupt))
+        return signals.status(interrupt)
     except Exception:
         traceback.print_exc()
         _say("this is a bug in invarlock, or in a plugin named above")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invarlock.cli import streams
+from invarlock.cli import signals, streams
 from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
@@ -88,16 +89,23 @@ def quieten_libraries(*, verbose: bool) -> None:
     logger.setLevel(min(logging.INFO, logger.level))
 
 
-def output_folder(configured: str | None, name: str) -> Path:
-    """The folder that was asked for, or a new one below ``runs`` named after the run and the time."""
-    if configured is not None:
-        return Path(configured)
-    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder, number = Path("runs", stem), 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs", f"{stem}-{number}")
-    return folder
+def new_folder(name: str) -> tuple[Path, list[Path]]:
+    """A folder below ``runs`` that no other run has, named after the run and the time, and all that were made for it.
+
+    :raises UsageError: it cannot be made.
+    """
+    from invarlock.checkpoints.claiming import make_folder
+    from invarlock.checkpoints.writing import unwritable_said
+
+    runs, stem = Path("runs"), f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    numbered = (runs / f"{stem}-{number}" for number in itertools.count(2))
+    with unwritable_said(runs):
+        made = make_folder(runs)
+        for path in itertools.chain([runs / stem], numbered):
+            with suppress(FileExistsError):
+                path.mkdir()
+                break
+    return path, [path, *made]
 
 
 def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks: Ranks) -> OutputFolder:
@@ -112,8 +120,11 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
         from invarlock.evidence.signing import Signer
 
         sign = Signer.of(args.sign).sign
-    folder = ranks.from_first(lambda: output_folder(configured, name))
-    return OutputFolder(folder, force=args.force, sign=sign)
+    path, made = (Path(configured), []) if configured is not None else ranks.from_first(lambda: new_folder(name))
+    output = OutputFolder(path, args.force, sign, made)
+    if ranks.is_first:
+        signals.watch(output)
+    return output
 
 
 def judge_together(args: argparse.Namespace, judge: Judging) -> int:
@@ -123,8 +134,10 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     :returns: the exit code of the verdict.
     """
     set_environment(args)
+    from invarlock.core import temporary
     from invarlock.core.ranks import joined_ranks
 
+    temporary.sweep()
     with joined_ranks() as ranks, args.manager.watching_threads():
         with stdout_for_json_alone(args):
             result, folder = judge(args, ranks)

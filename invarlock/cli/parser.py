@@ -27,7 +27,9 @@ exit status:
   1    rejected (with --strict: also a warning)
   2    wrong usage, configuration or input; nothing was run
   3    a plugin or invarlock itself failed
-  130  interrupted"""
+  129  the terminal is gone (SIGHUP)
+  130  interrupted (Ctrl-C)
+  143  told to end (SIGTERM)"""
 
 
 class Parser(argparse.ArgumentParser):

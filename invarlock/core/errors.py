@@ -21,8 +21,12 @@ class ExitCode(IntEnum):
     """The command line, the configuration or an input is wrong; nothing was run."""
     FAILED = 3
     """A plugin or InvarLock itself failed: there is no verdict to rely on."""
+    HUNG_UP = 129
+    """SIGHUP: the terminal is gone."""
     INTERRUPTED = 130
-    """Ctrl-C."""
+    """SIGINT: Ctrl-C."""
+    TERMINATED = 143
+    """SIGTERM, as ``kill``, containers and schedulers send it."""
 
 
 class InvarlockError(Exception):

@@ -83,6 +83,9 @@ def joined_ranks() -> Iterator[Ranks]:
     ranks = Ranks.join()
     try:
         yield ranks
+    except KeyboardInterrupt:
+        # It may have come in the midst of an exchange: another one would be out of step. The others notice the end.
+        raise
     except BaseException as error:
         ranks.fail(error)
         raise

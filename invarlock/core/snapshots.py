@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from invarlock.core.progress import counted
 from invarlock.core.spread import assembler, local, whole
+from invarlock.core.temporary import TemporaryFolder
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,7 +71,7 @@ class Snapshot:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._folder = _Folder()
+        self._folder = TemporaryFolder()
         self._structure = [_Structure.of(module) for module in model.modules()]
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
@@ -105,19 +103,11 @@ class Snapshot:
             yield self._folder.path / f"{number}.safetensors", tensor
 
 
-class _Folder:
-    """A temporary folder that goes with the last object that holds it."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
 class _OnDisk(Mapping[str, torch.Tensor]):
     """Tensors by name, read when asked for. It holds the folder, but not the model that was saved there."""
 
     def __init__(
-        self, folder: _Folder, files: Mapping[str, tuple[Path, Callable[[torch.Tensor], torch.Tensor]]]
+        self, folder: TemporaryFolder, files: Mapping[str, tuple[Path, Callable[[torch.Tensor], torch.Tensor]]]
     ) -> None:
         self._folder, self._files = folder, files
 

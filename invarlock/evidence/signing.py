@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from invarlock.checkpoints.claiming import LOCK
 from invarlock.checkpoints.writing import SIGNATURE
 from invarlock.core.errors import InvarlockError, UsageError, one_line
 from invarlock.core.paths import absolute
@@ -43,7 +44,7 @@ class Signer:
         try:
             self.configured.set_hashing_config(_every_file("--sign")).sign(folder, folder / SIGNATURE)
         except (ValueError, TypeError, OSError) as error:
-            raise InvarlockError(f"--sign: {folder} is whole, but could not be signed: {one_line(error)}") from error
+            raise InvarlockError(f"--sign: the output is whole, but could not be signed: {one_line(error)}") from error
 
 
 def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:
@@ -78,7 +79,7 @@ def _mismatches(error: Exception) -> list[str]:
 
 
 def _every_file(option: str) -> Any:
-    return _library(option, "hashing").Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+    return _library(option, "hashing").Config().set_ignored_paths(paths=[SIGNATURE, LOCK], ignore_git_paths=False)
 
 
 def _library(option: str, module: str) -> Any:

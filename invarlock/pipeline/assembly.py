@@ -8,8 +8,10 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ import torch
 from invarlock import __version__
 from invarlock.checkpoints.digests import digests
 from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.writing import OutputFolder, staged_folder, unwritable_said, write_text
+from invarlock.checkpoints.writing import OutputFolder, unwritable_said, write_text
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import one_line
+from invarlock.core.errors import InvarlockError, one_line
 from invarlock.core.plain import OWN, plain
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import GuardResult
@@ -128,30 +130,44 @@ def write(
     *,
     shards: ShardedOutput | None = None,
 ) -> None:
-    """Write the report, as JSON and as HTML, after the model if there is one to save, and the signature last.
+    """Write the model, if there is one to save, the report, as JSON and as HTML, and the signature.
+
+    All is put to the side and takes its place when it is whole, and what is there by then goes only then.
 
     :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
     :param shards: the weights, if they are written already.
-    :raises UsageError: something could not be written; then there is no report and no model.
+    :raises UsageError: something could not be written; then everything is as it was.
+    :raises InvarlockError: it could not be signed; then the rest is saved.
     """
-    with unwritable_said(output.path, undo=output.clear):
-        output.clear()
+    with unwritable_said(output.path), output.replaced() as new:
         if save is not None:
-            with shards.completed() if shards else staged_folder(output.path / "model") as folder:
+            with shards.completed(new / "model") if shards else _new_folder(new / "model") as folder:
                 with clock.stage("save"):
                     save(folder, report=report)
                 with clock.stage("digests"):
                     report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", reporting.to_json(report))
-        # Drawn before, so that a run that is killed meanwhile has no report and can be started again.
-        page = _drawn(report, output)
-        write_text(output.path / "report.json", reporting.to_json(report))
-    # What is written by now stays, whatever becomes of the page and the signature.
-    if page:
-        _write_page(page, output)
-    output.clear_unfinished()
-    if output.sign:
-        output.sign(output.path)
+        write_text(new / "report.json", reporting.to_json(report))
+        if page := _drawn(report, output):
+            _write_page(page, new)
+        unsigned = _sign(output, new)
+    if unsigned:
+        raise unsigned
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    yield path
+
+
+def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:
+    try:
+        if output.sign:
+            output.sign(folder)
+    except InvarlockError as error:
+        return error
+    return None
 
 
 def _drawn(report: dict[str, Any], output: OutputFolder) -> str | None:
@@ -162,9 +178,9 @@ def _drawn(report: dict[str, Any], output: OutputFolder) -> str | None:
         return None
 
 
-def _write_page(page: str, output: OutputFolder) -> None:
+def _write_page(page: str, folder: Path) -> None:
     try:
-        write_text(output.path / "report.html", page)
+        write_text(folder / "report.html", page)
     except OSError as error:
         _without_page(error)
 

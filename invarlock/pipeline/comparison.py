@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from invarlock.checkpoints.streamed import streaming_of
-from invarlock.checkpoints.writing import OutputFolder
+from invarlock.checkpoints.writing import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.model_state import ModelState
@@ -77,21 +77,22 @@ def compare(
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
-    for model_id in (config.model.id, subject):
-        if output is not None:
-            output.check(model_id)
-    slots = plugins.guard_slots(config.guards.order, config.guards.options)
-    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
+    with claimed(output, config.model.id, subject, ranks=ranks):
+        slots = plugins.guard_slots(config.guards.order, config.guards.options)
+        return _compare(Judge(config, plugins, slots, strict, on_progress, ranks), subject, weights_only, output)
+
+
+def _compare(judge: Judge, subject: str, weights_only: bool, output: OutputFolder | None) -> RunResult:
     ready, baseline = _prepare_baseline(judge, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
     model, attempt, undo = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready(), list)
     report = _report(judge, subject, announced(judge, attempt), baseline, model)
-    finish(report, plugins, ranks)
+    finish(report, judge.plugins, judge.ranks)
     judge.confirm(undo)
-    if output is not None and ranks.is_first:
+    if output is not None and judge.ranks.is_first:
         write(report, output, judge.clock)
-    ranks.gather(None)
+    judge.ranks.gather(None)
     return RunResult(report, model, attempt.verdict)
 
 

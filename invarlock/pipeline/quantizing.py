@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from invarlock.checkpoints.exporting import Export
-from invarlock.checkpoints.writing import OutputFolder
+from invarlock.checkpoints.writing import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
@@ -45,12 +45,15 @@ def run(
 
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
+    with claimed(output, config.model.id, ranks=ranks):
+        slots = plugins.guard_slots(config.guards.order, config.guards.options)
+        return _run(Judge(config, plugins, slots, strict, on_progress, ranks), output)
+
+
+def _run(judge: Judge, output: OutputFolder | None) -> RunResult:
+    config, ranks = judge.config, judge.ranks
     plans = plans_of(config)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
-    if output is not None:
-        output.check(config.model.id)
-    slots = plugins.guard_slots(config.guards.order, config.guards.options)
-    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     model, adapter = judge.load(config.model.id, spread=True)
     loaded = Loaded.of(model, judge.clock)
     targets = select_targets(model, plans[0])
@@ -62,7 +65,7 @@ def run(
     try:
         attempts, undo = _attempts(judge, model, keeper, plans, export)
         report = _report(judge, attempts, model, keeper)
-        finish(report, plugins, ranks)
+        finish(report, judge.plugins, ranks)
         judge.confirm(undo)
         save = None
         if export is not None and attempts[-1].verdict.accepted:

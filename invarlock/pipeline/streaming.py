@@ -59,10 +59,14 @@ def run_streamed(
     """
     if config.output.save_model and config.output.format == "gguf":
         raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
+    with output.claimed(config.model.id, ranks=ranks):
+        slots = plugins.guard_slots(config.guards.order, config.guards.options)
+        return _run_streamed(Judge(config, plugins, slots, strict, on_progress, ranks), output)
+
+
+def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
+    config = judge.config
     plans = plans_of(config)
-    output.check(config.model.id)
-    slots = plugins.guard_slots(config.guards.order, config.guards.options)
-    judge = Judge(config, plugins, slots, strict, on_progress, ranks)
     model, adapter = judge.load(config.model.id, stream=True)
     streaming = streaming_of(model)
     if streaming is None:
@@ -87,7 +91,7 @@ def run_streamed(
         return streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
-        if ranks.size == 1:
+        if judge.ranks.size == 1:
             streamed.discard()
         raise
 
@@ -193,7 +197,7 @@ class _StreamedRun:
         }
         identity = json.loads(json.dumps(described))
         ranks, files = self.judge.ranks, self.streaming.checkpoint.files
-        make = partial(ShardedOutput, self.output.path / "model", files, identity, ranks.rank)
+        make = partial(ShardedOutput, self.output.path, files, identity, ranks.rank)
         shards = make() if ranks.is_first else None
         ranks.gather(None)
         return shards or make()
