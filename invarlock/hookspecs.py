@@ -263,8 +263,8 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     :param model: the edited model; it must not be changed.
     :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
     :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the plan and what it did to each
-        module), ``policy``, ``observations`` (what the taps collected before and after), ``attempt``, ``device``,
-        ``rank``.
+        module), ``limit`` (``eval.max_pm_ratio``, the largest ratio of the metric to accept), ``policy``,
+        ``observations`` (what the taps collected before and after), ``attempt``, ``device``, ``rank``.
     :param guard: the name of the guard that is asked; of use to wrappers.
     :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``,
         ``metrics`` (a dict of figures) and ``warnings`` (a list of texts). An edit that did not pass is one to warn of,

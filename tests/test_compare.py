@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 import weakref
 from collections.abc import Iterable
@@ -86,6 +87,18 @@ def test_json_is_the_report_whole_and_alone(invarlock) -> None:
         "compare", "--baseline", BASELINE, "--subject", subject, "--weights-only", "--out", "out", "--json"
     )
     assert json.loads(done.out) == read_report(Path("out"))
+
+
+@pytest.mark.parametrize(("limit", "status"), [(1.02, 1), (1.5, 0)])
+def test_from_weights_alone_the_estimate_is_held_against_the_configured_limit(invarlock, limit, status) -> None:
+    subject = save(rtn(4))
+    limits = ("--weights-only", "--set", f"eval.max_pm_ratio={limit}", "--set", "guards.order=[reconstruction]")
+    done = invarlock("compare", "--baseline", BASELINE, "--subject", subject, *limits, "--out", "out")
+    assert done.code == status
+    figures = read_report(Path("out"))["guards"][0]["metrics"]
+    # Half of it, because the true rise may be twice the estimate.
+    assert figures["max_score"] == pytest.approx(math.log(limit) / 2)
+    assert (figures["score"] > figures["max_score"]) == (status == 1), done.out
 
 
 def test_what_the_verdict_rests_on_is_said(invarlock) -> None:

@@ -75,6 +75,22 @@ def test_shapes_names_and_types() -> None:
     assert (retyped["passed"], retyped["action"]) == (True, "warn")
 
 
+def test_every_finding_names_its_module_in_the_order_of_the_findings() -> None:
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(300))
+
+    def damage(model):
+        model[7].weight = nn.Parameter(torch.randn(2, 3))
+        for layer in (*model[100:], *model[:7]):
+            layer.bias[0] = float("nan")
+        model[8].weight[1] = 0
+
+    result = judge(model, damage)
+    broken = sorted(f"{number}.bias" for number in (*range(100, 300), *range(7)))
+    expected = ["7", *(name.removesuffix(".bias") for name in broken), "8"]
+    assert [suspect["module"] for suspect in result["metrics"]["suspects"]] == expected
+    assert result["metrics"]["suspects"][0]["evidence"] == "shape of 7.weight: (3, 3) became (2, 3)"
+
+
 def test_ties() -> None:
     def copy(model):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -395,16 +396,23 @@ class _Elsewhere(nn.Parameter):
     device = property(lambda self: torch.device("cpu", 1))
 
 
-def test_devices_work_side_by_side_and_results_keep_the_order() -> None:
+def test_devices_work_side_by_side_and_results_and_progress_keep_the_order() -> None:
     model = architectures.llama()
     for layer in model.model.layers:
         layer.mlp.up_proj.weight = _Elsewhere(layer.mlp.up_proj.weight.detach())
-    # Each device waits for the other after its first weight, which one thread for both would do for ever.
-    meeting = threading.Barrier(2, timeout=20)
-    first = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
-    results = quantize_model(
-        model, Plan(), on_progress=lambda _done, _total, name: meeting.wait() if name in first else None
-    )
+    told: list[tuple[int, int]] = []
+    told_by: set[int] = set()
+
+    def on_progress(done: int, total: int, name: str) -> None:
+        # The first device dawdles until the other one would have overtaken it.
+        if done == 1:
+            time.sleep(0.2)
+        told.append((done, total))
+        told_by.add(threading.get_ident())
+
+    results = quantize_model(model, Plan(), on_progress=on_progress)
+    assert told == [(done, 6) for done in range(1, 7)]
+    assert len(told_by) == 2
     assert [result.device for result in results] == ["cpu", "cpu:1", "cpu"] * 2
     assert [result.name.rpartition(".")[2] for result in results] == ["gate_proj", "up_proj", "down_proj"] * 2
     alone = architectures.llama()

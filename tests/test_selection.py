@@ -247,7 +247,7 @@ def test_patterns() -> None:
     ]
     assert selected(model, include=("*.down_proj.weight",), max_modules=1) == ["model.layers.0.mlp.down_proj"]
     # Attention and feed-forward must be in the scope as well; what has no scope is taken because it is named.
-    assert selected(model, include=("*.q_proj", "*.up_proj", "lm_head")) == [
+    assert selected(model, include=("re:.*(q|up)_proj", "lm_head")) == [
         *per_layer("model.layers", "mlp.up_proj"),
         "lm_head",
     ]
@@ -264,14 +264,23 @@ def test_patterns() -> None:
         ({"exclude": ("lm_haed",)}, r"edit\.plan\.exclude holds 'lm_haed', .* mean 'lm_head'\?"),
         ({"include": ("re:gate_proj",)}, r"edit\.plan\.include holds 're:gate_proj', which matches no weight"),
         (
-            {"include": ("*.q_proj",)},
-            r"edit\.plan\.scope 'ffn', edit\.plan\.include \['\*\.q_proj'\] selects no weight; the model has 8 attention "
-            r"\(as model\.layers\.0\.self_attn\.q_proj\), 6 ffn \(as model\.layers\.0\.mlp\.gate_proj\), 1 embedding",
+            {"include": ("*.up_proj", "*.q_proj")},
+            r"^edit\.plan\.include holds '\*\.q_proj', which matches only weights outside of edit\.plan\.scope 'ffn' "
+            r"\(as model\.layers\.0\.self_attn\.q_proj, attention\); set edit\.plan\.scope to 'all', or remove",
+        ),
+        (
+            {"include": ("lm_head", "*.down_proj"), "scope": "attn"},
+            r"'\*\.down_proj', which matches only weights outside of edit\.plan\.scope 'attn' .*, ffn\)",
+        ),
+        (
+            {"include": ("*.up_proj",), "exclude": ("*up*",)},
+            r"edit\.plan\.scope 'ffn', edit\.plan\.include \['\*\.up_proj'\], edit\.plan\.exclude \['\*up\*'\] selects no "
+            r"weight; the model has 8 attention \(as model\.layers\.0\.self_attn\.q_proj\), 6 ffn \(as model\.layers\.0\.mlp",
         ),
         ({"exclude": ("*",)}, "selects no weight"),
     ],
 )
-def test_a_plan_that_selects_nothing(plan: dict[str, Any], said: str) -> None:
+def test_a_plan_or_a_pattern_that_selects_nothing(plan: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
         selected(architectures.llama(), **plan)
     assert "\n" not in str(error.value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from invarlock.core.progress import showing
 from invarlock.core.sharing import each
 from invarlock.quantization import Plan, Scheme, quantize_model
 from invarlock.testing import architectures
@@ -42,6 +44,21 @@ def test_devices_work_side_by_side_and_results_keep_the_order() -> None:
         return float(weight.abs().max())
 
     assert each(largest, weights) == [float(weight.abs().max()) for weight in weights]
+
+
+def test_devices_tell_what_is_done_in_order() -> None:
+    weights = [torch.ones(4), Elsewhere(torch.ones(4), requires_grad=False)] * 20
+    told: list[tuple[int, int]] = []
+
+    def shown(done: int, total: int) -> None:
+        # Whoever is told first dawdles until the other device would have overtaken it.
+        if not told:
+            time.sleep(0.1)
+        told.append((done, total))
+
+    with showing(shown):
+        each(lambda weight: None, weights)
+    assert told == [(16 * done, 640) for done in range(1, 41)]
 
 
 def test_an_exception_of_the_work_comes_as_it_is() -> None:

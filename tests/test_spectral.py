@@ -312,6 +312,46 @@ def test_replaced_rows_of_an_embedding_that_its_norm_does_not_show(demo) -> None
     assert judge(demo, damage, row_cap=10)["action"] == "continue"
 
 
+SHAPES = [(2048, 1024), (1024, 2048), (300, 200), (64, 512), (40, 16)]
+
+
+@pytest.mark.parametrize(("lines", "axis"), [("rows", 0), ("columns", 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_zeroed_row_or_column_is_enough_whichever_it_is(shape, lines: str, axis: int) -> None:
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(noise(*shape))
+    model = nn.Sequential(layer)
+    guard = SpectralGuard()
+    guard.prepare(model, None, None, {})
+    for place in torch.randperm(shape[axis], generator=torch.Generator().manual_seed(1))[:15].tolist():
+        line = layer.weight.detach().select(axis, place)
+        kept = line.clone()
+        line.zero_()
+        result = guard.validate(model, None, {})
+        assert result["action"] == "warn", place
+        assert result["warnings"][-1] == f"1 {lines} replaced in 1 matrices, most of them in 0"
+        line.copy_(kept)
+    assert guard.validate(model, None, {})["action"] == "continue"
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, per_channel=False), Scheme(4), Scheme(4, group_size=8)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounding_replaces_no_row_and_no_column(shape, scheme: Scheme) -> None:
+    weight = noise(*shape)
+    [before] = singular.spectra([weight])
+    quantize_(weight, scheme)
+    [change] = singular.changes([weight], [before])
+    assert max(change.rows.max(), change.columns.max()) < 0.5
+
+
+def test_numbers_that_rounding_may_lose_are_no_columns() -> None:
+    """A matrix of one row: each of its columns is one number, of which rounding makes zeros."""
+    model = nn.Sequential(nn.Linear(512, 1, bias=False))
+    result = judge(model, lambda model: quantize_(model[0].weight, Scheme(4)))
+    assert "replaced" not in result["message"]
+
+
 @pytest.mark.parametrize(
     ("build", "weight"),
     [

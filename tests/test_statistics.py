@@ -47,19 +47,35 @@ def test_every_token_weighs_the_same() -> None:
 # The interval
 
 
-def test_the_interval_is_bca_of_windows_drawn_together_with_their_tokens() -> None:
-    """By hand, from Efron and Tibshirani 1993, section 14.3, with other draws: equal but for chance."""
-    differences = RISES * TOKENS
-    draws = np.random.default_rng(7).integers(len(TOKENS), size=(200_000, len(TOKENS)))
-    statistics = np.sort(differences[draws].sum(axis=1) / TOKENS[draws].sum(axis=1))
-    point = differences.sum() / TOKENS.sum()
-    left_out = (differences.sum() - differences) / (TOKENS.sum() - TOKENS)
-    skew = left_out.mean() - left_out
-    acceleration = (skew**3).sum() / (6 * (skew**2).sum() ** 1.5)
-    bias = stats.norm.ppf(((statistics < point).mean() + (statistics <= point).mean()) / 2)
-    ends = bias + stats.norm.ppf([0.025, 0.975])
-    expected = np.exp(np.quantile(statistics, stats.norm.cdf(bias + ends / (1 - acceleration * ends))))
-    assert interval(differences, reps=50_000) == pytest.approx(tuple(expected), rel=2e-3)
+def test_the_interval_is_the_wider_of_t_and_the_studentized_bootstrap() -> None:
+    """By hand, from Efron and Tibshirani 1993, section 12.5, with other draws: equal but for chance."""
+    tokens = np.full(8, 100)
+    differences = RISES * tokens
+    draws = RISES[np.random.default_rng(7).integers(8, size=(200_000, 8))]
+    draws = draws[draws.std(axis=1) > 1e-9]
+    pivots = (draws.mean(axis=1) - RISES.mean()) / draws.std(axis=1, ddof=1) * math.sqrt(8)
+    error = RISES.std(ddof=1) / math.sqrt(8)
+    student = stats.t.interval(0.95, 7, RISES.mean(), error)
+    studentized = RISES.mean() - np.quantile(pivots, [0.975, 0.025]) * error
+    # A few windows rise much more than the others, so that t is wider below, and the bootstrap above.
+    assert student[0] < studentized[0] and student[1] < studentized[1]
+    expected = (math.exp(student[0]), math.exp(studentized[1]))
+    assert interval(differences, tokens, reps=50_000) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("windows", [2, 3, 5, 9, 40])
+def test_the_interval_is_never_narrower_than_students_t(windows: int) -> None:
+    rng = np.random.default_rng(windows)
+    for _ in range(20):
+        tokens = rng.integers(20, 256, windows)
+        differences = tokens * rng.normal(0.02, 0.03, windows)
+        point = differences.sum() / tokens.sum()
+        residuals = differences - tokens * point
+        # Cochran 1977, section 6.4: the standard error of a ratio.
+        error = math.sqrt(windows / (windows - 1) * (residuals**2).sum()) / tokens.sum()
+        student = np.exp(stats.t.interval(0.95, windows - 1, point, error))
+        low, high = interval(differences, tokens) or (0, 0)
+        assert low <= student[0] * (1 + 1e-12) and high >= student[1] * (1 - 1e-12)
 
 
 def test_the_seed_decides_the_interval() -> None:
@@ -95,26 +111,32 @@ def test_fewer_than_two_windows_give_no_interval() -> None:
     assert interval([], []) is None
 
 
+def test_windows_without_a_scored_token_say_nothing() -> None:
+    assert interval([0.1, 0.3, 0.0], [5, 7, 0]) == interval([0.1, 0.3], [5, 7])
+    assert interval([0.1, 0.0], [5, 0]) is None
+
+
 @pytest.mark.parametrize("differences", [[0.0, 1.0], [0, 0, 0, 0, 0, 3.0], [1e-300, 0.0, 0.0], [1e5, -1e5, 3e5]])
-def test_where_bca_is_not_defined_there_are_still_two_ends(differences: list[float]) -> None:
+def test_where_draws_agree_there_are_still_two_ends(differences: list[float]) -> None:
     ends = interval(differences, [10] * len(differences))
     assert ends is not None
     assert not any(math.isnan(end) for end in ends)
     assert ends[0] <= ends[1]
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """300 samples of 32 windows, their rises skewed to the right about a known mean; seeded, so it never flickers."""
-    rng = np.random.default_rng(0)
-    covered = above = 0
-    for _ in range(300):
-        tokens = rng.integers(50, 256, size=32)
-        differences = tokens * (0.02 + 0.03 * (rng.gamma(4, size=32) - 4))
-        low, high = interval(differences, tokens, reps=500) or (0, 0)
-        covered += low <= math.exp(0.02) <= high
-        above += math.exp(0.02) > high
-    assert 0.90 <= covered / 300 <= 0.97
-    assert above / 300 < 0.07
+@pytest.mark.parametrize("rises", ["normal", "lognormal"])
+@pytest.mark.parametrize("windows", [2, 3, 5, 10])
+def test_the_true_ratio_is_seldom_above_the_interval(windows: int, rises: str) -> None:
+    """A small part of ``benchmarks/coverage.py``, which finds at most 4 %: here with room for chance, and seeded."""
+    rng = np.random.default_rng(1)
+    truth = 0.02 if rises == "normal" else math.exp(0.25**2 / 2)
+    above = 0
+    for sample in range(500):
+        tokens = np.full(windows, 128) if sample % 2 else rng.integers(20, 256, windows)
+        drawn = rng.normal(truth, 0.02, windows) if rises == "normal" else rng.lognormal(0, 0.25, windows)
+        _, high = interval(tokens * (truth + (drawn - truth) * np.sqrt(128 / tokens)), tokens, reps=300) or (0, 0)
+        above += math.exp(truth) > high
+    assert above / 500 <= 0.05
 
 
 # The verdict

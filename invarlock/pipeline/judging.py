@@ -362,6 +362,7 @@ class Judge:
             "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
             "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
             "edit": edit,
+            "limit": self.config.eval.max_pm_ratio,
             "attempt": number,
             "device": str(next(model.parameters()).device),
             "rank": self.ranks.rank,

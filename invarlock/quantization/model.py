@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from threading import Lock
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.quantization.selection import WeightTarget, select_targets
 
 Progress = Callable[[int, int, str], object]
-"""Told after each weight how many are done, of how many, and its name; from the thread of its device."""
+"""Told after each weight how many are done, of how many, and its name; from the thread of its device, one at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def quantize_model(
         if reason := unfit(target.parameter, target.layout):
             raise UsageError(f"{target.name} {reason}")
 
-    done = count(1)
+    done, telling = count(1), Lock()
 
     def round_all(of_one_device: Sequence[WeightTarget]) -> list[QuantizedWeight]:
         scratch = Scratch()
@@ -78,7 +79,9 @@ def quantize_model(
                 figures = quantize_(weight, plan.scheme, layout=target.layout, measure=measure, scratch=scratch)
             results.append(QuantizedWeight.of(target, plan.scheme, figures))
             if on_progress is not None:
-                on_progress(next(done), len(targets), target.name)
+                # Counted and told in one step, or another device could tell a higher number in between.
+                with telling:
+                    on_progress(next(done), len(targets), target.name)
         return results
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

@@ -82,12 +82,15 @@ def find_weights(model: nn.Module) -> list[WeightTarget]:
 def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
     """The weights that a plan touches, in the order of the model, each once.
 
-    :raises UsageError: a pattern matches no weight of the model, or the plan selects none.
+    :raises UsageError: a pattern matches no weight of the model, or the scope leaves nothing of what one is to include,
+        or the plan selects none.
     """
     weights = find_weights(model)
     for key, patterns in (("include", plan.include), ("exclude", plan.exclude)):
         for pattern in patterns:
             _check_matches(key, pattern, weights)
+    for pattern in plan.include:
+        _check_scope(pattern, plan.scope, weights)
     chosen = [target for target in weights if _is_wanted(target, plan)]
     if not chosen:
         raise UsageError(_nothing_selected(plan, weights))
@@ -97,10 +100,14 @@ def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
 def _is_wanted(target: WeightTarget, plan: Plan) -> bool:
     if _matches_any(plan.exclude, target):
         return False
-    in_scope = target.role in SCOPE_ROLES[plan.scope]
     if not plan.include:
-        return in_scope
-    return _matches_any(plan.include, target) and (in_scope or target.role not in SCOPE_ROLES["all"])
+        return target.role in SCOPE_ROLES[plan.scope]
+    return _matches_any(plan.include, target) and _may_be_included(target, plan.scope)
+
+
+def _may_be_included(target: WeightTarget, scope: str) -> bool:
+    """Whether a pattern can include a weight: what is of no scope, such as an embedding, is only ever named."""
+    return target.role in SCOPE_ROLES[scope] or target.role not in SCOPE_ROLES["all"]
 
 
 def _matches_any(patterns: Sequence[str], target: WeightTarget) -> bool:
@@ -114,6 +121,16 @@ def _check_matches(key: str, pattern: str, weights: Sequence[WeightTarget]) -> N
     last_parts = {name.rpartition(".")[2] for name in names}
     hint = nearest(pattern, names) or nearest(pattern.rpartition(".")[2], last_parts)
     raise UsageError(f"edit.plan.{key} holds {pattern!r}, which matches no weight of the model{hint}")
+
+
+def _check_scope(pattern: str, scope: str, weights: Sequence[WeightTarget]) -> None:
+    matched = [target for target in weights if _matches_any((pattern,), target)]
+    if any(_may_be_included(target, scope) for target in matched):
+        return
+    raise UsageError(
+        f"edit.plan.include holds {pattern!r}, which matches only weights outside of edit.plan.scope {scope!r} "
+        f"(as {matched[0].name}, {matched[0].role}); set edit.plan.scope to 'all', or remove the pattern"
+    )
 
 
 def _nothing_selected(plan: Plan, weights: Sequence[WeightTarget]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,7 @@ class InvariantsGuard(Guard):
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),
-                "suspects": _suspects([*fatal, *grave, *doubtful], after),
+                "suspects": _suspects(findings, after),
                 "abort": fatal,
                 "rollback": grave,
                 "warn": doubtful,
@@ -167,13 +167,14 @@ class InvariantsGuard(Guard):
         }
 
 
-def _suspects(findings: list[str], after: _State) -> list[dict[str, Any]]:
-    """The modules that findings name, in their order."""
+def _suspects(findings: Sequence[str], after: _State) -> list[dict[str, Any]]:
+    """The modules that findings name, in their order, those of one finding in the order of the model."""
+    places = {name: place for place, name in enumerate(after.parameters)}
     found: dict[str, str] = {}
     for finding in findings:
-        for name in after.parameters:
-            if name in finding.split():
-                found.setdefault(name.removesuffix(".weight").removesuffix(".bias"), finding)
+        words = {word.rstrip(":") for word in finding.split()}
+        for name in sorted(filter(places.__contains__, words), key=places.__getitem__):
+            found.setdefault(name.removesuffix(".weight").removesuffix(".bias"), finding)
     return [{"module": module, "evidence": finding} for module, finding in found.items()]
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from plugins_builtin.guards.blocks import Recorder
 
 MOST_TOKENS = 256
-LIMIT = math.log(1.10)
-"""The rise of the log loss at which perplexity is 10 % up: the default of ``eval.max_pm_ratio``."""
+LIMIT = 1.10
+"""The default of ``eval.max_pm_ratio``, for whoever asks the guard without a configuration."""
 HARMLESS = math.log(1.02)
 DOUBT = 2.0
 """The factor between score and true rise, either way: the score is a second-order estimate from few tokens.
@@ -56,8 +56,8 @@ class ReconstructionGuard(Guard):
     :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
     :param seed: of the random tokens and of the outcomes that are drawn.
-    :param max_score: default log(1.10) / 2, since the true rise may be twice the score, and 10 % more perplexity is the
-        limit for measured outputs: as there, the upper end is held against it.
+    :param max_score: default log(``eval.max_pm_ratio``) / 2, since the true rise may be twice the score, and that is
+        the limit for measured outputs: as there, the upper end is held against it.
     :param warn_score: default 2 log(1.02), since the true rise may be half the score, and edits that cost up to 2 % are
         called harmless.
     :param suspects: how many modules are named at most. Default 5.
@@ -70,7 +70,7 @@ class ReconstructionGuard(Guard):
         tokens: int = 32,
         random_tokens: int = 128,
         seed: int = 42,
-        max_score: float = LIMIT / DOUBT,
+        max_score: float | None = None,
         warn_score: float = HARMLESS * DOUBT,
         suspects: int = 5,
     ) -> None:
@@ -78,7 +78,7 @@ class ReconstructionGuard(Guard):
             if not 1 <= value <= MOST_TOKENS:
                 raise UsageError(f"{option}: {value} is not between 1 and {MOST_TOKENS}")
         for option, limit in (("max_score", max_score), ("warn_score", warn_score)):
-            if not limit > 0:
+            if limit is not None and not limit > 0:
                 raise UsageError(f"{option}: {limit} is not above 0, the score of the unedited model")
         self.tokens = tokens
         self.random_tokens = random_tokens
@@ -129,7 +129,8 @@ class ReconstructionGuard(Guard):
         from plugins_builtin.guards.block_suspects import find_suspects
 
         judgement = self._reference.judge(model)
-        action = self._action(judgement, outputs_decide)
+        max_score = math.log(context.get("limit", LIMIT)) / DOUBT if self.max_score is None else self.max_score
+        action = self._action(judgement, math.inf if outputs_decide else max_score)
         # Of an edit that seems harmless the costliest part alone is looked into, in case that others reject it.
         most = 1 if action == "continue" else self.suspects
         suspects = find_suspects(self._reference, judgement, model, most)
@@ -141,7 +142,7 @@ class ReconstructionGuard(Guard):
             "warnings": [message] if action == "warn" else [],
             "metrics": {
                 "score": judgement.score,
-                "max_score": self.max_score,
+                "max_score": max_score,
                 "warn_score": self.warn_score,
                 "rotated": judgement.rotated,
                 "parts": [_row(error, judgement.score) for error in judgement.errors],
@@ -150,10 +151,10 @@ class ReconstructionGuard(Guard):
             },
         }
 
-    def _action(self, judgement: Judgement, outputs_decide: bool) -> str:
+    def _action(self, judgement: Judgement, max_score: float) -> str:
         if any(error.failure for error in judgement.errors):
             return "abort"
-        if judgement.score > self.max_score and not outputs_decide:
+        if judgement.score > max_score:
             return "rollback"
         return "warn" if judgement.score > self.warn_score else "continue"
 

@@ -33,9 +33,9 @@ class SpectralGuard(Guard):
     """Measures every matrix of weights before and after the edit: fused experts one by one, convolutions flattened.
 
     For each: the largest singular value sigma (the spectral norm), to 1 %; the Frobenius norm; the stable rank
-    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows that were replaced. How, and how well,
-    is said in ``plugins_builtin.guards.singular``. Of the baseline a few numbers a row and a column are kept, and no
-    weight.
+    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. How, and
+    how well, is said in ``plugins_builtin.guards.singular``. Of the baseline a few numbers a row and a column are kept,
+    and no weight.
 
     It warns, and never more: weights alone do not tell harm. Permuted units, rotated heads and folded norms change them
     and no output. NaN or Inf that the baseline has not aborts.
@@ -59,8 +59,10 @@ class SpectralGuard(Guard):
         of SmolLM2; the quantile leaves single matrices to ``family_caps``.
     ``row_cap`` (0.9)
         A row that moved by more than this share of its own norm (or of the median row's, if that is larger) counts as
-        replaced, and one is enough to warn: at 1 nothing of it need be left. It finds rows of an embedding that are too
-        few to show in its norm.
+        replaced, and one is enough to warn: at 1 nothing of it need be left. So does a row or a column whose norm
+        changed by this share of itself (or of a quarter of the median one, if that is larger); this is measured
+        exactly, so that no zeroed row or column of at least 8 numbers and of any usual size is missed. It finds rows of
+        an embedding that are too few to show in its norm.
     """
 
     name = "spectral"
@@ -144,12 +146,13 @@ class SpectralGuard(Guard):
         ]
 
     def _move(self, matrix: _Matrix, before: Size, change: Change) -> _Move:
-        rows = int((change.rows > self._row_cap).sum())
+        lines = change.rows, change.columns
+        rows, columns = (int((line > self._row_cap).sum()) for line in lines)
         sigma = change.after.sigma / before.sigma - 1 if before.sigma else math.inf if change.after.sigma else 0.0
         cap = max(self._caps[matrix.family], 1e-9)
         beyond = max(change.relative, abs(sigma)) / cap
-        replaced = float(change.rows.max()) / max(self._row_cap, 1e-9) if rows else 0.0
-        return _Move(matrix, before, change.after, change.relative, sigma, rows, beyond, max(beyond, replaced))
+        replaced = max(float(line.max()) for line in lines) / max(self._row_cap, 1e-9) if rows or columns else 0.0
+        return _Move(matrix, before, change.after, change.relative, sigma, rows, columns, beyond, max(beyond, replaced))
 
     def _result(self, moves: Sequence[_Move], unmeasured: Sequence[str]) -> dict[str, Any]:
         families: dict[str, list[_Move]] = defaultdict(list)
@@ -271,17 +274,23 @@ class _Move:
     change: float
     sigma_change: float
     rows_replaced: int
+    columns_replaced: int
     beyond: float
     """How many times its cap."""
     score: float
 
     @property
     def evidence(self) -> str:
-        rows = f", {self.rows_replaced} rows replaced" if self.rows_replaced else ""
+        replaced = f", {self.replaced} replaced" if self.replaced else ""
         return (
             f"{self.matrix.name}: relative change {self.change:.3g}, spectral norm {self.before.sigma:.3g} -> "
-            f"{self.after.sigma:.3g}, stable rank {self.before.stable_rank:.3g} -> {self.after.stable_rank:.3g}{rows}"
+            f"{self.after.sigma:.3g}, stable rank {self.before.stable_rank:.3g} -> {self.after.stable_rank:.3g}"
+            f"{replaced}"
         )
+
+    @property
+    def replaced(self) -> str:
+        return _counted(self.rows_replaced, self.columns_replaced)
 
     @property
     def suspect(self) -> Suspect:
@@ -294,6 +303,7 @@ class _Move:
             "family": self.matrix.family,
             "relative_change": rounded(self.change),
             "rows_replaced": self.rows_replaced,
+            "columns_replaced": self.columns_replaced,
             "sigma": [rounded(self.before.sigma), rounded(self.after.sigma)],
             "stable_rank": [rounded(self.before.stable_rank), rounded(self.after.stable_rank)],
             "frobenius": [rounded(self.before.frobenius), rounded(self.after.frobenius)],
@@ -356,9 +366,14 @@ def _leading_values(
 
 
 def _replaced(moves: Sequence[_Move]) -> list[str]:
-    where = [move for move in moves if move.rows_replaced]
+    where = [move for move in moves if move.replaced]
     if not where:
         return []
-    most = max(where, key=lambda move: move.rows_replaced)
-    rows = sum(move.rows_replaced for move in where)
-    return [f"{rows} rows replaced in {len(where)} matrices, most of them in {most.matrix.name}"]
+    most = max(where, key=lambda move: move.rows_replaced + move.columns_replaced)
+    counted = _counted(sum(move.rows_replaced for move in where), sum(move.columns_replaced for move in where))
+    return [f"{counted} replaced in {len(where)} matrices, most of them in {most.matrix.name}"]
+
+
+def _counted(rows: int, columns: int) -> str:
+    """``2 rows and 1 columns``; empty where there are none."""
+    return " and ".join(f"{count} {name}" for count, name in ((rows, "rows"), (columns, "columns")) if count)
