@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import invarlock
-from invarlock.core.results import Action, plain
+from invarlock.core.plain import plain
+from invarlock.core.results import Action
 from invarlock.evaluation import passes
 from invarlock.evaluation.divergence import DivergenceResult, Limits, compare_predictions
 from invarlock.evaluation.layout import Layout, Windows

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from invarlock.core.errors import UsageError
-from invarlock.core.results import Action, plain
+from invarlock.core.plain import plain
+from invarlock.core.results import Action
 from invarlock.evaluation.metric import MetricResult, compare, kind_of
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.statistics import ratio_interval

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from invarlock.core.errors import ExitCode
-from invarlock.core.results import Action, Finding, GuardResult, fold, plain
+from invarlock.core.plain import plain
+from invarlock.core.results import Action, Finding, GuardResult, fold
 
 
 def finding(action: Action, source: str = "guard a", *, failed: bool = False) -> Finding:

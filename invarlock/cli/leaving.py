@@ -9,7 +9,6 @@ import time
 from typing import NoReturn
 
 from invarlock.cli import streams
-from invarlock.core import temporary
 
 
 def now() -> float:
@@ -26,7 +25,9 @@ def leave(code: int, started: float) -> NoReturn:
     for stream in (streams.result(), sys.stdout, sys.stderr):
         stream.flush()
     if any(not thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
-        # The interpreter would wait for them.
+        # The interpreter would wait for them. Only here: start-up has no use for it.
+        from invarlock.core import temporary
+
         temporary.remove_all()
         os._exit(code)
     sys.exit(code)

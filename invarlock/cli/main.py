@@ -60,7 +60,8 @@ def _run(arguments: list[str]) -> int:
     """
     autoload = not _is_on("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD")
     selection = Selection.of(read_plugin_options(arguments), autoload=autoload)
-    plugins = PluginManager.load(selection)
+    with streams.aside():
+        plugins = PluginManager.load(selection)
     parser = build_parser(plugins)
     args = parser.parse_args(arguments)
     if not hasattr(args, "run"):

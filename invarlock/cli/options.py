@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.cli import signals, streams
+from invarlock.core.errors import one_line
 from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     Judging = Callable[[argparse.Namespace, Ranks], tuple[RunResult, Path]]
 
 Report = dict[str, Any]
+
+log = logging.getLogger("invarlock")
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
@@ -142,10 +145,19 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
         with stdout_for_json_alone(args):
             result, folder = judge(args, ranks)
         if ranks.is_first:
-            show(result.report, folder, args)
+            _show_surely(result.report, folder, args)
         # Launchers end all when one has ended with another status than 0, as after a rejection.
         ranks.gather(None)
     return result.verdict.exit_code
+
+
+def _show_surely(report: Report, folder: Path, args: argparse.Namespace) -> None:
+    """Print a report that is written: if that fails, its verdict stands all the same."""
+    try:
+        show(report, folder, args)
+    except Exception as error:
+        log.warning("the report cannot be printed: %s; it is %s", one_line(error), folder / "report.json")
+        log.debug("printing", exc_info=True)
 
 
 def stdout_for_json_alone(args: argparse.Namespace) -> AbstractContextManager[object]:
@@ -164,7 +176,7 @@ def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
     if args.json:
         streams.result().write(to_json(report))
         return
-    console, view = Console(soft_wrap=True), View.of(report)
+    console, view = Console(file=streams.result(), soft_wrap=True), View.of(report)
     if args.quiet:
         console.print(verdict_line(view), highlight=False)
     else:

@@ -7,6 +7,8 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import TextIO, cast
 
 from invarlock.core.errors import UsageError
@@ -61,6 +63,22 @@ def take(*, aside: bool) -> None:
         sys.stdout = _result[0]
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """Keep standard output free in the block: what modules print while they are imported goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        if _result is None:
+            yield
+            return
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
 def result() -> TextIO:
     """The stream for the result of a command."""
     return _result[0] if _result else sys.stdout
@@ -86,9 +104,16 @@ def _open_if_closed(descriptor: int) -> None:
         os.open(os.devnull, os.O_RDWR)
 
 
+class _Text(io.TextIOWrapper):
+    """Text that nobody closes: a plugin that closes ``sys.stdout`` must not silence the verdict."""
+
+    def close(self) -> None:
+        self.flush()
+
+
 def _text(descriptor: int, before: TextIO | None) -> tuple[TextIO, _Forgiving]:
     raw = _Forgiving(descriptor)
     encoding, by_line = before.encoding if before else "utf-8", raw.isatty() or descriptor == 2
     buffered = io.BufferedWriter(cast(io.RawIOBase, raw))
-    text = io.TextIOWrapper(buffered, encoding, errors="replace", line_buffering=by_line)
+    text = _Text(buffered, encoding, errors="replace", line_buffering=by_line)
     return text, raw

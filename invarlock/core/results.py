@@ -17,9 +17,9 @@ from invarlock.core.plain import (
     Unreadable,
     as_text,
     kind_name,
+    plain,
     shortened,
 )
-from invarlock.core.plain import plain as plain
 
 
 class Action(StrEnum):

@@ -183,12 +183,17 @@ class Judge:
 
     def _load_tokenizer(self) -> Any:
         try:
-            return self.adapter.load_tokenizer(self.config.model.id, **self.trust)
+            tokenizer = self.adapter.load_tokenizer(self.config.model.id, **self.trust)
         except UsageError as error:
             if self.reads_text:
                 raise
             log.warning("%s; going on without it", one_line(error))
             return None
+        if not callable(tokenizer):
+            raise PluginError(
+                f"adapter {self.adapter.name}: load_tokenizer returned {type(tokenizer).__name__}, not a tokenizer"
+            )
+        return tokenizer
 
     def make_windows(self, model: torch.nn.Module) -> None:
         with self.clock.stage("windows"):

@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,16 @@ from typing import Any
 
 from invarlock import __version__
 from invarlock.core.api import Guard, ModelAdapter
-from invarlock.core.errors import EscapedError, PluginError, UsageError, contained, located, nearest, one_line
+from invarlock.core.errors import (
+    EscapedError,
+    InvarlockError,
+    PluginError,
+    UsageError,
+    contained,
+    located,
+    nearest,
+    one_line,
+)
 from invarlock.plugins.checking import check, hook_marks
 from invarlock.plugins.plugin import GROUPS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
 
@@ -77,8 +87,9 @@ class Catalog:
 
     def add_local(self, name: str, installed: Iterable[Plugin] = ()) -> list[Plugin]:
         """Import a module that somebody named, and take what it holds as plugins."""
-        module = _import_local(name, [plugin.name for plugin in installed])
-        added = list(_local_plugins(name, module))
+        with _importing(name):
+            module = _import_local(name, [plugin.name for plugin in installed])
+            added = list(_local_plugins(name, module))
         if not added:
             raise UsageError(
                 f"-p {name}: {_origin_of(module)} has no hook implementations and no classes derived from Guard or "
@@ -142,7 +153,12 @@ def _installed() -> Iterator[Plugin]:
             seen.add(key)
             origin = Origin.BUILTIN if distribution == OWN_DISTRIBUTION else Origin.PLUGIN
             version = entry.dist.version if entry.dist else None
-            plugins.append(Plugin(entry.name, kind, origin, entry.module, entry.attr or "", distribution, version))
+            plugin = Plugin(entry.name, kind, origin, entry.value, "", distribution, version)
+            if entry.pattern.match(entry.value):
+                plugin.module, plugin.attribute = entry.module, entry.attr or ""
+            else:
+                plugin.fail(f"its entry point {entry.value!r} names no module")
+            plugins.append(plugin)
     order = [Origin.BUILTIN, Origin.PLUGIN]
     yield from sorted(plugins, key=lambda p: (order.index(p.origin), p.kind, p.name, p.distribution or ""))
 
@@ -189,6 +205,23 @@ def _load(plugin: Plugin) -> None:
         check(plugin)
 
 
+@contextmanager
+def _importing(name: str) -> Iterator[None]:
+    """Import a module that somebody named in the block.
+
+    :raises UsageError: it raises an exception.
+    :raises PluginError: it would have ended the process.
+    """
+    try:
+        with contained():
+            yield
+    except UsageError:
+        raise
+    except Exception as error:
+        failure: type[InvarlockError] = PluginError if isinstance(error, EscapedError) else UsageError
+        raise failure(f"-p {name}: does not import: {located(error)}") from error
+
+
 def _import_local(name: str, known: Iterable[str]) -> ModuleType:
     """Import a module that somebody named.
 
@@ -201,17 +234,12 @@ def _import_local(name: str, known: Iterable[str]) -> ModuleType:
     if "" not in sys.path:
         sys.path.append("")
     try:
-        with contained():
-            module = importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             hint = nearest(name, known)
             raise UsageError(f"-p {name}: there is no plugin and no module of that name{hint}") from None
-        raise UsageError(f"-p {name}: does not import: {one_line(error)}") from error
-    except EscapedError as error:
-        raise PluginError(f"-p {name}: does not import: {located(error)}") from error
-    except Exception as error:
-        raise UsageError(f"-p {name}: does not import: {located(error)}") from error
+        raise
     if (shadowed := _shadowed(name, module)) is not None:
         raise UsageError(f"-p {name}: {_origin_of(module)} has the name of {shadowed}; rename that file")
     return module
@@ -236,6 +264,8 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
     for attribute, value in vars(module).items():
         if inspect.isclass(value) and value.__module__ == module.__name__ and issubclass(value, Guard | ModelAdapter):
             kind = Kind.GUARD if issubclass(value, Guard) else Kind.ADAPTER
+            if not isinstance(value.name, str):
+                raise TypeError(f"{attribute}.name is of type {type(value.name).__name__}, not a text")
             yield Plugin(value.name or attribute, kind, Origin.LOCAL, name, attribute, factory=value)
     if any(attribute.startswith("invarlock_") for attribute in vars(module)):
         plugin = Plugin(name, Kind.HOOKS, Origin.LOCAL, name, factory=module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +16,9 @@ import pluggy
 from invarlock import hookspecs
 from invarlock.core.api import Guard, ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
+from invarlock.core.plain import plain
 from invarlock.core.ranks import PeerError
-from invarlock.core.results import GuardResult, PrepareResult, plain
+from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks
@@ -87,9 +89,7 @@ class PluginManager:
         # Guards of the class form are registered when a run gives them their options. One module can stand behind two
         # entry points, and is registered once.
         waits_for_options = plugin.kind is Kind.GUARD and plugin.is_class
-        if plugin.instance is None or waits_for_options or self._pluggy.is_registered(plugin.instance):
-            return
-        if plugin.status is Status.READY:
+        if plugin.status is Status.READY and plugin.instance is not None and not waits_for_options:
             try:
                 with contained():
                     self._admit(plugin.instance, plugin.label)
@@ -97,7 +97,9 @@ class PluginManager:
                 plugin.fail_of(error, f"cannot be registered: {one_line(error)}")
 
     def _admit(self, instance: Any, name: str) -> None:
-        """Register what implements hooks, and hold its wrappers to account."""
+        """Register what implements hooks, if it is not yet, and hold its wrappers to account."""
+        if self._pluggy.is_registered(instance):
+            return
         self._pluggy.register(instance, name)
         for caller in self._pluggy.get_hookcallers(instance) or ():
             for implementation in caller.get_hookimpls():
@@ -111,9 +113,17 @@ class PluginManager:
 
     @contextmanager
     def _turn(self, plugin: str) -> Iterator[None]:
-        """Ask a plugin in the block: what leaves it is an ``Exception``, or Ctrl-C."""
-        with self._threads.of(plugin), contained():
-            yield
+        """Ask a plugin in the block: what leaves it is an ``Exception``, or Ctrl-C.
+
+        The working folder is what it was afterwards: paths of the configuration are relative to it.
+        """
+        folder = os.open(".", os.O_RDONLY)
+        try:
+            with self._threads.of(plugin), contained():
+                yield
+        finally:
+            os.fchdir(folder)
+            os.close(folder)
 
     @contextmanager
     def _answering(self, plugin: str, hook: str, file: str | None = None) -> Iterator[None]:
@@ -217,8 +227,7 @@ class PluginManager:
             plugin = self.catalog.find(name, Kind.GUARD, "guards.order")
             with self._answering(plugin.label, "registration", plugin.file):
                 instance = construct(plugin, policy)
-                if not self._pluggy.is_registered(instance):
-                    self._admit(instance, f"{plugin.label} at guards.order.{place}")
+                self._admit(instance, f"{plugin.label} at guards.order.{place}")
             slots.append(GuardSlot(name, plugin, instance, policy))
         return slots
 
