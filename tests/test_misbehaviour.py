@@ -416,3 +416,36 @@ def test_a_thread_or_process_left_behind_does_not_keep_the_command_alive(line) -
     )
     done = shell(line(guard(validate=left + "{'passed': False, 'action': 'abort'}")))
     assert done.returncode == 1, done.stderr
+
+
+def test_what_is_printed_at_import_is_not_the_commands_output(module) -> None:
+    module("loud", f"print('loud'); import os; os.write(1, b'loud')\n{guard()}")
+    done = shell("invarlock -p loud plugins --json")
+    assert json.loads(done.stdout)["format_version"] == "plugins-v1"
+    assert done.stderr.count("loud") == 2
+    assert shell("invarlock -p loud config --schema").stdout.startswith("{")
+
+
+def test_a_closed_standard_output_silences_no_verdict(line) -> None:
+    done = shell(line(guard(validate=f"import sys; sys.stdout.close(); return {OK}")))
+    assert done.returncode == 0
+    assert done.stdout.startswith("ACCEPTED")
+
+
+def test_a_guard_that_changes_the_working_folder_changes_no_path(judged) -> None:
+    assert judged(guard(prepare="import os; os.chdir('/'); return {'ready': True}")).code == 0
+    assert "report.json" in saved()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from invarlock.core.api import Guard\nclass G(Guard):\n name = property(lambda self: 'x')\n def validate(self, model, adapter, context): pass",
+        "from invarlock import hookimpl\nclass A:\n def __eq__(self, other): raise ValueError\n @hookimpl\n def invarlock_validate(self): pass\nG = A()",
+    ],
+)
+def test_odd_objects_are_listed(invarlock, site, source: str) -> None:
+    site("odd-dist", "[invarlock.guards]\nodd = odd_module:G\nworse = !\n", odd_module=source)
+    done = invarlock("plugins", "guards", "--json")
+    assert done.code == 0, done.err
+    assert {item["name"]: item["status"] for item in json.loads(done.out)["items"]}["worse"] == "error"
