@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from invarlock.core.api import ModelAdapter
 from invarlock.core.errors import NotStreamedError, UsageError
 from invarlock.core.inputs import complaints_of, panics_unprinted
 from plugins_builtin.adapters.hf import load_checkpoint
+
+LAYER = re.compile(r"\bblk\.\d+\.")
+"""In the names of a layer's tensors."""
+SIZES = (".embedding_length", ".feed_forward_length", ".attention.head_count")
 
 
 class HF_GGUF_Adapter(ModelAdapter):
@@ -31,7 +36,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         path = Path(model_id)
         check_file(path)
         with complaints_of(f"model.id: {model_id}: cannot be loaded"):
-            _check_layers(path)
+            _check_stated(path)
             if kwargs.get("stream"):
                 raise NotStreamedError(f"model.id: {model_id}: a GGUF file cannot be streamed")
             dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
@@ -57,16 +62,17 @@ class HF_GGUF_Adapter(ModelAdapter):
         return super().invarlock_load_model(model_id, device, options) if model_id.endswith(".gguf") else None
 
 
-def _check_layers(path: Path) -> None:
-    """Hold the number of layers that a file states against its tensors, before any is built.
+def _check_stated(path: Path) -> None:
+    """Hold what a file states of its model against its tensors, before any layer is built.
 
-    :raises UsageError: there are fewer tensors than layers.
+    :raises UsageError: it states more layers than there are, or a size of 0.
     """
     import gguf
 
     reader = gguf.GGUFReader(path)
+    layers = {found[0] for tensor in reader.tensors if (found := LAYER.search(tensor.name))}
     for name, stated in reader.fields.items():
-        if name.endswith(".block_count") and not 0 < stated.contents() <= len(reader.tensors):
-            raise UsageError(
-                f"model.id: {path}: {name} is {stated.contents()}, and {len(reader.tensors)} tensors are stored"
-            )
+        if name.endswith(SIZES) and not stated.contents():
+            raise UsageError(f"model.id: {path}: {name} is 0")
+        if name.endswith(".block_count") and not 0 < stated.contents() <= len(layers):
+            raise UsageError(f"model.id: {path}: {name} is {stated.contents()}, and {len(layers)} layers are stored")

@@ -202,15 +202,14 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         options["device_map"] = BALANCED
     # Mismatches are among what it tells; else it prints a table.
     model, loading = loader.from_pretrained(model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    shown = Path(model_id, options.get("gguf_file", ""))
     for name, stored, described in sorted(loading.get("mismatched_keys", [])):
         raise UsageError(
-            f"model.id: {model_id}: {name} has shape {tuple(stored)}, and the configuration says {tuple(described)}"
+            f"model.id: {shown}: {name} has shape {tuple(stored)}, and the configuration says {tuple(described)}"
         )
     unloaded = sorted(loading["missing_keys"])
     if unloaded:
-        raise UsageError(
-            f"model.id: {model_id}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}"
-        )
+        raise UsageError(f"model.id: {shown}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}")
     model = _unpacked(model, model_id)
     if "distributed_config" in options:
         if hasattr(model, "set_reshard_after_forward"):
