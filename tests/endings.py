@@ -102,6 +102,7 @@ def end(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, text: str = HOST
         text_of = () if "--weights-only" in options else ("--dataset", DEMO / "text.jsonl")
         command = ["compare", "--baseline", BASELINE, "--subject", root / f"{out.name}-subject", *text_of, *options]
         order = "[invariants]"
-    words = [*command, *SMALL, "--set", f"guards.order={order}", "--out", out, "-q"]
+    words = [*command, *SMALL, "--set", f"guards.order={order}", "--out", out, "--force", "-q"]
     assert main([str(word) for word in words]) in (0, 1, 3)
+    assert (out / "report.json").is_file(), name
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,11 +77,14 @@ def test_an_untouched_run_agrees_and_so_does_its_signature(invarlock, made: Path
     assert (done.code, done.err) == (0, ""), done.out
     assert done.out.startswith("AGREES in all that was checked\n")
     assert "checked      signature of every file in the folder" in done.out
+    assert "UNSIGNED" not in done.out
     assert "not checked  losses, measured again" in done.out
 
 
 def test_what_was_not_checked_is_said(invarlock, made: Path, copied) -> None:
-    assert "not checked  signature: give --public-key" in invarlock("verify", made / "accepted").out
+    done = invarlock("verify", made / "accepted")
+    assert "not checked  signature: give --public-key" in done.out
+    assert done.out.endswith("\nUNSIGNED: consistent with itself, which a forger can be, too\n")
     run = copied("accepted")
     (run / "run.sigstore.json").unlink()
     assert "not checked  signature: there is none" in invarlock("verify", run).out
@@ -118,6 +122,18 @@ def set_in(report: Any, place: str, value: Any) -> None:
         ("rejected", "metrics.predictions.limits.kl_p95", 9.0, "metrics.predictions.limits.kl_p95: stored 9.0, recomputed "),
         ("accepted", "guards.0.action", "warn", 'verdict.findings[0].action: stored "continue", recomputed "warn"'),
         ("accepted", "guards.0.error", "it broke", "guards[0].action: stored"),
+        ("accepted", "guards.0.passed", False, "guards[0].passed: stored false, recomputed true"),
+        ("accepted", "guards.0.passed", None, "guards[0].passed: stored null, recomputed true"),
+        ("accepted", "guards.0.prepare.ready", False, 'guards[0].action: stored "continue", recomputed "abort"'),
+        ("accepted", "edit.modules.0.bits", 4, "edit.modules[0].bits: stored 4, recomputed 8"),
+        ("accepted", "edit.modules.0.change", "unchanged", 'edit.modules[0].change: stored "unchanged", recomputed "quantized"'),
+        ("accepted", "edit.modules.0.relative_error", 1e-9, "edit.modules[0].sqnr_db: stored "),
+        ("accepted", "edit.modules.0.role", "head", 'edit.modules[0].role: stored "head", expected "attention or ffn"'),
+        ("accepted", "edit.modules.0.name", "model.layers.1.mlp.down_proj", "edit.modules (different names): stored "),
+        ("accepted", "edit.modules", [], "metrics.windows (whether measured): stored true, recomputed false"),
+        ("compared", "edit.modules.0.bits", 2, "edit.modules[0].bits: stored 2, recomputed "),
+        ("accepted", "model.id", "another", 'model.id: stored "another", recomputed "'),
+        ("rejected", "attempts.0.bitwidth", 3, "attempts[*].bitwidth"),
         ("rejected", "verdict.action", "continue", 'verdict.action: stored "continue", recomputed "rollback"'),
         ("rejected", "verdict.accepted", True, "verdict.accepted: stored true, recomputed false"),
         ("rejected", "verdict.exit_code", 0, "verdict.exit_code: stored 0, recomputed 1"),
@@ -154,6 +170,36 @@ def test_a_tampered_report_is_found_and_told(invarlock, made, copied, name, plac
     assert done.code == 1
     assert f"  - {said}" in done.out
     assert "run.sigstore.json: stored " in invarlock("verify", run, "--public-key", made / "key.pub").out
+
+
+@pytest.mark.parametrize("tokens", [[0] * 6, [0, 0, 0, 0, 0, 63], [63] * 6])
+@pytest.mark.parametrize("losses", [[0.0] * 6, ["nan"] * 6, ["inf"] * 6, [1e308] * 6])
+def test_windows_of_any_figures_are_recomputed(invarlock, copied, tokens: list[int], losses: list[Any]) -> None:
+    run = copied("accepted")
+    report = read_report(run)
+    report["metrics"]["windows"] = {"tokens": tokens, "baseline": losses, "edited": losses[::-1]}
+    (run / "report.json").write_text(json.dumps(report))
+    done = invarlock("verify", run)
+    assert (done.code, done.err) == (1, "")
+    assert "metrics.primary.message: stored " in done.out
+    assert "UNSIGNED" not in done.out
+
+
+def test_a_rollback_that_left_bits_untried_is_found(invarlock, copied) -> None:
+    run = copied("rejected")
+    report = read_report(run)
+    del report["attempts"][0]
+    report["attempts"][0]["attempt"] = 1
+    (run / "report.json").write_text(json.dumps(report))
+    assert "  - attempts[*].bitwidth: stored [3], recomputed [2, 3]" in invarlock("verify", run).out
+
+
+def test_a_named_pipe_is_not_waited_for(invarlock) -> None:
+    Path("run").mkdir()
+    os.mkfifo("run/report.json")
+    done = invarlock("verify", "run")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "is no plain file" in done.err
 
 
 def test_what_a_report_says_cannot_steer_the_terminal(invarlock, copied) -> None:
@@ -215,6 +261,9 @@ def test_a_run_without_a_report_that_can_be_read_is_a_usage_error(invarlock, tex
         ("metrics.windows.baseline", []),
         ("metrics.windows.tokens.0", 10**30),
         ("metrics.windows.tokens.0", -1),
+        ("metrics.windows.baseline.0", "many"),
+        ("metrics.primary.ratio", {}),
+        ("metrics", None),
         ("attempts", []),
         ("guards.0.action", "maybe"),
         ("config.eval", "none"),

@@ -97,7 +97,8 @@ def invarlock_validate(model, context):
     rank = os.environ.get("RANK")
     {before}
     found = each(largest, model.parameters())
-    return {{"passed": True, "action": "{action}", "message": str(sum(found)), "metrics": {{"largest": found}}}}
+    passed = "{action}" != "rollback"
+    return {{"passed": passed, "action": "{action}", "message": str(sum(found)), "metrics": {{"largest": found}}}}
 """
 
 
