@@ -533,6 +533,7 @@ def test_a_tensor_that_is_missing_is_said(invarlock, config, ending, said) -> No
 
 
 def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
+    Path("some.gguf").touch()
     done = invarlock("run", "-c", config(model={"id": "some.gguf", "adapter": "hf_gguf"}), "--stream", "--out", "out")
     assert done.code == 2
     assert "a GGUF file cannot be streamed" in done.err

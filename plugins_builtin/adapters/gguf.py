@@ -35,10 +35,10 @@ class HF_GGUF_Adapter(ModelAdapter):
 
         path = Path(model_id)
         check_file(path)
+        if kwargs.get("stream"):
+            raise NotStreamedError(f"model.id: {model_id}: a GGUF file cannot be streamed")
         with complaints_of(f"model.id: {model_id}: cannot be loaded"):
             _check_stated(path)
-            if kwargs.get("stream"):
-                raise NotStreamedError(f"model.id: {model_id}: a GGUF file cannot be streamed")
             dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
             # What lies beside the file may name code.
             return load_checkpoint(
