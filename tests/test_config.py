@@ -74,6 +74,63 @@ def test_a_mistake_is_one_line_that_says_where(text: str, said: list[str]) -> No
     assert all(part in line for part in said), line
 
 
+BOMB = "x-0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"x-{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("guards: {a: {x: no}}", ["guards.a.x", "quote it"]),
+        ("guards: {a: {x: 010}}", ["guards.a.x", "quote it"]),
+        ("guards: {a: {x: 1:30}}", ["guards.a.x", "quote it"]),
+        ("guards: {a: {x: 0b}}", []),
+        ("guards: {a: {x: 2024-13-45}}", []),
+        ("guards: {a: {x: !!int word}}", ["guards.a.x"]),
+        ("guards: {a: {x: !!timestamp 2024-13-45}}", ["guards.a.x", "tag"]),
+        ("guards: {a: {x: !!binary a}}", ["guards.a.x", "tag"]),
+        ("guards: {a: {x: 12345678901234567890123}}", ["guards.a.x", "23 digits"]),
+        ("eval: {max_pm_ratio: .inf}", ["eval.max_pm_ratio", "finite"]),
+        ("eval: {max_pm_ratio: .nan}", ["eval.max_pm_ratio", "finite"]),
+        ("eval: {max_pm_ratio: 1e999}", ["eval.max_pm_ratio", "finite"]),
+        ("guards: {a: &x {y: *x}}", ["guards.a.y", "no end"]),
+        ("guards: {a: {x: " + "[" * 50 + "]" * 50 + "}}", ["guards.a.x", "deep"]),
+        ("guards: {a: {x: " + "[" * 5000 + "]" * 5000 + "}}", ["deep"]),
+        (BOMB + "guards: {a: {x: *a11}}", ["aliases are expanded"]),
+        ("guards: {a: {<<: 5}}", ["guards.a", "<<"]),
+        ("guards: {a: *nobody}", ["YAML"]),
+        ("guards: {? [1] : 2}", ["a key has to be a word"]),
+    ],
+)  # fmt: skip
+def test_scalars_aliases_and_depth_that_readers_choke_on(text: str, said: list[str]) -> None:
+    if not said:
+        load(written(f"model: {{id: here}}\n{text}\n"))
+        return
+    with pytest.raises(UsageError) as caught:
+        load(written(f"model: {{id: here}}\n{text}\n"))
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in said), caught.value
+
+
+def test_numbers_merges_and_keys_for_anchors_are_read() -> None:
+    text = (
+        "x-plan: &plan {bitwidth: 4, clamp_ratio: 1e-3}\nmodel: {id: here}\n"
+        "edit: {plan: {<<: *plan, bitwidth: 5}}\nguards: {a: {day: 2024-05-01, word: 'no'}}\n"
+    )
+    config = load(written(text))
+    assert (config.edit.plan.bitwidth, config.edit.plan.clamp_ratio) == (5, 0.001)
+    assert config.guards.options == {"a": {"day": "2024-05-01", "word": "no"}}
+
+
+@pytest.mark.parametrize(
+    "setting", ["eval.max_pm_ratio=.inf", "guards.a.x=no", "guards.a.x=!!int word", "guards.a.x=*y"]
+)
+def test_a_setting_is_read_as_the_file_is(setting: str) -> None:
+    with pytest.raises(UsageError, match="--set"):
+        load(written("model: {id: here}\n"), [setting])
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
