@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,18 @@ DEMO = demo_folder()
 
 
 @pytest.fixture(autouse=True)
-def _isolated(invarlocker: Invarlocker) -> None:
-    """Every test has a working folder of its own, and no settings of the person who runs it."""
+def _isolated(invarlocker: Invarlocker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a working folder of its own, and neither settings nor plugins of the person who runs it."""
+    installed = metadata.entry_points
+
+    def ours(**parameters: Any) -> metadata.EntryPoints:
+        return metadata.EntryPoints(entry for entry in installed(**parameters) if _is_ours(entry, invarlocker))
+
+    monkeypatch.setattr(metadata, "entry_points", ours)
+
+
+def _is_ours(entry: metadata.EntryPoint, invarlocker: Invarlocker) -> bool:
+    return entry.dist.name == "invarlock" or Path(str(entry.dist.locate_file(""))).is_relative_to(invarlocker.path)
 
 
 @pytest.fixture
