@@ -39,7 +39,7 @@ HARMLESS, HARMFUL = 1.02, 1.10
 MODES = ("text", "generated", "weights only")
 STRICT = "verdict, --strict"
 UNREAD = 15
-"""Rows that no window reads: as many as make that harmful to the demo model, tied or not."""
+"""Rows that no window reads: so many are harmful to the demo model, and too few for any other guard to see."""
 
 
 @dataclass
