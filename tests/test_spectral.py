@@ -315,9 +315,9 @@ def test_replaced_rows_of_an_embedding_that_its_norm_does_not_show(demo) -> None
 SHAPES = [(2048, 1024), (1024, 2048), (300, 200), (64, 512), (40, 16)]
 
 
-@pytest.mark.parametrize(("lines", "axis"), [("rows", 0), ("columns", 1)])
+@pytest.mark.parametrize(("line", "axis"), [("row", 0), ("column", 1)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_zeroed_row_or_column_is_enough_whichever_it_is(shape, lines: str, axis: int) -> None:
+def test_one_zeroed_row_or_column_is_enough_whichever_it_is(shape, line: str, axis: int) -> None:
     layer = nn.Linear(shape[1], shape[0], bias=False)
     with torch.no_grad():
         layer.weight.copy_(noise(*shape))
@@ -325,13 +325,13 @@ def test_one_zeroed_row_or_column_is_enough_whichever_it_is(shape, lines: str, a
     guard = SpectralGuard()
     guard.prepare(model, None, None, {})
     for place in torch.randperm(shape[axis], generator=torch.Generator().manual_seed(1))[:15].tolist():
-        line = layer.weight.detach().select(axis, place)
-        kept = line.clone()
-        line.zero_()
+        numbers = layer.weight.detach().select(axis, place)
+        kept = numbers.clone()
+        numbers.zero_()
         result = guard.validate(model, None, {})
         assert result["action"] == "warn", place
-        assert result["warnings"][-1] == f"1 {lines} replaced in 1 matrices, most of them in 0"
-        line.copy_(kept)
+        assert result["warnings"][-1] == f"1 {line} replaced in 1 of 1 matrices, most of them in 0"
+        numbers.copy_(kept)
     assert guard.validate(model, None, {})["action"] == "continue"
 
 

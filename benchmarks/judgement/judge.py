@@ -1,11 +1,12 @@
 """How well the verdict tells harm from harmless: named edits, labelled by perplexity on text that no guard sees.
 
     python benchmarks/judgement/judge.py
-    python benchmarks/judgement/judge.py --model smollm2.gguf --text acts.txt --label-text kings.txt --every 3
+    python benchmarks/judgement/judge.py --model smollm2 --text acts.txt --label-text kings.txt --every 3
 
 An edit that raises perplexity by at most 2 % is harmless, by 10 % or more harmful; those in between are not counted. It
 prints, for each mode (with text, with generated windows, weights alone), how often each guard and the verdict object to
-a harmless edit, how many harmful ones they let pass, and how often the damaged module is named first.
+a harmless edit, how many harmful ones they let pass, and how often the damaged module is named first. With
+``--ablation`` it prints, from the same runs, what verdict and blame come to without each guard.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 
 from invarlock.cli.commands.run import demo_folder
 from invarlock.config.schema import DatasetConfig, EvalConfig, GuardsConfig, ModelConfig, RunConfig
-from invarlock.core.results import Action
+from invarlock.core.errors import ExitCode
+from invarlock.core.results import Action, fold
 from invarlock.core.snapshots import Snapshot
 from invarlock.evaluation.passes import measure
 from invarlock.evaluation.windows import make_windows
@@ -35,6 +37,9 @@ from invarlock.testing.named_edits import Edit, edits
 
 HARMLESS, HARMFUL = 1.02, 1.10
 MODES = ("text", "generated", "weights only")
+STRICT = "verdict, --strict"
+UNREAD = 15
+"""Rows that no window reads: so many are harmful to the demo model, and too few for any other guard to see."""
 
 
 @dataclass
@@ -49,6 +54,8 @@ class Tally:
 class Score:
     """One mode: a tally for each guard and for the verdict, and the blame."""
 
+    without: str | None = None
+    """The guard that is left out."""
     voices: dict[str, Tally] = field(default_factory=dict)
     harmless: int = 0
     harmful: int = 0
@@ -58,17 +65,30 @@ class Score:
     def add(self, edit: Edit, harmful: bool, attempt: Attempt) -> None:
         self.harmful += harmful
         self.harmless += not harmful
-        objected = {result.name: result.action is not Action.CONTINUE for result in attempt.results}
-        for voice, objects in {**objected, "verdict": not attempt.verdict.accepted}.items():
+        results = [result for result in attempt.results if result.name != self.without]
+        findings = [finding for finding in attempt.verdict.findings if finding.source != f"guard {self.without}"]
+        accepted = fold(findings).accepted
+        objections = {result.name: result.action is not Action.CONTINUE for result in results}
+        objections["verdict"] = not accepted
+        objections[STRICT] = fold(findings, strict=True).exit_code is not ExitCode.ACCEPTED
+        for voice, objects in objections.items():
             tally = self.voices.setdefault(voice, Tally())
             if objects != harmful:
                 (tally.misses if harmful else tally.false_alarms).append(edit.name)
-        if harmful and edit.module and not attempt.verdict.accepted:
-            suspects = [suspect.module for suspect in blame(attempt.results)]
+        if harmful and edit.module and not accepted:
+            suspects = [suspect.module for suspect in blame(results)]
             if suspects[:1] == [edit.module]:
                 self.located += 1
             else:
                 self.misplaced.append(f"{edit.name} (named {', '.join(suspects[:2]) or 'nobody'})")
+
+    def shares(self, voice: str) -> str:
+        tally = self.voices[voice]
+        return f"{_share(tally.false_alarms, self.harmless)} | {_share(tally.misses, self.harmful)}"
+
+    @property
+    def blamed(self) -> str:
+        return f"{self.located} of {self.located + len(self.misplaced)}"
 
 
 @dataclass
@@ -107,6 +127,21 @@ class Bench:
 
     def perplexity(self) -> float:
         return measure(self.model, self.label[:1], self.label, task="causal").perplexity
+
+    def unread_rows(self) -> Edit:
+        """Exchanges embeddings of tokens that the label text has and no window of any mode, the rarest of them."""
+        windows = [part for judge in self.judges.values() for part in judge.windows or ()]
+        read = {token for part in windows for token in part.input_ids.flatten().tolist()}
+        rows = torch.tensor(sorted({*self.label.input_ids.flatten().tolist()} - read)[-UNREAD:])
+        embedding = self.model.get_input_embeddings()
+        module = next(name for name, module in self.model.named_modules() if module is embedding)
+        tied = "tied" if embedding.weight is self.model.get_output_embeddings().weight else "untied"
+
+        def exchange(model: Any, seed: torch.Generator) -> None:
+            weight = model.get_input_embeddings().weight
+            weight[rows] = weight[rows.roll(1)]
+
+        return Edit(f"{tied} embedding rows that no window reads, exchanged", exchange, module)
 
     def attempts(self, edit: Edit) -> Iterator[tuple[str, Attempt]]:
         description = {"name": "compare", "plan": {}, "modules": []}
@@ -150,23 +185,26 @@ def main() -> None:
     parser.add_argument("--preview", type=int, default=8)
     parser.add_argument("--final", type=int, default=24)
     parser.add_argument("--every", type=int, default=1, help="take every so manieth edit of single matrices")
+    parser.add_argument("--ablation", action="store_true", help="print what is lost without each guard, too")
     args = parser.parse_args()
     logging.getLogger("invarlock").setLevel(logging.ERROR)
     if args.text is None:
         args.text, args.label_text = _split_demo_text()
-    scores = {mode: Score() for mode in MODES}
+    left_out = [None, *(args.guards.split(",") if args.ablation else [])]
+    scores = {mode: [Score(guard) for guard in left_out] for mode in MODES}
     ratios = {}
     for untied in (False, True):
         bench = Bench.of(args, untied=untied)
         baseline = bench.perplexity()
-        for edit in _chosen(bench.model, untied, args.every):
+        for edit in [*_chosen(bench.model, untied, args.every), bench.unread_rows()]:
             edit(bench.model)
             ratio = bench.perplexity() / baseline
             ratios[edit.name] = ratio
             harmful = not math.isfinite(ratio) or ratio >= HARMFUL
             if harmful or ratio <= HARMLESS:
                 for mode, attempt in bench.attempts(edit):
-                    scores[mode].add(edit, harmful, attempt)
+                    for score in scores[mode]:
+                        score.add(edit, harmful, attempt)
             bench.snapshot.restore(bench.model)
     _print(args, scores, ratios)
 
@@ -189,24 +227,42 @@ def _split_demo_text() -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-def _print(args: argparse.Namespace, scores: dict[str, Score], ratios: dict[str, float]) -> None:
-    some = next(iter(scores.values()))
+def _print(args: argparse.Namespace, scores: dict[str, list[Score]], ratios: dict[str, float]) -> None:
+    whole = {mode: of_mode[0] for mode, of_mode in scores.items()}
+    some = next(iter(whole.values()))
     print(f"\n{len(ratios)} edits of {Path(args.model).name}: {some.harmless} harmless, {some.harmful} harmful\n")
     print("| mode | voice | false alarms | misses |\n|---|---|---|---|")
-    for mode, score in scores.items():
-        for voice, tally in score.voices.items():
-            shares = f"{_share(tally.false_alarms, score.harmless)} | {_share(tally.misses, score.harmful)}"
-            print(f"| {mode} | {voice} | {shares} |")
+    for mode, score in whole.items():
+        for voice in score.voices:
+            print(f"| {mode} | {voice} | {score.shares(voice)} |")
     print("\n| mode | damaged module first |\n|---|---|")
-    for mode, score in scores.items():
-        named = score.located + len(score.misplaced)
-        print(f"| {mode} | {score.located} of {named} |")
-    for mode, score in scores.items():
+    for mode, score in whole.items():
+        print(f"| {mode} | {score.blamed} |")
+    if args.ablation:
+        _print_ablation(scores)
+    for mode, score in whole.items():
         print(f"\n{mode}: verdict's false alarms: {score.voices['verdict'].false_alarms}")
         print(
             f"{mode}: verdict's misses: {[(name, round(ratios[name], 3)) for name in score.voices['verdict'].misses]}"
         )
         print(f"{mode}: wrongly blamed: {score.misplaced}")
+
+
+def _print_ablation(scores: dict[str, list[Score]]) -> None:
+    """Verdict and blame without each guard, and the edits for which one changes them."""
+    print("\n| mode | without | verdict: false alarms | misses | --strict: false alarms | misses | module first |")
+    print("|---|---|---|---|---|---|---|")
+    for mode, of_mode in scores.items():
+        for score in of_mode:
+            shares = f"{score.shares('verdict')} | {score.shares(STRICT)}"
+            print(f"| {mode} | {score.without or '-'} | {shares} | {score.blamed} |")
+    for mode, (whole, *others) in scores.items():
+        for score in others:
+            misses = [set(one.voices[STRICT].misses) for one in (score, whole)]
+            alarms = [set(one.voices[STRICT].false_alarms) for one in (whole, score)]
+            print(f"\n{mode}, only {score.without} warns of: {sorted(misses[0] - misses[1])}")
+            print(f"{mode}, only {score.without} warns, falsely, of: {sorted(alarms[0] - alarms[1])}")
+            print(f"{mode}, wrongly blamed without {score.without}: {score.misplaced}")
 
 
 def _share(names: list[str], total: int) -> str:

@@ -371,9 +371,10 @@ def _replaced(moves: Sequence[_Move]) -> list[str]:
         return []
     most = max(where, key=lambda move: move.rows_replaced + move.columns_replaced)
     counted = _counted(sum(move.rows_replaced for move in where), sum(move.columns_replaced for move in where))
-    return [f"{counted} replaced in {len(where)} matrices, most of them in {most.matrix.name}"]
+    return [f"{counted} replaced in {len(where)} of {len(moves)} matrices, most of them in {most.matrix.name}"]
 
 
 def _counted(rows: int, columns: int) -> str:
-    """``2 rows and 1 columns``; empty where there are none."""
-    return " and ".join(f"{count} {name}" for count, name in ((rows, "rows"), (columns, "columns")) if count)
+    """``2 rows and 1 column``; empty where there are none."""
+    found = ((count, name) for count, name in ((rows, "row"), (columns, "column")) if count)
+    return " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for count, name in found)
