@@ -217,7 +217,7 @@ def test_the_best_accepted_run_is_marked(invarlock, folders, config) -> None:
     assert rows["saved artifacts"][:2] == ["not measured"] * 2
     assert rows["saved artifacts"][2].endswith("MB")
     assert rows["plan: bitwidth"] == ["8", "2", "4"]
-    assert rows["guard rmt"] == ["continue", "warn", "not measured"]
+    assert rows["guard spectral"] == ["continue", "warn", "not measured"]
     page = Page(render([Run.read(path) for path in paths], "html"))
     assert any("four (best)" in " ".join(heading.split()) for heading in page.text_of("th"))
     assert "four (best)" in render([Run.read(path) for path in paths], "markdown")

@@ -81,7 +81,7 @@ def test_a_streamed_run_says_and_saves_what_one_in_memory_does(invarlock, config
         report["verdict"]["findings"] = [(voice["source"], voice["action"]) for voice in report["verdict"]["findings"]]
     assert streamed["verdict"] == memory["verdict"]
     assert streamed["edit"] == memory["edit"]
-    assert [guard["action"] for guard in streamed["guards"]] == ["continue"] * 5
+    assert [guard["action"] for guard in streamed["guards"]] == ["continue"] * 4
     primary = streamed["metrics"]["primary"]
     assert primary["edited"] == pytest.approx(memory["metrics"]["primary"]["edited"], rel=1e-3)
     one, other = weights(Path("memory/model")), weights(Path("streamed/model"))

@@ -112,7 +112,6 @@ class GuardsConfig:
         "invariants",
         "reconstruction",
         "spectral",
-        "rmt",
         "variance",
     )
     fail_fast: Annotated[bool, "Stop at the first guard that calls for rollback or abort."] = False
