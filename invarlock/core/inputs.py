@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +38,9 @@ def panics_unprinted() -> Iterator[None]:
     if sys.stderr is None:
         yield
         return
+    # Only here: start-up counts milliseconds.
+    import tempfile
+
     panicked = False
     with tempfile.TemporaryFile() as held:
         sys.stderr.flush()
