@@ -67,6 +67,11 @@ def contained() -> Iterator[None]:
         raise EscapedError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
 
 
+def as_raised(error: BaseException) -> BaseException:
+    """What foreign code raised, where ``contained`` put an error in its place."""
+    return error.__cause__ if isinstance(error, EscapedError) and error.__cause__ else error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to a misspelled one, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -89,7 +94,6 @@ def located(error: BaseException, file: str | None = None) -> str:
 
     :param file: prefer the innermost frame of this file to the innermost one of all.
     """
-    raised = error.__cause__ if isinstance(error, EscapedError) and error.__cause__ else error
-    frames = traceback.extract_tb(raised.__traceback__)
+    frames = traceback.extract_tb(as_raised(error).__traceback__)
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
     return f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})" if frame else one_line(error)

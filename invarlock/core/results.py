@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, cast
 
-from invarlock.core.errors import ExitCode, nearest
+from invarlock.core.errors import ExitCode, as_raised, contained, nearest
 from invarlock.core.plain import (
     MESSAGE,
     METRICS,
@@ -63,10 +63,9 @@ class GuardResult:
         abort. What is too long is cut, and a warning says so.
         """
         try:
-            return cls._read(name, _dict_of("validate", "passed", returned))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+            with contained():
+                return cls._read(name, _dict_of("validate", "passed", returned))
+        except Exception as error:
             return cls.failed(name, _reason("validate", error))
 
     @classmethod
@@ -128,12 +127,11 @@ class PrepareResult:
         if returned is None:
             return cls()
         try:
-            given = _dict_of("prepare", "ready", returned)
-            _flag("ready", given.get("ready", True))
-            made, cut = Reader.strict("prepare", given, METRICS)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+            with contained():
+                given = _dict_of("prepare", "ready", returned)
+                _flag("ready", given.get("ready", True))
+                made, cut = Reader.strict("prepare", given, METRICS)
+        except Exception as error:
             return cls.failed(_reason("prepare", error))
         return cls({**made, "cut": cut[0]} if cut else made)
 
@@ -254,4 +252,4 @@ def _reason(hook: str, error: BaseException) -> str:
     """What is wrong with a result that could not be read."""
     if isinstance(error, Unreadable):
         return str(error)
-    return f"the result of {hook} raises {kind_name(error, article=False)} when it is read"
+    return f"the result of {hook} raises {kind_name(as_raised(error), article=False)} when it is read"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from invarlock.core.errors import as_raised, contained
 from invarlock.core.plain import METRICS, SECTIONS, Reader, Unreadable, as_text, kind_name
 
 Cell = str | int | float | bool | None
@@ -34,11 +35,10 @@ class ReportSection:
         :raises ValueError: with what is wrong in them.
         """
         try:
-            given = list(islice(returned, MOST + 1))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            why = f"raises {kind_name(error, article=False)}"
+            with contained():
+                given = list(islice(returned, MOST + 1))
+        except Exception as error:
+            why = f"raises {kind_name(as_raised(error), article=False)}"
             raise Unreadable(f"{kind_name(returned)} is no list of sections: it {why}") from None
         found = [cls.from_plugin(source, section) for section in given[:MOST]]
         if len(given) > MOST:

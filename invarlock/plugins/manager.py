@@ -19,7 +19,7 @@ from invarlock.core.errors import InvarlockError, PluginError, UsageError, conta
 from invarlock.core.plain import plain
 from invarlock.core.ranks import PeerError
 from invarlock.core.results import GuardResult, PrepareResult
-from invarlock.core.sections import ReportSection
+from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks
 from invarlock.plugins.construction import construct
@@ -290,8 +290,8 @@ class PluginManager:
             with self._answering(plugin, "invarlock_run_finished"):
                 shown = copy.deepcopy(report)
                 for returned in hook(report=shown):
-                    extra |= _extra(returned)
-                extra |= _extra(shown.get("extra"))
+                    extra |= extra_from_plugin(returned)
+                extra |= extra_from_plugin(shown.get("extra"))
         return extra
 
     def report_sections(self, report: dict[str, Any]) -> list[ReportSection]:
@@ -300,7 +300,7 @@ class PluginManager:
         for plugin, hook in self._each("invarlock_report_sections"):
             with self._answering(plugin, "invarlock_report_sections"):
                 for returned in hook(report=copy.deepcopy(report)):
-                    found += [ReportSection.from_plugin(plugin, section) for section in returned]
+                    found += ReportSection.all_from_plugin(plugin, returned)
         return found
 
     def that_saw_the_end(self) -> list[str]:
@@ -327,13 +327,6 @@ class PluginManager:
     def _in_call_order(self, hook: str) -> list[Any]:
         implementations = reversed(getattr(self._pluggy.hook, hook).get_hookimpls())
         return [implementation.plugin for implementation in implementations if not implementation.wrapper]
-
-
-def _extra(returned: object) -> dict[str, Any]:
-    if returned is not None and not isinstance(returned, Mapping):
-        raise TypeError(f"it returned {type(returned).__name__}, not a dict of keys below 'extra'")
-    found: dict[str, Any] = plain(returned or {})
-    return found
 
 
 def _wraps(plugin: Any, hook: str) -> bool:
