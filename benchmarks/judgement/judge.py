@@ -28,7 +28,8 @@ from invarlock.core.results import Action, fold
 from invarlock.core.snapshots import Snapshot
 from invarlock.evaluation.passes import measure
 from invarlock.evaluation.windows import make_windows
-from invarlock.pipeline.judging import Attempt, Judge
+from invarlock.pipeline.attempts import Attempt
+from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection

@@ -1,8 +1,8 @@
 """From a configuration to a verdict: ``run`` edits a model under guard, ``compare`` judges an edit of somebody else."""
 
+from invarlock.pipeline.attempts import RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import compare
-from invarlock.pipeline.judging import RunResult
 from invarlock.pipeline.quantizing import run
 from invarlock.pipeline.streaming import run_streamed
 

@@ -28,8 +28,9 @@ from invarlock.core.results import GuardResult
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
+from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.clock import Clock
-from invarlock.pipeline.judging import Attempt, Judge
+from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import PluginManager
 from invarlock.reporting import report as reporting

@@ -28,8 +28,9 @@ from invarlock.core.snapshots import Fingerprint, Snapshot, named_tensors
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
+from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Attempt, Judge, RunResult, Undo
+from invarlock.pipeline.judging import Judge, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid

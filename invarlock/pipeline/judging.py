@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from invarlock.checkpoints.digests import check_weights
-from invarlock.checkpoints.inputs import InputFiles
 from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import PluginError, UsageError, one_line
-from invarlock.core.model_state import ModelState, tokenizer_digest
-from invarlock.core.progress import showing
+from invarlock.core.errors import PluginError, UsageError
+from invarlock.core.model_state import ModelState
 from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
 from invarlock.core.sharing import asked_together
@@ -34,8 +31,12 @@ from invarlock.evaluation.models import Task, batch_size, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.windows import make_windows
+from invarlock.pipeline.attempts import Attempt
+from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.clock import Clock, Progress
+from invarlock.pipeline.inputs import Inputs
 from invarlock.pipeline.keeping import some
+from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -46,33 +47,6 @@ Found = TypeVar("Found")
 
 Undo = Callable[[], list[str]]
 """Undoes what was changed of a model, and names it."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The report as ``report.json`` holds it, and the model as it was left.
-
-    Of a run the model is the edited one if it was accepted, else the baseline; of a comparison it is the subject, or
-    None where it was not loaded because a guard was not ready.
-    """
-
-    report: dict[str, Any]
-    model: torch.nn.Module | None
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One edit and what was said of it; ``modules`` is what the edit did to each weight."""
-
-    number: int
-    bitwidth: int | None
-    modules: Sequence[Any]
-    results: list[GuardResult]
-    metric: MetricResult | None
-    divergence: DivergenceResult | None
-    edited_pass: PassResult | None
-    verdict: Verdict
 
 
 @dataclass
@@ -86,18 +60,16 @@ class Judge:
     on_progress: Progress
     ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(init=False)
-    inputs: dict[Path, InputFiles] = field(default_factory=dict)
-    """The checkpoints that were loaded, as they were before."""
+    inputs: Inputs = field(init=False)
     sharding: Sharding | None = None
     view: WholeView | None = None
     """Of a model that is spread over the processes."""
     view_state: ModelState | None = None
-    tokenizer: Any = None
-    tokenizer_loaded: str = ""
-    """A digest of the tokenizer as it was loaded."""
+    _tokenizer: LoadedTokenizer | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.on_progress)
+        self.inputs = Inputs(self.ranks, self.clock)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +81,7 @@ class Judge:
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
-        self._take_note_of(Path(model_id))
+        self.inputs.take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
@@ -127,24 +99,6 @@ class Judge:
                     "load the whole model onto devices"
                 )
         return model, adapter
-
-    def _take_note_of(self, checkpoint: Path) -> None:
-        """Hold the files of a checkpoint against digests that lie beside them; processes share the files."""
-        if not checkpoint.exists() or checkpoint in self.inputs:
-            return
-        self.inputs[checkpoint] = InputFiles.of(checkpoint)
-        with self.clock.stage("check digests") as shown, showing(self.ranks.summed(shown)):
-            check_weights(checkpoint, self.ranks.rank, self.ranks.size)
-            self.ranks.gather(None)
-
-    def changed_inputs(self) -> list[Finding]:
-        """The checkpoints whose files are not what they were before they were loaded."""
-        changed = ((checkpoint, files.changes()) for checkpoint, files in self.inputs.items())
-        return [
-            Finding("input checkpoint", Action.WARN, f"{checkpoint} was changed during the run: {some(changes)}")
-            for checkpoint, changes in changed
-            if changes
-        ]
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -174,26 +128,18 @@ class Judge:
         self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
         needs_text = self.config.dataset.provider != "generated" or self.task == "masked"
         self.reads_text = needs_text if reads_text is None else reads_text
-        self.tokenizer = self._load_tokenizer() if self.reads_text or wants_tokenizer else None
-        self.tokenizer_loaded = tokenizer_digest(self.tokenizer) if self.tokenizer is not None else ""
+        if self.reads_text or wants_tokenizer:
+            model_id = self.config.model.id
+            self._tokenizer = LoadedTokenizer(adapter, model_id, self.trust, required=self.reads_text)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The baseline's, or None where there is none or nobody needs it."""
+        return self._tokenizer.live if self._tokenizer else None
 
     def _shown(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as guards see it."""
         return self.view.model if self.view else model
-
-    def _load_tokenizer(self) -> Any:
-        try:
-            tokenizer = self.adapter.load_tokenizer(self.config.model.id, **self.trust)
-        except UsageError as error:
-            if self.reads_text:
-                raise
-            log.warning("%s; going on without it", one_line(error))
-            return None
-        if not callable(tokenizer):
-            raise PluginError(
-                f"adapter {self.adapter.name}: load_tokenizer returned {type(tokenizer).__name__}, not a tokenizer"
-            )
-        return tokenizer
 
     def make_windows(self, model: torch.nn.Module) -> None:
         with self.clock.stage("windows"):
@@ -217,21 +163,12 @@ class Judge:
         """What undoes a guard's changes of all that guards can reach: the model as they see it, and the tokenizer."""
 
         def undo_all() -> list[str]:
+            of_tokenizer = self._tokenizer.undo() if self._tokenizer else []
             if self.view and self.view_state:
-                return [*self.view_state.undo(), *self.view.undo(), *self._undo_tokenizer()]
-            return [*undo(), *self._undo_tokenizer()]
+                return [*self.view_state.undo(), *self.view.undo(), *of_tokenizer]
+            return [*undo(), *of_tokenizer]
 
         return undo_all
-
-    def _undo_tokenizer(self) -> list[str]:
-        if self.tokenizer is None or tokenizer_digest(self.tokenizer) == self.tokenizer_loaded:
-            return []
-        self.tokenizer = self._load_tokenizer()
-        if tokenizer_digest(self.tokenizer) != self.tokenizer_loaded:
-            raise PluginError(
-                f"adapter {self.adapter.name}: the tokenizer was changed, and is another one loaded again"
-            )
-        return ["the tokenizer"]
 
     def confirm(self, undo: Undo) -> None:
         """Make sure that what was judged is still what there is, before it is saved.
@@ -241,7 +178,7 @@ class Judge:
         if changed := self._whole_undo(undo)():
             who = ", ".join(self.plugins.that_saw_the_end()) or "a plugin that kept it"
             raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
-        for finding in self.changed_inputs():
+        for finding in self.inputs.changes():
             log.warning("%s", finding.message)
 
     def prepare(self, model: torch.nn.Module, undo: Undo) -> bool:
@@ -258,7 +195,7 @@ class Judge:
         return all(prepared.ready for prepared in self.prepared)
 
     def _prepare(self, place: int, model: torch.nn.Module, undo: Undo) -> PrepareResult:
-        calib, observed = _Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
+        calib, observed = Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
         with self.clock.guard(place, self.slots[place].name):
             prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
         if observed.message:
@@ -355,7 +292,7 @@ class Judge:
     def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
-        besides = [*self.plugins.faults.take(), *self.changed_inputs()]
+        besides = [*self.plugins.faults.take(), *self.inputs.changes()]
         found = dict.fromkeys(finding for part in self.ranks.gather(besides) for finding in part)
         return fold([*said, *findings, *found], strict=self.strict)
 
@@ -460,21 +397,6 @@ class Judge:
             seed=self.config.dataset.seed,
         )
         return metric, compare_predictions(self.baseline_pass, edited_pass, ratio=section.max_pm_ratio)
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """The preview windows as guards see them: batches of ``input_ids`` and ``attention_mask``, to be read at will."""
-
-    windows: Windows | None
-    batch_size: int = 8
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self.windows.batches(self.batch_size) if self.windows else ():
-            yield {"input_ids": batch.input_ids.clone(), "attention_mask": batch.attention_mask.clone()}
-
-    def __len__(self) -> int:
-        return -(-len(self.windows) // self.batch_size) if self.windows else 0
 
 
 def changed_message(names: Sequence[str]) -> str:

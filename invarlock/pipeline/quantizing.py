@@ -16,8 +16,9 @@ from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.core.snapshots import Snapshot
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
+from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Attempt, Judge, RunResult, Undo
+from invarlock.pipeline.judging import Judge, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded, fingerprint_of
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager

@@ -30,8 +30,9 @@ from invarlock.core.progress import counted, showing
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
+from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Attempt, Judge, RunResult
+from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight

@@ -1,0 +1,25 @@
+"""The preview windows as guards see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from invarlock.evaluation.layout import Windows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of ``input_ids`` and ``attention_mask``, to be read at will."""
+
+    windows: Windows | None
+    batch_size: int = 8
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.windows.batches(self.batch_size) if self.windows else ():
+            yield {"input_ids": batch.input_ids.clone(), "attention_mask": batch.attention_mask.clone()}
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch_size) if self.windows else 0
