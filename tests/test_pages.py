@@ -94,6 +94,7 @@ def check_yaml(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run_from_top_to_bottom(page: str, invarlock, module, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS", str(tmp_path))
     for number, block in enumerate(blocks(page)):
         match block.language:
             case "python":

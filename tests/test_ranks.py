@@ -152,7 +152,7 @@ def test_work_that_fails_in_one_process_fails_the_guard_in_all(config, module, t
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out)"),
+        ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out (sharing.py:18))"),
         ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run is gone"),
         ("if rank == '1': raise SystemExit('enough')", "SystemExit: enough"),
     ],
@@ -429,7 +429,8 @@ def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -
         "import os\nfrom contextlib import contextmanager\nfrom invarlock.cli import progress\n"
         "@contextmanager\ndef bars(*, shown):\n"
         "    yield lambda *told: print(os.environ['RANK'], *told, sep=';', file=open('told', 'a'))\n"
-        "progress.bars = bars\n",
+        "progress.bars = bars\n"
+        "from invarlock import hookimpl\n@hookimpl\ndef invarlock_run_finished(): pass\n",
     )
     path = config(plugins=["watching"], dataset={"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6})
     finished = together(2, "run", "-c", path, "--out", "out", "-q")

@@ -484,7 +484,7 @@ def test_a_broken_checkpoint_is_one_line_and_nothing_written(invarlock, config, 
     [
         ({"model": {"id": "not/there"}}, "--allow-network"), ({"model": {"id": "x", "adapter": "hf_casual"}}, "'hf_causal'"),
         ({"model": {"id": str(DEMO / "checkpoint"), "adapter": "hf_gguf"}}, "adapter hf_gguf"),
-        ({"model": {"id": "not/there.gguf"}}, "GGUF"),
+        ({"model": {"id": "not/there.gguf"}}, "not/there.gguf does not exist"),
         ({"dataset": {"provider": "demo", "seq_len": 256, "final_n": 5000}}, "windows"),
         ({"dataset": {"provider": "demo", "seq_len": 512}}, "256"),
         ({"edit": {"plan": {"include": ["*.mlp.up_prj"]}}}, "edit.plan.include"),

@@ -102,7 +102,7 @@ def test_every_architecture_is_saved_as_it_is_from_memory(invarlock, config, bui
     build().to(getattr(torch, dtype)).save_pretrained("checkpoint")
     path = saving(config, Path("checkpoint").absolute(), dataset={})
     for out, stream in (("memory", ()), ("streamed", ("--stream",))):
-        arguments = () if stream else ("--set", "dataset.seq_len=16", "--set", "dataset.final_n=2")
+        arguments = () if stream else ("--set", "dataset.seq_len=16", "--set", "dataset.final_n=8")
         done = invarlock("run", "-c", path, "--out", out, *stream, *arguments, "--strict")
         assert done.code == 0, done.out + done.err
     one, other = weights(Path("memory/model")), weights(Path("streamed/model"))

@@ -90,10 +90,12 @@ def one_line(error: BaseException) -> str:
 
 
 def located(error: BaseException, file: str | None = None) -> str:
-    """An exception as a single line, with the file and the line that it was raised at.
+    """An exception as a single line, with the file and the line that it was raised at, unless it is one of ours.
 
     :param file: prefer the innermost frame of this file to the innermost one of all.
     """
+    if isinstance(error, InvarlockError) and not isinstance(error, EscapedError):
+        return one_line(error)
     frames = traceback.extract_tb(as_raised(error).__traceback__)
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
     return f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})" if frame else one_line(error)

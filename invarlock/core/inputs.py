@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from invarlock.core.errors import InvarlockError, UsageError, one_line
 
@@ -56,7 +56,9 @@ def panics_unprinted() -> Iterator[None]:
             os.close(stderr)
             held.seek(0)
             if not panicked:
-                os.write(2, held.read())
+                # What cannot be written is lost, as anywhere else.
+                with suppress(OSError):
+                    os.write(2, held.read())
 
 
 def _is_panic(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from invarlock.core.errors import PluginError, one_line
+from invarlock.core.errors import PluginError, located
 from invarlock.core.progress import Shown, Tally
 from invarlock.core.ranks import Ranks
 
@@ -117,7 +117,7 @@ class _Together:
         try:
             part = _Part(_all_of(work, mine, self.ranks.summed))
         except Exception as error:
-            part = _Part([], one_line(error), traceback.format_exc())
+            part = _Part([], located(error), traceback.format_exc())
         # Another number of items is another place: a guard that sees other weights elsewhere must not go on.
         parts = self.exchanged(f"shared the work on {len(items)} weights", part)
         if failed := next((part for part in parts if part.message), None):

@@ -11,6 +11,7 @@ import torch
 from invarlock.core.errors import PluginError
 from invarlock.core.model_state import ModelState
 from invarlock.core.snapshots import Fingerprint
+from invarlock.core.spread import sharding_of
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.manager import Adapter
 
@@ -26,7 +27,9 @@ class Loaded:
 
     @classmethod
     def of(cls, model: torch.nn.Module, clock: Clock) -> Loaded:
-        return cls(model, fingerprint_of(model, clock), ModelState.of(model), clock)
+        # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
+        state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
+        return cls(model, fingerprint_of(model, clock), state, clock)
 
     def undo(self, bring_back: Callable[[], object], expected: Fingerprint | None = None) -> list[str]:
         """Names of what differs of the model; it is as it was afterwards.

@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from invarlock.core.errors import contained, located
+from invarlock.core.errors import UsageError, contained, located
 from invarlock.core.results import Action, Finding
+
+GUARDS = ("invarlock_observe", "invarlock_prepare", "invarlock_validate")
+"""Hooks whose answer is a guard's, which nobody around it may take away."""
+
+Fault = Callable[[Exception | str], None]
 
 _ENDED = object()
 
@@ -41,8 +46,11 @@ class Faults:
         goes on to the caller.
         """
 
-        def fault(what: str) -> None:
-            self.add(plugin, f"{hook}: {what}")
+        def fault(error: Exception | str) -> None:
+            # It is for the user, wherever nobody else has a word to say.
+            if isinstance(error, UsageError) and hook not in GUARDS:
+                raise error
+            self.add(plugin, f"{hook}: {error if isinstance(error, str) else located(error)}")
 
         @functools.wraps(wrapper)
         def around(*args: Any) -> Generator[None, Any, Any]:
@@ -51,7 +59,7 @@ class Faults:
                 with contained():
                     begun = next(running, _ENDED) is not _ENDED
             except Exception as error:
-                fault(located(error))
+                fault(error)
                 begun = False
             else:
                 if not begun:
@@ -67,7 +75,7 @@ class Faults:
         return around
 
 
-def _concluded(running: Generator[None, Any, Any], result: Any, fault: Callable[[str], None]) -> Any:
+def _concluded(running: Generator[None, Any, Any], result: Any, fault: Fault) -> Any:
     """What the wrapper makes of a result; the result itself where it makes a mistake."""
     try:
         with contained():
@@ -77,25 +85,26 @@ def _concluded(running: Generator[None, Any, Any], result: Any, fault: Callable[
             return ended.value
         fault(f"the wrapper returned {type(ended.value).__name__} in place of the result; return what yield gave")
     except Exception as error:
-        fault(located(error))
+        fault(error)
     else:
         running.close()
         fault("the wrapper yielded twice")
     return result
 
 
-def _recovered(running: Generator[None, Any, Any], error: BaseException, fault: Callable[[str], None]) -> Any:
+def _recovered(running: Generator[None, Any, Any], error: BaseException, fault: Fault) -> Any:
     """What the wrapper makes of an exception of the hook that it wraps: a result, or the same exception.
 
     :raises BaseException: the exception, where the wrapper passes it on or makes a mistake.
     """
     try:
-        running.throw(error)
+        with contained():
+            running.throw(error)
     except StopIteration as ended:
         return ended.value
-    except BaseException as raised:
+    except Exception as raised:
         if raised is not error:
-            fault(located(raised))
+            fault(raised)
     else:
         running.close()
         fault("the wrapper yielded twice")
