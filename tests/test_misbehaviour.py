@@ -223,6 +223,14 @@ MEDDLING = {
     "a buffer": "next(model.buffers()).mul_(2)",
     "a tie": "model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())",
     "a data type": "model.model.norm.half()",
+    "the class of a module": "model.lm_head.__class__ = type('Odd', (torch.nn.Linear,), {})",
+    "a descriptor on a class": "type(model.model.norm).variance_epsilon = property(lambda self: 10.0)",
+    "a method of a configuration's class": "type(model.config).to_dict = lambda self: {}",
+    "a function that models call": "torch.nn.functional.silu = torch.nn.functional.relu",
+    "the tokenizer's methods": (
+        "import gc; from transformers import PreTrainedTokenizerBase as Base; "
+        "[setattr(found, 'save_pretrained', print) for found in gc.get_objects() if type(found).__mro__.count(Base)]"
+    ),
     "the tokenizer": (
         "import gc; from transformers import PreTrainedTokenizerBase as Base; "
         "[found.add_tokens(['evil']) for found in gc.get_objects() if type(found).__mro__.count(Base)]"
@@ -449,3 +457,83 @@ def test_odd_objects_are_listed(invarlock, site, source: str) -> None:
     done = invarlock("plugins", "guards", "--json")
     assert done.code == 0, done.err
     assert {item["name"]: item["status"] for item in json.loads(done.out)["items"]}["worse"] == "error"
+
+
+def test_a_tap_that_hooks_on_while_it_looks_is_found(judged) -> None:
+    """Its hook takes itself off in the final windows, so that nothing is left of it after the pass."""
+    tap = (
+        "class Tap:\n def __call__(self, module, *given):\n"
+        "  handles.append(module.register_forward_hook(lambda *given: handles.pop().remove()))\n def result(self): pass\n"
+    )
+    done = judged("handles = []\n" + tap + guard(observe="return {'lm_head': Tap()}"), "--set", "edit.plan.bitwidth=2")
+    assert done.code == 3
+    assert "taps of odd" in done.err
+
+
+def test_what_is_streamed_is_edited_as_the_plan_says(judged) -> None:
+    """The edit of a streamed model cannot be taken off for a pass, nor changed for the next guard."""
+    for source in (
+        guard(observe="model.streaming.edit = None; return {}"),
+        guard(validate=f"model.streaming.edit = lambda name, weight: weight * 0; return {OK}"),
+    ):
+        done = judged(source, "--stream", "--set", "edit.plan.bitwidth=3")
+        assert done.code == 3, done.out
+        report = read_report(Path("out"))
+        assert "streaming.edit" in report["guards"][1]["message"]
+        assert report["guards"][2]["error"] is None
+        shutil.rmtree("out")
+        sys.modules.pop("odd")
+
+
+@pytest.mark.parametrize("key", ["output_hidden_states", "output_attentions"])
+def test_a_model_that_is_asked_for_hidden_states_accuses_nobody(invarlock, module, config, key: str) -> None:
+    shutil.copytree(DEMO / "checkpoint", "checkpoint")
+    described = json.loads(Path("checkpoint/config.json").read_text())
+    Path("checkpoint/config.json").write_text(json.dumps({**described, key: True}))
+    asking = "ids = next(iter(calib))['input_ids']; model(ids, output_hidden_states=True); return {'ready': True}"
+    module("odd", guard(prepare=asking))
+    path = config(model={"id": "checkpoint", "device": "cpu"}, guards={"order": ["invariants", "odd"]})
+    done = invarlock("run", "-c", path, "-p", "odd", "--out", "out")
+    assert done.code == 0, done.out + done.err
+
+
+def test_what_a_saliency_guard_leaves_behind_is_no_change(judged) -> None:
+    gradients = (
+        "h = [m.register_full_backward_hook(lambda *g: None) for m in model.modules()]; model(next(iter(calib))['input_ids']); "
+        "[one.remove() for one in h]; return {'ready': True}"
+    )
+    assert judged(guard(prepare=gradients)).code == 0
+
+
+def test_a_guard_cannot_change_the_windows_or_another_guards_context(judged) -> None:
+    source = guard(
+        prepare="w = calib.windows.input_ids; (w if w._base is None else w._base).zero_(); return {'ready': True}",
+        validate="assert context['edited']['ratio'] != 0.5; context['edited']['ratio'] = 0.5; adapter.name = 'evil'; return "
+        + OK,
+    )
+    assert judged(source, "--set", "guards.order=[odd, odd]", save=False).code == 0
+    report = read_report(Path("out"))
+    assert report["model"]["adapter"] == "hf_causal"
+    assert report["metrics"]["primary"]["baseline"] < 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import sys; sys.stdout = None", "import sys; sys.stdout = type('Tee', (), {'write': lambda self, text: None})()",
+        "import atexit, os; atexit.register(os._exit, 1)", "import atexit, time; atexit.register(time.sleep, 999)",
+        "import threading\n    def work():\n        while True: print('x')\n    threading.Thread(target=work, daemon=True).start()",
+        "import os, sys\n    child = os.fork()\n    if child == 0: sys.exit(0)\n    os.waitpid(child, 0)",
+    ],
+)  # fmt: skip
+def test_the_status_is_the_verdicts_whatever_a_plugin_leaves(line, body: str) -> None:
+    done = shell(line(guard(validate=f"{body}\n    return {OK}")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ACCEPTED") == 1
+
+
+def test_an_exception_that_cannot_be_printed_is_the_guards_error(judged) -> None:
+    hostile = "class Odd(Exception):\n def __str__(self): raise SystemExit(0)\n"
+    done = judged(hostile + guard(validate="raise Odd()"))
+    assert done.code == 3
+    assert "Odd: its message raises SystemExit" in read_report(Path("out"))["guards"][1]["message"]

@@ -44,6 +44,7 @@ class Streaming(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.edit: Edit | None = None
+        self._in_force: Edit | None = None
         self.stored: dict[str, str] = {}
         """By which of its names each parameter is stored, by every name that the model has for it."""
         self.left_out: set[str] = set()
@@ -85,8 +86,16 @@ class Streaming(Mapping[str, Tensor]):
         return list(dict.fromkeys(self._holding.get(name, Part((name,), (name,))) for name in names))
 
     def undo(self, model: nn.Module) -> list[str]:
-        """Put back every parameter and buffer that is not the model's own any more; returns their names."""
-        return self._weights.put_back(model)
+        """Put back every parameter and buffer that is not the model's own any more, and the edit; returns names."""
+        names = self._weights.put_back(model)
+        if self.edit is not self._in_force:
+            self.edit = self._in_force
+            names.append("streaming.edit")
+        return names
+
+    def put(self, edit: Edit | None) -> None:
+        """Let the model be edited so from now on, or the baseline again."""
+        self.edit = self._in_force = edit
 
     def _load(self, parameter: str) -> Tensor:
         return self._parts[parameter].load(self.read)[parameter]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from typing import NoReturn
 
@@ -19,24 +18,24 @@ def now() -> float:
 def leave(code: int, started: float) -> NoReturn:
     """End the process; threads that are left end with it, and so do processes that it has started.
 
+    After a run nothing that was registered with ``atexit`` is called: it could change the status, or never end.
+
     :param started: when this command began: an older child is somebody else's, whose shell became this process.
     """
-    _end_children(started)
-    for stream in (streams.result(), sys.stdout, sys.stderr):
-        stream.flush()
-    if any(not thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
-        # The interpreter would wait for them. Only here: start-up has no use for it.
-        from invarlock.core import temporary
+    streams.flush()
+    if "torch" not in sys.modules:
+        # No model was loaded, and no hook of a run was called.
+        sys.exit(code)
+    from invarlock.core import temporary
 
-        temporary.remove_all()
-        os._exit(code)
-    sys.exit(code)
+    _end_children(started)
+    temporary.remove_all()
+    # Not by the interpreter's last steps: it would wait for threads, and run what plugins have left for then.
+    os._exit(code)
 
 
 def _end_children(started: float) -> None:
-    if "torch" not in sys.modules:
-        # No model was loaded; and start-up counts milliseconds.
-        return
+    # Only here: start-up counts milliseconds.
     import psutil
 
     for child in psutil.Process().children(recursive=True):

@@ -26,6 +26,10 @@ def console() -> NoReturn:
         code = main()
     except SystemExit as stopped:  # argparse, after --help and --version
         code = int(stopped.code or 0)
+    except BaseException:
+        # Python's own status would be 1, which is a verdict's.
+        code = ExitCode.FAILED
+        traceback.print_exc()
     leaving.leave(code, started)
 
 

@@ -61,6 +61,19 @@ def take(*, aside: bool) -> None:
         sys.stdout = _text(1, sys.stdout)[0]
     else:
         sys.stdout = _result[0]
+    _taken[:] = [_result[0], sys.stdout, sys.stderr]
+
+
+_taken: list[TextIO] = []
+"""Streams of this module's: ``sys.stdout`` can be anything by the end of a run."""
+
+
+def flush() -> None:
+    """Write what is left to be written, and let the interpreter flush no stream of a plugin's."""
+    for stream in _taken:
+        stream.flush()
+    if _taken:
+        _, sys.stdout, sys.stderr = _taken
 
 
 @contextmanager

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+
+from invarlock.core.text import on_one_line
+
+LONGEST = 4_000
+"""Characters of a message: a page of a terminal."""
 
 
 class ExitCode(IntEnum):
@@ -59,12 +65,17 @@ def contained() -> Iterator[None]:
 
     :raises EscapedError: in place of anything else that would end the process unseen by ``except Exception``.
     """
+    process = os.getpid()
     try:
         yield
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise EscapedError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+        raise EscapedError(one_line(error)) from error
+    finally:
+        if os.getpid() != process:
+            # A child that the code forked: it must not go on as a second one of us.
+            os._exit(ExitCode.FAILED)
 
 
 def as_raised(error: BaseException) -> BaseException:
@@ -81,9 +92,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """An exception as a single line: its type, unless it is one of ours, and its message."""
     try:
-        text = " ".join(str(error).split())
-    except Exception as failure:
-        text = f"its message cannot be had: {type(failure).__name__}"
+        text = on_one_line(str(error)[:LONGEST])
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failure:
+        text = f"its message raises {type(failure).__name__}"
     if isinstance(error, InvarlockError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -96,6 +109,7 @@ def located(error: BaseException, file: str | None = None) -> str:
     """
     if isinstance(error, InvarlockError) and not isinstance(error, EscapedError):
         return one_line(error)
-    frames = traceback.extract_tb(as_raised(error).__traceback__)
+    raised = BaseException.__dict__["__traceback__"].__get__(as_raised(error))
+    frames = traceback.extract_tb(raised)
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
     return f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})" if frame else one_line(error)

@@ -7,8 +7,11 @@ differs is named and put back.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,12 @@ from torch.nn.modules import module as module_globals
 TENSORS = ("_parameters", "_buffers")
 """Attributes of a module that snapshots and fingerprints look after."""
 CONFIGURATIONS = ("config", "generation_config")
+LIBRARY = ("torch.nn.functional", module_globals.__name__)
+"""Modules whose functions every model computes with; the classes of its own modules have theirs."""
+LEFT_BEHIND = frozenset(
+    {"_is_full_backward_hook", "_previous_max_cache_length", "_require_grads_hooks", "_is_torch_compile"}
+)
+"""What calls of torch and transformers leave on a module that computes and saves the same."""
 
 
 @dataclass
@@ -26,14 +35,22 @@ class ModelState:
     """The state of a model at one moment, and how to bring it back."""
 
     namespaces: list[_Namespace]
-    gradients: dict[str, tuple[Tensor, bool]]
+    gradients: dict[str, tuple[Tensor, type, bool]]
+    """Each parameter, its class, and whether it requires a gradient."""
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelState:
+        _put_on_hooks_of_its_own(model)
         return cls(
             [_Namespace.of(name, owner) for name, owner in _owners(model)],
-            {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()},
+            {name: (tensor, type(tensor), tensor.requires_grad) for name, tensor in model.named_parameters()},
         )
+
+    @classmethod
+    def of_methods(cls, name: str, owner: Any) -> ModelState:
+        """Of an object that may keep what it likes, but whose methods must stay."""
+        kinds = [(kind.__name__, kind) for kind in type(owner).__mro__ if kind is not object]
+        return cls([_Namespace.of(*named, _is_code) for named in [(name, owner), *kinds] if owner is not None], {})
 
     def settle(self) -> None:
         """Take numbers and tensors that differ by now as the model's own: some models keep counts while they run."""
@@ -43,7 +60,10 @@ class ModelState:
     def undo(self) -> list[str]:
         """Put back what differs; returns the names."""
         changed = [name for namespace in self.namespaces for name in namespace.undo()]
-        for name, (parameter, required) in self.gradients.items():
+        for name, (parameter, kind, required) in self.gradients.items():
+            if type(parameter) is not kind:
+                parameter.__class__ = kind
+                changed.append(f"{name}.__class__")
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
                 changed.append(f"{name}.requires_grad")
@@ -59,10 +79,24 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
             if (configuration := vars(module).get(attribute)) is not None:
                 _collect(f"{name}.{attribute}".lstrip("."), configuration, configurations)
     yield from configurations.values()
-    for kind in dict.fromkeys(base for module in model.modules() for base in type(module).__mro__):
-        if kind is not object:
-            yield kind.__name__, kind
-    yield "torch's global hooks", module_globals
+    objects = [*model.modules(), *(configuration for _, configuration in configurations.values())]
+    kinds = [
+        kind for kind in dict.fromkeys(kind for one in objects for kind in type(one).__mro__) if kind is not object
+    ]
+    yield from ((kind.__name__, kind) for kind in kinds)
+    for name in dict.fromkeys([*LIBRARY, *(type(module).__module__ for module in model.modules())]):
+        if name in sys.modules:
+            yield name, sys.modules[name]
+
+
+def _put_on_hooks_of_its_own(model: nn.Module) -> None:
+    """Let transformers put on its hooks that capture hidden states, as it does once a model is asked for any."""
+    with suppress(ImportError):
+        from transformers import PreTrainedModel
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        if isinstance(model, PreTrainedModel):
+            maybe_install_capturing_hooks(model)
 
 
 def _collect(name: str, configuration: Any, found: dict[int, tuple[str, Any]]) -> None:
@@ -83,14 +117,15 @@ class _Namespace:
     kept: dict[str, Any]
     counted: Callable[[str, Any], bool]
     """Whether an attribute is looked after."""
+    kind: type
     volatile: set[str] = field(default_factory=set)
     """What the model's own code changes while it runs."""
 
     @classmethod
-    def of(cls, name: str, owner: Any) -> _Namespace:
-        counted = _counted_by(owner)
+    def of(cls, name: str, owner: Any, counted: Callable[[str, Any], bool] | None = None) -> _Namespace:
+        counted = counted or _counted_by(owner)
         kept = {key: _copied(value) for key, value in vars(owner).items() if counted(key, value)}
-        return cls(name, owner, kept, counted)
+        return cls(name, owner, kept, counted, type(owner))
 
     def _changed(self) -> list[str]:
         live = {key: value for key, value in vars(self.owner).items() if self.counted(key, value)}
@@ -110,7 +145,12 @@ class _Namespace:
 
     def undo(self) -> list[str]:
         changed = self._changed()
+        if type(self.owner) is not self.kind:
+            self.owner.__class__ = self.kind
+            changed.append("__class__")
         for name in changed:
+            if name == "__class__":
+                continue
             if name not in self.kept:
                 _delete(self.owner, name)
             else:
@@ -120,12 +160,17 @@ class _Namespace:
 
 def _counted_by(owner: Any) -> Callable[[str, Any], bool]:
     if isinstance(owner, nn.Module):
-        return lambda name, value: name not in TENSORS
-    if isinstance(owner, type):
-        return lambda name, value: callable(value) or isinstance(value, property | classmethod | staticmethod)
+        return lambda name, value: name not in TENSORS and name not in LEFT_BEHIND
     if owner is module_globals:
-        return lambda name, value: name.startswith("_global_")
+        return lambda name, value: name.startswith("_global_") or _is_code(name, value)
+    if isinstance(owner, type | ModuleType):
+        return _is_code
     return lambda name, value: True
+
+
+def _is_code(name: str, value: Any) -> bool:
+    """Whether an attribute is called, or decides what reading an attribute gives."""
+    return callable(value) or hasattr(type(value), "__get__")
 
 
 def _copied(value: Any) -> Any:
@@ -165,14 +210,14 @@ def _put_back(owner: Any, name: str, kept: Any) -> None:
     if isinstance(kept, dict) and type(live) is type(kept):
         live.clear()
         live.update(_copied(kept))
-    elif isinstance(owner, type):
+    elif isinstance(owner, type | ModuleType):
         setattr(owner, name, kept)
     else:
         vars(owner)[name] = _copied(kept)
 
 
 def _delete(owner: Any, name: str) -> None:
-    if isinstance(owner, type):
+    if isinstance(owner, type | ModuleType):
         delattr(owner, name)
     else:
         del vars(owner)[name]

@@ -72,7 +72,7 @@ class Snapshot:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._folder = TemporaryFolder()
-        self._structure = [_Structure.of(module) for module in model.modules()]
+        self._structure = [Structure.of(module) for module in model.modules()]
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
         for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
@@ -123,7 +123,7 @@ class _OnDisk(Mapping[str, torch.Tensor]):
 
 
 @dataclass(frozen=True)
-class _Structure:
+class Structure:
     """What hangs on one module."""
 
     module: torch.nn.Module
@@ -133,7 +133,7 @@ class _Structure:
     modules: dict[str, Any]
 
     @classmethod
-    def of(cls, module: torch.nn.Module) -> _Structure:
+    def of(cls, module: torch.nn.Module) -> Structure:
         return cls(module, module.training, {**module._parameters}, {**module._buffers}, {**module._modules})
 
     def restore(self) -> None:

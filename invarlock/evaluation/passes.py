@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -66,6 +66,7 @@ def measure(
     reference: TokenRecord | None = None,
     calls: int = 0,
     on_progress: Shown | None = None,
+    taps_off: Callable[[], object] = lambda: None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
 
@@ -78,6 +79,7 @@ def measure(
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
     :param calls: run the model at least so often on final windows, the last batch again and unscored if need be:
         processes that a model's weights are spread over have to run it together.
+    :param taps_off: called when no tap looks on any more, before the final windows where they come later.
     :raises PluginError: the model's output has no logits, or a tap names no module of the model.
     :raises ValueError: the reference is of other windows.
     """
@@ -85,6 +87,7 @@ def measure(
     with evaluating(model):
         if is_streamed(model):
             scores = [_together(model, preview, final, task, taps, watch, on_progress)]
+            taps_off()
         else:
             batches = _Batches(model, len(preview) + len(final), on_progress)
             with ExitStack() as stack:
@@ -92,6 +95,7 @@ def measure(
                     stack.enter_context(attached(model, wanted))
                 for batch in batches.of(preview):
                     _logits(model, batch)
+            taps_off()
             scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
             for _ in range(calls - len(scores)):
                 _logits(model, final[-1:])

@@ -38,10 +38,11 @@ class Rows:
 
         def cut(tensor: Tensor) -> Tensor:
             size = tensor.shape[0] if tensor.ndim else 0
+            # Copies: a view would reach the windows that decide.
             if size == self.of:
-                return tensor[: self.first]
+                return tensor[: self.first].clone()
             # Experts take all tokens of all windows in one row.
-            return tensor[: self.first * self.length] if size == self.of * self.length else tensor
+            return tensor[: self.first * self.length].clone() if size == self.of * self.length else tensor
 
         return tree_map_only(Tensor, cut, value)
 

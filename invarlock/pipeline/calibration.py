@@ -15,6 +15,7 @@ class Calibration:
     """Batches of ``input_ids`` and ``attention_mask``, to be read at will."""
 
     windows: Windows | None
+    """Copies: nothing that a guard does to them reaches the windows that are measured."""
     batch_size: int = 8
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from invarlock.core.errors import UsageError, one_line
 from invarlock.core.model_state import ModelState
 from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action, Finding
-from invarlock.core.snapshots import Fingerprint, Snapshot, named_tensors
+from invarlock.core.snapshots import Fingerprint, Snapshot, Structure, named_tensors
 from invarlock.evaluation.models import task_of
 from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
@@ -119,7 +120,7 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     weights: Mapping[str, torch.Tensor]
     undo: Undo
     if streaming:
-        weights, undo = streaming, lambda: [*state.undo(), *streaming.undo(model)]
+        weights, undo = MappingProxyType(streaming), lambda: [*state.undo(), *streaming.undo(model)]
     else:
         with judge.clock.stage("snapshot"):
             snapshot = Snapshot(model)
@@ -176,9 +177,11 @@ def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> Undo:
     if streaming:
         state = ModelState.of(model)
         return lambda: [*state.undo(), *streaming.undo(model)]
-    loaded = Loaded.of(model, judge.clock)
+    loaded, structures = Loaded.of(model, judge.clock), [Structure.of(module) for module in model.modules()]
 
     def read_again() -> None:
+        for structure in structures:
+            structure.restore()
         fresh, _ = judge.load(subject)
         kept = dict(named_tensors(fresh))
         for name, tensor in named_tensors(model):

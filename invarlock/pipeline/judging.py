@@ -175,6 +175,8 @@ class Judge:
 
         :raises PluginError: a plugin changed it after the last guard had been asked.
         """
+        if faults := self.plugins.faults.take():
+            raise PluginError("; ".join(f"{fault.source}: {fault.message}" for fault in faults))
         if changed := self._whole_undo(undo)():
             who = ", ".join(self.plugins.that_saw_the_end()) or "a plugin that kept it"
             raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
@@ -195,7 +197,10 @@ class Judge:
         return all(prepared.ready for prepared in self.prepared)
 
     def _prepare(self, place: int, model: torch.nn.Module, undo: Undo) -> PrepareResult:
-        calib, observed = Calibration(self.windows[0] if self.windows else None), self.baseline_observed[place]
+        calib, observed = (
+            Calibration(copy.deepcopy(self.windows[0]) if self.windows else None),
+            self.baseline_observed[place],
+        )
         with self.clock.guard(place, self.slots[place].name):
             prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
         if observed.message:
@@ -280,7 +285,9 @@ class Judge:
         slot, baseline = self.slots[place], self.baseline_observed[place]
         observations = {"baseline": baseline.results(), "edited": edited.results()}
         # Copies: what one guard changes of them is nothing that the next one may see.
-        own = {**context, "edit": copy.deepcopy(context["edit"]), "observations": observations}
+        shared = ("baseline_weights",)
+        own = {name: value if name in shared else copy.deepcopy(value) for name, value in context.items()}
+        own["observations"] = observations
         with self.clock.guard(place, slot.name):
             result = self.plugins.validate(slot, model, self.adapter, own)
         if failed := next((observation for observation in (baseline, edited) if observation.message), None):
@@ -342,11 +349,11 @@ class Judge:
                 taps=[observation.taps for observation in observations],
                 reference=reference,
                 calls=calls,
+                taps_off=partial(self._check_taps, observations, stage, undo, state),
                 on_progress=shown if self.sharding is Sharding.TENSOR else self.ranks.summed(shown),
             )
             self.record = measured.record or self.record
             parts = self.ranks.gather(dataclasses.replace(measured, record=None))
-        self._check_taps(observations, stage, undo, state)
         # Under tensor parallelism all processes have measured the same.
         return observations, PassResult.joined(parts[:1] if self.sharding is Sharding.TENSOR else parts)
 

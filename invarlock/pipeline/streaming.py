@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class _StreamedRun:
             attempts.append(announced(self.judge, self._attempt(number, plan)))
             if attempts[-1].verdict.action is not Action.ROLLBACK:
                 break
-            self.streaming.edit = None
+            self.streaming.put(None)
         return attempts
 
     def report(self, attempts: Sequence[Attempt]) -> RunResult:
@@ -133,7 +134,7 @@ class _StreamedRun:
         judge, last = self.judge, attempts[-1]
         accepted = last.verdict.accepted
         if not accepted:
-            self.streaming.edit = None
+            self.streaming.put(None)
         plan = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
         facts = ModelFacts(
             before=self.streaming.checkpoint.fingerprint(),
@@ -171,7 +172,7 @@ class _StreamedRun:
                 self.shards = self._open_shards(plan)
             with showing(judge.ranks.summed(shown)):
                 modules = self._round_all(plan.scheme)
-        self.streaming.edit = self._edit(plan.scheme)
+        self.streaming.put(self._edit(plan.scheme))
         edit = {
             "name": judge.config.edit.name,
             "plan": dataclasses.asdict(plan),
@@ -184,7 +185,7 @@ class _StreamedRun:
             number=number,
             bitwidth=plan.scheme.bitwidth,
             modules=modules,
-            baseline_weights=self.streaming,
+            baseline_weights=MappingProxyType(self.streaming),
         )
 
     def _open_shards(self, plan: Plan) -> ShardedOutput:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from invarlock.core.errors import PluginError, UsageError, one_line
-from invarlock.core.model_state import tokenizer_digest
+from invarlock.core.model_state import ModelState, tokenizer_digest
 from invarlock.plugins.manager import Adapter
 
 log = logging.getLogger("invarlock")
@@ -25,18 +25,21 @@ class LoadedTokenizer:
         self.live: Any = self._load()
         """None where there is none."""
         self._digest = self._digest_now()
+        self._methods = ModelState.of_methods("tokenizer", self.live)
 
     def undo(self) -> list[str]:
         """Load the tokenizer again if it was changed, and name it.
 
         :raises PluginError: it is not the same one again.
         """
+        replaced = self._methods.undo()
         if self._digest_now() == self._digest:
-            return []
+            return replaced
         self.live = self._load()
         if self._digest_now() != self._digest:
             raise PluginError(f"adapter {self._adapter.name}: the tokenizer was changed, and loads as another one now")
-        return ["the tokenizer"]
+        self._methods = ModelState.of_methods("tokenizer", self.live)
+        return ["the tokenizer", *replaced]
 
     def _digest_now(self) -> str:
         return "" if self.live is None else tokenizer_digest(self.live)
@@ -49,7 +52,7 @@ class LoadedTokenizer:
                 raise
             log.warning("%s; going on without it", one_line(error))
             return None
-        if not callable(tokenizer):
+        if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
             found = type(tokenizer).__name__
             raise PluginError(f"adapter {self._adapter.name}: load_tokenizer returned {found}, not a tokenizer")
         return tokenizer

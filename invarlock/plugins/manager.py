@@ -39,11 +39,8 @@ class GuardSlot:
     plugin: Plugin
     instance: Any
     policy: Mapping[str, Any]
-
-    @property
-    def shares_work(self) -> bool:
-        """Whether all processes of a run ask it (``Guard.shares_work``)."""
-        return bool(getattr(self.instance, "shares_work", False))
+    shares_work: bool
+    """Whether all processes of a run ask it (``Guard.shares_work``)."""
 
 
 class PluginManager:
@@ -228,13 +225,14 @@ class PluginManager:
             with self._answering(plugin.label, "registration", plugin.file):
                 instance = construct(plugin, policy)
                 self._admit(instance, f"{plugin.label} at guards.order.{place}")
-            slots.append(GuardSlot(name, plugin, instance, policy))
+                shares_work = bool(getattr(instance, "shares_work", False))
+            slots.append(GuardSlot(name, plugin, instance, policy, shares_work))
         return slots
 
     def watches(self, slot: GuardSlot) -> bool:
         """Whether a guard, or a wrapper around it, has an ``observe`` of its own."""
         implementations = self._only("invarlock_observe", slot.instance).get_hookimpls()
-        default = getattr(type(slot.instance), "observe", None) is Guard.observe
+        default = getattr(getattr(slot.instance, "observe", None), "__func__", None) is Guard.observe
         return any(implementation.plugin is not slot.instance or not default for implementation in implementations)
 
     def observe(self, slot: GuardSlot, model: Any, adapter: Adapter) -> Observation:
@@ -242,7 +240,9 @@ class PluginManager:
         observation = Observation()
         try:
             with self._turn(slot.plugin.label):
-                wanted = hook(model=model, adapter=adapter, policy=copy.deepcopy(slot.policy), guard=slot.name)
+                wanted = hook(
+                    model=model, adapter=copy.copy(adapter), policy=copy.deepcopy(slot.policy), guard=slot.name
+                )
                 observation.wanted = taps_of(wanted)
             unknown = observation.wanted.keys() - dict(model.named_modules()).keys()
             if unknown:
@@ -257,7 +257,7 @@ class PluginManager:
         try:
             with self._turn(slot.plugin.label):
                 policy = copy.deepcopy(slot.policy)
-                returned = hook(model=model, adapter=adapter, calib=calib, policy=policy, guard=slot.name)
+                returned = hook(model=model, adapter=copy.copy(adapter), calib=calib, policy=policy, guard=slot.name)
                 return PrepareResult.from_plugin(returned)
         except Exception as error:
             return PrepareResult.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
@@ -267,7 +267,7 @@ class PluginManager:
         try:
             with self._turn(slot.plugin.label):
                 own = {**context, "policy": copy.deepcopy(slot.policy)}
-                returned = hook(model=model, adapter=adapter, context=own, guard=slot.name)
+                returned = hook(model=model, adapter=copy.copy(adapter), context=own, guard=slot.name)
                 return GuardResult.from_plugin(slot.name, returned)
         except Exception as error:
             return GuardResult.failed(slot.name, located(error, slot.plugin.file), traceback.format_exc())
@@ -342,7 +342,7 @@ class _DefaultAdapter(ModelAdapter):
 
 
 class Adapter:
-    """The adapter that loaded a model, as guards and the pipeline see it, whatever its form.
+    """The adapter that loaded a model, as guards and the pipeline see it, whatever its form; each guard has a copy.
 
     Attributes beyond the methods of ``ModelAdapter`` are those of the plugin itself.
     """
