@@ -537,3 +537,12 @@ def test_an_exception_that_cannot_be_printed_is_the_guards_error(judged) -> None
     done = judged(hostile + guard(validate="raise Odd()"))
     assert done.code == 3
     assert "Odd: its message raises SystemExit" in read_report(Path("out"))["guards"][1]["message"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.float64)", "torch.set_grad_enabled(False)"],
+)  # fmt: skip
+def test_settings_of_the_process_do_not_outlast_a_turn(judged, setting: str) -> None:
+    for_the_first = guard(validate=f"{setting}; return {OK}")
+    assert judged(for_the_first).code == 0

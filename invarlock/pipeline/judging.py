@@ -36,6 +36,7 @@ from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.clock import Clock, Progress
 from invarlock.pipeline.inputs import Inputs
 from invarlock.pipeline.keeping import some
+from invarlock.pipeline.settings import settings_kept
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
 from invarlock.plugins.observation import Observation
@@ -201,7 +202,7 @@ class Judge:
             Calibration(copy.deepcopy(self.windows[0]) if self.windows else None),
             self.baseline_observed[place],
         )
-        with self.clock.guard(place, self.slots[place].name):
+        with settings_kept(), self.clock.guard(place, self.slots[place].name):
             prepared = self.plugins.prepare(self.slots[place], model, self.adapter, calib)
         if observed.message:
             prepared = PrepareResult.failed(observed.message, observed.trace)
@@ -288,7 +289,7 @@ class Judge:
         shared = ("baseline_weights",)
         own = {name: value if name in shared else copy.deepcopy(value) for name, value in context.items()}
         own["observations"] = observations
-        with self.clock.guard(place, slot.name):
+        with settings_kept(), self.clock.guard(place, slot.name):
             result = self.plugins.validate(slot, model, self.adapter, own)
         if failed := next((observation for observation in (baseline, edited) if observation.message), None):
             result = GuardResult.failed(slot.name, failed.message or "", failed.trace)
@@ -359,7 +360,8 @@ class Judge:
 
     def _observe(self, slot: GuardSlot, model: torch.nn.Module, undo: Undo) -> Observation:
         """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
-        observation = self.plugins.observe(slot, self._shown(model), self.adapter)
+        with settings_kept():
+            observation = self.plugins.observe(slot, self._shown(model), self.adapter)
         if self.plugins.watches(slot) and (changed := undo()):
             observation.fail("observe", PluginError(changed_message(changed)))
             observation.wanted = {}
