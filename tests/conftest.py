@@ -32,8 +32,10 @@ def _isolated(invarlocker: Invarlocker, monkeypatch: pytest.MonkeyPatch) -> None
     """Every test has a working folder of its own, and neither settings nor plugins of the person who runs it."""
     installed = metadata.entry_points
 
-    def ours(**parameters: Any) -> metadata.EntryPoints:
-        return metadata.EntryPoints(entry for entry in installed(**parameters) if _is_ours(entry, invarlocker))
+    def ours(**parameters: Any) -> Any:
+        found = installed(**parameters)
+        # Without a group Python 3.11 gives a dict of all groups, which other libraries ask for.
+        return metadata.EntryPoints(entry for entry in found if _is_ours(entry, invarlocker)) if parameters else found
 
     monkeypatch.setattr(metadata, "entry_points", ours)
 

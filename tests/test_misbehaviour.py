@@ -15,7 +15,7 @@ from conftest import DEMO, read_report
 from invarlock.testing import check_guard
 
 OK = "{'passed': True, 'action': 'continue', 'message': 'fine'}"
-ESCAPES = ("SystemExit(0)", "SystemExit(1)", "GeneratorExit()", "type('Odd', (BaseException,), {})()")
+ESCAPES = ("SystemExit(0)", "type('Odd', (BaseException,), {})()")
 
 
 def guard(**bodies: str) -> str:
@@ -261,8 +261,15 @@ def test_what_a_guard_changes_in_its_turn_is_undone_and_named(judged, hook: str,
     assert "model" not in saved()
 
 
-@pytest.mark.parametrize("hook", ["attempt_finished", "run_finished", "report_sections"])
-@pytest.mark.parametrize("what", ["a hook on a module", "the generation configuration", "a weight", "the tokenizer"])
+@pytest.mark.parametrize(
+    ("hook", "what"),
+    [
+        ("attempt_finished", "a weight"),
+        ("report_sections", "a hook on a module"),
+        ("run_finished", "the tokenizer"),
+        ("run_finished", "the generation configuration"),
+    ],
+)
 def test_a_change_after_the_last_turn_is_exit_3_and_nothing_is_saved(judged, hook: str, what: str) -> None:
     late = guard(validate=f"global model_; model_ = model; return {OK}", **{hook: f"model = model_; {MEDDLING[what]}"})
     done = judged(late)

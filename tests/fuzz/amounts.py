@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-SHARE = 100
+SHARE = 250
 
 
 def examples(whole: int) -> int:
