@@ -104,7 +104,7 @@ class ShardedOutput:
         return file in done and path.is_file() and not path.is_symlink() and path.stat().st_size == done[file]["size"]
 
     def _kept(self) -> dict[str, dict[str, Any]]:
-        """What the journals say is whole, if all can be read and are of this identity."""
+        """Shards that the journals list as whole, if all can be read and are of this identity."""
         try:
             journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.journals.glob("[0-9]*.json")]
             if any(journal["identity"] != self.identity for journal in journals):

@@ -36,7 +36,7 @@ def check_folder(folder: Path) -> None:
         # Transformers goes on without it, and then generates with other settings.
         read_json(folder / GENERATION)
     if not (folder / "config.json").is_file():
-        raise _refused(folder, "there is no config.json: it is no checkpoint of transformers")
+        raise _refused(folder, "there is no config.json: not a transformers checkpoint")
     if any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)

@@ -1,4 +1,4 @@
-"""What is whole takes the place of what was there before: all of it or nothing, whenever the process is killed.
+"""A whole output takes the place of an earlier one: all of it or nothing, whenever the process is killed.
 
 The new files are put into a staging folder beside the old ones. Then the old ones are moved there, into ``aside``. Once
 all are, it is renamed to ``old``, and the new ones are moved out. Once all are, it is renamed to ``gone``. So the name
@@ -24,7 +24,7 @@ def new_staging(folder: Path) -> Path:
 
 
 def stagings(folder: Path) -> list[Path]:
-    """What this process or one that was killed has staged."""
+    """Staging folders of this process, or of one that was killed."""
     return list(folder.glob(f"{PREFIX}*.partial"))
 
 

@@ -80,7 +80,7 @@ def write_text(target: Path, text: str) -> None:
     :raises OSError: also where something other than a file is in its place: a link, a folder, a pipe, a device.
     """
     if is_there(target) and not stat.S_ISREG(target.lstat().st_mode):
-        raise FileExistsError("what is there is no plain file")
+        raise FileExistsError("it is not a regular file")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".invarlock.", suffix=".partial", dir=target.parent)
     staged = Path(name)
@@ -213,7 +213,7 @@ class OutputFolder:
 
     @property
     def kept(self) -> str:
-        """What there is of the run's output by now."""
+        """Description of the run's output as it is by now."""
         if self.saved:
             what = "the report and the model" if is_there(self.path / "model") else "the report"
             return f"{what} had been saved to {self.path}"

@@ -66,7 +66,7 @@ def taken() -> Iterator[None]:
 
 
 def watch(output: OutputFolder) -> None:
-    """What the command writes to, for what is said and done when it is interrupted."""
+    """Register the folder that the command writes to, to be reported and cleaned up when it is interrupted."""
     global _output
     _output = output
 

@@ -42,7 +42,7 @@ class InvarlockError(Exception):
 
 
 class UsageError(InvarlockError):
-    """The user can mend it: a wrong option, key, name, file."""
+    """The user can fix it: a wrong option, key, name, file."""
 
     exit_code = ExitCode.USAGE
 
@@ -79,7 +79,7 @@ def contained() -> Iterator[None]:
 
 
 def as_raised(error: BaseException) -> BaseException:
-    """What foreign code raised, where ``contained`` put an error in its place."""
+    """Exception that foreign code raised, where ``contained`` put an error in its place."""
     return error.__cause__ if isinstance(error, EscapedError) and error.__cause__ else error
 
 

@@ -1,4 +1,4 @@
-"""What a server reads of a model besides its weights: hooks, attributes, configurations, modes; and the tokenizer.
+"""State that a server reads of a model besides its weights: hooks, attributes, configurations, modes, tokenizer.
 
 Weights are the matter of ``invarlock.core.snapshots``. Here a copy is kept, live objects are held against it, and what
 differs is named and put back.
@@ -27,7 +27,7 @@ LIBRARY = ("torch.nn.functional", module_globals.__name__)
 LEFT_BEHIND = frozenset(
     {"_is_full_backward_hook", "_previous_max_cache_length", "_require_grads_hooks", "_is_torch_compile"}
 )
-"""What calls of torch and transformers leave on a module that computes and saves the same."""
+"""Attributes that calls of torch and transformers leave on a module, which computes and saves the same."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class _Namespace:
     """Whether an attribute is looked after."""
     kind: type
     volatile: set[str] = field(default_factory=set)
-    """What the model's own code changes while it runs."""
+    """Attributes that the model's own code changes while it runs."""
 
     @classmethod
     def of(cls, name: str, owner: Any, counted: Callable[[str, Any], bool] | None = None) -> _Namespace:

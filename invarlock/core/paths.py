@@ -21,7 +21,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What would keep a reader waiting, or has no end."""
+"""Kinds of files that would keep a reader waiting, or have no end."""
 
 
 class PathError(ValueError):

@@ -55,7 +55,7 @@ TRACE = 20_000
 
 
 class Unreadable(ValueError):
-    """What a plugin returned is not what it has to be: one line that says what is wrong with it."""
+    """A plugin returned something unusable; the message is one line that names the fault."""
 
 
 class Reader:
@@ -72,7 +72,7 @@ class Reader:
 
     @property
     def cut(self) -> str:
-        """What was cut, in one line; empty where nothing was."""
+        """Cuts that were made, in one line; empty where there are none."""
         more = len(self._cuts) - TOLD
         return "; ".join(self._cuts[:TOLD]) + (f"; and {more:,} more cuts" if more > 0 else "")
 

@@ -114,7 +114,7 @@ class GuardResult:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a guard's ``prepare`` returned, or how it failed."""
+    """Result of a guard's ``prepare``, or how it failed."""
 
     returned: Mapping[str, Any] = field(default_factory=dict)
     message: str | None = None
@@ -249,7 +249,7 @@ def _part(returned: Mapping[Any, Any], key: str, limits: Limits, kind: type) -> 
 
 
 def _reason(hook: str, error: BaseException) -> str:
-    """What is wrong with a result that could not be read."""
+    """Fault of a result that could not be read."""
     if isinstance(error, Unreadable):
         return str(error)
     return f"the result of {hook} raises {kind_name(as_raised(error), article=False)} when it is read"

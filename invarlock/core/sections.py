@@ -75,7 +75,7 @@ class ReportSection:
 
 
 def extra_from_plugin(returned: object) -> dict[str, Any]:
-    """What a plugin adds below ``extra`` of a report; None adds nothing.
+    """Additions of a plugin below ``extra`` of a report; None adds nothing.
 
     :raises ValueError: with what is wrong in it.
     """

@@ -172,7 +172,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
 
 
 def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> Undo:
-    """What undoes a guard's changes of the subject: its files are there to be read again."""
+    """Function that undoes a guard's changes of the subject: its files are there to be read again."""
     streaming = streaming_of(model)
     if streaming:
         state = ModelState.of(model)

@@ -161,7 +161,7 @@ class Judge:
         self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass", undo, state=state)
 
     def _whole_undo(self, undo: Undo) -> Undo:
-        """What undoes a guard's changes of all that guards can reach: the model as they see it, and the tokenizer."""
+        """Function that undoes changes of all that guards can reach: the model as they see it, and the tokenizer."""
 
         def undo_all() -> list[str]:
             of_tokenizer = self._tokenizer.undo() if self._tokenizer else []

@@ -18,7 +18,7 @@ from invarlock.plugins.manager import Adapter
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model was right after it had been loaded, and how to tell whether it still is."""
+    """A model as it was right after loading, and how to tell whether it still is."""
 
     model: torch.nn.Module
     fingerprint: Fingerprint

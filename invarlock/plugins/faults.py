@@ -26,7 +26,7 @@ _ENDED = object()
 
 @dataclass
 class Faults:
-    """What such plugins did wrong, until the verdict, or whoever called a hook, takes note of it."""
+    """Faults of such plugins, kept until the verdict, or whoever called a hook, takes them."""
 
     _found: list[Finding] = field(default_factory=list)
 
@@ -76,7 +76,7 @@ class Faults:
 
 
 def _concluded(running: Generator[None, Any, Any], result: Any, fault: Fault) -> Any:
-    """What the wrapper makes of a result; the result itself where it makes a mistake."""
+    """Result that the wrapper returns; the one that it was given where it makes a mistake."""
     try:
         with contained():
             running.send(result)
@@ -93,7 +93,7 @@ def _concluded(running: Generator[None, Any, Any], result: Any, fault: Fault) ->
 
 
 def _recovered(running: Generator[None, Any, Any], error: BaseException, fault: Fault) -> Any:
-    """What the wrapper makes of an exception of the hook that it wraps: a result, or the same exception.
+    """Result that the wrapper returns after an exception of the hook that it wraps.
 
     :raises BaseException: the exception, where the wrapper passes it on or makes a mistake.
     """

@@ -281,7 +281,7 @@ class PluginManager:
                 hook(attempt=attempt, report=copy.deepcopy(report))
 
     def run_finished(self, report: dict[str, Any]) -> dict[str, Any]:
-        """What plugins have to add to a report below ``extra``.
+        """Additions of all plugins to a report, below ``extra``.
 
         :raises PluginError: one of them failed.
         """

@@ -1,4 +1,4 @@
-"""What a guard keeps of a model: copies are its own, live weights are the edited model's after the edit."""
+"""Tensors that a guard keeps of a model: copies are its own, live weights are the edited model's after the edit."""
 
 from __future__ import annotations
 
