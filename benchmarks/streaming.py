@@ -88,7 +88,7 @@ def enter(cgroup: Path | None) -> None:
 
 
 def config(args: argparse.Namespace, model: Path) -> Path:
-    path = args.folder / "config.yaml"
+    path: Path = args.folder / "config.yaml"
     dataset = {"provider": "demo", "seq_len": 128, "preview_n": 2, "final_n": args.windows} if args.windows else {}
     plan = {"bitwidth": 8, "scope": "all"}
     sections = {"model": {"id": str(model), "device": "cpu"}, "dataset": dataset, "edit": {"plan": plan},

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from broken_checkpoints import BROKEN
+from broken_checkpoints import BROKEN, edit_json
 from conftest import DEMO
 
 SMALL = {"provider": "demo", "seq_len": 16, "preview_n": 1, "final_n": 2}
@@ -223,3 +223,11 @@ def test_a_model_in_the_cache_of_a_hub_is_found_and_streamed(tmp_path: Path, con
         if arguments == ["doctor"]:
             assert f"in the cache, {repository}" in done.stdout
             assert "GiB of weights" in done.stdout
+
+
+def test_a_special_token_that_has_no_id_is_part_of_no_window(invarlock, config) -> None:
+    shutil.copytree(DEMO / "checkpoint", "checkpoint")
+    edit_json(Path("checkpoint/tokenizer_config.json"), eos_token="")
+    path = config(model={"id": "checkpoint"}, dataset={"provider": "demo", "seq_len": 16, "preview_n": 1, "final_n": 2})
+    for command in ("doctor", "run"):
+        assert invarlock(command, "-c", path).code == 0

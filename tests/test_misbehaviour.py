@@ -553,3 +553,30 @@ def test_an_exception_that_cannot_be_printed_is_the_guards_error(judged) -> None
 def test_settings_of_the_process_do_not_outlast_a_turn(judged, setting: str) -> None:
     for_the_first = guard(validate=f"{setting}; return {OK}")
     assert judged(for_the_first).code == 0
+
+
+TAPPING = "class Tap:\n def __call__(self, module, *given): pass\n def result(self): pass\n" + guard(
+    observe="return {'lm_head': Tap()}"
+)
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "run --stream", "compare --baseline checkpoint --subject checkpoint"], ids=lambda line: line[:12]
+)
+@pytest.mark.parametrize("order", [["odd"], ["invariants", "reconstruction"]], ids=" ".join)
+def test_positions_that_a_model_scales_as_it_runs_accuse_nobody(
+    invarlock, module, config, command: str, order: list[str]
+) -> None:
+    shutil.copytree(DEMO / "checkpoint", "checkpoint")
+    described = json.loads(Path("checkpoint/config.json").read_text())
+    half = described["hidden_size"] // described["num_attention_heads"] // 2
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * half, "long_factor": [1.5] * half}
+    described |= {"max_position_embeddings": 128, "rope_parameters": rope}
+    Path("checkpoint/config.json").write_text(json.dumps(described))
+    module("odd", TAPPING)
+    dataset = {"provider": "demo", "seq_len": 64, "preview_n": 1, "final_n": 2}
+    path = config(model={"id": "checkpoint", "device": "cpu"}, dataset=dataset, guards={"order": order})
+    done = invarlock(*command.split(), "-c", path, "-p", "odd", "--out", "out")
+    assert done.code in (0, 1), done.err
+    assert all(found["error"] is None for found in read_report(Path("out"))["guards"])

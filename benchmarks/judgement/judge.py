@@ -30,7 +30,7 @@ from invarlock.evaluation.passes import measure
 from invarlock.evaluation.windows import make_windows
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.judging import Judge
-from invarlock.pipeline.keeping import Keeper
+from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -103,8 +103,9 @@ class Bench:
 
     @classmethod
     def of(cls, args: argparse.Namespace, *, untied: bool) -> Bench:
-        model = None
-        judges, keeper, label = {}, None, None
+        model: Any = None
+        judges: dict[str, Judge] = {}
+        label = None
         for mode in MODES:
             config = _config(args, mode)
             plugins = PluginManager.load(Selection())
@@ -113,7 +114,7 @@ class Bench:
                 model, adapter = judge.load(config.model.id)
                 if untied and model.lm_head.weight is model.model.embed_tokens.weight:
                     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-                keeper = Keeper.of(model, adapter, judge.clock)
+                snapshot = Keeper.of(Loaded.of(model, judge.clock), adapter).snapshot
             judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if mode == "weights only" else None)
             if mode == "weights only":
                 judge.windows = None
@@ -124,7 +125,7 @@ class Bench:
             judges[mode] = judge
             if label is None:
                 _, label = make_windows(_label_dataset(args), model, judge.tokenizer, task="causal")
-        return cls(model, judges, keeper.snapshot, label)
+        return cls(model, judges, snapshot, label)
 
     def perplexity(self) -> float:
         return measure(self.model, self.label[:1], self.label, task="causal").perplexity
@@ -161,15 +162,16 @@ def _config(args: argparse.Namespace, mode: str) -> RunConfig:
     )
 
 
-def _sizes(args: argparse.Namespace) -> dict[str, int]:
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
     return {"seq_len": args.seq_len, "preview_n": args.preview, "final_n": args.final}
 
 
 def _text_dataset(args: argparse.Namespace, path: str | None, seed: int) -> DatasetConfig:
     if path is None:
         return DatasetConfig(provider="demo", **_sizes(args), seed=seed)
-    provider = "local_jsonl" if path.endswith(".jsonl") else "local_text"
-    return DatasetConfig(provider=provider, path=path, **_sizes(args), seed=seed)
+    if path.endswith(".jsonl"):
+        return DatasetConfig(provider="local_jsonl", path=path, **_sizes(args), seed=seed)
+    return DatasetConfig(provider="local_text", path=path, **_sizes(args), seed=seed)
 
 
 def _label_dataset(args: argparse.Namespace) -> DatasetConfig:

@@ -75,7 +75,15 @@ class LazyWeights:
     """The lazy parameters and the real buffers of a model, by every name that it has for each."""
 
     def __init__(self, parameters: Mapping[str, LazyTensor], buffers: Mapping[str, Tensor]) -> None:
-        self.parameters, self.buffers = dict(parameters), buffers
+        self.parameters, self.buffers = dict(parameters), dict(buffers)
+
+    def settle(self, model: nn.Module) -> None:
+        """Let go of computed buffers that differ by now: the model's own code computes them anew while it runs."""
+        for path, module in model.named_modules(remove_duplicate=False):
+            for key in module._non_persistent_buffers_set:
+                name = f"{path}.{key}" if path else key
+                if name in self.buffers and not _same(module._buffers.get(key), self.buffers[name]):
+                    del self.buffers[name]
 
     def put_back(self, model: nn.Module) -> list[str]:
         """Give the model back every parameter and buffer that is not its own any more; returns their names."""
@@ -91,11 +99,14 @@ class LazyWeights:
         for name, kept in self.buffers.items():
             path, _, key = name.rpartition(".")
             buffers = model.get_submodule(path)._buffers
-            now = buffers.get(key)
-            if now is None or now.device != kept.device or now.dtype != kept.dtype or not torch.equal(now, kept):
+            if not _same(buffers.get(key), kept):
                 changed.append(name)
                 buffers[key] = kept.clone()
         return changed
+
+
+def _same(now: Tensor | None, kept: Tensor) -> bool:
+    return now is not None and now.device == kept.device and now.dtype == kept.dtype and torch.equal(now, kept)
 
 
 def tied(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:

@@ -93,6 +93,10 @@ class Streaming(Mapping[str, Tensor]):
             names.append("streaming.edit")
         return names
 
+    def settle(self, model: nn.Module) -> None:
+        """Take computed buffers that differ by now as the model's own doing: it ran, and nothing else did."""
+        self._weights.settle(model)
+
     def put(self, edit: Edit | None) -> None:
         """Let the model be edited so from now on, or the baseline again."""
         self.edit = self._in_force = edit

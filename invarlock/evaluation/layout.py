@@ -108,7 +108,7 @@ class Layout:
             length,
             prefix,
             suffix,
-            special=tuple(sorted(tokenizer.all_special_ids)) if tokenizer else (),
+            special=_special_of(tokenizer) if tokenizer else (),
             mask=_mask_of(tokenizer) if task == "masked" else None,
             start=_start_of(model) if task == "seq2seq" else None,
         )
@@ -171,6 +171,11 @@ def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
         if bare and whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])
     raise UsageError(f"model.id: the tokenizer does not keep the text {probe!r} whole between its special tokens")
+
+
+def _special_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    # A special token that the vocabulary lacks has no id, and no text has it.
+    return tuple(sorted(token for token in tokenizer.all_special_ids if token is not None))
 
 
 def _mask_of(tokenizer: Tokenizer | None) -> int:

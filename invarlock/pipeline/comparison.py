@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.streamed import streaming_of
+from invarlock.checkpoints.streamed import Streaming, streaming_of
 from invarlock.checkpoints.writing import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
@@ -31,7 +31,7 @@ from invarlock.evaluation.windows import unreadable
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Judge, Undo
+from invarlock.pipeline.judging import Judge, Settle, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
@@ -110,7 +110,6 @@ class _Baseline:
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
     model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
-    state = ModelState.of(model)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:
         judge.windows = None
@@ -119,14 +118,16 @@ def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline
     streaming = streaming_of(model)
     weights: Mapping[str, torch.Tensor]
     undo: Undo
+    settle: Settle
     if streaming:
-        weights, undo = MappingProxyType(streaming), lambda: [*state.undo(), *streaming.undo(model)]
+        weights = MappingProxyType(streaming)
+        undo, settle = _streamed_undo(model, streaming)
     else:
         with judge.clock.stage("snapshot"):
             snapshot = Snapshot(model)
-        weights = snapshot.parameters()
-        undo = Keeper(adapter, Loaded.of(model, judge.clock), snapshot).undo
-    judge.measure_baseline(model, undo, state)
+        weights, loaded = snapshot.parameters(), Loaded.of(model, judge.clock)
+        undo, settle = Keeper(adapter, loaded, snapshot).undo, loaded.settle
+    judge.measure_baseline(model, undo, settle)
     ready = judge.prepare(model, undo)
     vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
     return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
@@ -149,7 +150,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
 
 def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt, Undo]:
     model, adapter = load(judge, subject, on_disk=judge.windows is None)
-    undo = _subject_undo(judge, model, subject)
+    undo, settle = _subject_undo(judge, model, subject)
     changes = list(changed_weights(model, baseline.weights, judge.on_progress))
     findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
     if reason := unreadable_windows(judge, model):
@@ -164,6 +165,7 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
         model,
         edit,
         undo,
+        settle=settle,
         modules=changes,
         baseline_weights=baseline.weights,
         findings=findings,
@@ -171,12 +173,21 @@ def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[tor
     return model, attempt, undo
 
 
-def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> Undo:
-    """Function that undoes a guard's changes of the subject: its files are there to be read again."""
+def _streamed_undo(model: torch.nn.Module, streaming: Streaming) -> tuple[Undo, Settle]:
+    state = ModelState.of(model)
+
+    def settle() -> None:
+        state.settle()
+        streaming.settle(model)
+
+    return lambda: [*state.undo(), *streaming.undo(model)], settle
+
+
+def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> tuple[Undo, Settle]:
+    """Functions that undo a guard's changes of the subject, whose files can be read again, and spare its own."""
     streaming = streaming_of(model)
     if streaming:
-        state = ModelState.of(model)
-        return lambda: [*state.undo(), *streaming.undo(model)]
+        return _streamed_undo(model, streaming)
     loaded, structures = Loaded.of(model, judge.clock), [Structure.of(module) for module in model.modules()]
 
     def read_again() -> None:
@@ -187,7 +198,7 @@ def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> Undo:
         for name, tensor in named_tensors(model):
             tensor.data = kept[name].data
 
-    return partial(loaded.undo, read_again)
+    return partial(loaded.undo, read_again), loaded.settle
 
 
 def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:

@@ -48,6 +48,8 @@ Found = TypeVar("Found")
 
 Undo = Callable[[], list[str]]
 """Undoes what was changed of a model, and names it."""
+Settle = Callable[[], None]
+"""Takes note of what a model's own code has changed of it."""
 
 
 @dataclass
@@ -151,14 +153,14 @@ class Judge:
 
     # -- the baseline --------------------------------------------------------------------------------------------------
 
-    def measure_baseline(self, model: torch.nn.Module, undo: Undo = list, state: ModelState | None = None) -> None:
+    def measure_baseline(self, model: torch.nn.Module, undo: Undo = list, settle: Settle = lambda: None) -> None:
         """Run the baseline over the windows once.
 
         :param undo: called after each guard that asked for taps.
-        :param state: of the model, to take note of what its own code changes of it while it runs.
+        :param settle: called once the model alone has run.
         """
         self.record: TokenRecord | None = None
-        self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass", undo, state=state)
+        self.baseline_observed, self.baseline_pass = self._observed_pass(model, "baseline pass", undo, settle=settle)
 
     def _whole_undo(self, undo: Undo) -> Undo:
         """Function that undoes changes of all that guards can reach: the model as they see it, and the tokenizer."""
@@ -241,6 +243,7 @@ class Judge:
         edit: Mapping[str, Any],
         undo: Undo,
         *,
+        settle: Settle = lambda: None,
         number: int = 1,
         bitwidth: int | None = None,
         modules: Sequence[Any] = (),
@@ -251,10 +254,11 @@ class Judge:
 
         :param edit: what guards get to know of the edit.
         :param undo: called after each guard.
+        :param settle: called once the model alone has run.
         :param baseline_weights: the baseline's parameters by name, read from disk one at a time.
         :param findings: what was found besides.
         """
-        observed, edited_pass = self._observed_pass(model, "edited pass", undo, self.record)
+        observed, edited_pass = self._observed_pass(model, "edited pass", undo, self.record, settle)
         metric, divergence = self._compare(edited_pass)
         context = self._context(model, edit, metric, number) | {"baseline_weights": baseline_weights}
         shown, undo = self._shown(model), self._whole_undo(undo)
@@ -327,7 +331,7 @@ class Judge:
         stage: str,
         undo: Undo,
         reference: TokenRecord | None = None,
-        state: ModelState | None = None,
+        settle: Settle = lambda: None,
     ) -> tuple[list[Observation], PassResult | None]:
         """One forward pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
@@ -340,6 +344,11 @@ class Judge:
         if self.windows is None:
             return observations, None
         preview, final = self.windows
+        strangers = self._strangers_tapping(observations)
+        if strangers and self.sharding is None:
+            # What their taps change must not be taken for the model's own doing: it runs once without them.
+            measure(model, preview[:0], final[:1], task=self.task)
+            settle()
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
         with self.clock.stage(stage) as shown:
             measured = measure(
@@ -350,7 +359,7 @@ class Judge:
                 taps=[observation.taps for observation in observations],
                 reference=reference,
                 calls=calls,
-                taps_off=partial(self._check_taps, observations, stage, undo, state),
+                taps_off=partial(self._check_taps, strangers, stage, undo) if strangers else settle,
                 on_progress=shown if self.sharding is Sharding.TENSOR else self.ranks.summed(shown),
             )
             self.record = measured.record or self.record
@@ -367,18 +376,17 @@ class Judge:
             observation.wanted = {}
         return observation
 
-    def _check_taps(
-        self, observations: Sequence[Observation], stage: str, undo: Undo, state: ModelState | None
-    ) -> None:
+    def _strangers_tapping(self, observations: Sequence[Observation]) -> list[str]:
+        """Guards that are not built in and have asked for taps."""
+        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
+        return [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
+
+    def _check_taps(self, strangers: Sequence[str], stage: str, undo: Undo) -> None:
         """Make sure that no tap changed the model during a pass.
 
         :raises PluginError: one did; whose it is cannot be told.
         """
-        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
-        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-        if state is not None and not strangers:
-            state.settle()
-        if strangers and (changed := undo()):
+        if changed := undo():
             raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
 
     def _share_of(self, final: Windows, *, ahead: int, model: torch.nn.Module) -> tuple[slice, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,25 @@ class Loaded:
     fingerprint: Fingerprint
     state: ModelState
     clock: Clock
+    recomputed: set[str] = field(default_factory=set)
+    """Buffers that the model's own code computes anew while it runs."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, clock: Clock) -> Loaded:
         # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
         state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
         return cls(model, fingerprint_of(model, clock), state, clock)
+
+    def settle(self) -> None:
+        """Take what differs by now and is not stored as the model's own doing: it ran, and nothing else did."""
+        self.state.settle()
+        now, before = Fingerprint.of(self.model, only_computed=True), self.fingerprint
+        self.recomputed.update(name for name in now.computed if now.tensors[name] != before.tensors.get(name))
+
+    def differing(self, expected: Fingerprint | None = None) -> list[str]:
+        """Names of tensors that are no longer what was loaded, or ``expected``."""
+        differing = fingerprint_of(self.model, self.clock).changed_since(expected or self.fingerprint)
+        return [name for name in differing if name not in self.recomputed]
 
     def undo(self, bring_back: Callable[[], object], expected: Fingerprint | None = None) -> list[str]:
         """Names of what differs of the model; it is as it was afterwards.
@@ -38,7 +51,7 @@ class Loaded:
         :param expected: the weights, if not those that were loaded.
         """
         state = self.state.undo()
-        weights = fingerprint_of(self.model, self.clock).changed_since(expected or self.fingerprint)
+        weights = self.differing(expected)
         if weights:
             bring_back()
         return [*weights, *state]
@@ -80,7 +93,7 @@ class Keeper:
         with loaded.clock.stage("restore"):
             self.adapter.restore(loaded.model, self.snapshot)
         loaded.state.undo()
-        if check and (changed := fingerprint_of(loaded.model, loaded.clock).changed_since(self.fingerprint)):
+        if check and (changed := loaded.differing()):
             raise PluginError(
                 f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
             )

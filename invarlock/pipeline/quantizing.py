@@ -62,6 +62,7 @@ def _run(judge: Judge, output: OutputFolder | None) -> RunResult:
     if export is not None:
         export.check(model, targets, judge.tokenizer)
     judge.make_windows(model)
+    loaded.settle()
     keeper = Keeper.of(loaded, adapter)
     try:
         attempts, undo = _attempts(judge, model, keeper, plans, export)
@@ -89,7 +90,7 @@ def _attempts(
 
     :returns: the attempts, and what undoes later changes of the model as the last one left it.
     """
-    judge.measure_baseline(model, keeper.undo, keeper.loaded.state)
+    judge.measure_baseline(model, keeper.undo, keeper.loaded.settle)
     if not judge.prepare(model, keeper.undo):
         return [announced(judge, judge.not_ready())], keeper.undo
     attempts: list[Attempt] = []
@@ -130,7 +131,14 @@ def _attempt(
     }
     weights = keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None
     attempt = judge.judge(
-        model, edit, undo, number=number, bitwidth=plan.scheme.bitwidth, modules=modules, baseline_weights=weights
+        model,
+        edit,
+        undo,
+        settle=keeper.loaded.settle,
+        number=number,
+        bitwidth=plan.scheme.bitwidth,
+        modules=modules,
+        baseline_weights=weights,
     )
     return attempt, undo
 
@@ -140,7 +148,7 @@ def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, k
     facts = ModelFacts(
         before=keeper.fingerprint.digest,
         after=after.digest,
-        restored=None if last.verdict.accepted else after == keeper.fingerprint,
+        restored=None if last.verdict.accepted else after.digest == keeper.fingerprint.digest,
         streamed=False,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}),
     )

@@ -87,7 +87,7 @@ def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
         judge.windows = None
     streamed = _StreamedRun(judge, model, streaming, state, targets, output, export)
-    judge.measure_baseline(model, streamed.undo, state)
+    judge.measure_baseline(model, streamed.undo, streamed.settle)
     try:
         ready = judge.prepare(model, streamed.undo)
         return streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
@@ -119,6 +119,11 @@ class _StreamedRun:
     def undo(self) -> list[str]:
         """Undo what a guard changed of the model, and name it."""
         return [*self.state.undo(), *self.streaming.undo(self.model)]
+
+    def settle(self) -> None:
+        """Take note of what the model's own code has changed of it."""
+        self.state.settle()
+        self.streaming.settle(self.model)
 
     def attempts(self, plans: Sequence[Plan]) -> list[Attempt]:
         attempts: list[Attempt] = []
@@ -182,6 +187,7 @@ class _StreamedRun:
             self.model,
             edit,
             self.undo,
+            settle=self.settle,
             number=number,
             bitwidth=plan.scheme.bitwidth,
             modules=modules,

@@ -79,7 +79,7 @@ class Session:
         try:
             judge.begin(model, adapter)
             judge.windows = self.windows
-            judge.measure_baseline(model, keeper.undo, keeper.loaded.state)
+            judge.measure_baseline(model, keeper.undo, keeper.loaded.settle)
             if not judge.prepare(model, keeper.undo):
                 return judge.not_ready().results[0]
             described = _apply(edit, model, judge.config, keeper.snapshot)
