@@ -8,9 +8,9 @@ import json
 import torch
 from torch import nn
 
-from invarlock.core.snapshots import Fingerprint
-from invarlock.evaluation.models import evaluating
 from invarlock.evaluation.taps import attached
+from invarlock.models.facts import evaluating
+from invarlock.models.fingerprint import Fingerprint
 from invarlock.testing import architectures
 
 BUILDERS = architectures.ARCHITECTURES.values()

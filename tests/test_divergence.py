@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import invarlock
 from invarlock.core.plain import plain
 from invarlock.core.results import Action
+from invarlock.datasets.layout import Layout, Windows
+from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
 from invarlock.evaluation.divergence import DivergenceResult, Limits, compare_predictions
-from invarlock.evaluation.layout import Layout, Windows
 from invarlock.evaluation.metric import compare
-from invarlock.evaluation.models import Task
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import (
     KEPT,
@@ -35,7 +35,7 @@ from invarlock.evaluation.predictions import (
     coarse_divergence,
     likeliest,
 )
-from invarlock.evaluation.windows import make_windows
+from invarlock.models.facts import Task
 from invarlock.testing import architectures
 
 VOCABULARY = architectures.VOCABULARY
@@ -266,7 +266,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     record = passed(model, windows).record
     at_once = passed(edited, windows, reference=record).changes
     monkeypatch.setattr(passes, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
-    monkeypatch.setattr("invarlock.evaluation.models.BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
     in_pieces = passed(edited, windows, reference=record).changes
     assert at_once is not None and in_pieces is not None
     assert in_pieces.kl == pytest.approx(at_once.kl, abs=1e-6)

@@ -18,10 +18,10 @@ from huggingface_hub import ModelCard
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from invarlock.checkpoints import gguf_file
-from invarlock.checkpoints.digests import digests
-from invarlock.checkpoints.writing import OutputFolder
+from invarlock.checkpoints.checksums import digests
+from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.loading import load
+from invarlock.exporters import gguf
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -165,14 +165,14 @@ def splitting_as(name: str) -> tuple[Path, Any]:
     model.save_pretrained("checkpoint")
     tokenizer.save_pretrained("checkpoint")
     described = json.loads(Path("checkpoint/tokenizer.json").read_text())
-    steps = [{"trim_offsets": True} | step for step in gguf_file.SPLITTING[name]]
+    steps = [{"trim_offsets": True} | step for step in gguf.SPLITTING[name]]
     described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     described["model"]["ignore_merges"] = name == "llama-bpe"
     Path("checkpoint/tokenizer.json").write_text(json.dumps(described))
     return Path("checkpoint").absolute(), AutoTokenizer.from_pretrained("checkpoint")
 
 
-@pytest.mark.parametrize("splitting", gguf_file.SPLITTING)
+@pytest.mark.parametrize("splitting", gguf.SPLITTING)
 def test_llama_cpp_finds_the_tokens_and_the_logits(config, splitting: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     folder, tokenizer = splitting_as(splitting)

@@ -12,7 +12,7 @@ from conftest import DEMO, read_report
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from invarlock.core.snapshots import Snapshot
+from invarlock.models.snapshot import Snapshot
 from invarlock.quantization import Plan, Scheme, quantize_model
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard

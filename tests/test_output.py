@@ -17,9 +17,9 @@ from conftest import DEMO, read_report
 from forked import Forked, Forking
 
 from invarlock.checkpoints import swapping
+from invarlock.checkpoints.checksums import digests
 from invarlock.checkpoints.claiming import LOCK
-from invarlock.checkpoints.digests import digests
-from invarlock.checkpoints.writing import OURS, OutputFolder
+from invarlock.checkpoints.output_folder import OURS, OutputFolder
 from invarlock.core.errors import UsageError
 
 WHOLE = ["model", "report.html", "report.json"]
@@ -102,7 +102,7 @@ def test_the_claim_of_a_process_that_was_killed_means_nothing(invarlock, config,
 
 def test_a_child_that_outlives_its_process_does_not_hold_the_folder(tmp_path) -> None:
     program = (
-        "import os, time\nfrom pathlib import Path\nfrom invarlock.checkpoints.writing import OutputFolder\n"
+        "import os, time\nfrom pathlib import Path\nfrom invarlock.checkpoints.output_folder import OutputFolder\n"
         "with OutputFolder(Path('out')).claimed():\n"
         "    if os.fork() == 0:\n        Path('here').touch()\n        time.sleep(60)\n"
         "    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
@@ -138,7 +138,7 @@ def test_a_mistake_leaves_no_folder(invarlock, config) -> None:
 
 KILL = "lambda *given, **options: os.kill(os.getpid(), 9)"
 MOMENTS = {
-    "claimed": f"from invarlock.checkpoints import writing\nwriting.OutputFolder._sweep = {KILL}",
+    "claimed": f"from invarlock.checkpoints import output_folder\noutput_folder.OutputFolder._sweep = {KILL}",
     "fingerprinted": f"from invarlock.pipeline import keeping\nkeeping.fingerprint_of = {KILL}",
     "saved": f"from invarlock.pipeline import assembly\nassembly.digests = {KILL}",
     "drawn": f"from invarlock.pipeline import assembly\nassembly._write_page = {KILL}",
@@ -307,9 +307,9 @@ def test_a_signal_ends_a_run_with_its_status_and_nothing_left(paused, number, mo
 
 def test_an_interrupt_says_what_had_been_saved(forking, config) -> None:
     program = (
-        "import os\nfrom invarlock.checkpoints import writing\nswap = writing.swap\n"
+        "import os\nfrom invarlock.checkpoints import output_folder\nswap = output_folder.swap\n"
         "def swap_and_interrupt(*given):\n    swap(*given)\n    os.kill(os.getpid(), 15)\n    os.getpid()\n"
-        "writing.swap = swap_and_interrupt"
+        "output_folder.swap = swap_and_interrupt"
     )
     arguments = ("run", "-c", config(output={"save_model": True}, **FEW), "--out", "out", "-q")
     process = forking.start(*arguments, program=program)
@@ -417,7 +417,7 @@ def test_a_swap_is_undone_however_often(tmp_path) -> None:
 
 
 def test_a_journal_that_cannot_be_read_is_begun_anew(tmp_path) -> None:
-    from invarlock.checkpoints.sharding import ShardedOutput
+    from invarlock.checkpoints.shard_writer import ShardedOutput
 
     (tmp_path / ".model.journals").mkdir()
     for content in ("{", "[]", json.dumps({"identity": {}, "shards": []})):

@@ -32,13 +32,13 @@ from transformers import (
 import invarlock
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action
+from invarlock.datasets.layout import Layout, Windows
+from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
-from invarlock.evaluation.layout import Layout, Windows
 from invarlock.evaluation.metric import compare
-from invarlock.evaluation.models import Task
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.taps import attached
-from invarlock.evaluation.windows import make_windows
+from invarlock.models.facts import Task
 
 CHECKPOINT = Path(invarlock.__file__).parent / "demo" / "checkpoint"
 VOCABULARY = 97
@@ -150,7 +150,7 @@ def test_chunks_and_batches_change_no_loss(
 
     monkeypatch.setattr(passes, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
     monkeypatch.setattr(passes.functional, "log_softmax", spy)
-    monkeypatch.setattr("invarlock.evaluation.models.BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
     in_pieces = measure(model, *windows, task="causal")
     assert max(seen) == 7 * 4 * VOCABULARY
     assert in_pieces.losses == pytest.approx(at_once.losses, rel=1e-6)
@@ -211,7 +211,7 @@ def test_each_window_passes_once_preview_first(model: nn.Module, windows: tuple[
 def test_progress_counts_windows(
     model: nn.Module, windows: tuple[Windows, Windows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("invarlock.evaluation.models.BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
     heard: list[tuple[int, int]] = []
     measure(model, *windows, task="causal", on_progress=lambda done, total: heard.append((done, total)))
     assert heard == [(2, 8), (3, 8), (5, 8), (7, 8), (8, 8)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO
 
-from invarlock.checkpoints.writing import OutputFolder
+from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.loading import load
 from invarlock.core import progress
 from invarlock.pipeline import run, run_streamed
@@ -53,8 +53,8 @@ def test_every_stage_is_told_to_its_end(config, pipeline, monkeypatch) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
 def test_text_that_a_model_writes_is_counted_in_tokens(architecture) -> None:
-    from invarlock.evaluation.generated import write_text
-    from invarlock.evaluation.layout import Layout
+    from invarlock.datasets.generated import write_text
+    from invarlock.datasets.layout import Layout
     from invarlock.testing import tiny_model
 
     model = tiny_model(architecture)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from conftest import DEMO, read_report
 
-from invarlock.checkpoints.digests import digests
+from invarlock.checkpoints.checksums import digests
 from invarlock.core.errors import UsageError
-from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, GuardResult
+from invarlock.distributed.process_group import Ranks
 from invarlock.testing import architectures
 
 Finished = tuple[int, str, str]
@@ -81,7 +81,7 @@ def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp
 SHARING = """
 import os
 from invarlock import hookimpl
-from invarlock.core.sharing import each
+from invarlock.distributed.parallel_map import each
 
 shares_work = True
 

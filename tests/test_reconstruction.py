@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from invarlock.core.errors import UsageError
-from invarlock.core.snapshots import Fingerprint
 from invarlock.evaluation.taps import attached
+from invarlock.models.fingerprint import Fingerprint
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures

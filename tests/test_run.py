@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from invarlock.config.loading import load
 from invarlock.config.schema import GuardsConfig
-from invarlock.core.snapshots import Fingerprint
+from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager

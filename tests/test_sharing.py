@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from invarlock.core.progress import showing
-from invarlock.core.sharing import each
+from invarlock.distributed.parallel_map import each
 from invarlock.quantization import Plan, Scheme, quantize_model
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from invarlock.core.snapshots import Fingerprint, Snapshot
+from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.snapshot import Snapshot
 from invarlock.testing import architectures
 
 BUILDERS = architectures.ARCHITECTURES.values()

@@ -13,7 +13,7 @@ from conftest import DEMO
 from torch import nn
 
 from invarlock.core.errors import UsageError
-from invarlock.core.snapshots import Fingerprint
+from invarlock.models.fingerprint import Fingerprint
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.rtn import quantize_
 from invarlock.quantization.scheme import Plan, Scheme

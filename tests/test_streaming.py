@@ -22,11 +22,11 @@ from conftest import DEMO, read_report
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from invarlock.checkpoints.digests import digest_of, digests
-from invarlock.checkpoints.reading import Checkpoint
-from invarlock.checkpoints.sharding import ShardedOutput
+from invarlock.checkpoints.checksums import digest_of, digests
+from invarlock.checkpoints.reader import Checkpoint
+from invarlock.checkpoints.shard_writer import ShardedOutput
 from invarlock.core.errors import UsageError
-from invarlock.evaluation.layout import Windows
+from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import measure
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
@@ -328,9 +328,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
     path = saving(config, sharded, guards={"order": ["invariants"]})
     # Slow enough to be killed between two shards.
     program = (
-        "import sys, time\nfrom invarlock.checkpoints import sharding\nwrite = sharding.ShardedOutput.write\n"
+        "import sys, time\nfrom invarlock.checkpoints import shard_writer\nwrite = shard_writer.ShardedOutput.write\n"
         "def slowly(self, file, *rest):\n    print('writing', file, flush=True)\n    time.sleep(0.2)\n    write(self, file, *rest)\n"
-        "sharding.ShardedOutput.write = slowly\n"
+        "shard_writer.ShardedOutput.write = slowly\n"
         "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
 

@@ -17,7 +17,7 @@ from invarlock import hookimpl
 from invarlock.core.api import Guard
 from invarlock.core.errors import UsageError
 from invarlock.core.results import Action
-from invarlock.core.snapshots import Fingerprint
+from invarlock.models.fingerprint import Fingerprint
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.plugin import Kind
 from invarlock.testing import ARCHITECTURES, check_guard, checking, damage, edits, run_guard, tiny_model

@@ -36,11 +36,11 @@ from transformers import (
 
 import invarlock
 from invarlock.core.errors import PluginError, UsageError
-from invarlock.evaluation import models as traits
-from invarlock.evaluation.generated import write_text
-from invarlock.evaluation.layout import Layout, Windows, encode
-from invarlock.evaluation.models import Task
-from invarlock.evaluation.windows import PIECE, make_windows
+from invarlock.datasets.generated import write_text
+from invarlock.datasets.layout import Layout, Windows, encode
+from invarlock.datasets.windows import PIECE, make_windows
+from invarlock.models import facts as traits
+from invarlock.models.facts import Task
 
 DEMO = Path(invarlock.__file__).parent / "demo" / "text.jsonl"
 CHAPTERS = [json.loads(line)["text"] for line in DEMO.read_text().splitlines()]

@@ -25,9 +25,9 @@ from invarlock.cli.commands.run import demo_folder
 from invarlock.config.schema import DatasetConfig, EvalConfig, GuardsConfig, ModelConfig, RunConfig
 from invarlock.core.errors import ExitCode
 from invarlock.core.results import Action, fold
-from invarlock.core.snapshots import Snapshot
+from invarlock.datasets.windows import make_windows
 from invarlock.evaluation.passes import measure
-from invarlock.evaluation.windows import make_windows
+from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.keeping import Keeper, Loaded

@@ -18,8 +18,8 @@ from invarlock.core.errors import one_line
 from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
-    from invarlock.checkpoints.writing import OutputFolder
-    from invarlock.core.ranks import Ranks
+    from invarlock.checkpoints.output_folder import OutputFolder
+    from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
     Judging = Callable[[argparse.Namespace, Ranks], tuple[RunResult, Path]]
@@ -98,7 +98,7 @@ def new_folder(name: str) -> tuple[Path, list[Path]]:
     :raises UsageError: it cannot be made.
     """
     from invarlock.checkpoints.claiming import make_folder
-    from invarlock.checkpoints.writing import unwritable_said
+    from invarlock.checkpoints.output_folder import unwritable_said
 
     runs, stem = Path("runs"), f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     numbered = (runs / f"{stem}-{number}" for number in itertools.count(2))
@@ -116,7 +116,7 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
 
     :raises UsageError: the key cannot be read.
     """
-    from invarlock.checkpoints.writing import OutputFolder
+    from invarlock.checkpoints.output_folder import OutputFolder
 
     sign = None
     if args.sign and ranks.is_first:
@@ -138,7 +138,7 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     """
     set_environment(args)
     from invarlock.core import temporary
-    from invarlock.core.ranks import joined_ranks
+    from invarlock.distributed.process_group import joined_ranks
 
     temporary.sweep()
     with joined_ranks() as ranks, args.manager.watching_threads():

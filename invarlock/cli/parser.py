@@ -85,6 +85,7 @@ def read_plugin_options(arguments: Sequence[str]) -> list[str]:
 def build_parser(manager: PluginManager) -> argparse.ArgumentParser:
     """The parser with the built-in commands and those that plugins add."""
     parser = Parser(prog="invarlock", description=DESCRIPTION, epilog=EPILOG)
+    parser.set_defaults(root=parser)
     add_plugin_option(parser)
     parser.add_argument("--version", action="version", version=f"invarlock {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=CommandParser)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from invarlock.core.errors import ExitCode
 
 if TYPE_CHECKING:
-    from invarlock.checkpoints.writing import OutputFolder
+    from invarlock.checkpoints.output_folder import OutputFolder
 
 STATUS = {
     signal.SIGINT: ExitCode.INTERRUPTED,

@@ -17,18 +17,18 @@ import huggingface_hub
 import psutil
 import torch
 
-from invarlock.checkpoints.exporting import Export
-from invarlock.checkpoints.reading import Checkpoint
-from invarlock.checkpoints.writing import OutputFolder
+from invarlock.checkpoints.output_folder import OutputFolder
+from invarlock.checkpoints.reader import Checkpoint
 from invarlock.config.schema import RunConfig
-from invarlock.core.api import OptionNotTakenError
 from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, one_line
 from invarlock.core.inputs import complaints_of
 from invarlock.core.paths import absolute
+from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Finding, Status, size
-from invarlock.evaluation.windows import check_lengths
+from invarlock.exporters.saving import Export
 from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.plans import plans_of
+from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
 from invarlock.quantization.selection import select_targets

@@ -9,9 +9,9 @@ import numpy as np
 
 from invarlock.core.errors import UsageError
 from invarlock.core.results import Action
-from invarlock.evaluation.models import Task
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval
+from invarlock.models.facts import Task
 
 Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
 

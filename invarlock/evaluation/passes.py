@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.progress import Shown
-from invarlock.evaluation.heads import Head, set_aside_head
-from invarlock.evaluation.layout import UNSCORED, Windows
-from invarlock.evaluation.models import Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Rows, Tap, attached
+from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.output_head import Head, set_aside_head
 
 CHUNK_BYTES = 4 * 2**20
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from invarlock.core.errors import PluginError, nearest
-from invarlock.core.spread import is_spread
+from invarlock.distributed.dtensor import is_spread
 
 
 class Tap(Protocol):

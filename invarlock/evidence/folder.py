@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from invarlock.checkpoints.digests import digest_of
+from invarlock.checkpoints.checksums import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import absolute

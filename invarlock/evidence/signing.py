@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.checkpoints.claiming import LOCK
-from invarlock.checkpoints.writing import SIGNATURE
+from invarlock.checkpoints.output_folder import SIGNATURE
 from invarlock.core.errors import InvarlockError, UsageError, one_line
 from invarlock.core.paths import absolute
 from invarlock.evidence.disagreements import ABSENT, Disagreement

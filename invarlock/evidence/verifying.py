@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from invarlock.checkpoints.writing import SIGNATURE
+from invarlock.checkpoints.output_folder import SIGNATURE
 from invarlock.config.loading import validate
 from invarlock.config.reading import Source
 from invarlock.config.schema import RunConfig

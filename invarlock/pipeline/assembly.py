@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from invarlock import __version__
-from invarlock.checkpoints.digests import digests
-from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.writing import OutputFolder, unwritable_said, write_text
+from invarlock.checkpoints.checksums import digests
+from invarlock.checkpoints.output_folder import OutputFolder, unwritable_said, write_text
+from invarlock.checkpoints.shard_writer import ShardedOutput
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InvarlockError, one_line
 from invarlock.core.plain import OWN, plain
-from invarlock.core.ranks import Ranks
 from invarlock.core.results import GuardResult
+from invarlock.distributed.process_group import Ranks
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult

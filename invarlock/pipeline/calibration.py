@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from invarlock.evaluation.layout import Windows
+from invarlock.datasets.layout import Windows
 
 
 @dataclass(frozen=True)

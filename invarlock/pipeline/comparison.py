@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.streamed import Streaming, streaming_of
-from invarlock.checkpoints.writing import OutputFolder, claimed
+from invarlock.checkpoints.output_folder import OutputFolder, claimed
+from invarlock.checkpoints.streaming import Streaming, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.model_state import ModelState
-from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action, Finding
-from invarlock.core.snapshots import Fingerprint, Snapshot, Structure, named_tensors
-from invarlock.evaluation.models import task_of
-from invarlock.evaluation.windows import unreadable
+from invarlock.datasets.windows import unreadable
+from invarlock.distributed.process_group import ALONE, Ranks
+from invarlock.models.facts import task_of
+from invarlock.models.fingerprint import Fingerprint, named_tensors
+from invarlock.models.snapshot import Snapshot, Structure
+from invarlock.models.state import ModelState
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress

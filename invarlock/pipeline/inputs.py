@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from invarlock.checkpoints.digests import check_weights
+from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
 from invarlock.core.progress import showing
-from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding
+from invarlock.distributed.process_group import Ranks
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.keeping import some
 

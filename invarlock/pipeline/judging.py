@@ -16,21 +16,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from invarlock.checkpoints.sharded import WholeView
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError
-from invarlock.core.model_state import ModelState
-from invarlock.core.ranks import Ranks
 from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
-from invarlock.core.sharing import asked_together
-from invarlock.core.spread import Sharding, sharding_of
+from invarlock.datasets.layout import Windows
+from invarlock.datasets.windows import make_windows
+from invarlock.distributed.dtensor import Sharding, sharding_of
+from invarlock.distributed.gathered_view import WholeView
+from invarlock.distributed.parallel_map import asked_together
+from invarlock.distributed.process_group import Ranks
 from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
-from invarlock.evaluation.layout import Windows
 from invarlock.evaluation.metric import Kind, MetricResult, compare, kind_of
-from invarlock.evaluation.models import Task, batch_size, task_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
-from invarlock.evaluation.windows import make_windows
+from invarlock.models.facts import Task, batch_size, task_of
+from invarlock.models.state import ModelState
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.clock import Clock, Progress

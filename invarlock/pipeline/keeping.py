@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from invarlock.core.errors import PluginError
-from invarlock.core.model_state import ModelState
-from invarlock.core.snapshots import Fingerprint
-from invarlock.core.spread import sharding_of
+from invarlock.distributed.dtensor import sharding_of
+from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.manager import Adapter
 

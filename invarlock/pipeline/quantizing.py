@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.exporting import Export
-from invarlock.checkpoints.writing import OutputFolder, claimed
+from invarlock.checkpoints.output_folder import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
-from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
-from invarlock.core.snapshots import Snapshot
+from invarlock.distributed.process_group import ALONE, Ranks
+from invarlock.exporters.saving import Export
+from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress

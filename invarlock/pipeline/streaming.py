@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from invarlock import __version__
-from invarlock.checkpoints.exporting import Export
-from invarlock.checkpoints.sharding import ShardedOutput
-from invarlock.checkpoints.streamed import Edit, Part, Streaming, streaming_of
-from invarlock.checkpoints.writing import OutputFolder, unwritable_said
+from invarlock.checkpoints.output_folder import OutputFolder, unwritable_said
+from invarlock.checkpoints.shard_writer import ShardedOutput
+from invarlock.checkpoints.streaming import Edit, Part, Streaming, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
-from invarlock.core.model_state import ModelState
 from invarlock.core.progress import counted, showing
-from invarlock.core.ranks import ALONE, Ranks
 from invarlock.core.results import Action
+from invarlock.distributed.process_group import ALONE, Ranks
+from invarlock.exporters.saving import Export
+from invarlock.models.state import ModelState
 from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress

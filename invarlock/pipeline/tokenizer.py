@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from invarlock.core.errors import PluginError, UsageError, one_line
-from invarlock.core.model_state import ModelState, tokenizer_digest
+from invarlock.models.state import ModelState, tokenizer_digest
 from invarlock.plugins.manager import Adapter
 
 log = logging.getLogger("invarlock")

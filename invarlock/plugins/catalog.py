@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 from invarlock import __version__
-from invarlock.core.api import Guard, ModelAdapter
 from invarlock.core.errors import (
     EscapedError,
     InvarlockError,
@@ -28,6 +27,7 @@ from invarlock.core.errors import (
     one_line,
 )
 from invarlock.plugins.checking import check, hook_marks
+from invarlock.plugins.classes import Guard, ModelAdapter
 from invarlock.plugins.plugin import GROUPS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
 
 log = logging.getLogger("invarlock")

@@ -14,14 +14,14 @@ from typing import Any
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.api import Guard, ModelAdapter, OptionNotTakenError
 from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
 from invarlock.core.plain import plain
-from invarlock.core.ranks import PeerError
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
+from invarlock.distributed.process_group import PeerError
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks
+from invarlock.plugins.classes import Guard, ModelAdapter, OptionNotTakenError
 from invarlock.plugins.construction import construct
 from invarlock.plugins.faults import Faults, Threads
 from invarlock.plugins.observation import Observation, taps_of

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from invarlock.core.api import Guard, ModelAdapter
 from invarlock.core.errors import EscapedError, InvarlockError, PluginError, UsageError
+from invarlock.plugins.classes import Guard, ModelAdapter
 
 OWN_DISTRIBUTION = "invarlock"
 

@@ -10,8 +10,8 @@ from threading import Lock
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
-from invarlock.core.sharing import side_by_side
-from invarlock.core.spread import gathered
+from invarlock.distributed.dtensor import gathered
+from invarlock.distributed.parallel_map import side_by_side
 from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, scales_of, unfit
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.quantization.selection import WeightTarget, select_targets

@@ -15,7 +15,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError, nearest
-from invarlock.core.spread import local
+from invarlock.distributed.dtensor import local
 from invarlock.quantization.rtn import Layout
 from invarlock.quantization.scheme import Plan, matches
 

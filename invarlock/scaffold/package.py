@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from invarlock import __version__
-from invarlock.checkpoints.writing import staged_folder
+from invarlock.checkpoints.output_folder import staged_folder
 from invarlock.core.errors import UsageError, one_line
 from invarlock.plugins.catalog import Catalog
 from invarlock.scaffold import TEMPLATES

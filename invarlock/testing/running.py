@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from invarlock.config.schema import DatasetConfig, EditConfig, GuardsConfig, ModelConfig, PlanConfig, RunConfig
-from invarlock.core.api import ModelAdapter
 from invarlock.core.results import GuardResult
-from invarlock.core.snapshots import Fingerprint, Snapshot
-from invarlock.evaluation.layout import Windows
-from invarlock.evaluation.models import task_of, vocabulary_of
-from invarlock.evaluation.windows import make_windows
+from invarlock.datasets.layout import Windows
+from invarlock.datasets.windows import make_windows
+from invarlock.models.facts import task_of, vocabulary_of
+from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.comparison import changed_weights
 from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
 from invarlock.plugins.catalog import Catalog
+from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin, Plugin
 from invarlock.quantization import quantize_model

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.errors import UsageError
+from invarlock.api import UsageError
 
 if TYPE_CHECKING:
-    from invarlock.checkpoints.reading import Checkpoint
+    from invarlock.api import Checkpoint
 
 COUNTS = re.compile(r"(layers?|blocks?|labels|depth|experts|stages|heads)$")
 """Keys that say how many of something are built, one by one."""

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.reading import Checkpoint
-from invarlock.checkpoints.streamed import Part
-from invarlock.core.errors import NotStreamedError, one_line
+from invarlock.api import Checkpoint, NotStreamedError, Part, one_line
 
 
 @dataclass(frozen=True)

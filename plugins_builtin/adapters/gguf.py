@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from invarlock import hookimpl
-from invarlock.checkpoints.soundness import check_file
-from invarlock.core.api import ModelAdapter
-from invarlock.core.errors import NotStreamedError, UsageError
-from invarlock.core.inputs import complaints_of, panics_unprinted
+from invarlock.api import (
+    ModelAdapter,
+    NotStreamedError,
+    UsageError,
+    check_file,
+    complaints_of,
+    hookimpl,
+    panics_unprinted,
+)
 from plugins_builtin.adapters.hf import load_checkpoint
 
 LAYER = re.compile(r"\bblk\.\d+\.")

@@ -8,17 +8,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from invarlock import hookimpl
-from invarlock.checkpoints.soundness import check_folder
-from invarlock.core.api import ModelAdapter
-from invarlock.core.errors import NotStreamedError, UsageError, one_line
-from invarlock.core.inputs import complaints_of
-from invarlock.core.ranks import Ranks, local_rank
+from invarlock.api import (
+    ModelAdapter,
+    NotStreamedError,
+    Ranks,
+    UsageError,
+    check_folder,
+    complaints_of,
+    hookimpl,
+    local_rank,
+    one_line,
+)
 from plugins_builtin.adapters.building import check_counts, check_size
 from plugins_builtin.adapters.locating import architectures, folder_of, is_here, read_config
 
 if TYPE_CHECKING:
-    from invarlock.checkpoints.reading import Checkpoint
+    from invarlock.api import Checkpoint
 
 BALANCED = "balanced"
 UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
@@ -143,7 +148,7 @@ def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoin
     :raises UsageError: it is none, or the configuration describes another model.
     """
     # Only here: torch is slow to import.
-    from invarlock.checkpoints.reading import Checkpoint
+    from invarlock.api import Checkpoint
 
     check_folder(folder)
     checkpoint = Checkpoint(folder)
@@ -283,7 +288,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     import transformers
     from accelerate import init_empty_weights
 
-    from invarlock.checkpoints.streamed import attach
+    from invarlock.api import attach
     from plugins_builtin.adapters.conversions import parts_of
 
     folder = checkpoint.folder

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from invarlock.checkpoints.soundness import READ, read_json
-from invarlock.core.errors import UsageError, one_line
-from invarlock.core.paths import absolute, is_hub_id
+from invarlock.api import READ, UsageError, absolute, is_hub_id, one_line, read_json
 
 
 def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:

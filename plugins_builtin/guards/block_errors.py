@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from invarlock.core.errors import one_line
-from invarlock.core.progress import counted
-from invarlock.evaluation.models import evaluating
+from invarlock.api import counted, evaluating, one_line
 from plugins_builtin.guards.block_leaves import Leaf, observe_leaves
 from plugins_builtin.guards.blocks import CANNOT_RUN, Call, find_blocks, find_parts
 from plugins_builtin.guards.embedding_rows import Rows

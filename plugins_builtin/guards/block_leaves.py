@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.evaluation.taps import attached
+from invarlock.api import attached
 from plugins_builtin.guards.blocks import CANNOT_RUN, Call, Cut, Kept, tensors_in
 
 TOKENS = 64

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from invarlock.evaluation.models import evaluating
+from invarlock.api import evaluating
 from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
 from plugins_builtin.guards.block_leaves import leaf_errors
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.evaluation.models import context_of, device_of, evaluating, task_of
-from invarlock.evaluation.taps import attached
+from invarlock.api import attached, context_of, device_of, evaluating, task_of
 from plugins_builtin.guards.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)

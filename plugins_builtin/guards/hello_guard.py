@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from invarlock.core.api import Guard
+from invarlock.api import Guard
 
 
 class HelloGuard(Guard):

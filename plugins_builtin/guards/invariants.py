@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.api import Guard
-from invarlock.core.sharing import each
+from invarlock.api import Guard, each
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from invarlock.core.errors import UsageError, nearest
+from invarlock.api import UsageError, nearest
 
 FAMILIES = ("ffn", "attn", "embed", "other")
 _FAMILY_OF_ROLE = {"ffn": "ffn", "attention": "attn", "embedding": "embed", "head": "embed"}

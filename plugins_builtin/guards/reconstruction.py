@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.api import Guard
-from invarlock.core.errors import UsageError, one_line
+from invarlock.api import Guard, UsageError, one_line
 
 if TYPE_CHECKING:
     from plugins_builtin.guards.block_errors import Judgement, PartError, Reference

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from invarlock.core.api import Guard
+from invarlock.api import Guard
 from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, rounded, suspects
 from plugins_builtin.guards.options import by_family, family_of, number, refuse, whole
 
@@ -221,7 +221,7 @@ def _broken(pair: _Pair) -> bool:
 
 def _places(model: Any) -> list[_Place]:
     """In each block the first weight of attention, of the feed-forward and of what is neither; and the output head."""
-    from invarlock.quantization.selection import find_weights
+    from invarlock.api import find_weights
     from plugins_builtin.guards.activations import output_head
 
     names = {module: name for name, module in model.named_modules()}

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from invarlock.core.api import Guard
-from invarlock.core.sharing import each
+from invarlock.api import Guard, each
 from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
@@ -312,7 +311,7 @@ class _Move:
 
 def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weight]:
     """The weights in these families that are there to be read."""
-    from invarlock.quantization.selection import find_weights
+    from invarlock.api import find_weights
 
     for target in find_weights(model):
         weight, family = target.parameter, family_of(target.role.value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from invarlock.core.api import Guard
+from invarlock.api import Guard
 from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
 from plugins_builtin.guards.options import families_in, family_of, number, refuse, whole
 
@@ -269,7 +269,7 @@ def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str
 
 def _modules(model: Any) -> dict[str, _Module]:
     """The modules that have parameters of their own, by name."""
-    from invarlock.quantization.selection import find_weights
+    from invarlock.api import find_weights
     from plugins_builtin.guards.activations import output_head
 
     weights = {name: target for target in find_weights(model) for name in target.names}

@@ -39,15 +39,12 @@ def run(args: argparse.Namespace) -> int:
         import shtab
     except ModuleNotFoundError as error:
         raise UsageError("completion needs shtab: pip install shtab") from error
-    from invarlock.cli.parser import build_parser
-
-    parser = build_parser(args.manager)
-    for action in _actions(parser):
+    for action in _actions(args.root):
         if action.metavar in ("DIR", "RUN"):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.metavar in ("CONFIG", "FILE", "FILE.jsonl"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(parser, args.shell))
+    print(shtab.complete(args.root, args.shell))
     return ExitCode.ACCEPTED
 
 

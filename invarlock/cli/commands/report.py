@@ -89,7 +89,7 @@ def _show(runs: Sequence[Run], format_: str, output: str | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from invarlock.checkpoints.writing import write_text
+    from invarlock.checkpoints.output_folder import write_text
 
     try:
         write_text(path, text)

@@ -19,7 +19,7 @@ from invarlock.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from invarlock.core.ranks import Ranks
+    from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
 DESCRIPTION = """\

@@ -13,9 +13,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from invarlock.checkpoints.output_folder import JOURNALS, PARTIAL, write_text
 from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.checkpoints.swapping import is_folder, remove
-from invarlock.checkpoints.writing import JOURNALS, PARTIAL, write_text
 from invarlock.core.errors import UsageError
 
 

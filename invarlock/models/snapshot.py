@@ -1,75 +1,19 @@
-"""A model's exact state: fingerprints to tell whether it changed, snapshots to bring it back."""
+"""A model's tensors on disk, to bring it back bit for bit."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 
 from invarlock.core.progress import counted
-from invarlock.core.spread import assembler, local, whole
 from invarlock.core.temporary import TemporaryFolder
-
-
-def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer under each of its names; tied ones come once a name."""
-    return itertools.chain(
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    )
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A 128-bit XXH3 digest of each tensor's dtype, shape and bytes, and which names are tied.
-
-    It tells accidents apart, not forgeries: the hash is not cryptographic.
-    """
-
-    tensors: dict[str, str]
-    computed: frozenset[str] = frozenset()
-    """Buffers that no checkpoint stores: the model's own code computes them, and some do so anew while they run."""
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, *, only_computed: bool = False) -> Fingerprint:
-        """Fingerprint of all tensors of a model, or of its computed buffers alone."""
-        computed = frozenset(_computed_buffers(model))
-        digests: dict[str, str] = {}
-        names_by_identity: dict[int, str] = {}
-        tensors = [(name, tensor) for name, tensor in named_tensors(model) if not only_computed or name in computed]
-        for name, tensor in counted(tensors, lambda named: named[1].nbytes):
-            first = names_by_identity.setdefault(id(tensor), name)
-            digests[name] = _digest(tensor) if first == name else f"tied to {first}"
-        return cls(digests, computed)
-
-    @property
-    def digest(self) -> str:
-        """One digest of all that a checkpoint stores."""
-        stored = (f"{name} {value}" for name, value in self.tensors.items() if name not in self.computed)
-        return xxhash.xxh3_128_hexdigest("\n".join(stored).encode())
-
-    def changed_since(self, earlier: Fingerprint) -> list[str]:
-        """Names of the tensors that differ, appeared or vanished."""
-        names = self.tensors | earlier.tensors
-        return [name for name in names if self.tensors.get(name) != earlier.tensors.get(name)]
-
-
-def _computed_buffers(model: torch.nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        yield from (f"{path}.{name}" if path else name for name in module._non_persistent_buffers_set)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    if tensor.device.type != "meta":
-        state.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+from invarlock.distributed.dtensor import assembler, local
+from invarlock.models.fingerprint import named_tensors
 
 
 class Snapshot:

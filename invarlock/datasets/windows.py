@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
-from invarlock.evaluation.documents import Dataset, documents
-from invarlock.evaluation.generated import write_text
-from invarlock.evaluation.layout import Layout, Tokenizer, Windows, encode
-from invarlock.evaluation.models import Task, context_of, vocabulary_of
+from invarlock.datasets.documents import Dataset, documents
+from invarlock.datasets.generated import write_text
+from invarlock.datasets.layout import Layout, Tokenizer, Windows, encode
+from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
 

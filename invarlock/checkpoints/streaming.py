@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from invarlock.checkpoints.lazy import LazyTensor, LazyWeights, tied
-from invarlock.checkpoints.reading import Checkpoint
+from invarlock.checkpoints.reader import Checkpoint
 from invarlock.core.errors import NotStreamedError, UsageError
+from invarlock.core.lazy import LazyTensor, LazyWeights, tied
 
 Edit = Callable[[str, Tensor], Tensor]
 """What is made of a weight as it is read, given the name of the parameter; it may work in place."""

@@ -26,7 +26,7 @@ from invarlock.checkpoints.swapping import (
     undo,
 )
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.ranks import ALONE, Ranks
+from invarlock.distributed.process_group import ALONE, Ranks
 
 SIGNATURE = "run.sigstore.json"
 """A bundle goes by this ending."""

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from invarlock.checkpoints import gguf_file, packed
 from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import watched
 from invarlock.core.text import markdown
+from invarlock.exporters import compressed_tensors, gguf
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
@@ -39,9 +39,9 @@ class Export:
         """
         reason = None
         if self.format == "compressed-tensors":
-            reason = packed.refusal(self.scheme, targets, model)
+            reason = compressed_tensors.refusal(self.scheme, targets, model)
         elif self.format == "gguf":
-            reason = gguf_file.refusal(self.scheme, targets, model, tokenizer)
+            reason = gguf.refusal(self.scheme, targets, model, tokenizer)
         if reason:
             raise UsageError(f"output.format: {self.format}: {reason}; or set output.format to dequantized")
 
@@ -49,12 +49,12 @@ class Export:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
         with watched(folder, self._size_of(model)):
             if self.format == "compressed-tensors":
-                packed.save(folder, model, self.scheme, self.scales)
+                compressed_tensors.save(folder, model, self.scheme, self.scales)
             elif self.format == "dequantized":
                 model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
             self._accompany(folder, model, tokenizer, report)
             if self.format == "gguf":
-                gguf_file.save(folder, model, tokenizer, self.scales)
+                gguf.save(folder, model, tokenizer, self.scales)
 
     def _size_of(self, model: nn.Module) -> int:
         """About how many bytes its weights will take."""
@@ -71,7 +71,7 @@ class Export:
         """
         if scale is None or self.format == "dequantized":
             return {name: weight}
-        return packed.pack(name, weight, scale, self.scheme)
+        return compressed_tensors.pack(name, weight, scale, self.scheme)
 
     def complete(
         self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any], quantized: Container[str]
@@ -82,7 +82,7 @@ class Export:
         """
         self._accompany(folder, model, tokenizer, report)
         if self.format == "compressed-tensors":
-            packed.configure(folder, model, self.scheme, quantized)
+            compressed_tensors.configure(folder, model, self.scheme, quantized)
 
     def _accompany(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         if tokenizer is not None:
@@ -151,5 +151,5 @@ def _said(guard: Mapping[str, Any]) -> str:
 def _loading(format_: Format, model_class: str) -> str:
     if not model_class.isidentifier() or model_class == "None":
         model_class = "AutoModelForCausalLM"
-    file = f', gguf_file="{gguf_file.FILE}"' if format_ == "gguf" else ""
+    file = f', gguf_file="{gguf.FILE}"' if format_ == "gguf" else ""
     return f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("."{file})'

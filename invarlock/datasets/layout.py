@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.errors import UsageError
-from invarlock.evaluation.models import Task
+from invarlock.models.facts import Task
 
 UNSCORED = -100
 MASKED_SHARE = 0.15

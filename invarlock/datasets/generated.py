@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.progress import Tally
-from invarlock.evaluation.layout import Layout
-from invarlock.evaluation.models import batch_size, device_of, evaluating, logits_of, vocabulary_of
+from invarlock.datasets.layout import Layout
+from invarlock.models.facts import batch_size, device_of, evaluating, logits_of, vocabulary_of
 
 CACHED_TOKENS = 4096
 ROUNDS = 4

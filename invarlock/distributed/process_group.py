@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import socket
-import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,55 +20,15 @@ from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
 from invarlock.core.progress import Shown
+from invarlock.distributed.launchers import local_rank, rendezvous_address, started_by
 
 Found = TypeVar("Found")
 
-MEETING = datetime.timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
 """How long to wait for all to be there."""
-PATIENCE = datetime.timedelta(days=7)
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 """How long to wait later for the others, who may work for hours. One that dies is noticed at once, if its machine still
 is there to close its connections."""
-PORTS = range(29500, 32500)
-"""Of these one is met at: 29500 is what torch takes, and those that systems give out start at 32768."""
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The environment variables by which a launcher tells a process which of how many it is."""
-
-    rank: str
-    size: str
-    run: tuple[str, ...] = ()
-    """What numbers the run, so that several at once on one machine meet at ports of their own."""
-    nodes: str = ""
-    """The machines, the one of rank 0 first."""
-
-
-LAUNCHERS = (
-    Launcher("RANK", "WORLD_SIZE"),  # torchrun
-    Launcher(
-        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", run=("OMPI_MCA_ess_base_jobid",), nodes="SLURM_JOB_NODELIST"
-    ),
-    Launcher("PMI_RANK", "PMI_SIZE", nodes="SLURM_JOB_NODELIST"),  # MPICH and its kin
-    # srun; sbatch alone sets no number of tasks of a step. Last, for MPI starts its daemons with srun, too.
-    Launcher(
-        "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", run=("SLURM_JOB_ID", "SLURM_STEP_ID"), nodes="SLURM_STEP_NODELIST"
-    ),
-)
-LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-
-
-def local_rank() -> int:
-    """Which process of the run on this machine this one is."""
-    return int(next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0"))
-
-
-def meeting_point(launcher: Launcher) -> tuple[str, int]:
-    """Where the processes meet, unless they are told: a machine and a port."""
-    # The first of n[01-04,07],m3 is n01.
-    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", os.environ.get(launcher.nodes) or "localhost").split(",")[0]
-    number = ".".join(os.environ[name] for name in launcher.run if name in os.environ)
-    return first, PORTS[zlib.crc32(number.encode()) % len(PORTS)]
 
 
 class PeerError(PluginError):
@@ -94,10 +52,10 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 @cache
-def _patient() -> Any:
+def _control_group() -> Any:
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 @dataclass
@@ -116,15 +74,15 @@ class Ranks:
 
         :raises PluginError: they could not be reached.
         """
-        launcher = next((known for known in LAUNCHERS if {known.rank, known.size} <= os.environ.keys()), None)
+        launcher = started_by()
         if launcher is None:
             return cls()
         ranks = cls(int(os.environ[launcher.rank]), int(os.environ[launcher.size]))
         if ranks.size > 1:
-            ranks._meet(*meeting_point(launcher))
+            ranks._rendezvous(*rendezvous_address(launcher))
         return ranks
 
-    def _meet(self, address: str, port: int) -> None:
+    def _rendezvous(self, address: str, port: int) -> None:
         import torch
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
@@ -137,8 +95,10 @@ class Ranks:
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
         try:
-            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=MEETING))
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=MEETING)
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=RENDEZVOUS_TIMEOUT))
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=RENDEZVOUS_TIMEOUT
+            )
             dist.barrier()
             self._store = store
         except (RuntimeError, ValueError) as error:
@@ -189,7 +149,7 @@ class Ranks:
             import torch.distributed as dist
 
             dist.destroy_process_group()
-            _patient.cache_clear()
+            _control_group.cache_clear()
 
     def share(self, count: int, *, ahead: int = 0) -> slice:
         """This process's part of so many things, side by side.
@@ -221,7 +181,7 @@ class Ranks:
 
         entries: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(entries, (found, failure), group=_patient())
+            dist.all_gather_object(entries, (found, failure), group=_control_group())
         except RuntimeError as error:
             raise PeerError(f"rank {self.rank}: another process of the run is gone: {one_line(error)}") from error
         failures = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(entries) if said and rank != self.rank]

@@ -1,6 +1,6 @@
 """State that a server reads of a model besides its weights: hooks, attributes, configurations, modes, tokenizer.
 
-Weights are the matter of ``invarlock.core.snapshots``. Here a copy is kept, live objects are held against it, and what
+Weights are the matter of ``invarlock.models.snapshot``. Here a copy is kept, live objects are held against it, and what
 differs is named and put back.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.errors import UsageError
-from invarlock.evaluation.models import LOGITS_BYTES
+from invarlock.models.facts import LOGITS_BYTES
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.checkpoints.lazy import LazyTensor, LazyWeights, tied
-from invarlock.core.spread import is_spread, whole
+from invarlock.core.lazy import LazyTensor, LazyWeights, tied
+from invarlock.distributed.dtensor import is_spread, whole
 
 
 class WholeView:

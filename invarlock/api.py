@@ -1,0 +1,68 @@
+"""Everything that plugins import, the built-in ones as well as others. A name is imported when it is asked for.
+
+So that a plugin can be listed without torch, its module may import any of them at the top.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from invarlock import hookimpl as hookimpl
+    from invarlock.checkpoints.reader import Checkpoint as Checkpoint
+    from invarlock.checkpoints.soundness import READ as READ
+    from invarlock.checkpoints.soundness import check_file as check_file
+    from invarlock.checkpoints.soundness import check_folder as check_folder
+    from invarlock.checkpoints.soundness import read_json as read_json
+    from invarlock.checkpoints.streaming import Part as Part
+    from invarlock.checkpoints.streaming import attach as attach
+    from invarlock.core.errors import NotStreamedError as NotStreamedError
+    from invarlock.core.errors import UsageError as UsageError
+    from invarlock.core.errors import nearest as nearest
+    from invarlock.core.errors import one_line as one_line
+    from invarlock.core.inputs import complaints_of as complaints_of
+    from invarlock.core.inputs import panics_unprinted as panics_unprinted
+    from invarlock.core.paths import absolute as absolute
+    from invarlock.core.paths import is_hub_id as is_hub_id
+    from invarlock.core.progress import counted as counted
+    from invarlock.core.results import Action as Action
+    from invarlock.distributed.launchers import local_rank as local_rank
+    from invarlock.distributed.parallel_map import each as each
+    from invarlock.distributed.process_group import Ranks as Ranks
+    from invarlock.evaluation.taps import Tap as Tap
+    from invarlock.evaluation.taps import attached as attached
+    from invarlock.models.facts import context_of as context_of
+    from invarlock.models.facts import device_of as device_of
+    from invarlock.models.facts import evaluating as evaluating
+    from invarlock.models.facts import task_of as task_of
+    from invarlock.plugins.classes import Guard as Guard
+    from invarlock.plugins.classes import ModelAdapter as ModelAdapter
+    from invarlock.plugins.classes import OptionNotTakenError as OptionNotTakenError
+    from invarlock.quantization.selection import find_weights as find_weights
+
+_HOMES = {
+    "invarlock": ("hookimpl",),
+    "invarlock.checkpoints.reader": ("Checkpoint",),
+    "invarlock.checkpoints.soundness": ("READ", "check_file", "check_folder", "read_json"),
+    "invarlock.checkpoints.streaming": ("Part", "attach"),
+    "invarlock.core.errors": ("NotStreamedError", "UsageError", "nearest", "one_line"),
+    "invarlock.core.inputs": ("complaints_of", "panics_unprinted"),
+    "invarlock.core.paths": ("absolute", "is_hub_id"),
+    "invarlock.core.progress": ("counted",),
+    "invarlock.core.results": ("Action",),
+    "invarlock.distributed.launchers": ("local_rank",),
+    "invarlock.distributed.parallel_map": ("each",),
+    "invarlock.distributed.process_group": ("Ranks",),
+    "invarlock.evaluation.taps": ("Tap", "attached"),
+    "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
+    "invarlock.quantization.selection": ("find_weights",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

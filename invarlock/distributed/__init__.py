@@ -1,0 +1,1 @@
+"""Several processes on one run: how they meet, share work, and hold parts of one model."""

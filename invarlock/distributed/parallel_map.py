@@ -1,0 +1,161 @@
+"""Work on the weights of a model: on all devices of a process at once and, where a guard shares it, in all processes.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from invarlock.core.errors import PluginError, located
+from invarlock.core.progress import Shown, Tally
+from invarlock.distributed.process_group import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Weighty(Protocol):
+    """A weight, or several that are worked on together."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+SomeWeight = TypeVar("SomeWeight", bound=Weighty)
+
+
+def each(work: Callable[[SomeWeight], Found], items: Iterable[SomeWeight]) -> list[Found]:
+    """What ``work`` finds of each item, in the order of the items.
+
+    Items on several devices are worked on side by side, in a thread for each device. While all processes of a run ask a
+    guard that has ``shares_work``, each works on a part of the items, of about as many bytes as any other's and side by
+    side in the model, so that it reads few shards; then all have all that was found.
+
+    :param work: looks at one item and at no other, so that it finds the same in any process; it does not call ``each``.
+    :param items: weights, or whatever has their ``device`` and ``nbytes``: the same ones, in the same order, in every
+        process.
+    :returns: what goes from process to process: numbers, plain classes, tensors on the CPU.
+    :raises PluginError: ``work`` failed in some process; where one process does it all, its exception comes as it is.
+    """
+    items, together = list(items), _together.get()
+    return _all_of(work, items) if together is None else together.each(work, items)
+
+
+def side_by_side(
+    work: Callable[[Sequence[Item]], Sequence[Found]], items: Sequence[Item], device: Callable[[Item], torch.device]
+) -> list[Found]:
+    """What ``work`` finds of the items of each device, in the order of all items; a device has a thread of its own."""
+    places: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for place, item in enumerate(items):
+        places[device(item)].append(place)
+    if len(places) < 2:
+        return list(work(items))
+    found: dict[int, Found] = {}
+    with ThreadPoolExecutor(len(places)) as pool:
+        parts = pool.map(lambda of_one: work([items[place] for place in of_one]), places.values())
+        for of_one, part in zip(places.values(), parts, strict=True):
+            found |= zip(of_one, part, strict=True)
+    return [found[place] for place in range(len(items))]
+
+
+def asked_together(guard: str, ranks: Ranks, ask: Callable[[], Found]) -> list[Found]:
+    """What a guard says in each process, which all ask it at the same time; ``each`` shares its work.
+
+    :param guard: its name, for messages.
+    :raises PluginError: a process failed, or one was done with the guard while another waited for it to share.
+    """
+    if ranks.size == 1:
+        return [ask()]
+    together = _Together(guard, ranks)
+    token = _together.set(together)
+    try:
+        said = ask()
+    finally:
+        _together.reset(token)
+    return together.exchanged("was done", said)
+
+
+def _all_of(
+    work: Callable[[SomeWeight], Found],
+    items: Sequence[SomeWeight],
+    summed: Callable[[Shown], Shown] = lambda shown: shown,
+) -> list[Found]:
+    tally = Tally(sum(item.nbytes for item in items), summed)
+
+    def told(item: SomeWeight) -> Found:
+        found = work(item)
+        tally.add(item.nbytes)
+        return found
+
+    return side_by_side(lambda of_one: [told(item) for item in of_one], items, lambda item: item.device)
+
+
+@dataclass
+class _Together:
+    """The processes of a run while they ask one guard."""
+
+    guard: str
+    ranks: Ranks
+    _ended: PluginError | None = field(default=None, init=False)
+    """Why they no longer are, which the guard may have taken for a mistake of its own."""
+
+    def each(self, work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
+        mine = items[self.ranks.part([item.nbytes for item in items])]
+        try:
+            part = _Part(_all_of(work, mine, self.ranks.summed))
+        except Exception as error:
+            part = _Part([], located(error), traceback.format_exc())
+        # Another number of items is another place: a guard that sees other weights elsewhere must not go on.
+        parts = self.exchanged(f"shared the work on {len(items)} weights", part)
+        if failed := next((part for part in parts if part.message), None):
+            failure = PluginError(failed.message)
+            failure.add_note(failed.trace)
+            raise failure
+        return [found for part in parts for found in part.found]
+
+    def exchanged(self, where: str, found: Found) -> list[Found]:
+        """What each process brings, if all are at the same place."""
+        if self._ended:
+            raise self._ended
+        try:
+            met = self.ranks.gather((where, found))
+            if len({where for where, _ in met}) > 1:
+                raise PluginError(f"guard {self.guard}: processes went different ways: {_told(met)}")
+        except PluginError as error:
+            self._ended = error
+            raise
+        return [found for _, found in met]
+
+
+def _told(met: Sequence[tuple[str, Any]]) -> str:
+    """Where each process was, and what it said of itself, such as how it failed."""
+    messages = (getattr(brought, "message", None) for _, brought in met)
+    said = (f" ({message})" if message else "" for message in messages)
+    return ", ".join(
+        f"rank {rank} {where}{told}" for rank, ((where, _), told) in enumerate(zip(met, said, strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process found, or how it failed."""
+
+    found: list[Any]
+    message: str = ""
+    trace: str = ""
+
+
+_together: ContextVar[_Together | None] = ContextVar("together", default=None)
