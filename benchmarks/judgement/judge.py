@@ -28,9 +28,10 @@ from invarlock.core.results import Action, fold
 from invarlock.datasets.windows import make_windows
 from invarlock.evaluation.passes import measure
 from invarlock.models.snapshot import Snapshot
-from invarlock.pipeline.attempts import Attempt
-from invarlock.pipeline.judging import Judge
-from invarlock.pipeline.keeping import Keeper, Loaded
+from invarlock.pipeline.attempts import Attempt, Edited
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.keeping import Gone, Keeper, Loaded
+from invarlock.pipeline.session import Session
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -94,45 +95,43 @@ class Score:
 
 @dataclass
 class Bench:
-    """A baseline with a judge for each mode, all prepared once."""
+    """A baseline, and its guards for each mode, all prepared once."""
 
     model: Any
-    judges: dict[str, Judge]
+    guarding: dict[str, Guarding]
     snapshot: Snapshot
     label: Any
 
     @classmethod
     def of(cls, args: argparse.Namespace, *, untied: bool) -> Bench:
         model: Any = None
-        judges: dict[str, Judge] = {}
+        all_guarding: dict[str, Guarding] = {}
         label = None
         for mode in MODES:
             config = _config(args, mode)
             plugins = PluginManager.load(Selection())
-            judge = Judge(config, plugins, plugins.guard_slots(config.guards.order, {}), False, lambda *done: None)
+            session = Session(config, plugins)
             if model is None:
-                model, adapter = judge.load(config.model.id)
+                model, adapter = session.load(config.model.id)
                 if untied and model.lm_head.weight is model.model.embed_tokens.weight:
                     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-                snapshot = Keeper.of(Loaded.of(model, judge.clock), adapter).snapshot
-            judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if mode == "weights only" else None)
-            if mode == "weights only":
-                judge.windows = None
-            else:
-                judge.make_windows(model)
-            judge.measure_baseline(model)
-            assert judge.prepare(model, list), [prepared.message for prepared in judge.prepared]
-            judges[mode] = judge
+                keeper = Keeper.of(Loaded.of(model, session.clock), adapter)
+            weights_only = mode == "weights only"
+            baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+            windows = None if weights_only else baseline.make_windows(model)
+            guarding = Guarding(session, baseline, windows, plugins.guard_slots(config.guards.order, {}))
+            assert guarding.begin(model, keeper.baseline), [prepared.message for prepared in guarding.prepared]
+            all_guarding[mode] = guarding
             if label is None:
-                _, label = make_windows(_label_dataset(args), model, judge.tokenizer, task="causal")
-        return cls(model, judges, snapshot, label)
+                _, label = make_windows(_label_dataset(args), model, baseline.tokenizer, task="causal")
+        return cls(model, all_guarding, keeper.snapshot, label)
 
     def perplexity(self) -> float:
         return measure(self.model, self.label[:1], self.label, task="causal").perplexity
 
     def unread_rows(self) -> Edit:
         """Exchanges embeddings of tokens that the label text has and no window of any mode, the rarest of them."""
-        windows = [part for judge in self.judges.values() for part in judge.windows or ()]
+        windows = [part for guarding in self.guarding.values() for part in guarding.windows or ()]
         read = {token for part in windows for token in part.input_ids.flatten().tolist()}
         rows = torch.tensor(sorted({*self.label.input_ids.flatten().tolist()} - read)[-UNREAD:])
         embedding = self.model.get_input_embeddings()
@@ -147,8 +146,9 @@ class Bench:
 
     def attempts(self, edit: Edit) -> Iterator[tuple[str, Attempt]]:
         description = {"name": "compare", "plan": {}, "modules": []}
-        for mode, judge in self.judges.items():
-            yield mode, judge.judge(self.model, description, list, baseline_weights=self.snapshot.parameters())
+        edited = Edited(self.model, Gone(), description, baseline_weights=self.snapshot.parameters())
+        for mode, guarding in self.guarding.items():
+            yield mode, guarding.judge(edited)
 
 
 def _config(args: argparse.Namespace, mode: str) -> RunConfig:

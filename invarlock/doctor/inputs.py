@@ -26,8 +26,8 @@ from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Finding, Status, size
 from invarlock.exporters.saving import Export
-from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
@@ -85,9 +85,9 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
     """The checkpoint, the weights that are quantized, and whether there is enough text; the weights stay on disk."""
     # Devices are another finding.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
-    judge = Judge(config, manager, [], strict=False, on_progress=lambda stage, done, total: None)
+    session = Session(config, manager)
     try:
-        opened, adapter = judge.load(config.model.id, stream=True)
+        opened, adapter = session.load(config.model.id, stream=True)
     except InvarlockError as error:
         yield _unopened(config, manager, error)
         yield from (Finding(Status.NOT_CHECKED, subject, "needs the model") for subject in ("edit", "text"))
@@ -95,17 +95,17 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
     yield Finding(Status.OK, "model", f"{adapter.name} opens it")
     try:
         targets = select_targets(opened, plans_of(config)[0])
-        judge.begin(opened, adapter, wants_tokenizer=config.output.save_model)
+        baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
         if config.output.save_model:
             Export(config.output.format, plans_of(config)[0].scheme, config.model.id).check(
-                opened, targets, judge.tokenizer
+                opened, targets, baseline.tokenizer
             )
     except InvarlockError as error:
         yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")
         yield Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")
         return
     yield Finding(Status.OK, "edit", f"{len(targets)} weights would be quantized")
-    yield _text(config, judge, opened)
+    yield _text(config, baseline, opened)
 
 
 def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) -> Finding:
@@ -117,14 +117,14 @@ def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) 
     return Finding(Status.PROBLEM, "model", one_line(error), "correct model.id, or the checkpoint")
 
 
-def _text(config: RunConfig, judge: Judge, opened: torch.nn.Module) -> Finding:
+def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Finding:
     dataset = config.dataset
     try:
         if dataset.provider == "generated":
             # Weights on disk would be read anew for each token that is written.
             check_lengths(dataset, opened)
             return Finding(Status.OK, "text", "the baseline writes its own windows")
-        judge.make_windows(opened)
+        baseline.make_windows(opened)
     except InvarlockError as error:
         return Finding(Status.PROBLEM, "text", one_line(error), "correct the configuration, or give more text")
     what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"

@@ -21,7 +21,7 @@ from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import load, unreadable_windows
-from invarlock.pipeline.judging import Judge
+from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.plugins.manager import Adapter, PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
@@ -113,16 +113,19 @@ def _dtype(run: Run) -> Dtype:
 
 
 class _Again:
-    """One judge without guards, for both sides."""
+    """One session, without guards, for both sides."""
 
     def __init__(
         self, run: Run, config: RunConfig, plugins: PluginManager, verification: Verification, on_progress: Progress
     ) -> None:
         self.run, self.verification = run, verification
-        self.judge = Judge(config, plugins, [], strict=False, on_progress=on_progress)
+        self.session = Session(config, plugins, on_progress)
         judged = run.report.model.description.get("dtype")
         self.tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
         self.stored = passes(run.report)
+        self.first: Baseline | None = None
+        """The first model: the windows are made with its tokenizer, or by itself."""
+        self.windows: WindowPair | None = None
 
     def baseline(self, checkpoint: str) -> None:
         model = self._loaded(checkpoint)
@@ -137,28 +140,26 @@ class _Again:
             self._fingerprint("fingerprint_after", model)
         if not self.stored:
             return
-        if reason := unreadable_windows(self.judge, model):
+        assert self.first
+        if reason := unreadable_windows(self.windows, self.first.task, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
             return
         self._losses("edited", self.stored[1], self._measured(model))
 
     def _loaded(self, checkpoint: str) -> torch.nn.Module:
-        """The first model: the windows are made with its tokenizer, or by itself."""
         model, adapter = self._load(checkpoint)
-        self.judge.begin(model, adapter)
-        if self.stored:
-            self.judge.make_windows(model)
-        else:
-            self.judge.windows = None
+        self.first = self.session.open(model, adapter)
+        self.windows = self.first.make_windows(model) if self.stored else None
         return model
 
     def _load(self, checkpoint: str) -> tuple[torch.nn.Module, Adapter]:
-        return load(self.judge, checkpoint, on_disk=self.run.report.model.streamed)
+        return load(self.session, checkpoint, on_disk=self.run.report.model.streamed)
 
     def _measured(self, model: torch.nn.Module) -> PassResult:
-        self.judge.measure_baseline(model)
-        assert self.judge.baseline_pass is not None
-        return self.judge.baseline_pass
+        assert self.first
+        assert self.windows
+        measured, _ = self.first.run_pass(model, self.windows, "pass")
+        return measured
 
     def _fingerprint(self, name: str, model: torch.nn.Module) -> None:
         stored = getattr(self.run.report.model, name)

@@ -30,7 +30,7 @@ from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.clock import Clock
-from invarlock.pipeline.judging import Judge
+from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import PluginManager
 from invarlock.reporting import report as reporting
@@ -52,44 +52,44 @@ class ModelFacts:
     devices: list[str]
 
 
-def announced(judge: Judge, attempt: Attempt) -> Attempt:
+def announced(guarding: Guarding, attempt: Attempt) -> Attempt:
     """Tell plugins of an attempt whose verdict is folded, in the first process; hands it on.
 
     :raises PluginError: a plugin failed.
     """
-    tell = judge.plugins.attempt_finished
-    judge.ranks.from_first(lambda: tell(attempt.number, _attempt_report(judge, attempt)))
+    tell = guarding.session.plugins.attempt_finished
+    guarding.session.ranks.from_first(lambda: tell(attempt.number, _attempt_report(guarding, attempt)))
     return attempt
 
 
-def _attempt_report(judge: Judge, attempt: Attempt) -> dict[str, Any]:
+def _attempt_report(guarding: Guarding, attempt: Attempt) -> dict[str, Any]:
     """The sections of the report that an attempt has by itself, as ``report.json`` would hold them."""
     sections: dict[str, Any] = {
         "bitwidth": attempt.bitwidth,
         "modules": [dataclasses.asdict(_module_section(module)) for module in attempt.modules],
-        "guards": [dataclasses.asdict(section) for section in _guard_sections(judge, attempt)],
-        "metrics": dataclasses.asdict(_metrics_section(judge, attempt)),
-        "verdict": dataclasses.asdict(_verdict_section(judge, attempt)),
+        "guards": [dataclasses.asdict(section) for section in _guard_sections(guarding, attempt)],
+        "metrics": dataclasses.asdict(_metrics_section(guarding, attempt)),
+        "verdict": dataclasses.asdict(_verdict_section(guarding, attempt)),
     }
     plain_sections: dict[str, Any] = plain(sections, OWN)
     return plain_sections
 
 
 def assemble(
-    judge: Judge, attempts: Sequence[Attempt], facts: ModelFacts, *, edit_name: str, plan: Mapping[str, Any]
+    guarding: Guarding, attempts: Sequence[Attempt], facts: ModelFacts, *, edit_name: str, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The report as ``report.json`` holds it; the last attempt is the one that stands."""
-    last, config = attempts[-1], judge.config.as_dict()
+    last, config = attempts[-1], guarding.config.as_dict()
     return reporting.Report(
         invarlock_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config,
         config_sha256=config_digest(config),
         model=reporting.ModelSection(
-            id=judge.config.model.id,
-            adapter=judge.adapter.name,
+            id=guarding.config.model.id,
+            adapter=guarding.baseline.adapter.name,
             devices=facts.devices,
-            description=judge.description,
+            description=dict(guarding.baseline.description),
             fingerprint_before=facts.before,
             fingerprint_after=facts.after,
             restored=facts.restored,
@@ -101,11 +101,11 @@ def assemble(
             modules=[_module_section(module) for module in last.modules],
             params_changed=sum(module.parameters for module in last.modules if module.change != "unchanged"),
         ),
-        guards=_guard_sections(judge, last),
-        metrics=_metrics_section(judge, last),
-        verdict=_verdict_section(judge, last),
+        guards=_guard_sections(guarding, last),
+        metrics=_metrics_section(guarding, last),
+        verdict=_verdict_section(guarding, last),
         attempts=[_attempt_section(attempt) for attempt in attempts],
-        timings={stage: round(seconds, 4) for stage, seconds in judge.clock.stages.items()},
+        timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},
         environment=_environment(),
     ).as_dict()
 
@@ -197,12 +197,12 @@ def _module_section(module: Any) -> reporting.ModuleSection:
     )
 
 
-def _guard_sections(judge: Judge, attempt: Attempt) -> list[reporting.GuardSection]:
-    return [_guard_section(judge, place, result) for place, result in enumerate(attempt.results)]
+def _guard_sections(guarding: Guarding, attempt: Attempt) -> list[reporting.GuardSection]:
+    return [_guard_section(guarding, place, result) for place, result in enumerate(attempt.results)]
 
 
-def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.GuardSection:
-    plugin = judge.slots[place].plugin
+def _guard_section(guarding: Guarding, place: int, result: GuardResult) -> reporting.GuardSection:
+    plugin = guarding.slots[place].plugin
     return reporting.GuardSection(
         name=result.name,
         origin=plugin.origin.value,
@@ -212,8 +212,8 @@ def _guard_section(judge: Judge, place: int, result: GuardResult) -> reporting.G
         message=result.message,
         warnings=list(result.warnings),
         metrics=dict(result.metrics),
-        prepare=dict(judge.prepared[place].returned),
-        seconds=round(judge.clock.guards[place], 4),
+        prepare=dict(guarding.prepared[place].returned),
+        seconds=round(guarding.session.clock.guards[place], 4),
         error=result.error,
     )
 
@@ -223,12 +223,12 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _metrics_section(judge: Judge, attempt: Attempt) -> reporting.MetricsSection:
+def _metrics_section(guarding: Guarding, attempt: Attempt) -> reporting.MetricsSection:
     metric, divergence = attempt.metric, attempt.divergence
     return reporting.MetricsSection(
-        primary=metric_section(metric, judge.config.eval.metric.ci_level) if metric else None,
+        primary=metric_section(metric, guarding.config.eval.metric.ci_level) if metric else None,
         predictions=divergence_section(divergence) if divergence else None,
-        windows=_windows_section(judge.baseline_pass, attempt.edited_pass),
+        windows=_windows_section(guarding.baseline_pass, attempt.edited_pass),
     )
 
 
@@ -250,14 +250,14 @@ def _windows_section(baseline: PassResult | None, edited: PassResult | None) -> 
     return reporting.WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
 
 
-def _verdict_section(judge: Judge, attempt: Attempt) -> reporting.VerdictSection:
+def _verdict_section(guarding: Guarding, attempt: Attempt) -> reporting.VerdictSection:
     verdict = attempt.verdict
     return reporting.VerdictSection(
         action=verdict.action.value,
         accepted=verdict.accepted,
         decided_by=verdict.decided_by,
-        rests_on=rests_on(judge.config) if judge.windows else WEIGHTS_ALONE,
-        strict=judge.strict,
+        rests_on=rests_on(guarding.config) if guarding.windows else WEIGHTS_ALONE,
+        strict=guarding.strict,
         findings=[reporting.FindingSection(**dataclasses.asdict(finding)) for finding in verdict.findings],
         reasons=list(verdict.reasons),
         suspects=[] if verdict.accepted else blame(attempt.results),

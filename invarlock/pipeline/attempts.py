@@ -1,17 +1,18 @@
-"""One attempt of an edit, and what comes of a whole run."""
+"""Attempts of an edit: an edit is applied, judged, and undone unless it is accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from invarlock.core.results import GuardResult, Verdict
+from invarlock.core.results import Finding, GuardResult, Verdict
 from invarlock.evaluation.divergence import DivergenceResult
 from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
+from invarlock.pipeline.keeping import Watched
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,38 @@ class RunResult:
     report: dict[str, Any]
     model: torch.nn.Module | None
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited model, and what was done to it."""
+
+    model: torch.nn.Module
+    watched: Watched
+    description: Mapping[str, Any]
+    """What guards get to know of the edit: its name, its plan, and what it did to each weight."""
+    modules: Sequence[Any] = ()
+    """What it did to each weight, as the report has it."""
+    bitwidth: int | None = None
+    baseline_weights: Mapping[str, torch.Tensor] | None = None
+    """The baseline's parameters by name, read from disk one at a time."""
+    findings: Sequence[Finding] = ()
+    """What was found besides."""
+    unreadable: bool = False
+    """Whether the model cannot be run over the baseline's windows."""
+
+
+class Edit(Protocol):
+    """A way to an edited model: rounding in memory, rounding while streaming, or another checkpoint."""
+
+    attempts: int
+    """How many there are at most."""
+
+    def apply(self, number: int) -> Edited:
+        """Make the attempt of this number, from 1, out of the baseline."""
+
+    def undo(self) -> Watched:
+        """Take back an attempt that was not accepted; returns the model that is left."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -19,22 +19,23 @@ from typing import Any
 import torch
 
 from invarlock.checkpoints.output_folder import OutputFolder, claimed
-from invarlock.checkpoints.streaming import Streaming, streaming_of
+from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
-from invarlock.models.facts import task_of
+from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import Fingerprint, named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
-from invarlock.models.state import ModelState
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.attempts import Attempt, RunResult
+from invarlock.pipeline.assembly import ModelFacts, assemble, finish, write
+from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Judge, Settle, Undo
-from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.plugins.manager import Adapter, PluginManager
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.judging import Judgement, judge
+from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, WatchingStreamed
+from invarlock.pipeline.session import Session, WindowPair
+from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import ModuleSection
@@ -82,25 +83,33 @@ def compare(
     """
     with claimed(output, config.model.id, subject, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _compare(Judge(config, plugins, slots, strict, on_progress, ranks), subject, weights_only, output)
+        return _compare(Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, output)
 
 
-def _compare(judge: Judge, subject: str, weights_only: bool, output: OutputFolder | None) -> RunResult:
-    ready, baseline = _prepare_baseline(judge, weights_only)
+def _compare(
+    session: Session,
+    slots: Sequence[GuardSlot],
+    strict: bool,
+    subject: str,
+    weights_only: bool,
+    output: OutputFolder | None,
+) -> RunResult:
+    guarding, ready, kept = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    model, attempt, undo = _judge_subject(judge, subject, baseline) if ready else (None, judge.not_ready(), list)
-    report = _report(judge, subject, announced(judge, attempt), baseline, model)
-    finish(report, judge.plugins, judge.ranks)
-    judge.confirm(undo)
-    if output is not None and judge.ranks.is_first:
-        write(report, output, judge.clock)
-    judge.ranks.gather(None)
-    return RunResult(report, model, attempt.verdict)
+    edit = _Subject(guarding, subject, kept)
+    judgement = judge(guarding, edit, Gone(), ready=ready)
+    report = _report(guarding, judgement, edit)
+    finish(report, session.plugins, session.ranks)
+    guarding.confirm(judgement.left)
+    if output is not None and session.ranks.is_first:
+        write(report, output, session.clock)
+    session.ranks.gather(None)
+    return RunResult(report, edit.model, judgement.last.verdict)
 
 
 @dataclass(frozen=True)
-class _Baseline:
+class _Kept:
     """What is left of the baseline once its model has gone."""
 
     fingerprint: str
@@ -109,39 +118,35 @@ class _Baseline:
     streamed: bool
 
 
-def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
-    model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
-    judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
-    if weights_only:
-        judge.windows = None
-    else:
-        judge.make_windows(model)
+def _prepare_baseline(
+    session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
+) -> tuple[Guarding, bool, _Kept]:
+    model, adapter = load(session, session.config.model.id, on_disk=weights_only)
+    baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+    windows = None if weights_only else baseline.make_windows(model)
     streaming = streaming_of(model)
     weights: Mapping[str, torch.Tensor]
-    undo: Undo
-    settle: Settle
+    watched: Watched
     if streaming:
-        weights = MappingProxyType(streaming)
-        undo, settle = _streamed_undo(model, streaming)
+        weights, watched = MappingProxyType(streaming), WatchingStreamed.of(model, streaming)
     else:
-        with judge.clock.stage("snapshot"):
+        with session.clock.stage("snapshot"):
             snapshot = Snapshot(model)
-        weights, loaded = snapshot.parameters(), Loaded.of(model, judge.clock)
-        undo, settle = Keeper(adapter, loaded, snapshot).undo, loaded.settle
-    judge.measure_baseline(model, undo, settle)
-    ready = judge.prepare(model, undo)
-    vocabulary = judge.tokenizer.get_vocab() if judge.tokenizer is not None else None
-    return ready, _Baseline(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
+        weights, watched = snapshot.parameters(), Keeper(adapter, Loaded.of(model, session.clock), snapshot).baseline
+    guarding = Guarding(session, baseline, windows, slots, strict)
+    ready = guarding.begin(model, watched)
+    vocabulary = baseline.tokenizer.get_vocab() if baseline.tokenizer is not None else None
+    return guarding, ready, _Kept(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
 
 
-def load(judge: Judge, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
+def load(session: Session, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
     """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
     if on_disk:
         try:
-            return judge.load(model_id, stream=True)
+            return session.load(model_id, stream=True)
         except UsageError as error:
             log.info("%s; loading the whole model", one_line(error))
-    return judge.load(model_id)
+    return session.load(model_id)
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
@@ -149,66 +154,67 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return streaming.checkpoint.fingerprint() if streaming else Fingerprint.of(model).digest
 
 
-def _judge_subject(judge: Judge, subject: str, baseline: _Baseline) -> tuple[torch.nn.Module, Attempt, Undo]:
-    model, adapter = load(judge, subject, on_disk=judge.windows is None)
-    undo, settle = _subject_undo(judge, model, subject)
-    changes = list(changed_weights(model, baseline.weights, judge.on_progress))
-    findings = _tokenizer_findings(adapter, subject, judge.trust, baseline.vocabulary)
-    if reason := unreadable_windows(judge, model):
-        judge.windows = None
-        findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
-    edit = {
-        "name": "compare",
-        "plan": {"subject": subject},
-        "modules": [dataclasses.asdict(change) for change in changes],
-    }
-    attempt = judge.judge(
-        model,
-        edit,
-        undo,
-        settle=settle,
-        modules=changes,
-        baseline_weights=baseline.weights,
-        findings=findings,
-    )
-    return model, attempt, undo
+class _Subject:
+    """Another checkpoint in place of an edit: it is loaded once, and only read."""
+
+    attempts = 1
+
+    def __init__(self, guarding: Guarding, subject: str, kept: _Kept) -> None:
+        self.subject, self.kept = subject, kept
+        self.model: torch.nn.Module | None = None
+        self._guarding, self._session = guarding, guarding.session
+        self._watched: Watched = Gone()
+
+    def apply(self, number: int) -> Edited:
+        session = self._session
+        self.model, adapter = load(session, self.subject, on_disk=self._guarding.windows is None)
+        self._watched = self._watching(self.model)
+        changes = list(changed_weights(self.model, self.kept.weights, session.on_progress))
+        findings = _tokenizer_findings(adapter, self.subject, session.trust, self.kept.vocabulary)
+        if reason := unreadable_windows(self._guarding.windows, self._guarding.baseline.task, self.model):
+            findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
+        return Edited(
+            self.model,
+            self._watched,
+            {
+                "name": "compare",
+                "plan": {"subject": self.subject},
+                "modules": [dataclasses.asdict(change) for change in changes],
+            },
+            changes,
+            baseline_weights=self.kept.weights,
+            findings=findings,
+            unreadable=reason is not None,
+        )
+
+    def undo(self) -> Watched:
+        """A rejected subject stays what it is."""
+        return self._watched
+
+    def _watching(self, model: torch.nn.Module) -> Watched:
+        """The subject as it has to stay: its files can be read again."""
+        if streaming := streaming_of(model):
+            return WatchingStreamed.of(model, streaming)
+        structures = [Structure.of(module) for module in model.modules()]
+
+        def read_again() -> None:
+            for structure in structures:
+                structure.restore()
+            fresh, _ = self._session.load(self.subject)
+            kept = dict(named_tensors(fresh))
+            for name, tensor in named_tensors(model):
+                tensor.data = kept[name].data
+
+        return Watching(Loaded.of(model, self._session.clock), read_again)
 
 
-def _streamed_undo(model: torch.nn.Module, streaming: Streaming) -> tuple[Undo, Settle]:
-    state = ModelState.of(model)
-
-    def settle() -> None:
-        state.settle()
-        streaming.settle(model)
-
-    return lambda: [*state.undo(), *streaming.undo(model)], settle
-
-
-def _subject_undo(judge: Judge, model: torch.nn.Module, subject: str) -> tuple[Undo, Settle]:
-    """Functions that undo a guard's changes of the subject, whose files can be read again, and spare its own."""
-    streaming = streaming_of(model)
-    if streaming:
-        return _streamed_undo(model, streaming)
-    loaded, structures = Loaded.of(model, judge.clock), [Structure.of(module) for module in model.modules()]
-
-    def read_again() -> None:
-        for structure in structures:
-            structure.restore()
-        fresh, _ = judge.load(subject)
-        kept = dict(named_tensors(fresh))
-        for name, tensor in named_tensors(model):
-            tensor.data = kept[name].data
-
-    return partial(loaded.undo, read_again), loaded.settle
-
-
-def unreadable_windows(judge: Judge, model: torch.nn.Module) -> str | None:
-    """Why the subject cannot be run over the baseline's windows, or None."""
-    if judge.windows is None:
+def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:
+    """Why the subject cannot be run over the windows of a baseline of this task, or None."""
+    if windows is None:
         return None
-    if (task := task_of(model)) != judge.task:
-        return f"the subject is a {task} model and the baseline a {judge.task} one"
-    return next(filter(None, (unreadable(windows, model) for windows in judge.windows)), None)
+    if (own := task_of(model)) != task:
+        return f"the subject is a {own} model and the baseline a {task} one"
+    return next(filter(None, (unreadable(part, model) for part in windows)), None)
 
 
 def changed_weights(
@@ -265,18 +271,17 @@ def _tokenizer_findings(
     return [Finding("tokenizer", Action.WARN, message)]
 
 
-def _report(
-    judge: Judge, subject: str, attempt: Attempt, baseline: _Baseline, model: torch.nn.Module | None
-) -> dict[str, Any]:
+def _report(guarding: Guarding, judgement: Judgement, edit: _Subject) -> dict[str, Any]:
+    model, kept = edit.model, edit.kept
     facts = ModelFacts(
-        before=baseline.fingerprint,
-        after=_fingerprint(model) if model is not None else baseline.fingerprint,
+        before=kept.fingerprint,
+        after=_fingerprint(model) if model is not None else kept.fingerprint,
         restored=None,
-        streamed=baseline.streamed,
+        streamed=kept.streamed,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )
-    plan = {"subject": subject, "families": families(attempt.modules)}
-    return assemble(judge, [attempt], facts, edit_name="compare", plan=plan)
+    plan = {"subject": edit.subject, "families": families(judgement.last.modules)}
+    return assemble(guarding, judgement.attempts, facts, edit_name="compare", plan=plan)
 
 
 def families(changes: Iterable[ChangedWeight | ModuleSection]) -> list[dict[str, Any]]:

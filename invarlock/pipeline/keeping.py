@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from invarlock.checkpoints.streaming import Streaming
 from invarlock.core.errors import PluginError
 from invarlock.distributed.dtensor import sharding_of
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.manager import Adapter
+
+
+class Watched(Protocol):
+    """A model that plugins look at and may not change."""
+
+    def undo(self) -> list[str]:
+        """Undo what was changed of it, and name that."""
+
+    def settle(self) -> None:
+        """Take what differs by now, and is not stored, as the model's own doing: it ran, and nothing else did."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,53 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Watching:
+    """A model in memory as it has to be."""
+
+    loaded: Loaded
+    bring_back: Callable[[], object]
+    """Makes its weights that again."""
+    expected: Fingerprint | None = None
+    """Of the weights, if they are not those that were loaded."""
+
+    def undo(self) -> list[str]:
+        return self.loaded.undo(self.bring_back, self.expected)
+
+    def settle(self) -> None:
+        self.loaded.settle()
+
+
+@dataclass(frozen=True)
+class WatchingStreamed:
+    """A model whose weights are on disk, and its edit, as they have to be."""
+
+    model: torch.nn.Module
+    streaming: Streaming
+    state: ModelState
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, streaming: Streaming) -> WatchingStreamed:
+        return cls(model, streaming, ModelState.of(model))
+
+    def undo(self) -> list[str]:
+        return [*self.state.undo(), *self.streaming.undo(self.model)]
+
+    def settle(self) -> None:
+        self.state.settle()
+        self.streaming.settle(self.model)
+
+
+class Gone:
+    """A model that is not there any more: nobody can change it."""
+
+    def undo(self) -> list[str]:
+        return []
+
+    def settle(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class Keeper:
     """The baseline of a run: brings it back, and tells whether a model still is what it was."""
 
@@ -98,9 +156,10 @@ class Keeper:
                 f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
             )
 
-    def undo(self) -> list[str]:
-        """What differs from the baseline; it is brought back."""
-        return self.loaded.undo(self.restore)
+    @property
+    def baseline(self) -> Watching:
+        """The baseline as it has to stay."""
+        return Watching(self.loaded, self.restore)
 
 
 def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:

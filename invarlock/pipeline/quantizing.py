@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from invarlock.checkpoints.output_folder import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
-from invarlock.core.results import Action
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.attempts import Attempt, RunResult
+from invarlock.pipeline.assembly import ModelFacts, assemble, finish, write
+from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Judge, Undo
-from invarlock.pipeline.keeping import Keeper, Loaded, fingerprint_of
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.judging import Judgement, judge
+from invarlock.pipeline.keeping import Keeper, Loaded, Watching, fingerprint_of
 from invarlock.pipeline.plans import plans_of
-from invarlock.plugins.manager import PluginManager
+from invarlock.pipeline.session import Session
+from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import select_targets
@@ -48,103 +47,88 @@ def run(
     """
     with claimed(output, config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run(Judge(config, plugins, slots, strict, on_progress, ranks), output)
+        return _run(Session(config, plugins, on_progress, ranks), slots, strict, output)
 
 
-def _run(judge: Judge, output: OutputFolder | None) -> RunResult:
-    config, ranks = judge.config, judge.ranks
+def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
+    config, ranks = session.config, session.ranks
     plans = plans_of(config)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
-    model, adapter = judge.load(config.model.id, spread=True)
-    loaded = Loaded.of(model, judge.clock)
+    model, adapter = session.load(config.model.id, spread=True)
+    loaded = Loaded.of(model, session.clock)
     targets = select_targets(model, plans[0])
-    judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
+    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        export.check(model, targets, judge.tokenizer)
-    judge.make_windows(model)
+        export.check(model, targets, baseline.tokenizer)
+    windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper.of(loaded, adapter)
+    guarding = Guarding(session, baseline, windows, slots, strict)
     try:
-        attempts, undo = _attempts(judge, model, keeper, plans, export)
-        report = _report(judge, attempts, model, keeper)
-        finish(report, judge.plugins, ranks)
-        judge.confirm(undo)
+        ready = guarding.begin(model, keeper.baseline)
+        judgement = judge(guarding, _Rounding(session, keeper, plans, export), keeper.baseline, ready=ready)
+        report = _report(guarding, judgement, keeper)
+        finish(report, session.plugins, ranks)
+        guarding.confirm(judgement.left)
         save = None
-        if export is not None and attempts[-1].verdict.accepted:
-            saved = judge.view.gather(keep=ranks.is_first) if judge.view else model
-            save = partial(export.write, model=saved, tokenizer=judge.tokenizer)
+        if export is not None and judgement.last.verdict.accepted:
+            saved = baseline.view.gather(keep=ranks.is_first) if baseline.view else model
+            save = partial(export.write, model=saved, tokenizer=baseline.tokenizer)
         if output is not None and ranks.is_first:
-            write(report, output, judge.clock, save)
+            write(report, output, session.clock, save)
         ranks.gather(None)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
-        keeper.restore(check=judge.view is None)
+        keeper.restore(check=baseline.view is None)
         raise
-    return RunResult(report, model, attempts[-1].verdict)
+    return RunResult(report, model, judgement.last.verdict)
 
 
-def _attempts(
-    judge: Judge, model: torch.nn.Module, keeper: Keeper, plans: Sequence[Plan], export: Export | None
-) -> tuple[list[Attempt], Undo]:
-    """Prepare the guards, then attempt the edit until one attempt is accepted or there are none left.
+class _Rounding:
+    """Rounding in memory, by one plan an attempt."""
 
-    :returns: the attempts, and what undoes later changes of the model as the last one left it.
-    """
-    judge.measure_baseline(model, keeper.undo, keeper.loaded.settle)
-    if not judge.prepare(model, keeper.undo):
-        return [announced(judge, judge.not_ready())], keeper.undo
-    attempts: list[Attempt] = []
-    for number, plan in enumerate(plans, start=1):
-        attempt, undo = _attempt(judge, model, keeper, number, plan, export)
-        attempts.append(announced(judge, attempt))
-        if attempt.verdict.accepted:
-            return attempts, undo
-        keeper.restore()
-        if attempt.verdict.action is Action.ABORT:
-            break
-    return attempts, keeper.undo
+    def __init__(self, session: Session, keeper: Keeper, plans: Sequence[Plan], export: Export | None) -> None:
+        self._session, self._keeper, self._plans, self._export = session, keeper, plans, export
+        self.attempts = len(plans)
 
+    def apply(self, number: int) -> Edited:
+        plan, export, keeper = self._plans[number - 1], self._export, self._keeper
+        model = keeper.loaded.model
+        if export is not None:
+            export.scheme = plan.scheme
+        with self._session.clock.stage("quantize"):
+            modules = quantize_model(
+                model,
+                plan,
+                scales=export.scales if export is not None and export.stores_codes else None,
+                on_progress=lambda done, total, name: self._session.on_progress("quantize", done, total),
+            )
 
-def _attempt(
-    judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan, export: Export | None
-) -> tuple[Attempt, Undo]:
-    if export is not None:
-        export.scheme = plan.scheme
-    with judge.clock.stage("quantize"):
-        modules = quantize_model(
+        def round_again() -> None:
+            keeper.restore()
+            quantize_model(model, plan, measure=False)
+
+        return Edited(
             model,
-            plan,
-            scales=export.scales if export is not None and export.stores_codes else None,
-            on_progress=lambda done, total, name: judge.on_progress("quantize", done, total),
+            Watching(keeper.loaded, round_again, fingerprint_of(model, self._session.clock)),
+            {
+                "name": self._session.config.edit.name,
+                "plan": dataclasses.asdict(plan),
+                "modules": [dataclasses.asdict(module) for module in modules],
+            },
+            modules,
+            plan.scheme.bitwidth,
+            keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
         )
-    edited = fingerprint_of(model, judge.clock)
 
-    def edit_again() -> None:
-        keeper.restore()
-        quantize_model(model, plan, measure=False)
-
-    undo = partial(keeper.loaded.undo, edit_again, edited)
-    edit = {
-        "name": judge.config.edit.name,
-        "plan": dataclasses.asdict(plan),
-        "modules": [dataclasses.asdict(module) for module in modules],
-    }
-    weights = keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None
-    attempt = judge.judge(
-        model,
-        edit,
-        undo,
-        settle=keeper.loaded.settle,
-        number=number,
-        bitwidth=plan.scheme.bitwidth,
-        modules=modules,
-        baseline_weights=weights,
-    )
-    return attempt, undo
+    def undo(self) -> Watching:
+        self._keeper.restore()
+        return self._keeper.baseline
 
 
-def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, keeper: Keeper) -> dict[str, Any]:
-    last, after = attempts[-1], fingerprint_of(model, judge.clock)
+def _report(guarding: Guarding, judgement: Judgement, keeper: Keeper) -> dict[str, Any]:
+    config, model = guarding.config, keeper.loaded.model
+    last, after = judgement.last, fingerprint_of(model, guarding.session.clock)
     facts = ModelFacts(
         before=keeper.fingerprint.digest,
         after=after.digest,
@@ -152,5 +136,5 @@ def _report(judge: Judge, attempts: Sequence[Attempt], model: torch.nn.Module, k
         streamed=False,
         devices=sorted({str(parameter.device) for parameter in model.parameters()}),
     )
-    plan: Mapping[str, Any] = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
-    return assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
+    plan = {**config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
+    return assemble(guarding, judgement.attempts, facts, edit_name=config.edit.name, plan=plan)

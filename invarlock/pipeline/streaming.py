@@ -16,7 +16,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from invarlock import __version__
@@ -26,16 +25,17 @@ from invarlock.checkpoints.streaming import Edit, Part, Streaming, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import counted, showing
-from invarlock.core.results import Action
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
-from invarlock.models.state import ModelState
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
-from invarlock.pipeline.attempts import Attempt, RunResult
+from invarlock.pipeline.assembly import ModelFacts, assemble, finish, write
+from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.clock import Progress
-from invarlock.pipeline.judging import Judge
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.judging import Judgement, judge
+from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.plans import plans_of
-from invarlock.plugins.manager import PluginManager
+from invarlock.pipeline.session import Session
+from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import QuantizedWeight
 from invarlock.quantization.rtn import Scratch, quantize_, scales_of
 from invarlock.quantization.scheme import Plan, Scheme
@@ -63,136 +63,119 @@ def run_streamed(
         raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
     with output.claimed(config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run_streamed(Judge(config, plugins, slots, strict, on_progress, ranks), output)
+        return _run_streamed(Session(config, plugins, on_progress, ranks), slots, strict, output)
 
 
-def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
-    config = judge.config
+def _run_streamed(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder) -> RunResult:
+    config = session.config
     plans = plans_of(config)
-    model, adapter = judge.load(config.model.id, stream=True)
+    model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
-    state = ModelState.of(model)
+    watched = WatchingStreamed.of(model, streaming)
     targets = select_targets(model, plans[0])
     reads_text = config.dataset.provider != "generated"
-    judge.begin(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
+    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if export is not None:
-        export.check(model, targets, judge.tokenizer)
+        export.check(model, targets, baseline.tokenizer)
         _check_packable(export, streaming, targets)
-    if reads_text:
-        judge.make_windows(model)
-    else:
+    windows = baseline.make_windows(model) if reads_text else None
+    if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
-        judge.windows = None
-    streamed = _StreamedRun(judge, model, streaming, state, targets, output, export)
-    judge.measure_baseline(model, streamed.undo, streamed.settle)
+    guarding = Guarding(session, baseline, windows, slots, strict)
+    edit = _StreamedRounding(session, watched, targets, plans, output, export)
     try:
-        ready = judge.prepare(model, streamed.undo)
-        return streamed.report(streamed.attempts(plans) if ready else [announced(judge, judge.not_ready())])
+        ready = guarding.begin(model, watched)
+        judgement = judge(guarding, edit, watched, ready=ready)
+        report = _report(guarding, judgement, streaming)
+        finish(report, session.plugins, session.ranks)
+        guarding.confirm(judgement.left)
+        if session.ranks.is_first:
+            _write(report, guarding, edit)
+        session.ranks.gather(None)
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
-        if judge.ranks.size == 1:
-            streamed.discard()
+        if session.ranks.size == 1:
+            edit.discard()
         raise
+    return RunResult(report, model, judgement.last.verdict)
 
 
-class _StreamedRun:
-    """One model, the shards that are made of it, and the report."""
+def _report(guarding: Guarding, judgement: Judgement, streaming: Streaming) -> dict[str, Any]:
+    config, last = guarding.config, judgement.last
+    accepted = last.verdict.accepted
+    plan = {**config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
+    facts = ModelFacts(
+        before=streaming.checkpoint.fingerprint(),
+        after=streaming.checkpoint.fingerprint(plan if accepted else None),
+        restored=None if accepted else True,
+        streamed=True,
+        devices=[str(streaming.device)],
+    )
+    return assemble(guarding, judgement.attempts, facts, edit_name=config.edit.name, plan=plan)
+
+
+def _write(report: dict[str, Any], guarding: Guarding, edit: _StreamedRounding) -> None:
+    """Write the report, and keep the shards or throw them away."""
+    if not report["verdict"]["accepted"] or edit.export is None or edit.shards is None:
+        edit.discard()
+        write(report, edit.output, guarding.session.clock)
+        return
+    quantized = {target.parameter_name for target in edit.targets.values()}
+    tokenizer = guarding.baseline.tokenizer
+    complete = partial(edit.export.complete, model=edit.watched.model, tokenizer=tokenizer, quantized=quantized)
+    write(report, edit.output, guarding.session.clock, complete, shards=edit.shards)
+
+
+class _StreamedRounding:
+    """Rounding shard by shard, by one plan an attempt; the edited model reads weights as rounding leaves them."""
 
     def __init__(
         self,
-        judge: Judge,
-        model: torch.nn.Module,
-        streaming: Streaming,
-        state: ModelState,
+        session: Session,
+        watched: WatchingStreamed,
         targets: Sequence[WeightTarget],
+        plans: Sequence[Plan],
         output: OutputFolder,
         export: Export | None,
     ) -> None:
-        self.judge, self.model, self.streaming, self.state = judge, model, streaming, state
-        self.output, self.export = output, export
-        self.targets = {streaming.stored[target.parameter_name]: target for target in targets}
+        self.session, self.watched, self.streaming = session, watched, watched.streaming
+        self.plans, self.output, self.export = plans, output, export
+        self.attempts = len(plans)
+        self.targets = {self.streaming.stored[target.parameter_name]: target for target in targets}
         self.shards: ShardedOutput | None = None
 
-    def undo(self) -> list[str]:
-        """Undo what a guard changed of the model, and name it."""
-        return [*self.state.undo(), *self.streaming.undo(self.model)]
-
-    def settle(self) -> None:
-        """Take note of what the model's own code has changed of it."""
-        self.state.settle()
-        self.streaming.settle(self.model)
-
-    def attempts(self, plans: Sequence[Plan]) -> list[Attempt]:
-        attempts: list[Attempt] = []
-        for number, plan in enumerate(plans, start=1):
-            attempts.append(announced(self.judge, self._attempt(number, plan)))
-            if attempts[-1].verdict.action is not Action.ROLLBACK:
-                break
-            self.streaming.put(None)
-        return attempts
-
-    def report(self, attempts: Sequence[Attempt]) -> RunResult:
-        """Put the report together, and keep the shards or throw them away."""
-        judge, last = self.judge, attempts[-1]
-        accepted = last.verdict.accepted
-        if not accepted:
-            self.streaming.put(None)
-        plan = {**judge.config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
-        facts = ModelFacts(
-            before=self.streaming.checkpoint.fingerprint(),
-            after=self.streaming.checkpoint.fingerprint(plan if accepted else None),
-            restored=None if accepted else True,
-            streamed=True,
-            devices=[str(self.streaming.device)],
-        )
-        report = assemble(judge, attempts, facts, edit_name=judge.config.edit.name, plan=plan)
-        finish(report, judge.plugins, judge.ranks)
-        judge.confirm(self.undo)
-        if judge.ranks.is_first:
-            self._write(report)
-        judge.ranks.gather(None)
-        return RunResult(report, self.model, last.verdict)
-
-    def _write(self, report: dict[str, Any]) -> None:
-        if not report["verdict"]["accepted"] or self.export is None or self.shards is None:
-            self.discard()
-            write(report, self.output, self.judge.clock)
-            return
-        quantized = {target.parameter_name for target in self.targets.values()}
-        complete = partial(self.export.complete, model=self.model, tokenizer=self.judge.tokenizer, quantized=quantized)
-        write(report, self.output, self.judge.clock, complete, shards=self.shards)
-
-    def discard(self) -> None:
-        if self.shards is not None and self.judge.ranks.is_first:
-            self.shards.discard()
-
-    def _attempt(self, number: int, plan: Plan) -> Attempt:
-        judge = self.judge
-        with judge.clock.stage("quantize") as shown, unwritable_said(self.output.path):
+    def apply(self, number: int) -> Edited:
+        session, plan = self.session, self.plans[number - 1]
+        with session.clock.stage("quantize") as shown, unwritable_said(self.output.path):
             if self.export is not None:
                 self.export.scheme = plan.scheme
                 self.shards = self._open_shards(plan)
-            with showing(judge.ranks.summed(shown)):
+            with showing(session.ranks.summed(shown)):
                 modules = self._round_all(plan.scheme)
         self.streaming.put(self._edit(plan.scheme))
-        edit = {
-            "name": judge.config.edit.name,
-            "plan": dataclasses.asdict(plan),
-            "modules": [dataclasses.asdict(module) for module in modules],
-        }
-        return judge.judge(
-            self.model,
-            edit,
-            self.undo,
-            settle=self.settle,
-            number=number,
-            bitwidth=plan.scheme.bitwidth,
-            modules=modules,
-            baseline_weights=MappingProxyType(self.streaming),
+        return Edited(
+            self.watched.model,
+            self.watched,
+            {
+                "name": session.config.edit.name,
+                "plan": dataclasses.asdict(plan),
+                "modules": [dataclasses.asdict(module) for module in modules],
+            },
+            modules,
+            plan.scheme.bitwidth,
+            MappingProxyType(self.streaming),
         )
+
+    def undo(self) -> WatchingStreamed:
+        self.streaming.put(None)
+        return self.watched
+
+    def discard(self) -> None:
+        if self.shards is not None and self.session.ranks.is_first:
+            self.shards.discard()
 
     def _open_shards(self, plan: Plan) -> ShardedOutput:
         """Go on with what an earlier process left, or begin; the first process makes room for what the others write."""
@@ -200,11 +183,11 @@ class _StreamedRun:
             "version": __version__,
             "files": self.streaming.checkpoint.current_identity(),
             "plan": dataclasses.asdict(plan),
-            "format": self.judge.config.output.format,
-            "dtype": self.judge.config.model.dtype,
+            "format": self.session.config.output.format,
+            "dtype": self.session.config.model.dtype,
         }
         identity = json.loads(json.dumps(described))
-        ranks, files = self.judge.ranks, self.streaming.checkpoint.files
+        ranks, files = self.session.ranks, self.streaming.checkpoint.files
         make = partial(ShardedOutput, self.output.path, files, identity, ranks.rank)
         shards = make() if ranks.is_first else None
         ranks.gather(None)
@@ -215,7 +198,7 @@ class _StreamedRun:
 
         Processes share the shards.
         """
-        checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.judge.ranks
+        checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.session.ranks
         files = checkpoint.files[ranks.rank :: ranks.size]
         notes: list[dict[str, Any]] = []
         for file in counted(files, checkpoint.nbytes_of):

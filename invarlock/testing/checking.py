@@ -13,7 +13,7 @@ from invarlock.core.results import Action, GuardResult
 from invarlock.testing.architectures import ARCHITECTURES, tiny_model
 from invarlock.testing.keeping import live_weights
 from invarlock.testing.named_edits import damage
-from invarlock.testing.running import Session
+from invarlock.testing.running import GuardRun
 
 
 def check_guard(guard: Any, /, **options: Any) -> None:
@@ -38,13 +38,13 @@ def check_guard(guard: Any, /, **options: Any) -> None:
 def _broken_promises(guard: Any, options: Mapping[str, Any]) -> Iterator[str]:
     for architecture in ARCHITECTURES:
         returned = _Returned()
-        session = Session(guard, tiny_model(architecture), options, {"returned": returned})
+        session = GuardRun(guard, tiny_model(architecture), options, {"returned": returned})
         returned.session = session
         for said in [*_broken_in(session), *dict.fromkeys(returned.problems)]:
             yield f"{architecture}: {said}"
 
 
-def _broken_in(session: Session) -> Iterator[str]:
+def _broken_in(session: GuardRun) -> Iterator[str]:
     model, first = session.model, session.judge()
     yield from _objections(first, "the unedited model")
     if session.judge() != first:
@@ -71,7 +71,7 @@ def _failures(result: GuardResult, where: str) -> Iterator[str]:
 class _Returned:
     """A wrapper around the guard that notes what of its answers JSON cannot hold, and what it keeps of the model."""
 
-    session: Session
+    session: GuardRun
 
     def __init__(self) -> None:
         self.problems: list[str] = []

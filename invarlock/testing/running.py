@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from invarlock.datasets.windows import make_windows
 from invarlock.models.facts import task_of, vocabulary_of
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.snapshot import Snapshot
+from invarlock.pipeline.attempts import Edited
 from invarlock.pipeline.comparison import changed_weights
-from invarlock.pipeline.judging import Judge
-from invarlock.pipeline.keeping import Keeper, Loaded
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.keeping import Keeper, Loaded, Watching
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.session import Session
 from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.classes import ModelAdapter
-from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.plugins.plugin import Kind, Origin, Plugin
 from invarlock.quantization import quantize_model
 from invarlock.testing.named_edits import damage
@@ -50,11 +52,11 @@ def run_guard(guard: Any, model: torch.nn.Module, /, edit: Edit = None, **option
     :returns: what it said; an exception, an incomplete result or a changed model is in ``error``, and aborts.
     :raises UsageError: the guard's hooks are wrong, or the edit is not known.
     """
-    return Session(guard, model, options).judge(edit)
+    return GuardRun(guard, model, options).judge(edit)
 
 
 @dataclass
-class Session:
+class GuardRun:
     """A guard and a model, for several edits on the same windows; each time the guard is constructed anew."""
 
     guard: Any
@@ -74,24 +76,22 @@ class Session:
 
     def judge(self, edit: Edit = None) -> GuardResult:
         """What the guard says of an edit; see :func:`run_guard`."""
-        judge = self._judge(edit if isinstance(edit, int) else 8)
-        model, adapter = judge.load(ADAPTER)
-        keeper = Keeper.of(Loaded.of(model, judge.clock), adapter)
+        session, slots = self._session(edit if isinstance(edit, int) else 8)
+        model, adapter = session.load(ADAPTER)
+        keeper = Keeper.of(Loaded.of(model, session.clock), adapter)
+        guarding = Guarding(session, session.open(model, adapter), self.windows, slots)
         try:
-            judge.begin(model, adapter)
-            judge.windows = self.windows
-            judge.measure_baseline(model, keeper.undo, keeper.loaded.settle)
-            if not judge.prepare(model, keeper.undo):
-                return judge.not_ready().results[0]
-            described = _apply(edit, model, judge.config, keeper.snapshot)
+            if not guarding.begin(model, keeper.baseline):
+                return guarding.not_ready().results[0]
+            described = _apply(edit, model, session.config, keeper.snapshot)
             # A change is named; it need not be undone, for no other guard looks at the model.
-            undo = partial(keeper.loaded.undo, lambda: None, Fingerprint.of(model))
-            weights = keeper.snapshot.parameters()
-            return judge.judge(model, described, undo, baseline_weights=weights).results[0]
+            watched = Watching(keeper.loaded, lambda: None, Fingerprint.of(model))
+            edited = Edited(model, watched, described, baseline_weights=keeper.snapshot.parameters())
+            return guarding.judge(edited).results[0]
         finally:
             keeper.restore()
 
-    def _judge(self, bitwidth: int) -> Judge:
+    def _session(self, bitwidth: int) -> tuple[Session, list[GuardSlot]]:
         name = _name_of(self.guard)
         config = RunConfig(
             model=ModelConfig(id=ADAPTER, adapter=ADAPTER),
@@ -100,7 +100,7 @@ class Session:
         )
         plugins = PluginManager(self._catalog(name))
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return Judge(config, plugins, slots, False, lambda stage, done, total: None)
+        return Session(config, plugins), slots
 
     def _catalog(self, name: str) -> Catalog:
         catalog = Catalog()

@@ -1,0 +1,267 @@
+"""Guards, asked one by one about a baseline and about each edit of it, and the fold of their results to a verdict.
+
+It calls hooks and knows no plugin by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import PluginError
+from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
+from invarlock.distributed.parallel_map import asked_together
+from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
+from invarlock.evaluation.metric import MetricResult, compare
+from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.predictions import TokenRecord
+from invarlock.pipeline.attempts import Attempt, Edited
+from invarlock.pipeline.calibration import Calibration
+from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.settings import settings_kept
+from invarlock.plugins.manager import GuardSlot
+from invarlock.plugins.observation import Observation
+from invarlock.plugins.plugin import Origin
+
+log = logging.getLogger("invarlock")
+
+Found = TypeVar("Found")
+
+
+@dataclass
+class Guarding:
+    """The guards of one run, and what they and the passes learned of the baseline."""
+
+    session: Session
+    baseline: Baseline
+    windows: WindowPair | None
+    """None where outputs are not measured."""
+    slots: Sequence[GuardSlot]
+    strict: bool = False
+    prepared: Sequence[PrepareResult] = ()
+    baseline_pass: PassResult | None = None
+    _record: TokenRecord | None = None
+    _observed: list[Observation] = field(default_factory=list)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.session.config
+
+    # -- the baseline --------------------------------------------------------------------------------------------------
+
+    def begin(self, model: torch.nn.Module, watched: Watched) -> bool:
+        """Run the baseline over the windows once, and prepare the guards one by one.
+
+        :returns: whether all are ready.
+        """
+        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched)
+        shown = self.baseline.shown(model)
+        self.prepared = [
+            min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
+            for place, slot in enumerate(self.slots)
+        ]
+        return all(prepared.ready for prepared in self.prepared)
+
+    def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
+        slot, observed = self.slots[place], self._observed[place]
+        calib = Calibration(copy.deepcopy(self.windows[0]) if self.windows else None)
+        with settings_kept(), self.session.clock.guard(place, slot.name):
+            prepared = self.session.plugins.prepare(slot, model, self.baseline.adapter, calib)
+        if observed.message:
+            prepared = PrepareResult.failed(observed.message, observed.trace)
+        if changed := self.baseline.undo(watched):
+            prepared = PrepareResult.failed(changed_message(changed))
+        return prepared
+
+    def _asked(self, slot: GuardSlot, ask: Callable[[], Found]) -> list[Found]:
+        """What each process that asks a guard is told: all where it shares its work or the model is spread."""
+        ranks = self.session.ranks
+        if self.baseline.view:
+            return ranks.gather(ask())
+        return asked_together(slot.name, ranks, ask) if slot.shares_work else [ranks.from_first(ask)]
+
+    def not_ready(self) -> Attempt:
+        """The abort before the edit, when a guard was not ready."""
+        results = [
+            self._unready_result(slot, prepared) for slot, prepared in zip(self.slots, self.prepared, strict=True)
+        ]
+        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, None, self._fold(results, []))
+
+    def _unready_result(self, slot: GuardSlot, prepared: PrepareResult) -> GuardResult:
+        if prepared.error:
+            return GuardResult.failed(slot.name, prepared.message or "", prepared.error)
+        if prepared.ready:
+            message = "not run: a guard was not ready, so no edit was judged"
+            return GuardResult(slot.name, None, Action.CONTINUE, message)
+        message = str(prepared.returned.get("message") or "not ready: prepare returned ready=False")
+        return GuardResult(slot.name, False, Action.ABORT, message)
+
+    # -- the edit ------------------------------------------------------------------------------------------------------
+
+    def judge(self, edited: Edited, number: int = 1) -> Attempt:
+        """Run the edited model over the windows once, ask every guard, and fold.
+
+        :param number: of the attempt, from 1.
+        """
+        model, watched = edited.model, edited.watched
+        if edited.unreadable:
+            self.windows = None
+        observed, edited_pass = self._observed_pass(model, "edited pass", watched)
+        metric, divergence = self._compare(edited_pass)
+        context = self._context(edited, metric, number)
+        shown = self.baseline.shown(model)
+        results: list[GuardResult] = []
+        for place, slot in enumerate(self.slots):
+            if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
+                results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
+            else:
+                ask = partial(self._validate, place, shown, context, observed[place], watched)
+                results.append(GuardResult.merged(self._asked(slot, ask)))
+        outputs = []
+        if metric and divergence:
+            outputs = [
+                Finding("primary metric", metric.action, metric.message),
+                Finding("predictions", divergence.action, divergence.message),
+            ]
+        verdict = self._fold(results, [*outputs, *edited.findings])
+        return Attempt(number, edited.bitwidth, edited.modules, results, metric, divergence, edited_pass, verdict)
+
+    def _validate(
+        self,
+        place: int,
+        model: torch.nn.Module,
+        context: Mapping[str, Any],
+        edited: Observation,
+        watched: Watched,
+    ) -> GuardResult:
+        """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
+        slot, baseline = self.slots[place], self._observed[place]
+        observations = {"baseline": baseline.results(), "edited": edited.results()}
+        # Copies: what one guard changes of them is nothing that the next one may see.
+        shared = ("baseline_weights",)
+        own = {name: value if name in shared else copy.deepcopy(value) for name, value in context.items()}
+        own["observations"] = observations
+        with settings_kept(), self.session.clock.guard(place, slot.name):
+            result = self.session.plugins.validate(slot, model, self.baseline.adapter, own)
+        if failed := next((observation for observation in (baseline, edited) if observation.message), None):
+            result = GuardResult.failed(slot.name, failed.message or "", failed.trace)
+        if changed := self.baseline.undo(watched):
+            result = GuardResult.failed(slot.name, changed_message(changed))
+        return result
+
+    def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
+        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
+        said = [Finding.of_guard(result) for result in results if result.passed is not None]
+        session = self.session
+        besides = [*session.plugins.faults.take(), *session.inputs.changes()]
+        found = dict.fromkeys(finding for part in session.ranks.gather(besides) for finding in part)
+        return fold([*said, *findings, *found], strict=self.strict)
+
+    def _context(self, edited: Edited, metric: MetricResult | None, number: int) -> dict[str, Any]:
+        """What every guard gets to know; ``baseline`` and ``edited`` are None where no outputs were measured."""
+        tokenizer = self.baseline.tokenizer
+        return {
+            "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
+            "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
+            "edit": edited.description,
+            "limit": self.config.eval.max_pm_ratio,
+            "attempt": number,
+            "device": str(next(edited.model.parameters()).device),
+            "rank": self.session.ranks.rank,
+            "vocabulary": len(tokenizer) if tokenizer is not None else None,
+            "baseline_weights": edited.baseline_weights,
+        }
+
+    def confirm(self, watched: Watched) -> None:
+        """Make sure that what was judged is still what there is, before it is saved.
+
+        :raises PluginError: a plugin changed it after the last guard had been asked.
+        """
+        plugins = self.session.plugins
+        if faults := plugins.faults.take():
+            raise PluginError("; ".join(f"{fault.source}: {fault.message}" for fault in faults))
+        if changed := self.baseline.undo(watched):
+            who = ", ".join(plugins.that_saw_the_end()) or "a plugin that kept it"
+            raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
+        for finding in self.session.inputs.changes():
+            log.warning("%s", finding.message)
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _observed_pass(
+        self, model: torch.nn.Module, stage: str, watched: Watched
+    ) -> tuple[list[Observation], PassResult | None]:
+        """One pass over all windows: what it measured, and what the taps of each guard collect on the way."""
+        observing = self.baseline.sees_preview
+        observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
+        windows = self.windows
+        if windows is None:
+            return observations, None
+        taps_off: Callable[[], None] = watched.settle
+        if strangers := self._strangers_tapping(observations):
+            taps_off = partial(self._check_taps, strangers, stage, watched)
+            if not self.baseline.sharding:
+                # What their taps change must not be taken for the model's own doing: it runs once without them.
+                self.baseline.run_alone(model, windows)
+                watched.settle()
+        measured, record = self.baseline.run_pass(
+            model,
+            windows,
+            stage,
+            taps=[observation.taps for observation in observations],
+            reference=self._record,
+            taps_off=taps_off,
+        )
+        self._record = record or self._record
+        return observations, measured
+
+    def _observe(self, slot: GuardSlot, model: torch.nn.Module, watched: Watched) -> Observation:
+        """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
+        plugins = self.session.plugins
+        with settings_kept():
+            observation = plugins.observe(slot, self.baseline.shown(model), self.baseline.adapter)
+        if plugins.watches(slot) and (changed := self.baseline.undo(watched)):
+            observation.fail("observe", PluginError(changed_message(changed)))
+            observation.wanted = {}
+        return observation
+
+    def _strangers_tapping(self, observations: Sequence[Observation]) -> list[str]:
+        """Guards that are not built in and have asked for taps."""
+        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
+        return [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
+
+    def _check_taps(self, strangers: Sequence[str], stage: str, watched: Watched) -> None:
+        """Make sure that no tap changed the model during a pass.
+
+        :raises PluginError: one did; whose it is cannot be told.
+        """
+        if changed := self.baseline.undo(watched):
+            raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
+
+    def _compare(self, edited_pass: PassResult | None) -> tuple[MetricResult, DivergenceResult] | tuple[None, None]:
+        """The two voices of the outputs: the loss, and the predictions token by token."""
+        if self.baseline_pass is None or edited_pass is None:
+            return None, None
+        section = self.config.eval
+        metric = compare(
+            self.baseline_pass,
+            edited_pass,
+            kind=self.baseline.kind,
+            limit=section.max_pm_ratio,
+            level=section.metric.ci_level,
+            reps=section.metric.reps,
+            seed=self.config.dataset.seed,
+        )
+        return metric, compare_predictions(self.baseline_pass, edited_pass, ratio=section.max_pm_ratio)
+
+
+def changed_message(names: Sequence[str]) -> str:
+    return f"the guard changed the model ({some(names)}); the change was undone"

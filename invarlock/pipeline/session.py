@@ -1,0 +1,212 @@
+"""A session: loads the models of one configuration, makes windows, and runs models over them; it asks no guard."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import PluginError, UsageError
+from invarlock.datasets.layout import Windows
+from invarlock.datasets.windows import make_windows
+from invarlock.distributed.dtensor import Sharding, sharding_of
+from invarlock.distributed.gathered_view import WholeView
+from invarlock.distributed.process_group import Ranks
+from invarlock.evaluation.metric import Kind, kind_of
+from invarlock.evaluation.passes import PassResult, measure
+from invarlock.evaluation.predictions import TokenRecord
+from invarlock.models.facts import Task, batch_size, task_of
+from invarlock.models.state import ModelState
+from invarlock.pipeline.clock import Clock, Progress
+from invarlock.pipeline.inputs import Inputs
+from invarlock.pipeline.keeping import Watched
+from invarlock.pipeline.tokenizer import LoadedTokenizer
+from invarlock.plugins.manager import Adapter, PluginManager
+
+WindowPair = tuple[Windows, Windows]
+"""Preview windows, which are the guards', and final ones, which are the metric's."""
+
+
+@dataclass
+class Session:
+    """What the models of one run have in common: configuration, plugins, processes and clock."""
+
+    config: RunConfig
+    plugins: PluginManager
+    on_progress: Progress = lambda stage, done, total: None
+    ranks: Ranks = field(default_factory=Ranks)
+    clock: Clock = field(init=False)
+    inputs: Inputs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.on_progress)
+        self.inputs = Inputs(self.ranks, self.clock)
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """Options that every load of a model or a tokenizer is given."""
+        section = self.config.model
+        return {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+
+    def load(self, model_id: str, *, stream: bool = False, spread: bool = False) -> tuple[torch.nn.Module, Adapter]:
+        """Load a checkpoint as ``model`` of the configuration says.
+
+        :param stream: leave its weights on disk, to be read at each use.
+        :param spread: spread its weights over the processes, if there are several and ``model.parallel`` says so.
+        :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
+        """
+        section = self.config.model
+        self.inputs.take_note_of(Path(model_id))
+        torch.manual_seed(self.config.dataset.seed)
+        options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
+        if spread and self.ranks.size > 1 and section.parallel != "windows":
+            options["parallel"] = section.parallel
+        with self.clock.stage("load"):
+            model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
+        if not isinstance(model, torch.nn.Module):
+            found = type(model).__name__
+            raise PluginError(f"adapter {adapter.name}: load_model returned {found}, not a torch.nn.Module")
+        for name, parameter in model.named_parameters():
+            if parameter.device.type == "meta":
+                raise UsageError(
+                    f"model.device: {name} is offloaded (on the meta device) and cannot be quantized in place; "
+                    "load the whole model onto devices"
+                )
+        return model, adapter
+
+    def open(
+        self,
+        model: torch.nn.Module,
+        adapter: Adapter,
+        *,
+        wants_tokenizer: bool = False,
+        reads_text: bool | None = None,
+    ) -> Baseline:
+        """Take a loaded baseline.
+
+        :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
+        :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
+        :raises UsageError: the tokenizer is needed, and cannot be loaded.
+        """
+        task, sharding = task_of(model), sharding_of(model)
+        view = WholeView(model) if sharding else None
+        if reads_text is None:
+            reads_text = self.config.dataset.provider != "generated" or task == "masked"
+        return Baseline(
+            session=self,
+            adapter=adapter,
+            task=task,
+            kind=kind_of(task, self.config.eval.metric.kind),
+            description=adapter.describe(view.model if view else model),
+            loaded_tokenizer=LoadedTokenizer(adapter, self.config.model.id, self.trust, required=reads_text)
+            if reads_text or wants_tokenizer
+            else None,
+            reads_text=reads_text,
+            sharding=sharding,
+            view=view,
+            view_state=ModelState.of(view.model) if view else None,
+        )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Facts of the baseline that stay when its weights go, and how it and the edited model are run."""
+
+    session: Session
+    adapter: Adapter
+    task: Task
+    kind: Kind
+    description: Mapping[str, Any]
+    loaded_tokenizer: LoadedTokenizer | None
+    reads_text: bool
+    sharding: Sharding | None
+    view: WholeView | None
+    """Of a model that is spread over the processes."""
+    view_state: ModelState | None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The baseline's, or None where there is none or nobody needs it."""
+        return self.loaded_tokenizer.live if self.loaded_tokenizer else None
+
+    def shown(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as guards see it."""
+        return self.view.model if self.view else model
+
+    def undo(self, watched: Watched) -> list[str]:
+        """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them."""
+        of_tokenizer = self.loaded_tokenizer.undo() if self.loaded_tokenizer else []
+        if self.view and self.view_state:
+            return [*self.view_state.undo(), *self.view.undo(), *of_tokenizer]
+        return [*watched.undo(), *of_tokenizer]
+
+    def make_windows(self, model: torch.nn.Module) -> WindowPair:
+        """Windows of text, or of what the model writes.
+
+        :raises UsageError: there is too little text, or it does not fit the model.
+        """
+        with self.session.clock.stage("windows"):
+            tokenizer = self.tokenizer if self.reads_text else None
+            return make_windows(self.session.config.dataset, model, tokenizer, task=self.task)
+
+    @property
+    def sees_preview(self) -> bool:
+        """Whether this process runs the preview windows: the first one does, or all where the model is spread."""
+        return self.session.ranks.is_first or self.sharding is not None
+
+    def run_pass(
+        self,
+        model: torch.nn.Module,
+        windows: WindowPair,
+        stage: str,
+        *,
+        taps: Sequence[Mapping[str, Any]] = (),
+        reference: TokenRecord | None = None,
+        taps_off: Callable[[], None] = lambda: None,
+    ) -> tuple[PassResult, TokenRecord | None]:
+        """Run a model over all windows once; processes share the final ones.
+
+        :param taps: on the preview windows, by module name.
+        :param reference: the baseline's record of its predictions, to compare with.
+        :param taps_off: called once no tap is on the model any more.
+        :returns: what all processes measured, and this one's record of its predictions.
+        """
+        preview, final = windows
+        ranks, whole = self.session.ranks, self.sharding is Sharding.TENSOR
+        share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
+        with self.session.clock.stage(stage) as shown:
+            measured = measure(
+                model,
+                preview if self.sees_preview else preview[:0],
+                final[share],
+                task=self.task,
+                taps=taps,
+                reference=reference,
+                calls=calls,
+                taps_off=taps_off,
+                on_progress=shown if whole else ranks.summed(shown),
+            )
+            parts = ranks.gather(dataclasses.replace(measured, record=None))
+        # Under tensor parallelism all processes have measured the same.
+        return PassResult.joined(parts[:1] if whole else parts), measured.record
+
+    def run_alone(self, model: torch.nn.Module, windows: WindowPair) -> None:
+        """Run one window, with nobody looking on."""
+        preview, final = windows
+        measure(model, preview[:0], final[:1], task=self.task)
+
+    def _share_of(self, final: Windows, *, ahead: int, model: torch.nn.Module) -> tuple[slice, int]:
+        """This process's part of the final windows, and how often all of them have to run the model."""
+        if self.sharding is Sharding.TENSOR:
+            return slice(None), 0
+        ranks = self.session.ranks
+        share = ranks.share(len(final), ahead=ahead)
+        if self.sharding is None:
+            return share, 0
+        most = -(-len(final) // ranks.size)
+        return share, -(-most // batch_size(model, final.length))
