@@ -19,8 +19,7 @@ from invarlock.quantization.rtn import quantize_
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
-from plugins_builtin.guards import singular
-from plugins_builtin.guards.spectral import SpectralGuard
+from plugins_builtin.guards.spectral import SpectralGuard, singular
 
 BUILDERS = architectures.ARCHITECTURES.values()
 

@@ -22,6 +22,7 @@ from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Rows, Tap, attached
 from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.output_head import Head, set_aside_head
+from invarlock.models.structure import find_blocks
 
 CHUNK_BYTES = 4 * 2**20
 
@@ -134,7 +135,7 @@ def _together(
     """
     windows = Windows.joined(preview, final)
     rows = Rows(len(preview), len(windows), windows.input_ids.shape[1])
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    blocks = find_blocks(model).values()
     done = itertools.count(1)
     with ExitStack() as stack:
         if on_progress:

@@ -48,13 +48,15 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
     """
     import torch
 
+    from invarlock.api import output_head
+
     if not getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1):
         raise _disagrees(checkpoint, "num_hidden_layers is 0")
     with warnings.catch_warnings(), _at_most_modules(checkpoint), torch.device("meta"):
         # Of tensors without numbers, which are refused below.
         warnings.simplefilter("ignore")
         model = make()
-    if model.get_output_embeddings() is None:
+    if output_head(model) is None:
         raise UsageError(
             f"model.id: {checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
             "language-model head, so that nothing it predicts can be measured; name one that has, as LlamaForCausalLM"

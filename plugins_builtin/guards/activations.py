@@ -173,10 +173,3 @@ def _first_tensor(value: Any) -> Tensor | None:
     elif not isinstance(value, tuple | list):
         return None
     return next((found for entry in value if (found := _first_tensor(entry)) is not None), None)
-
-
-def output_head(model: nn.Module) -> str | None:
-    """The name of the module that makes logits of hidden states, if the model has one of its own."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = (get() if callable(get) else None) or getattr(model, "lm_head", None)
-    return next((name for name, module in model.named_modules() if module is head), None)

@@ -269,8 +269,7 @@ def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str
 
 def _modules(model: Any) -> dict[str, _Module]:
     """The modules that have parameters of their own, by name."""
-    from invarlock.api import find_weights
-    from plugins_builtin.guards.activations import output_head
+    from invarlock.api import find_weights, output_head
 
     weights = {name: target for target in find_weights(model) for name in target.names}
     head = output_head(model)
@@ -281,5 +280,5 @@ def _modules(model: Any) -> dict[str, _Module]:
             continue
         target = next((weights[parameter] for parameter in parameters if parameter in weights), None)
         family = family_of(target.role.value) if target else "other"
-        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, name == head)
+        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, module is head)
     return found

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from invarlock.api import Guard, UsageError, one_line
 
 if TYPE_CHECKING:
-    from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
-    from plugins_builtin.guards.block_suspects import Suspect
-    from plugins_builtin.guards.blocks import Recorder
+    from plugins_builtin.guards.reconstruction.calls import Recorder
+    from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
+    from plugins_builtin.guards.reconstruction.suspects import Suspect
 
 MOST_TOKENS = 256
 LIMIT = 1.10
@@ -92,14 +92,14 @@ class ReconstructionGuard(Guard):
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._reference is not None:
             return {}
-        from plugins_builtin.guards.blocks import Recorder
+        from plugins_builtin.guards.reconstruction.calls import Recorder
 
         self._recorder = Recorder(self.tokens)
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.block_errors import Reference
-        from plugins_builtin.guards.blocks import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.errors import Reference
 
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
@@ -125,7 +125,7 @@ class ReconstructionGuard(Guard):
         if self._reference is None:
             action = "warn" if outputs_decide else "abort"
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
-        from plugins_builtin.guards.block_suspects import find_suspects
+        from plugins_builtin.guards.reconstruction.suspects import find_suspects
 
         judgement = self._reference.judge(model)
         max_score = math.log(context.get("limit", LIMIT)) / DOUBT if self.max_score is None else self.max_score

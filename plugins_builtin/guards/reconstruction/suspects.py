@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from invarlock.api import evaluating
-from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
-from plugins_builtin.guards.block_leaves import leaf_errors
+from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
+from plugins_builtin.guards.reconstruction.leaves import leaf_errors
 
 NOISE = 1e-6
 """Nats below which a part is left in peace: the rounding of half precision costs more, that of float32 less."""

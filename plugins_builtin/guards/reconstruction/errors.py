@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import counted, evaluating, one_line
-from plugins_builtin.guards.block_leaves import Leaf, observe_leaves
-from plugins_builtin.guards.blocks import CANNOT_RUN, Call, find_blocks, find_parts
-from plugins_builtin.guards.embedding_rows import Rows
+from invarlock.api import counted, evaluating, find_blocks, one_line
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
+from plugins_builtin.guards.reconstruction.embedding_rows import Rows
+from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
 
 UNKNOWN_SENSITIVITY = 0.5
 """Of a part that no gradient reaches: losing its update entirely counts as half a nat a token."""

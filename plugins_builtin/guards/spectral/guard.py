@@ -15,7 +15,7 @@ from plugins_builtin.guards.options import by_family, families_in, family_of, nu
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.singular import Change, Size, Spectrum
+    from plugins_builtin.guards.spectral.singular import Change, Size, Spectrum
 
 
 FEW = 3
@@ -32,9 +32,9 @@ class SpectralGuard(Guard):
     """Measures every matrix of weights before and after the edit: fused experts one by one, convolutions flattened.
 
     For each: the largest singular value sigma (the spectral norm), to 1 %; the Frobenius norm; the stable rank
-    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. How, and
-    how well, is said in ``plugins_builtin.guards.singular``. Of the baseline a few numbers a row and a column are kept,
-    and no weight.
+    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. The
+    methods and their accuracy are described in ``plugins_builtin.guards.spectral.singular``. Of the baseline, a few
+    numbers per row and per column are kept, and no weight.
 
     It warns, and never more: weights alone do not tell harm. Permuted units, rotated heads and folded norms change them
     and no output. NaN or Inf that the baseline has not aborts.
@@ -129,7 +129,7 @@ class SpectralGuard(Guard):
 
     def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[_Matrix, _Move | None]]:
         """Of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
-        from plugins_builtin.guards.singular import changes
+        from plugins_builtin.guards.spectral.singular import changes
 
         pairs = [
             (matrix, values)
@@ -335,7 +335,7 @@ def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
 
 
 def _spectra(alike: _Alike) -> list[tuple[str, Spectrum | None]]:
-    from plugins_builtin.guards.singular import spectra
+    from plugins_builtin.guards.spectral.singular import spectra
 
     matrices, numbers = zip(*alike.read(), strict=True)
     return [(matrix.name, spectrum) for matrix, spectrum in zip(matrices, spectra(numbers), strict=True)]
@@ -345,7 +345,7 @@ def _leading_values(
     moves: Sequence[_Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
-    from plugins_builtin.guards.singular import leading_values
+    from plugins_builtin.guards.spectral.singular import leading_values
 
     def values(weight: _Weight) -> dict[str, Any] | None:
         old = baseline.get(weight.parameter_name)

@@ -16,23 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import attached, context_of, device_of, evaluating, task_of
-from plugins_builtin.guards.embedding_rows import token_frequency
+from invarlock.api import attached, context_of, device_of, evaluating, find_blocks, has_weights, task_of
+from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """What a part raises that is missing, mis-shaped, or written in a way that it cannot be run alone."""
-
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The elements of outermost ``nn.ModuleList``s, by name; one that stands in several places once."""
-    found: dict[str, nn.Module] = {}
-    outermost = ""
-    for path, module in model.named_modules():
-        # Modules come right after the one that holds them.
-        if isinstance(module, nn.ModuleList) and not (outermost and path.startswith(outermost)):
-            outermost = f"{path}."
-            found |= {f"{path}.{name}": block for name, block in module.named_children() if has_weights(block)}
-    return found
 
 
 def find_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,10 +36,6 @@ def find_parts(model: nn.Module) -> dict[str, nn.Module]:
         if path in blocks or (path not in holders and not inside and has_weights(module)):
             parts[path], part = module, f"{path}."
     return parts
-
-
-def has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from plugins_builtin.guards.activations import Seen, Tap
-    from plugins_builtin.guards.spikes import Spectra
+    from plugins_builtin.guards.rmt.spikes import Spectra
 
 
 NOTHING = 0.01
@@ -27,9 +27,9 @@ class RMTGuard(Guard):
 
     It looks at what goes into attention and into the feed-forward of every block, and into the output head: of a few
     tokens, the same ones on both sides, standardized with the baseline's mean and deviation. Eigenvalues of their
-    correlation matrix beyond the Marchenko-Pastur edge are signal; ``plugins_builtin.guards.spikes`` has the formulas.
-    For every place: how many there are before and after, their energy, and what share of the baseline's energy the
-    edited ones no longer span.
+    correlation matrix beyond the Marchenko-Pastur edge are signal (formulas: ``plugins_builtin.guards.rmt.spikes``).
+    For every place: the number of these eigenvalues before and after, their energy, and the share of the baseline's
+    energy that the edited ones no longer span.
 
     It warns when what reaches the output head has changed by more than it may, and never more: a rotated residual
     stream changes everything here and nothing of what the model says. A change that does not reach the head (norms
@@ -111,7 +111,7 @@ class RMTGuard(Guard):
         return self._result(changes, [pair.place.module for pair in pairs if not pair.comparable])
 
     def _changes(self, pairs: Iterable[_Pair]) -> list[_Change]:
-        from plugins_builtin.guards.spikes import compare
+        from plugins_builtin.guards.rmt.spikes import compare
 
         changes: list[_Change] = []
         for pair in pairs:
@@ -221,10 +221,10 @@ def _broken(pair: _Pair) -> bool:
 
 def _places(model: Any) -> list[_Place]:
     """In each block the first weight of attention, of the feed-forward and of what is neither; and the output head."""
-    from invarlock.api import find_weights
-    from plugins_builtin.guards.activations import output_head
+    from invarlock.api import block_of, find_weights, output_head
 
-    names = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
     first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     found: dict[tuple[str, str], _Place] = {}
     since = [names[first]] if first in names else []
@@ -232,23 +232,13 @@ def _places(model: Any) -> list[_Place]:
         if target.role.value in ("router", "embedding", "head") or target.layout.name == "CONV":
             continue
         name, family = names[target.module], family_of(target.role.value)
-        key = _block_of(model, name), family
+        key = block_of(modules, name), family
         if key not in found:
             found[key] = _Place(name, family, _common(since) or name)
             since = []
         since.append(name)
-    head = output_head(model)
+    head = names.get(output_head(model))
     return [*found.values(), *([_Place(head, "embed", _common(since) or head, is_head=True)] if head else [])]
-
-
-def _block_of(model: Any, name: str) -> str:
-    """The element of an outermost ``nn.ModuleList`` that a module is in; empty outside of blocks."""
-    from torch import nn
-
-    parts = name.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    lists = (place for place, prefix in enumerate(prefixes) if isinstance(model.get_submodule(prefix), nn.ModuleList))
-    return next((prefixes[place + 1] for place in lists if place + 1 < len(prefixes)), "")
 
 
 def _common(names: Sequence[str]) -> str:

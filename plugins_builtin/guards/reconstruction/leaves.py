@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import attached
-from plugins_builtin.guards.blocks import CANNOT_RUN, Call, Cut, Kept, tensors_in
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, Cut, Kept, tensors_in
 
 TOKENS = 64
 """Of a probe's tokens, how many are kept at every module."""
