@@ -37,12 +37,12 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if block_of(modules, path) == path and has_weights(module)}
 
 
-def block_of(modules: Mapping[str, nn.Module], path: str) -> str:
-    """Path of the block that holds a module or is it; empty outside of blocks.
+def block_of(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Path of the block that holds a module or is it; None outside of blocks.
 
     :param modules: every module on the way to ``path``, by path.
     """
-    return next(iter(_lineage(modules, path)), "")
+    return next(iter(_lineage(modules, path)), None)
 
 
 def has_weights(module: nn.Module) -> bool:

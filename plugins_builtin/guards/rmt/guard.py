@@ -226,7 +226,7 @@ def _places(model: Any) -> list[_Place]:
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    found: dict[tuple[str, str], _Place] = {}
+    found: dict[tuple[str | None, str], _Place] = {}
     since = [names[first]] if first in names else []
     for target in find_weights(model):
         if target.role.value in ("router", "embedding", "head") or target.layout.name == "CONV":
