@@ -348,10 +348,10 @@ def test_limits_follow_from_the_ratio_and_the_margins() -> None:
         ({"kl": share(0.06, 0.39)}, Action.ROLLBACK, "95th percentile of the KL divergence 0.39 above 0.3812"),
         ({"kl": share(0.04, 0.39)}, Action.CONTINUE, "within the limits"),
         ({"kl": share(0.02, 0.77)}, Action.ROLLBACK, "99th percentile of the KL divergence 0.77 above 0.7625"),
-        ({"kl": 0.0, "rises": share(0.06, 0.2)[:, 0]}, Action.ROLLBACK, "95th percentile of the windows' rises"),
+        ({"kl": 0.0, "rises": share(0.06, 0.2)[:, 0]}, Action.ROLLBACK, "95th percentile of the windows' loss increases"),
         ({"kl": 0.0, "rises": share(0.04, 0.2)[:, 0]}, Action.CONTINUE, "within the limits"),
         ({"kl": 0.0, "rises": -0.3}, Action.CONTINUE, "within the limits"),
-        ({"kl": 0.0, "flipped": share(0.02, 1) > 0}, Action.WARN, "share of likeliest tokens that flip 0.02 above 0.00756"),
+        ({"kl": 0.0, "flipped": share(0.02, 1) > 0}, Action.WARN, "top-1 disagreement 0.02 above 0.00756"),
         ({"kl": 0.0, "flipped": share(0.02, 1) > 0, "flips": 0.03}, Action.CONTINUE, "within the limits"),
         ({"kl": share(0.002, 0.7)}, Action.WARN, "share of predictions that broke 0.002 above 0.001"),
         ({"kl": share(0.001, 0.7)}, Action.CONTINUE, "within the limits"),
@@ -523,5 +523,5 @@ def test_a_corrupted_row_breaks_some_windows_and_is_seen(demo: Judge) -> None:
     metric, result = demo(lambda model: model.model.embed_tokens.weight[rare].zero_())
     assert metric is Action.CONTINUE
     assert result.action is Action.ROLLBACK
-    assert "95th percentile of the windows' rises" in result.message
+    assert "95th percentile of the windows' loss increases" in result.message
     assert "predictions that broke" in result.message

@@ -141,7 +141,7 @@ class _Writer:
 
     @cached_property
     def ordinary(self) -> Tensor:
-        """Which tokens of the vocabulary are not special, bool (vocabulary,)."""
+        """Mask of the tokens that are not special, bool (vocabulary,)."""
         tokens = torch.arange(vocabulary_of(self.model), device=self.generator.device)
         return ~torch.isin(tokens, self.tensor(self.layout.special))
 

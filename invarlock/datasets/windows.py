@@ -44,7 +44,10 @@ def make_windows(
 
 
 def check_lengths(dataset: Dataset, model: nn.Module) -> None:
-    """:raises UsageError: the windows that a dataset asks for do not fit the model."""
+    """Check the lengths of a dataset's windows.
+
+    :raises UsageError: they do not fit the model.
+    """
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise UsageError(
             f"dataset.stride: {dataset.stride} is less than dataset.seq_len ({dataset.seq_len}): windows would overlap"
@@ -55,7 +58,7 @@ def check_lengths(dataset: Dataset, model: nn.Module) -> None:
 
 
 def unreadable(windows: Windows, model: nn.Module) -> str | None:
-    """Why a model cannot read windows that were made for another one, or None."""
+    """Reason why a model cannot read windows that were made for another one, or None."""
     largest, known = int(windows.input_ids.max()), vocabulary_of(model)
     if largest >= known:
         return f"the windows hold token {largest}, and the model knows only {known} tokens"
@@ -80,7 +83,7 @@ def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: i
 
 
 def _skipped(dataset: Dataset) -> int:
-    """How many tokens lie between two windows."""
+    """Number of tokens between two windows."""
     return 0 if dataset.stride is None else dataset.stride - dataset.seq_len
 
 

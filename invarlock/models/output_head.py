@@ -34,10 +34,10 @@ class Head:
         return max(1, LOGITS_BYTES // (4 * len(self.weight)))
 
     def check(self, instead: Tensor) -> None:
-        """Refuse a model that does more with logits than to put out what its head gives.
+        """Refuse a model that changes the logits of its head.
 
-        :param instead: what the model put out in the place of logits.
-        :raises UsageError: it is not what the head was given.
+        :param instead: the model's output in place of logits.
+        :raises UsageError: it differs from the input of the head.
         """
         if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
             raise UsageError(
@@ -47,7 +47,7 @@ class Head:
 
 @contextmanager
 def set_aside_head(model: nn.Module) -> Iterator[Head]:
-    """Let the model give, in the place of logits, what its head would make them of.
+    """Let the model output the input of its head in place of logits.
 
     :raises UsageError: it has no linear head.
     """

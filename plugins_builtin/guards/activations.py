@@ -28,7 +28,7 @@ class Sampled:
     """(tokens, features), as the model computed them and where."""
     calls: int
     tokens: int
-    """How many tokens passed in all."""
+    """Number of all tokens that passed, sampled or not."""
 
     @property
     def finite(self) -> bool:
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a tap saw in one pass; None where it saw nothing of the kind."""
+    """Samples of one tap in one pass; None where no tensor of the kind passed."""
 
     inputs: Sampled | None
     outputs: Sampled | None
@@ -84,9 +84,9 @@ class Seen:
 class Tap:
     """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens.
 
-    :param tokens: how many tokens to keep.
+    :param tokens: number of tokens to keep.
     :param order: a counter that the taps of a pass share.
-    :param budget: how many numbers to keep at most of either; of many features fewer tokens are kept, down to 8.
+    :param budget: largest number of values to keep of either; with many features fewer tokens are kept, down to 8.
     :param inputs: whether to sample what goes in.
     :param outputs: whether to sample what comes out.
     :param thorough: whether to look for NaN and infinity in all that goes in.
@@ -137,7 +137,7 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class _Draw:
-    """Which tokens are in a sample after some calls."""
+    """Tokens in a sample after some calls."""
 
     size: int
     seed: int

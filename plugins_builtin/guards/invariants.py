@@ -1,4 +1,4 @@
-"""Structure and sanity: what no edit of weights may change, and what no usable model has."""
+"""Structure and sanity: invariants of any edit of weights, and NaN or Inf."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What is remembered of one tensor of the baseline."""
+    """Facts of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,7 +55,7 @@ class _Tensor:
 
 
 def _constant_rows(matrices: torch.Tensor) -> int:
-    """How many rows of matrices (..., rows, columns) hold one number throughout; none if they are one number long."""
+    """Number of rows of matrices (..., rows, columns) that hold one value throughout; 0 for rows of one number."""
     if matrices.shape[-1] < 2:
         return 0
     # Nearly every row is ruled out by two of its numbers.

@@ -20,7 +20,7 @@ from invarlock.api import attached, context_of, device_of, evaluating, find_bloc
 from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""What a part raises that is missing, mis-shaped, or written in a way that it cannot be run alone."""
+"""Exceptions of a part that is missing, has wrong shapes, or cannot be run alone."""
 
 
 def find_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -79,12 +79,12 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module was called with: tensors of its own; caches, modules and whatever else lives on are left out."""
+    """Arguments of a module: copies of tensors and plain values; caches, modules and other live objects are dropped."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     dtype: torch.dtype | None
-    """Of the module's weights when it was called; with weights of another type its tensors are given that type."""
+    """Type of the module's weights when it was called; for other weights, tensors of this type are cast to theirs."""
 
     @classmethod
     def of(
@@ -179,7 +179,7 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 
 
 class Kept:
-    """What was cut out of tensors: the same object for the masks and angles that every block is given."""
+    """Cut tensors: one copy of the masks and angles that all blocks share."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[int, int, Cut], tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -196,7 +196,7 @@ class Kept:
 
 @dataclass
 class Recorder:
-    """Notes the first call of each part, in the order of the calls."""
+    """Recorder of the first call of each part, in the order of the calls."""
 
     tokens: int
     calls: dict[str, Call] = field(default_factory=dict)
@@ -220,7 +220,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class PartTap:
-    """Notes how one part is called; it has no result of its own."""
+    """Tap that records the calls of one part; it has no result of its own."""
 
     recorder: Recorder
     name: str

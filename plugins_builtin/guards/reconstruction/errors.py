@@ -1,4 +1,4 @@
-"""What an edit costs, part by part: each part is run alone on the baseline's hidden states.
+"""Cost of an edit, part by part: each part is run alone on the baseline's hidden states.
 
 Of the baseline only a :class:`Reference` stays: the calls of its parts, what they put out, and the gradients by which
 an error of theirs is weighed.
@@ -19,17 +19,17 @@ from plugins_builtin.guards.reconstruction.embedding_rows import Rows
 from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
 
 UNKNOWN_SENSITIVITY = 0.5
-"""Of a part that no gradient reaches: losing its update entirely counts as half a nat a token."""
+"""Sensitivity of a part that no gradient reaches: losing its whole update counts as half a nat per token."""
 MOST_WEIGHT = 10.0
-"""As how many typical tokens one token may count. The first one, which all others attend to (attention sinks: Xiao et
+"""Largest weight of one token, in typical tokens. The first one, which all others attend to (attention sinks: Xiao et
 al. 2023), would else count as anything from five to a hundred, and the score would vary as much from text to text."""
 SAME = 0.02
-"""Two tensors are one, up to a factor, if they differ by less: half-precision differs by 0.004 a rounding."""
+"""Two tensors are one, up to a factor, if they differ by less: half precision differs by 0.004 per rounding."""
 
 
 @dataclass
 class Part:
-    """One part of the baseline: how it was called, what came out, and what an error there would cost."""
+    """One part of the baseline: its call, its output, and the gradient that prices an error of it."""
 
     name: str
     is_block: bool
@@ -38,7 +38,7 @@ class Part:
     leaves: dict[str, Leaf]
     rows: dict[str, Rows]
     gradient: Tensor | None = None
-    """Of the log likelihood of sampled outcomes, summed over all positions, by the output of this part; tempered."""
+    """Gradient of the summed log likelihood of sampled outcomes by the output of this part; tempered."""
     fed_by: str | None = None
     """The part whose output, times ``factor``, is what this one was called with."""
     factor: float = 1.0
@@ -46,15 +46,15 @@ class Part:
 
 @dataclass(frozen=True)
 class PartError:
-    """How the output of an edited part differs on the baseline's hidden states."""
+    """Error of an edited part on the baseline's hidden states."""
 
     name: str
     relative: float
     """Relative to the update of a block, to the output of any other part."""
     nats: float
-    """The estimated rise of the log loss of a token."""
+    """Estimated rise of the log loss, in nats per token."""
     failure: str | None = None
-    """What went wrong when the edited part was run."""
+    """Reason why the edited part could not be run."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Reference:
                     self.unmeasured[name] = one_line(error)
         self.parts = dict(reversed(self.parts.items()))
         if not any(part.is_block for part in self.parts.values()):
-            raise ValueError(f"no block (nn.ModuleList) could be run alone: {self.unmeasured or 'there is none'}")
+            raise ValueError(f"no block (nn.ModuleList) could be run alone: {self.unmeasured or 'the model has none'}")
 
     def _add(self, name: str, module: nn.Module, call: Call, is_block: bool, backward: _Backward, seed: int) -> None:
         with observe_leaves(module) as leaves:
@@ -128,7 +128,7 @@ class Reference:
         return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
-        """What the edited model rotated all of its hidden states by; None if by nothing.
+        """Orthogonal matrix by which the edited model rotates all hidden states; None if it does not.
 
         The embedding shows a rotation, and the first block whether it is made up for: negating an embedding is one too.
         """
@@ -168,7 +168,7 @@ class Reference:
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
     def _inputs(self, part: Part, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
-        """What to give a part in place of its hidden states; as they are where nothing has moved them."""
+        """Hidden states for a part, by id of the recorded ones; rotated and moved as those before it were."""
         given = {id(stream): stream for stream in part.call.streams}
         leading = part.call.leading
         if leading is not None and part.fed_by is not None and part.fed_by in moved:
@@ -196,7 +196,7 @@ class Reference:
         return max(measured, expected * self._sensitivity(part))
 
     def _sensitivity(self, part: Part) -> float:
-        """What a squared relative error of 1 costs, in nats a token, if it points in a random direction."""
+        """Cost of a squared relative error of 1 in a random direction, in nats per token."""
         if part.gradient is None:
             return UNKNOWN_SENSITIVITY
         slopes, sizes = (_squares(tensor) for tensor in (part.gradient, part.output))
@@ -263,7 +263,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _factor(tensor: Tensor, output: Tensor) -> float | None:
-    """What an output was multiplied with to become a tensor, or None if the tensor is something else."""
+    """Factor between an output and a tensor, or None if the tensor is not a multiple of the output."""
     there, here = tensor.float(), output.to(tensor.device).float()
     size = float(there.square().sum())
     factor = float((there * here).sum()) / max(float(here.square().sum()), 1e-30)
@@ -311,7 +311,7 @@ def _squares(tensor: Tensor) -> Tensor:
 
 
 def _update(part: Part) -> Tensor:
-    """What a block adds to its hidden states; the whole output of any other part."""
+    """Update of a block: its output minus its hidden states; the whole output of any other part."""
     leading, output = part.call.leading, part.output.float()
     if part.is_block and leading is not None and leading.shape == output.shape:
         return output - leading.to(output.device).float()

@@ -1,4 +1,4 @@
-"""Block reconstruction error: what each part of the edited model, run alone, does to the baseline's hidden states."""
+"""Block reconstruction error: each part of the edited model, run alone on the baseline's hidden states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 LIMIT = 1.10
-"""The default of ``eval.max_pm_ratio``, for whoever asks the guard without a configuration."""
+"""Default of ``eval.max_pm_ratio``, for callers without a configuration."""
 HARMLESS = math.log(1.02)
 DOUBT = 2.0
 """The factor between score and true rise, either way: the score is a second-order estimate from few tokens.
@@ -34,7 +34,7 @@ class ReconstructionGuard(Guard):
     block as it is (permuted or rescaled units, permuted heads, folded norms) leaves no error. Neither does a rotation
     of all hidden states, where the embedding shows it.
 
-    The score estimates the rise of the log loss, in nats a token. For small errors it is a sum over parts of a
+    The score estimates the rise of the log loss, in nats per token. For small errors it is a sum over parts of a
     sensitivity times the squared relative error (Malinovskii et al. 2024, the linearity theorem). The sensitivity
     comes from the curvature of the loss: an error d at the output of a part costs d'Fd / 2, where F is the Fisher
     information, the mean of g g' over gradients g of the log likelihood of outcomes that the model itself draws (BRECQ,
@@ -50,16 +50,16 @@ class ReconstructionGuard(Guard):
     - Rollback, if no outputs were measured: a score above ``max_score``.
     - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
 
-    :param tokens: how many tokens of the first window are used, at most 256. Default 32: they cost as much as 200
+    :param tokens: number of tokens of the first window to use, at most 256. Default 32: they cost as much as 200
         tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by less than ``DOUBT``.
-    :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
+    :param random_tokens: number of random tokens to use where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
     :param seed: of the random tokens and of the outcomes that are drawn.
     :param max_score: default log(``eval.max_pm_ratio``) / 2, since the true rise may be twice the score, and that is
         the limit for measured outputs: as there, the upper end is held against it.
     :param warn_score: default 2 log(1.02), since the true rise may be half the score, and edits that cost up to 2 % are
         called harmless.
-    :param suspects: how many modules are named at most. Default 5.
+    :param suspects: largest number of modules to name. Default 5.
     """
 
     name = "reconstruction"
@@ -168,7 +168,7 @@ def _message(judgement: Judgement, suspects: Sequence[Suspect]) -> str:
     if failed:
         rest = len(failed) - 3
         return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
-    estimate = f"part by part, log loss rises by an estimated {judgement.score:.3g} nats a token"
+    estimate = f"part by part, log loss rises by an estimated {judgement.score:.3g} nats per token"
     if suspects:
         return f"{estimate}, most of it by {suspects[0].module}: {suspects[0].evidence}"
     worst = max(judgement.errors, key=lambda error: error.nats)

@@ -1,4 +1,4 @@
-"""Blame: from the parts that cost most to the weights in them that are damaged."""
+"""Suspects: the damaged weights in the parts that cost most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, R
 from plugins_builtin.guards.reconstruction.leaves import leaf_errors
 
 NOISE = 1e-6
-"""Nats below which a part is left in peace: the rounding of half precision costs more, that of float32 less."""
+"""Nats below which a part is not suspected: rounding of half precision costs more, that of float32 less."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 NOTHING = 0.01
-"""A change that is this small a part of its epsilon is not told."""
+"""Share of its epsilon below which a change is not reported."""
 
 
 class RMTGuard(Guard):
@@ -31,9 +31,9 @@ class RMTGuard(Guard):
     For every place: the number of these eigenvalues before and after, their energy, and the share of the baseline's
     energy that the edited ones no longer span.
 
-    It warns when what reaches the output head has changed by more than it may, and never more: a rotated residual
-    stream changes everything here and nothing of what the model says. A change that does not reach the head (norms
-    folded into the next layer) is in the metrics and no warning. Without a head of its own to look at, the place that
+    It warns when the input of the output head has changed by more than its limit, and never does more: a rotated
+    residual stream changes everything here and no prediction. A change that does not reach the head (norms folded into
+    the next layer) is in the metrics and no warning. Without a head of its own to look at, the place that
     changed most decides. NaN or Inf that the baseline has not aborts.
 
     Options:
@@ -59,12 +59,12 @@ class RMTGuard(Guard):
     name = "rmt"
 
     RETIRED: ClassVar[Mapping[str, str]] = {
-        "activation": "activations are what is looked at, from the preview windows; tokens says how many",
-        "activation_required": "without activations the guard says that it did not measure",
+        "activation": "activations of the preview windows are always measured; tokens sets how many",
+        "activation_required": "without activations the guard reports that it did not measure",
         "correct": "the guard never changes a model; there is nothing to correct",
         "epsilon": "use epsilon_default, or epsilon_by_family",
         "estimator": "all eigenvalues are computed; there is nothing to iterate",
-        "q": "the ratio of features to tokens is that of the matrix at hand; tokens changes it",
+        "q": "the ratio of features to tokens follows from the model; tokens changes it",
     }
 
     def __init__(
@@ -157,13 +157,13 @@ class _Place:
     module: str
     family: str
     fed_by: str
-    """What its input newly comes from: the modules since the place before it."""
+    """Common parent of the modules between the place before and this one."""
     is_head: bool = False
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """What was seen at a place on both sides."""
+    """Samples at a place on both sides."""
 
     place: _Place
     before: Seen
@@ -186,16 +186,16 @@ class _Change:
     place: _Place
     spectra: Spectra
     beyond: float
-    """How many times its epsilon."""
+    """Change in units of its epsilon."""
     jump: float
-    """By how much more than the place before."""
+    """Rise of ``beyond`` over the place before."""
 
     @property
     def evidence(self) -> str:
         before, after = self.spectra.counts
         return (
-            f"input of {self.place.module}: {self.spectra.turned:.1%} of the signal has turned away, energy "
-            f"{self.spectra.energy_ratio - 1:+.1%}, {before} -> {after} directions beyond the edge of noise"
+            f"input of {self.place.module}: {self.spectra.turned:.1%} of the signal energy lies in lost directions, "
+            f"total energy {self.spectra.energy_ratio - 1:+.1%}, {before} -> {after} directions beyond the noise edge"
         )
 
     @property
@@ -220,7 +220,7 @@ def _broken(pair: _Pair) -> bool:
 
 
 def _places(model: Any) -> list[_Place]:
-    """In each block the first weight of attention, of the feed-forward and of what is neither; and the output head."""
+    """The first weight of attention, of the feed-forward and of neither in each block, and the output head."""
     from invarlock.api import block_of, find_weights, output_head
 
     modules = dict(model.named_modules())

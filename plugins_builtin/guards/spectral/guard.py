@@ -1,4 +1,4 @@
-"""Spectral norms, stable ranks and sizes of the weights, each against its own baseline."""
+"""Spectral norms, stable ranks and relative changes of the weights, each against its own baseline."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 FEW = 3
-"""Matrices whose leading singular values are measured where nothing is wrong; else those of all that it names."""
+"""Matrices whose leading singular values are reported where there is no warning; with one, all named ones are."""
 MOST_VALUES = 32
 MOST_NUMBERS = 2**26
-"""Of a matrix whose leading singular values are shown; those of a larger one take seconds."""
+"""Largest matrix whose leading singular values are reported; a larger one takes seconds."""
 AT_ONCE = 64
 BYTES_AT_ONCE = 32 * 2**20
-"""Larger matrices gain nothing from company, and all are in memory at the same time."""
+"""Larger matrices gain nothing from batching, and a whole batch is in memory at once."""
 
 
 class SpectralGuard(Guard):
@@ -36,8 +36,8 @@ class SpectralGuard(Guard):
     methods and their accuracy are described in ``plugins_builtin.guards.spectral.singular``. Of the baseline, a few
     numbers per row and per column are kept, and no weight.
 
-    It warns, and never more: weights alone do not tell harm. Permuted units, rotated heads and folded norms change them
-    and no output. NaN or Inf that the baseline has not aborts.
+    It never does more than warn: weights alone do not show harm. Permuted units, rotated heads and folded norms change
+    them and no output. NaN or Inf that the baseline has not aborts.
 
     Options:
 
@@ -50,7 +50,7 @@ class SpectralGuard(Guard):
         precision"): 0.2 lies between. 1 is a matrix set to zero, sqrt(2) one replaced by another of its size, 2 one
         negated. In InvarLock 0.3 it was kappa, a z-score.
     ``max_caps`` (0)
-        So many matrices may lie beyond their cap without a warning. None: one broken matrix can break a model.
+        Number of matrices that may exceed their cap without a warning. 0: one broken matrix can break a model.
     ``deadband`` (0.1), ``sigma_quantile`` (0.95)
         A family as a whole has drifted when this quantile of |sigma' / sigma - 1| over its matrices is above
         ``deadband``. 0.1 is ten times the accuracy of sigma, and twice the most that rounding to 4 bits does to a
@@ -68,15 +68,15 @@ class SpectralGuard(Guard):
     shares_work = True
 
     RETIRED: ClassVar[Mapping[str, str]] = {
-        "contraction": "every matrix is held against its own baseline; use family_caps and deadband",
+        "contraction": "every matrix is compared with its own baseline; use family_caps and deadband",
         "correction_enabled": "the guard never changes a model; there is nothing to enable",
         "degeneracy": "the stable rank of every matrix is always measured; there is nothing to set",
-        "estimator": "the accuracy is stated (1 %), and the iterations follow from it; there is nothing to set",
+        "estimator": "sigma is always computed to 1 %; there is nothing to set",
         "ignore_preview_inflation": "weights do not depend on windows; there is nothing to ignore",
-        "max_spectral_norm": "an absolute limit says nothing of an edit; family_caps limits the change of each matrix",
+        "max_spectral_norm": "an absolute limit is blind to the edit; family_caps limits the change of each matrix",
         "min_beta": "no weight is ever rescaled; family_caps limits the change of each matrix",
-        "multiple_testing": "changes are measured, not tested; max_caps says how many may lie beyond their cap",
-        "multipletesting": "changes are measured, not tested; max_caps says how many may lie beyond their cap",
+        "multiple_testing": "changes are measured, not tested; max_caps sets how many may exceed their cap",
+        "multipletesting": "changes are measured, not tested; max_caps sets how many may exceed their cap",
     }
 
     def __init__(
@@ -120,7 +120,7 @@ class SpectralGuard(Guard):
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
         if not moves:
-            return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
+            return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
         shown = ranked[: TOP if result["warnings"] else FEW]
@@ -128,7 +128,7 @@ class SpectralGuard(Guard):
         return result
 
     def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[_Matrix, _Move | None]]:
-        """Of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
+        """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
         from plugins_builtin.guards.spectral.singular import changes
 
         pairs = [
@@ -162,7 +162,7 @@ class SpectralGuard(Guard):
             "passed": True,
             "action": "warn" if warnings else "continue",
             "message": "; ".join(warnings)
-            or f"{len(moves)} matrices within their caps, most changed {moves[0].evidence}",
+            or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}",
             "warnings": warnings,
             "metrics": {
                 "measured": True,
@@ -179,7 +179,7 @@ class SpectralGuard(Guard):
         if len(beyond) <= self._max_caps:
             return []
         worst = max(beyond, key=lambda move: move.beyond)
-        return [f"{len(beyond)} of {len(moves)} matrices beyond their cap, most of all {worst.evidence}"]
+        return [f"{len(beyond)} of {len(moves)} matrices exceed their cap, most of all {worst.evidence}"]
 
     def _drifts(self, families: Mapping[str, Sequence[_Move]]) -> list[str]:
         return [
@@ -192,7 +192,7 @@ class SpectralGuard(Guard):
         return quantile([abs(move.sigma_change) for move in moves], self._sigma_quantile)
 
     def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
-        """Figures of a family, each beside its limit: changes are relative, 1 is a matrix set to zero."""
+        """Figures of a family, each beside its limit; a relative change of 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
             "matrices": len(moves),
@@ -265,7 +265,7 @@ class _Alike:
 
 @dataclass(frozen=True)
 class _Move:
-    """What an edit did to a matrix."""
+    """Change of a matrix by an edit."""
 
     matrix: _Matrix
     before: Size
@@ -275,7 +275,7 @@ class _Move:
     rows_replaced: int
     columns_replaced: int
     beyond: float
-    """How many times its cap."""
+    """Change in units of its cap."""
     score: float
 
     @property
@@ -323,7 +323,7 @@ def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weigh
 
 
 def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
-    """Weights whose matrices are worked on together, some dozens at a time."""
+    """Batches of weights whose matrices have one shape, type and device."""
     together: dict[Any, list[_Weight]] = defaultdict(list)
     for weight in weights:
         group = together[weight.shape, weight.parameter.dtype, weight.device]

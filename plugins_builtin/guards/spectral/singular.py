@@ -1,7 +1,7 @@
-"""The largest singular values of matrices, their Frobenius norms, and sketches that show later how far they have moved.
+"""Largest singular values and Frobenius norms of matrices, and sketches that later tell how far they have moved.
 
 **Sketch.** For a vector ω of random signs E ||Δ ω||² = ||Δ||_F² (Hutchinson 1990), so W Ω with a block Ω of k such
-vectors, k numbers a row, tells the Frobenius norm of any later change Δ = W' - W without W itself::
+vectors, k numbers per row, tells the Frobenius norm of any later change Δ = W' - W without W itself::
 
     ||Δ||_F ≈ sqrt(||D||_F² / k)    with D = W' Ω - W Ω
 
@@ -42,7 +42,7 @@ from torch import Tensor
 
 PROBES = 8
 WIDTH = 4
-"""Directions that a step adds; a product with 4 vectors costs less than twice one with a single vector."""
+"""Directions that a step adds; a product with 4 vectors costs less than twice a product with one."""
 ACCURACY = 0.01
 STILL = 0.02
 """A singular value that has moved by no more than this counts as where it was."""
@@ -54,7 +54,7 @@ TAME = (1e-8, 1e8)
 TINY = 1e-30
 SMALL = 0.25
 """A row or column with a norm below this share of the median one counts as of that size: all of it may be lost to
-rounding. At 4 bits with a scale a row, 0.25 keeps the norms of all columns of SmolLM2 to 40 %, and 0.1 does not."""
+rounding. At 4 bits with a scale per row, 0.25 keeps the norms of all columns of SmolLM2 to 40 %, and 0.1 does not."""
 FEW = 8
 """Rounding may make zeros of rows or columns of fewer numbers."""
 GRAM_UP_TO = 128
@@ -63,7 +63,7 @@ SUBSPACE_STEPS = 3
 
 @dataclass(frozen=True)
 class Size:
-    """How large a matrix is."""
+    """Size of a matrix."""
 
     sigma: float
     """The largest singular value, to ``ACCURACY``."""
@@ -77,13 +77,13 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What is kept of a matrix (rows, columns): a few numbers a row and a column, and no weight. It is on the CPU."""
+    """Summary of a matrix (rows, columns): a few numbers per row and per column, and no weight. It is on the CPU."""
 
     size: Size
     sketch: Tensor
     """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
     norms: tuple[Tensor, Tensor]
-    """Of the rows and of the columns of ``scale * W``."""
+    """Norms of the rows and of the columns of ``scale * W``."""
     leading: Tensor
     """The right singular vectors of the two largest singular values, roughly: float32 (at most 2, columns)."""
     scale: float
@@ -168,9 +168,9 @@ class _Sketched:
     scale: float
     sketch: Tensor
     norms: tuple[Tensor, Tensor]
-    """Of the rows and of the columns of ``scale * matrix``."""
+    """Norms of the rows and of the columns of ``scale * matrix``."""
     frobenius: float
-    """Of ``scale * matrix``."""
+    """Frobenius norm of ``scale * matrix``."""
 
     @classmethod
     def of(cls, matrix: Tensor) -> _Sketched | None:
@@ -225,7 +225,7 @@ class _Sketched:
 
 @dataclass(frozen=True, eq=False)
 class _Moved:
-    """What the sketches before and after tell; in units of ``unit``, which both are in range of."""
+    """Difference of the sketches before and after, both scaled by ``unit`` to stay in range."""
 
     now: _Sketched
     before: Spectrum
@@ -263,7 +263,7 @@ class _Moved:
         return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
 
     def _norm_changes(self) -> list[Tensor]:
-        """Of the rows and of the columns, relative; zero where they are too short to tell damage from rounding."""
+        """Relative changes of row and column norms; 0 where they are too short to tell damage from rounding."""
         found = []
         for now, before, numbers in zip(self.now.norms, self.before.norms, reversed(self.before.shape), strict=True):
             old = before.to(now.device) * (self.unit / self.before.scale)
@@ -282,7 +282,7 @@ def _cold(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
 
 
 def _warm(moved: Sequence[_Moved]) -> list[tuple[float, Tensor]]:
-    """As ``_cold``, from where the matrices were and where they went."""
+    """The same as ``_cold``, begun with the old leading directions and those of the change."""
     matrices = [move.now for move in moved]
     if _is_small(matrices[0]):
         return _decomposed(matrices)
