@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import invarlock
 from invarlock.core.plain import plain
 from invarlock.core.results import Action
-from invarlock.datasets.layout import Layout, Windows
+from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
 from invarlock.evaluation.divergence import DivergenceResult, Limits, compare_predictions
@@ -39,16 +39,16 @@ from invarlock.models.facts import Task
 from invarlock.testing import architectures
 
 VOCABULARY = architectures.VOCABULARY
-CAUSAL = Layout(24)
-MODELS: dict[str, tuple[Callable[[], nn.Module], Task, Layout]] = {
+CAUSAL = WindowLayout(24)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Task, WindowLayout]] = {
     "llama": (architectures.llama, "causal", CAUSAL),
     "gpt2": (architectures.gpt2, "causal", CAUSAL),
-    "bert": (architectures.bert, "masked", Layout(24, prefix=(1,), suffix=(2,), special=(1, 2, 3), mask=3)),
-    "t5": (architectures.t5, "seq2seq", Layout(24, suffix=(1,), special=(0, 1), start=0)),
+    "bert": (architectures.bert, "masked", WindowLayout(24, prefix=(1,), suffix=(2,), special=(1, 2, 3), mask=3)),
+    "t5": (architectures.t5, "seq2seq", WindowLayout(24, suffix=(1,), special=(0, 1), start=0)),
 }
 
 
-def windows_of(layout: Layout, count: int = 5) -> Windows:
+def windows_of(layout: WindowLayout, count: int = 5) -> Windows:
     generator = torch.Generator().manual_seed(count)
     return layout.windows(torch.randint(4, VOCABULARY, (count, layout.text), generator=generator), seed=1)
 

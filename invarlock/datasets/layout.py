@@ -82,7 +82,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WindowLayout:
     """Layout of a window of ``length`` tokens: text between the tokenizer's special tokens.
 
     Special tokens are never scored. ``mask``, the mask token, is there for masked models only; ``start``, what the
@@ -97,7 +97,7 @@ class Layout:
     start: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> Layout:
+    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> WindowLayout:
         """The layout that fits a model and its tokenizer; without a tokenizer there are no special tokens.
 
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).

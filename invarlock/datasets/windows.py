@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from invarlock.core.errors import UsageError
 from invarlock.datasets.documents import Dataset, documents
 from invarlock.datasets.generated import write_text
-from invarlock.datasets.layout import Layout, Tokenizer, Windows, encode
+from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
@@ -29,7 +29,7 @@ def make_windows(
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
     check_lengths(dataset, model)
-    layout = Layout.of(model, tokenizer, task=task, length=dataset.seq_len)
+    layout = WindowLayout.of(model, tokenizer, task=task, length=dataset.seq_len)
     wanted = dataset.preview_n + dataset.final_n
     if dataset.provider == "generated":
         text = write_text(model, layout, wanted, seed=dataset.seed)
@@ -68,7 +68,7 @@ def unreadable(windows: Windows, model: nn.Module) -> str | None:
     return None
 
 
-def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: int) -> Tensor:
+def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: WindowLayout, wanted: int) -> Tensor:
     """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
     generator = torch.Generator().manual_seed(dataset.seed)
     tokens = _tokens(documents(dataset, generator), tokenizer)

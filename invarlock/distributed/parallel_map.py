@@ -115,9 +115,9 @@ class _Together:
     def each(self, work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
         mine = items[self.ranks.part([item.nbytes for item in items])]
         try:
-            part = _Part(_all_of(work, mine, self.ranks.summed))
+            part = _Share(_all_of(work, mine, self.ranks.summed))
         except Exception as error:
-            part = _Part([], located(error), traceback.format_exc())
+            part = _Share([], located(error), traceback.format_exc())
         # Another number of items is another place: a guard that sees other weights elsewhere must not go on.
         parts = self.exchanged(f"shared the work on {len(items)} weights", part)
         if failed := next((part for part in parts if part.message), None):
@@ -150,7 +150,7 @@ def _told(met: Sequence[tuple[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Share:
     """Results of one process, or its failure."""
 
     found: list[Any]

@@ -8,8 +8,9 @@ the types of the modules around it and their places in the tree, never from how 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -106,17 +107,11 @@ def role_of(model: nn.Module, modules: Mapping[str, nn.Module], path: str, param
 
 def _lineage(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     """Paths from the block that holds a module down to the module; empty outside of blocks."""
-    prefixes = list(_prefixes(path))
+    prefixes = ["", *accumulate(path.split("."), "{}.{}".format)] if path else []
     for depth, prefix in enumerate(prefixes[:-1], start=1):
         if isinstance(modules[prefix], nn.ModuleList):
             return prefixes[depth:]
     return []
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """``a.b.c`` as ``""``, ``a``, ``a.b``, ``a.b.c``."""
-    parts = path.split(".") if path else []
-    return (".".join(parts[:length]) for length in range(len(parts) + 1))
 
 
 def _gates_experts(lineage: Sequence[nn.Module], parameter: Tensor) -> bool:

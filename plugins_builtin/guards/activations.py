@@ -81,7 +81,7 @@ class Seen:
     """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
 
 
-class Tap:
+class SamplingTap:
     """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens.
 
     :param tokens: number of tokens to keep.

@@ -15,7 +15,7 @@ from plugins_builtin.guards.options import families_in, family_of, number, refus
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.activations import Seen, Tap
+    from plugins_builtin.guards.activations import SamplingTap, Seen
 
 NUMBERS = 1 << 25
 """Largest number of values in all samples of one pass: 128 MiB in float32."""
@@ -98,13 +98,13 @@ class VarianceGuard(Guard):
         self._seed = whole("seed", seed, 0)
         self._modules: dict[str, _Module] = {}
 
-    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
-        from plugins_builtin.guards.activations import Tap
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
+        from plugins_builtin.guards.activations import SamplingTap
 
         self._modules = _modules(model)
         order, budget = itertools.count(), NUMBERS // max(1, 2 * len(self._modules))
         return {
-            name: Tap(
+            name: SamplingTap(
                 self._tokens, self._seed, order, budget=budget, inputs=True, outputs=True, thorough=module.is_head
             )
             for name, module in self._modules.items()
@@ -113,7 +113,7 @@ class VarianceGuard(Guard):
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
         both = [name for name, seen in after.items() if name in before and seen.outputs]
-        pairs = [_Pair(self._modules[name], before[name], after[name]) for name in both]
+        pairs = [_SeenModule(self._modules[name], before[name], after[name]) for name in both]
         pairs.sort(key=lambda pair: pair.after.order)
         outputs = [_Output.of(pair) for pair in pairs if pair.comparable]
         broken = [pair for pair in pairs if pair.broken]
@@ -167,7 +167,7 @@ class _Module:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _SeenModule:
     """Samples of a module on both sides."""
 
     module: _Module
@@ -198,7 +198,7 @@ class _Output:
     order: int
 
     @classmethod
-    def of(cls, pair: _Pair) -> _Output:
+    def of(cls, pair: _SeenModule) -> _Output:
         assert pair.before.outputs
         assert pair.after.outputs
         before, after = pair.before.outputs.rows.float(), pair.after.outputs.rows.float()
@@ -259,7 +259,7 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     return error / size if size else math.inf if error else 0.0
 
 
-def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str, Any]:
+def _not_finite(broken: Sequence[_SeenModule], outputs: Sequence[_Output]) -> dict[str, Any]:
     # What is huge somewhere overflows later. What no sample has is seen at the head alone, and may come from anywhere.
     first = broken[0].after.order if broken else 0
     huge = [output.suspect for output in outputs if output.jump > HUGE and output.order < first]

@@ -195,7 +195,7 @@ class Kept:
 
 
 @dataclass
-class Recorder:
+class CallRecorder:
     """Recorder of the first call of each part, in the order of the calls."""
 
     tokens: int
@@ -222,7 +222,7 @@ class Recorder:
 class PartTap:
     """Tap that records the calls of one part; it has no result of its own."""
 
-    recorder: Recorder
+    recorder: CallRecorder
     name: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -243,7 +243,7 @@ def record_random(model: nn.Module, tokens: int, seed: int) -> dict[str, Call]:
 
 
 def _record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
-    recorder = Recorder(ids.shape[1])
+    recorder = CallRecorder(ids.shape[1])
     given = {"input_ids": ids.to(device_of(model))}
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     if task_of(model) == "seq2seq":

@@ -22,7 +22,7 @@ CHUNK = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class EmbeddingRows:
     """The rows of one embedding of the baseline.
 
     A projection on random directions keeps distances (Johnson and Lindenstrauss 1984), at a 72nd of the size where the
@@ -36,7 +36,7 @@ class Rows:
     """Some rows, twice as many as they have columns: enough to tell how all of them were rotated."""
 
     @classmethod
-    def of_embeddings(cls, part: nn.Module) -> dict[str, Rows]:
+    def of_embeddings(cls, part: nn.Module) -> dict[str, EmbeddingRows]:
         """Rows of every embedding in a part of a model, by path."""
         return {
             path: cls.of(path, module.weight.detach())
@@ -45,7 +45,7 @@ class Rows:
         }
 
     @classmethod
-    def of(cls, path: str, weight: Tensor) -> Rows:
+    def of(cls, path: str, weight: Tensor) -> EmbeddingRows:
         norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1) for rows in _chunks(weight)])
         return cls(path, norms, _projections(weight, None), _sample(weight).clone())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from invarlock.api import counted, evaluating, find_blocks, one_line
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
-from plugins_builtin.guards.reconstruction.embedding_rows import Rows
+from plugins_builtin.guards.reconstruction.embedding_rows import EmbeddingRows
 from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
 
 UNKNOWN_SENSITIVITY = 0.5
@@ -28,7 +28,7 @@ SAME = 0.02
 
 
 @dataclass
-class Part:
+class BaselinePart:
     """One part of the baseline: its call, its output, and the gradient that prices an error of it."""
 
     name: str
@@ -36,7 +36,7 @@ class Part:
     call: Call
     output: Tensor
     leaves: dict[str, Leaf]
-    rows: dict[str, Rows]
+    rows: dict[str, EmbeddingRows]
     gradient: Tensor | None = None
     """Gradient of the summed log likelihood of sampled outcomes by the output of this part; tempered."""
     fed_by: str | None = None
@@ -78,7 +78,7 @@ class Reference:
 
         :raises ValueError: not one block could be run.
         """
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, BaselinePart] = {}
         self.unmeasured = dict.fromkeys(_uncalled(model, calls.keys()), "not called")
         self.sizes = {name: _nbytes(model.get_submodule(name)) for name in calls}
         blocks = find_blocks(model)
@@ -104,8 +104,8 @@ class Reference:
         if not _is_finite(output):
             raise ValueError("the baseline gives NaN or infinity")
         kept = output.detach()
-        rows = {} if is_block or name in self.tail else Rows.of_embeddings(module)
-        part = self.parts[name] = Part(name, is_block, call, kept, leaves, rows)
+        rows = {} if is_block or name in self.tail else EmbeddingRows.of_embeddings(module)
+        part = self.parts[name] = BaselinePart(name, is_block, call, kept, leaves, rows)
         if self.tail and name == self.tail[-1]:
             self.head, self.positions = name, kept.shape[:-1].numel()
             backward.carry(part, output, streams, _outcome_gradient(kept, seed))
@@ -124,7 +124,7 @@ class Reference:
             errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
         return Judgement(errors, rotation is not None)
 
-    def _size(self, part: Part) -> int:
+    def _size(self, part: BaselinePart) -> int:
         return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
@@ -144,7 +144,9 @@ class Reference:
                     return rotation if turned < straight else None
         return None
 
-    def _error(self, part: Part, model: nn.Module, moved: dict[str, Tensor], rotation: Tensor | None) -> PartError:
+    def _error(
+        self, part: BaselinePart, model: nn.Module, moved: dict[str, Tensor], rotation: Tensor | None
+    ) -> PartError:
         """Run one part.
 
         :param moved: by how much the outputs of the parts after the last block have moved so far; the next one gets
@@ -167,7 +169,7 @@ class Reference:
         relative = _ratio(difference, _update(part))
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
-    def _inputs(self, part: Part, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
+    def _inputs(self, part: BaselinePart, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
         """Hidden states for a part, by id of the recorded ones; rotated and moved as those before it were."""
         given = {id(stream): stream for stream in part.call.streams}
         leading = part.call.leading
@@ -182,7 +184,7 @@ class Reference:
         }
 
     def _nats(
-        self, part: Part, difference: Tensor, relative: float, module: nn.Module, rotation: Tensor | None
+        self, part: BaselinePart, difference: Tensor, relative: float, module: nn.Module, rotation: Tensor | None
     ) -> float:
         if part.name == self.head:
             return _divergence(part.output, part.output + difference)
@@ -195,7 +197,7 @@ class Reference:
         expected = max((rows.expected_error(module, rotation) for rows in part.rows.values()), default=0.0)
         return max(measured, expected * self._sensitivity(part))
 
-    def _sensitivity(self, part: Part) -> float:
+    def _sensitivity(self, part: BaselinePart) -> float:
         """Cost of a squared relative error of 1 in a random direction, in nats per token."""
         if part.gradient is None:
             return UNKNOWN_SENSITIVITY
@@ -209,7 +211,9 @@ class _Backward:
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[str, Tensor, Tensor]] = {}
 
-    def carry(self, part: Part, output: Tensor, streams: list[tuple[Tensor, Tensor]], gradient: Tensor | None) -> None:
+    def carry(
+        self, part: BaselinePart, output: Tensor, streams: list[tuple[Tensor, Tensor]], gradient: Tensor | None
+    ) -> None:
         """Carry the gradient at a part's output back to what it was called with."""
         if gradient is None or not streams:
             return
@@ -219,7 +223,7 @@ class _Backward:
                 before = self._waiting.get(id(tensor))
                 self._waiting[id(tensor)] = part.name, tensor, slope if before is None else before[2] + slope
 
-    def reaching(self, part: Part, parts: Mapping[str, Part]) -> Tensor | None:
+    def reaching(self, part: BaselinePart, parts: Mapping[str, BaselinePart]) -> Tensor | None:
         """The gradient at a part's output, from the part that was called with it; the two are linked.
 
         Where none was called with just that output, as blocks are with the sum of two embeddings, the next one that
@@ -310,7 +314,7 @@ def _squares(tensor: Tensor) -> Tensor:
     return tensor.float().square().sum(-1)
 
 
-def _update(part: Part) -> Tensor:
+def _update(part: BaselinePart) -> Tensor:
     """Update of a block: its output minus its hidden states; the whole output of any other part."""
     leading, output = part.call.leading, part.output.float()
     if part.is_block and leading is not None and leading.shape == output.shape:

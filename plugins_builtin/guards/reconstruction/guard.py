@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import Guard, UsageError, one_line
+from plugins_builtin.guards.figures import Suspect
 
 if TYPE_CHECKING:
-    from plugins_builtin.guards.reconstruction.calls import Recorder
+    from plugins_builtin.guards.reconstruction.calls import CallRecorder
     from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
-    from plugins_builtin.guards.reconstruction.suspects import Suspect
 
 MOST_TOKENS = 256
 LIMIT = 1.10
@@ -85,16 +86,16 @@ class ReconstructionGuard(Guard):
         self.max_score = max_score
         self.warn_score = warn_score
         self.suspects = suspects
-        self._recorder: Recorder | None = None
+        self._recorder: CallRecorder | None = None
         self._reference: Reference | None = None
         self._unmeasured = "prepare was not called"
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._reference is not None:
             return {}
-        from plugins_builtin.guards.reconstruction.calls import Recorder
+        from plugins_builtin.guards.reconstruction.calls import CallRecorder
 
-        self._recorder = Recorder(self.tokens)
+        self._recorder = CallRecorder(self.tokens)
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class ReconstructionGuard(Guard):
                 "warn_score": self.warn_score,
                 "rotated": judgement.rotated,
                 "parts": [_row(error, judgement.score) for error in judgement.errors],
-                "suspects": [suspect.as_dict() for suspect in suspects],
+                "suspects": [asdict(suspect) for suspect in suspects],
                 "not_measured": self._reference.unmeasured,
             },
         }

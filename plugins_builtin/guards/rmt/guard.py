@@ -14,7 +14,7 @@ from plugins_builtin.guards.options import by_family, family_of, number, refuse,
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.activations import Seen, Tap
+    from plugins_builtin.guards.activations import SamplingTap, Seen
     from plugins_builtin.guards.rmt.spikes import Spectra
 
 
@@ -87,19 +87,19 @@ class RMTGuard(Guard):
         self._seed = whole("seed", seed, 0)
         self._places: dict[str, _Place] = {}
 
-    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
-        from plugins_builtin.guards.activations import Tap
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
+        from plugins_builtin.guards.activations import SamplingTap
 
         order = itertools.count()
         self._places = {place.module: place for place in _places(model)}
         return {
-            name: Tap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
+            name: SamplingTap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
             for name, place in self._places.items()
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
-        pairs = [_Pair(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
+        pairs = [_SeenPlace(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
         pairs = sorted((pair for pair in pairs if pair.after.inputs), key=lambda pair: pair.after.order)
         if any(pair.before.all_finite and not pair.after.all_finite for pair in pairs) or any(map(_broken, pairs)):
             # What is not in the samples is seen at the head alone, and may come from anywhere.
@@ -110,19 +110,21 @@ class RMTGuard(Guard):
             return not_measured("no activations of the same tokens on both sides")
         return self._result(changes, [pair.place.module for pair in pairs if not pair.comparable])
 
-    def _changes(self, pairs: Iterable[_Pair]) -> list[_Change]:
+    def _changes(self, pairs: Iterable[_SeenPlace]) -> list[_PlaceChange]:
         from plugins_builtin.guards.rmt.spikes import compare
 
-        changes: list[_Change] = []
+        changes: list[_PlaceChange] = []
         for pair in pairs:
             spectra = compare(*pair.rows, margin=self._margin, deadband=self._deadband)
             crossed = (spectra.lost + spectra.gained) / max(1, *spectra.counts)
             most = max(spectra.turned, abs(spectra.energy_ratio - 1), crossed)
             beyond = most / max(self._epsilon[pair.place.family], 1e-9)
-            changes.append(_Change(pair.place, spectra, beyond, beyond - changes[-1].beyond if changes else beyond))
+            changes.append(
+                _PlaceChange(pair.place, spectra, beyond, beyond - changes[-1].beyond if changes else beyond)
+            )
         return changes
 
-    def _result(self, changes: Sequence[_Change], unmeasured: Sequence[str]) -> dict[str, Any]:
+    def _result(self, changes: Sequence[_PlaceChange], unmeasured: Sequence[str]) -> dict[str, Any]:
         ranked = sorted(changes, key=lambda change: -change.beyond)
         deciding = next((change for change in changes if change.place.is_head), ranked[0])
         first = max(changes, key=lambda change: change.jump)
@@ -162,7 +164,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _SeenPlace:
     """Samples at a place on both sides."""
 
     place: _Place
@@ -182,7 +184,7 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Change:
+class _PlaceChange:
     place: _Place
     spectra: Spectra
     beyond: float
@@ -213,7 +215,7 @@ class _Change:
         }
 
 
-def _broken(pair: _Pair) -> bool:
+def _broken(pair: _SeenPlace) -> bool:
     """Whether NaN or Inf came into the sample with the edit."""
     before, after = pair.before.inputs, pair.after.inputs
     return bool(before and after and before.finite and not after.finite)

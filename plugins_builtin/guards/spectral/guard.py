@@ -15,7 +15,7 @@ from plugins_builtin.guards.options import by_family, families_in, family_of, nu
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.spectral.singular import Change, Size, Spectrum
+    from plugins_builtin.guards.spectral.sketches import Change, Size, Spectrum
 
 
 FEW = 3
@@ -33,7 +33,7 @@ class SpectralGuard(Guard):
 
     For each: the largest singular value sigma (the spectral norm), to 1 %; the Frobenius norm; the stable rank
     ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. The
-    methods and their accuracy are described in ``plugins_builtin.guards.spectral.singular``. Of the baseline, a few
+    methods and their accuracy are described in ``singular`` and ``sketches`` beside this module. Of the baseline, a few
     numbers per row and per column are kept, and no weight.
 
     It never does more than warn: weights alone do not show harm. Permuted units, rotated heads and folded norms change
@@ -54,8 +54,7 @@ class SpectralGuard(Guard):
     ``deadband`` (0.1), ``sigma_quantile`` (0.95)
         A family as a whole has drifted when this quantile of |sigma' / sigma - 1| over its matrices is above
         ``deadband``. 0.1 is ten times the accuracy of sigma, and twice the most that rounding to 4 bits does to a
-        matrix
-        of SmolLM2; the quantile leaves single matrices to ``family_caps``.
+        matrix of SmolLM2; the quantile leaves single matrices to ``family_caps``.
     ``row_cap`` (0.9)
         A row that moved by more than this share of its own norm (or of the median row's, if that is larger) counts as
         replaced, and one is enough to warn: at 1 nothing of it need be left. So does a row or a column whose norm

@@ -1,31 +1,12 @@
-"""Largest singular values and Frobenius norms of matrices, and sketches that later tell how far they have moved.
+"""Largest singular values of matrices of one shape, before and after an edit.
 
-**Sketch.** For a vector ω of random signs E ||Δ ω||² = ||Δ||_F² (Hutchinson 1990), so W Ω with a block Ω of k such
-vectors, k numbers per row, tells the Frobenius norm of any later change Δ = W' - W without W itself::
-
-    ||Δ||_F ≈ sqrt(||D||_F² / k)    with D = W' Ω - W Ω
-
-Its square has the variance 2 (||Δᵀ Δ||_F² - sum_i (Δᵀ Δ)_ii²) / k (Avron and Toledo 2011, section 4), so for k = 8 the
-norm is right to 25 % (one standard deviation) where Δ has rank one, to 25 % / sqrt(r) where its stable rank is r, as
-rounding's is high, and exactly where Δ is single entries, one a row. In the same way, since for two independent vectors
-E (ω_1ᵀ Δᵀ Δ ω_2)² = ||Δᵀ Δ||_F², the entries of Dᵀ D beside its diagonal tell the Schatten 4-norm, which is not below
-the spectral norm (and not much above it for anything like rounding)::
-
-    ||Δ||_2 <= ||Δ||_4 ≈ (mean_{i != j} (Dᵀ D)_ij²)^(1/4)
-
-By Weyl's inequality no singular value has moved further than that. Where it is within ``STILL``, none is computed anew.
-
-The sketch of one row is right to 25 %, too, so that it misses a third of the rows that were zeroed. The norms of rows
-and columns are therefore kept as they are: ``| ||w'|| - ||w|| |`` is never more than ``||w' - w||``, and is all of it
-where w' is zero.
-
-**Largest singular value.** Block Lanczos on A = Wᵀ W with full reorthogonalization (Golub and Underwood 1977; Musco and
-Musco 2015, algorithm 2), begun with the sketch and with a few new directions a step. For a Ritz pair (θ, v) with the
-residual r = ||A v - θ v|| and the next Ritz value θ₂, an eigenvalue of A is within min(r, r² / (θ - θ₂)) of θ (Parlett
-1998, *The Symmetric Eigenvalue Problem*, sections 4.5 and 11.7, with θ₂ for the unknown λ₂). It goes on until that is
-at most ``ACCURACY`` of sigma. The estimate is never above sigma. That it is not further below is not proven, for θ₂ may
-be low and the eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise,
-whose spectrum has no gap, against exact singular values.
+Block Lanczos on A = Wᵀ W with full reorthogonalization (Golub and Underwood 1977; Musco and Musco 2015, algorithm 2),
+begun with the sketch and with a few new directions per step. For a Ritz pair (θ, v) with the residual r = ||A v - θ v||
+and the next Ritz value θ₂, an eigenvalue of A is within min(r, r² / (θ - θ₂)) of θ (Parlett 1998, *The Symmetric
+Eigenvalue Problem*, sections 4.5 and 11.7, with θ₂ for the unknown λ₂). It goes on until that is at most ``ACCURACY``
+of sigma. The estimate is never above sigma. That it is not further below is not proven, for θ₂ may be low and the
+eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise, whose spectrum
+has no gap, against exact singular values.
 
 Matrices of one shape are worked on together: only the products with them are made one by one.
 """
@@ -33,80 +14,28 @@ Matrices of one shape are worked on together: only the products with them are ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, reduce
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-PROBES = 8
+from plugins_builtin.guards.spectral.sketches import (
+    EXACT_UP_TO,
+    PROBES,
+    TINY,
+    Change,
+    Moved,
+    Sketched,
+    Spectrum,
+    probes,
+)
+
 WIDTH = 4
 """Directions that a step adds; a product with 4 vectors costs less than twice a product with one."""
 ACCURACY = 0.01
-STILL = 0.02
-"""A singular value that has moved by no more than this counts as where it was."""
 MOST_STEPS = 16
-EXACT_UP_TO = 32
-"""With so few rows or columns a full decomposition costs no more."""
-TAME = (1e-8, 1e8)
-"""Frobenius norms whose fourth power float32 holds; other matrices are scaled first."""
-TINY = 1e-30
-SMALL = 0.25
-"""A row or column with a norm below this share of the median one counts as of that size: all of it may be lost to
-rounding. At 4 bits with a scale per row, 0.25 keeps the norms of all columns of SmolLM2 to 40 %, and 0.1 does not."""
-FEW = 8
-"""Rounding may make zeros of rows or columns of fewer numbers."""
 GRAM_UP_TO = 128
 SUBSPACE_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of a matrix."""
-
-    sigma: float
-    """The largest singular value, to ``ACCURACY``."""
-    frobenius: float
-
-    @property
-    def stable_rank(self) -> float:
-        """``||W||_F² / sigma²``, from 1 to the rank (Rudelson and Vershynin 2007); 0 for a matrix of zeros."""
-        return (self.frobenius / self.sigma) ** 2 if self.sigma else 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """Summary of a matrix (rows, columns): a few numbers per row and per column, and no weight. It is on the CPU."""
-
-    size: Size
-    sketch: Tensor
-    """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
-    norms: tuple[Tensor, Tensor]
-    """Norms of the rows and of the columns of ``scale * W``."""
-    leading: Tensor
-    """The right singular vectors of the two largest singular values, roughly: float32 (at most 2, columns)."""
-    scale: float
-    """A power of two, 1 for any usual matrix."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.sketch.shape[1], self.leading.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """A matrix after an edit, against what was kept of it."""
-
-    after: Size
-    """Its sigma is to ``ACCURACY``, or where it was and right to ``ACCURACY + STILL``."""
-    relative: float
-    """About ``||W' - W||_F / ||W||_F``; infinite where W was zero and W' is not."""
-    rows: Tensor
-    """About ``||w' - w|| / max(||w||, median of ||w||)`` of each row, or how its norm changed if that is more: (rows,).
-    A row of next to nothing, which any rounding changes as a whole, counts with the size of the others."""
-    columns: Tensor
-    """``| ||w'|| - ||w|| | / max(||w||, SMALL * median of ||w||)`` of each column: (columns,)."""
 
 
 @torch.no_grad()
@@ -115,7 +44,7 @@ def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
 
     Each is gone through several times, and so had better be in memory.
     """
-    sketched = [_Sketched.of(matrix) for matrix in matrices]
+    sketched = [Sketched.of(matrix) for matrix in matrices]
     finite = [entry for entry in sketched if entry]
     sigmas = _cold(finite) if finite else []
     found = (entry.spectrum(*sigma) for entry, sigma in zip(finite, sigmas, strict=True))
@@ -129,8 +58,8 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
     The search for sigma starts from the leading vectors that a matrix had and from where its change points, so that
     neither an old direction nor a new one is missed.
     """
-    sketched = [_Sketched.of(matrix) for matrix in matrices]
-    moved = [_Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
+    sketched = [Sketched.of(matrix) for matrix in matrices]
+    moved = [Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
     searched = [move for move in moved if move.is_searched]
     sigmas = iter(_warm(searched) if searched else [])
     found = (move.change(next(sigmas)[0] if move.is_searched else None) for move in moved)
@@ -145,7 +74,7 @@ def leading_values(matrix: Tensor, count: int) -> list[float] | None:
 
     :returns: None for a matrix that holds NaN or Inf.
     """
-    sketched = _Sketched.of(matrix)
+    sketched = Sketched.of(matrix)
     if sketched is None:
         return None
     if min(matrix.shape) <= GRAM_UP_TO:
@@ -160,128 +89,16 @@ def leading_values(matrix: Tensor, count: int) -> list[float] | None:
     return [value / sketched.scale for value in values[:count]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Sketched:
-    """A matrix, what it is multiplied with to keep its squares in range, and its sketch."""
-
-    matrix: Tensor
-    scale: float
-    sketch: Tensor
-    norms: tuple[Tensor, Tensor]
-    """Norms of the rows and of the columns of ``scale * matrix``."""
-    frobenius: float
-    """Frobenius norm of ``scale * matrix``."""
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> _Sketched | None:
-        sketched = cls._at(matrix, 1.0)
-        if TAME[0] <= sketched.frobenius <= TAME[1]:
-            return sketched
-        largest = float(torch.stack([rows.abs().max() for rows in torch.split(matrix, _rows_at_once(matrix))]).max())
-        if not math.isfinite(largest):
-            return None
-        return cls._at(matrix, 2.0 ** -math.frexp(largest)[1]) if largest else sketched
-
-    @classmethod
-    def _at(cls, matrix: Tensor, scale: float) -> _Sketched:
-        probes = _probes(matrix.shape[1], matrix.device).signs
-        parts, row_norms, columns = [], [], torch.zeros(matrix.shape[1], device=matrix.device)
-        for rows in _blocks(matrix, scale):
-            parts.append(rows @ probes.T)
-            row_norms.append(torch.linalg.vector_norm(rows, dim=1))
-            columns += rows.square().sum(dim=0)
-        of_rows = torch.cat(row_norms)
-        return cls(
-            matrix, scale, torch.cat(parts).T, (of_rows, columns.sqrt()), float(torch.linalg.vector_norm(of_rows))
-        )
-
-    def back(self, block: Tensor) -> Tensor:
-        """``block W``."""
-        parts = torch.split(block, _rows_at_once(self.matrix), dim=1)
-        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self._blocks(), strict=True)))
-
-    def gram(self, block: Tensor) -> Tensor:
-        """``block Wᵀ W``."""
-        # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
-        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self._blocks()))
-
-    def times(self, block: Tensor) -> Tensor:
-        """``W blockᵀ``."""
-        return torch.cat([rows @ block.T for rows in self._blocks()])
-
-    def whole(self) -> Tensor:
-        return self.matrix.float() * self.scale
-
-    def size(self, sigma: float) -> Size:
-        return Size(sigma / self.scale, self.frobenius / self.scale)
-
-    def spectrum(self, sigma: float, leading: Tensor) -> Spectrum:
-        rows, columns = self.norms
-        return Spectrum(self.size(sigma), self.sketch.cpu(), (rows.cpu(), columns.cpu()), leading.cpu(), self.scale)
-
-    def _blocks(self) -> Iterator[Tensor]:
-        return _blocks(self.matrix, self.scale)
-
-
-@dataclass(frozen=True, eq=False)
-class _Moved:
-    """Difference of the sketches before and after, both scaled by ``unit`` to stay in range."""
-
-    now: _Sketched
-    before: Spectrum
-    difference: Tensor
-    unit: float
-    distance: float
-    """About ``||W' - W||_F``."""
-    bound: float
-    """About the Schatten 4-norm of the change, and never more than its Frobenius norm."""
-
-    @classmethod
-    def of(cls, now: _Sketched, before: Spectrum) -> _Moved:
-        unit = min(now.scale, before.scale)
-        difference = now.sketch * (unit / now.scale) - before.sketch.to(now.sketch.device) * (unit / before.scale)
-        products = difference @ difference.T
-        squares = products.diagonal().sum()
-        fourth = (products.square().sum() - products.diagonal().square().sum()).clamp(min=0)
-        total, schatten = torch.stack([squares, fourth]).tolist()
-        distance = math.sqrt(total / PROBES)
-        bound = min(distance, (schatten / (PROBES * (PROBES - 1))) ** 0.25)
-        return cls(now, before, difference, unit, distance / unit, bound / unit)
-
-    @property
-    def is_searched(self) -> bool:
-        """Whether sigma may have moved so far that it has to be found anew."""
-        return self.bound > STILL * self.before.size.sigma
-
-    def change(self, sigma: float | None) -> Change:
-        sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
-        old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
-        rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
-        before = self.before.size.frobenius
-        relative = self.distance / before if before else math.inf if self.distance else 0.0
-        row_norms, columns = self._norm_changes()
-        return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
-
-    def _norm_changes(self) -> list[Tensor]:
-        """Relative changes of row and column norms; 0 where they are too short to tell damage from rounding."""
-        found = []
-        for now, before, numbers in zip(self.now.norms, self.before.norms, reversed(self.before.shape), strict=True):
-            old = before.to(now.device) * (self.unit / self.before.scale)
-            moved = (now * (self.unit / self.now.scale) - old).abs()
-            found.append(moved / old.clamp(min=max(SMALL * float(old.median()), TINY)) * (numbers >= FEW))
-        return found
-
-
-def _cold(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
+def _cold(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
     """The largest singular value of ``scale * W``, and the two leading right singular vectors, of each."""
     if _is_small(matrices[0]):
         return _decomposed(matrices)
-    probes = _probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
-    images = torch.stack([matrix.back(probes.to_basis @ matrix.sketch) for matrix in matrices])
-    return _largest(matrices, probes.basis.expand(len(matrices), -1, -1), images)
+    start = probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
+    images = torch.stack([matrix.back(start.to_basis @ matrix.sketch) for matrix in matrices])
+    return _largest(matrices, start.basis.expand(len(matrices), -1, -1), images)
 
 
-def _warm(moved: Sequence[_Moved]) -> list[tuple[float, Tensor]]:
+def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
     """The same as ``_cold``, begun with the old leading directions and those of the change."""
     matrices = [move.now for move in moved]
     if _is_small(matrices[0]):
@@ -297,12 +114,12 @@ def _warm(moved: Sequence[_Moved]) -> list[tuple[float, Tensor]]:
     )
 
 
-def _decomposed(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
+def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
     _, values, vectors = torch.linalg.svd(torch.stack([matrix.whole() for matrix in matrices]), full_matrices=False)
     return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))
 
 
-def _largest(matrices: Sequence[_Sketched], basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
+def _largest(matrices: Sequence[Sketched], basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
     """
     :param basis: for each matrix orthonormal rows to begin with, at least two: (matrices, rows, columns).
     :param images: ``basis Wᵀ W``.
@@ -334,62 +151,10 @@ def _largest(matrices: Sequence[_Sketched], basis: Tensor, images: Tensor) -> li
     return [found[place] for place in range(len(matrices))]
 
 
-@dataclass(frozen=True, eq=False)
-class _Probes:
-    """Random signs Ωᵀ (PROBES, columns), the same in every process, and orthonormal rows that span them."""
-
-    signs: Tensor
-    basis: Tensor
-    to_basis: Tensor
-    """``basis = to_basis @ signs``."""
-
-
-@lru_cache(maxsize=64)
-def _probes(columns: int, device: torch.device) -> _Probes:
-    generator = torch.Generator().manual_seed(columns)
-    signs = torch.randint(0, 2, (PROBES, columns), generator=generator).mul_(2).sub_(1).float()
-    if columns <= EXACT_UP_TO:
-        return _Probes(signs.to(device), signs[:0], signs[:0])
-    rotated, triangle = torch.linalg.qr(signs.T)
-    return _Probes(
-        signs.to(device), rotated.T.contiguous().to(device), torch.linalg.inv(triangle).T.contiguous().to(device)
-    )
-
-
-def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
-    """``scale`` times a matrix, in float32, a few rows at a time, each valid until the next: in cache for several
-    products, and in the same memory, because fresh memory costs as much as a product."""
-    parts = torch.split(matrix, _rows_at_once(matrix))
-    if matrix.dtype == torch.float32 and scale == 1:
-        yield from parts
-        return
-    memory = torch.empty(parts[0].shape, device=matrix.device)
-    for rows in parts:
-        block = memory[: len(rows)].copy_(rows)
-        yield block if scale == 1 else block.mul_(scale)
-
-
-def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, (1 << (21 if matrix.device.type == "cpu" else 26)) // max(1, matrix.shape[1]))
-
-
-def _times(block: Tensor, rows: Tensor) -> Tensor:
-    """``block @ rows``, as a sum over quarters, because BLAS gives a block of few rows to a single core."""
-    if len(rows) % 4:
-        return block @ rows
-    quarters = block.view(len(block), 4, -1).movedim(1, 0)
-    return torch.bmm(quarters, rows.view(4, -1, rows.shape[1])).sum(dim=0)
-
-
 def _orthonormal(blocks: Tensor) -> Tensor:
     columns: Tensor = torch.linalg.qr(blocks.mT)[0]
     return columns.mT.contiguous()
 
 
-def _lengths(columns: Tensor) -> Tensor:
-    """The norms of the columns; ``norm(dim=0)`` would take ten times as long."""
-    return columns.square().sum(dim=0).sqrt()
-
-
-def _is_small(sketched: _Sketched) -> bool:
+def _is_small(sketched: Sketched) -> bool:
     return min(sketched.matrix.shape) <= EXACT_UP_TO
