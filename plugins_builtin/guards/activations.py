@@ -166,10 +166,15 @@ def _after(draw: _Draw, tokens: int) -> _Draw:
 
 
 def _first_tensor(value: Any) -> Tensor | None:
+    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.numel()), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() and value.numel() else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return None
-    return next((found for entry in value if (found := _first_tensor(entry)) is not None), None)
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)

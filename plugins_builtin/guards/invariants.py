@@ -126,7 +126,7 @@ class InvariantsGuard(Guard):
             *_named("missing", before.parameters.keys() - after.parameters.keys()),
             *_named("new", after.parameters.keys() - before.parameters.keys()),
             *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
-            *_named("norm layer gone", before.norms.keys() - after.norms.keys()),
+            *_named("missing norm layer", before.norms.keys() - after.norms.keys()),
             *_new_shapes(before, after),
             *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
             *_too_few_embeddings(before, after, context.get("vocabulary")),
@@ -154,7 +154,7 @@ class InvariantsGuard(Guard):
             "action": action,
             "message": _summary(findings)
             if findings
-            else f"{len(after.parameters)} parameters sound, structure unchanged",
+            else f"{len(after.parameters)} parameters are sound, the structure is unchanged",
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),

@@ -120,14 +120,14 @@ class VarianceGuard(Guard):
         if broken or any(pair.before.all_finite and not pair.after.all_finite for pair in pairs):
             return _not_finite(broken, outputs)
         if not outputs:
-            return not_measured("no outputs of the same tokens on both sides")
+            return not_measured("no outputs of the same tokens before and after")
         return self._result(outputs, [pair.module.name for pair in pairs if not pair.comparable])
 
     def _result(self, outputs: Sequence[_Output], unmeasured: Sequence[str]) -> dict[str, Any]:
         last = next((output for output in outputs if output.module.is_head), outputs[-1])
         ranked = sorted(outputs, key=lambda output: -output.jump)
         told = [output for output in ranked if output.module.family in self._families]
-        message = f"the output of {last.module.name} is off by {last.error:.3g}"
+        message = f"the output of {last.module.name} has a relative error of {last.error:.3g}"
         if told and told[0].jump:
             message += f"; most of the error arises in {told[0].evidence}"
         warnings = [message] if last.error > self._deadband else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import attached, context_of, device_of, evaluating, find_blocks, has_weights, task_of
+from plugins_builtin.guards.activations import tensors_in
 from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
@@ -141,17 +142,6 @@ def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     by_name = [kwargs.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds", "input", "x")]
     candidates = [*args[:1], *by_name, *args[1:], *kwargs.values()]
     return next((value for value in candidates if isinstance(value, Tensor) and value.ndim > 0), None)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from tensors_in(entry)
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -169,12 +169,12 @@ def _message(judgement: Judgement, suspects: Sequence[Suspect]) -> str:
     if failed:
         rest = len(failed) - 3
         return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
-    estimate = f"part by part, log loss rises by an estimated {judgement.score:.3g} nats per token"
+    estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
     if suspects:
-        return f"{estimate}, most of it by {suspects[0].module}: {suspects[0].evidence}"
+        return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"
     worst = max(judgement.errors, key=lambda error: error.nats)
     basis = ", in rotated hidden states" if judgement.rotated else ""
-    return f"{estimate}{basis}; {worst.name} costs most, its relative error is {worst.relative:.2g}"
+    return f"{estimate}{basis}; {worst.name} contributes most, with a relative error of {worst.relative:.2g}"
 
 
 def _row(error: PartError, score: float) -> dict[str, Any]:

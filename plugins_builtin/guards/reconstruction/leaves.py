@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import attached
-from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, Cut, Kept, tensors_in
+from plugins_builtin.guards.activations import tensors_in
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, Cut, Kept
 
 TOKENS = 64
 """Number of the probe's tokens that are kept at every module."""

@@ -40,7 +40,9 @@ def _of_part(reference: Reference, error: PartError, model: nn.Module, cost: str
     squared = {} if rotated else _leaf_errors(reference, error, model)
     worst = max(squared.values(), default=0.0)
     if worst == 0:
-        evidence = error.failure or f"its output is off by {error.relative:.3g}, by no weight in it alone; {cost}"
+        evidence = (
+            error.failure or f"relative error of its output {error.relative:.3g}, due to no single weight; {cost}"
+        )
         yield Suspect(error.name, error.nats, evidence)
         return
     # One infinite error is the cause of all others, and infinity has no shares.
@@ -48,8 +50,8 @@ def _of_part(reference: Reference, error: PartError, model: nn.Module, cost: str
     for (part, path), value in squared.items():
         if shares[part, path]:
             name, which = _named(reference, model, part, path)
-            off = "not finite" if math.isinf(value) else f"off by {math.sqrt(value):.3g}"
-            evidence = f"alone on the baseline's input, its output{which} is {off}; {error.name}: {cost}"
+            off = "is not finite" if math.isinf(value) else f"has a relative error of {math.sqrt(value):.3g}"
+            evidence = f"alone on the baseline's input, its output{which} {off}; {error.name}: {cost}"
             yield Suspect(name, error.nats * shares[part, path] / sum(shares.values()), evidence)
 
 

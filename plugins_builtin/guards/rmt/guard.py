@@ -104,10 +104,10 @@ class RMTGuard(Guard):
         if any(pair.before.all_finite and not pair.after.all_finite for pair in pairs) or any(map(_broken, pairs)):
             # What is not in the samples is seen at the head alone, and may come from anywhere.
             broken = dict.fromkeys(pair.place.fed_by for pair in pairs if _broken(pair))
-            return not_finite("activations", list(broken), "what comes out of it holds NaN or Inf")
+            return not_finite("activations", list(broken), "its output holds NaN or Inf")
         changes = self._changes(pair for pair in pairs if pair.comparable)
         if not changes:
-            return not_measured("no activations of the same tokens on both sides")
+            return not_measured("no activations of the same tokens before and after")
         return self._result(changes, [pair.place.module for pair in pairs if not pair.comparable])
 
     def _changes(self, pairs: Iterable[_SeenPlace]) -> list[_PlaceChange]:
