@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.structure import block_of as block_of
+    from invarlock.models.structure import find_blocks as find_blocks
+    from invarlock.models.structure import has_weights as has_weights
+    from invarlock.models.structure import output_head as output_head
     from invarlock.plugins.classes import Guard as Guard
     from invarlock.plugins.classes import ModelAdapter as ModelAdapter
     from invarlock.plugins.classes import OptionNotTakenError as OptionNotTakenError
@@ -56,6 +60,7 @@ _HOMES = {
     "invarlock.distributed.process_group": ("Ranks",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
     "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),
 }

@@ -54,7 +54,7 @@ def test_a_broken_checkpoint_is_refused_and_the_doctor_finds_it(how: str, invarl
         ({"model": {"id": "missing/checkpoint/here"}}, "missing/checkpoint/here does not exist"),
         ({"model": {"id": "folder"}}, "folder: there is no config.json"),
         ({"model": {"id": "latin.txt"}}, "model.id"),
-        ({"model": {"id": "some/model"}}, "some/model does not exist, and some/model is in no cache of a hub"),
+        ({"model": {"id": "some/model"}}, "some/model) nor a cached checkpoint; check the path"),
         ({"guards": {"order": ["no_such_guard"]}}, "no_such_guard"),
         ({"edit": {"plan": {"include": ["nothing.like.it"]}}}, "edit.plan"),
         ({"output": {"dir": "latin.txt"}}, "latin.txt is a file"),
@@ -165,9 +165,9 @@ def test_what_is_not_there_is_reported_by_its_absolute_path(invarlock, config, t
 
 
 def test_a_hub_id_is_none_where_a_path_is_meant(invarlock, config) -> None:
-    assert "in no cache" in invarlock("run", "-c", config(model={"id": "owner/name"})).err
+    assert "nor a cached checkpoint" in invarlock("run", "-c", config(model={"id": "owner/name"})).err
     for path in ("./owner/name", "owner/name/more", "/owner/name"):
-        assert "in no cache" not in invarlock("run", "-c", config(model={"id": path})).err
+        assert "nor a cached checkpoint" not in invarlock("run", "-c", config(model={"id": path})).err
 
 
 def test_a_working_directory_that_is_gone_is_one_line() -> None:

@@ -32,7 +32,7 @@ from transformers import (
 import invarlock
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action
-from invarlock.datasets.layout import Layout, Windows
+from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
 from invarlock.evaluation.metric import compare
@@ -74,24 +74,24 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
-ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Task, Layout]] = {
-    "gpt2": (gpt2, "causal", Layout(24)),
-    "llama": (llama, "causal", Layout(24, prefix=(1,), special=(1,))),
-    "mixtral": (mixtral, "causal", Layout(24)),
-    "gpt_oss": (gpt_oss, "causal", Layout(24)),
-    "bert": (bert, "masked", Layout(24, prefix=(1,), suffix=(2,), special=(1, 2, 3), mask=3)),
-    "t5": (t5, "seq2seq", Layout(24, suffix=(1,), special=(0, 1), start=0)),
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Task, WindowLayout]] = {
+    "gpt2": (gpt2, "causal", WindowLayout(24)),
+    "llama": (llama, "causal", WindowLayout(24, prefix=(1,), special=(1,))),
+    "mixtral": (mixtral, "causal", WindowLayout(24)),
+    "gpt_oss": (gpt_oss, "causal", WindowLayout(24)),
+    "bert": (bert, "masked", WindowLayout(24, prefix=(1,), suffix=(2,), special=(1, 2, 3), mask=3)),
+    "t5": (t5, "seq2seq", WindowLayout(24, suffix=(1,), special=(0, 1), start=0)),
 }
 
 
-def random_windows(layout: Layout, count: int, seed: int = 0) -> Windows:
+def random_windows(layout: WindowLayout, count: int, seed: int = 0) -> Windows:
     generator = torch.Generator().manual_seed(seed)
     return layout.windows(torch.randint(4, VOCABULARY, (count, layout.text), generator=generator), seed=seed)
 
 
 @pytest.fixture
 def windows() -> tuple[Windows, Windows]:
-    return random_windows(Layout(24), 3, seed=1), random_windows(Layout(24), 5, seed=2)
+    return random_windows(WindowLayout(24), 3, seed=1), random_windows(WindowLayout(24), 5, seed=2)
 
 
 @pytest.fixture

@@ -54,11 +54,11 @@ def test_every_stage_is_told_to_its_end(config, pipeline, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
 def test_text_that_a_model_writes_is_counted_in_tokens(architecture) -> None:
     from invarlock.datasets.generated import write_text
-    from invarlock.datasets.layout import Layout
+    from invarlock.datasets.layout import WindowLayout
     from invarlock.testing import tiny_model
 
     model = tiny_model(architecture)
-    layout = Layout.of(model, None, task="causal", length=16)
+    layout = WindowLayout.of(model, None, task="causal", length=16)
     if architecture != "llama":
         layout = replace(layout, **({"mask": 3} if architecture == "bert" else {"start": 0}))
     told: list[tuple[int, int]] = []

@@ -153,7 +153,7 @@ def test_work_that_fails_in_one_process_fails_the_guard_in_all(config, module, t
     ("before", "said"),
     [
         ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out (sharing.py:18))"),
-        ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run is gone"),
+        ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run has ended"),
         ("if rank == '1': raise SystemExit('enough')", "SystemExit: enough"),
     ],
     ids=["alone", "killed", "left"],
@@ -304,7 +304,7 @@ def test_all_reject_what_one_would_and_the_first_tells_plugins(config, module, t
 @pytest.mark.parametrize(("adapter", "when"), [("auto", "before"), ("hf_causal", "after")])
 @pytest.mark.parametrize(
     ("failing", "said"),
-    [("raise UsageError('out of luck')", "rank 1: UsageError: out of luck"), ("os.kill(os.getpid(), 9)", "is gone")],
+    [("raise UsageError('out of luck')", "rank 1: UsageError: out of luck"), ("os.kill(os.getpid(), 9)", "has ended")],
 )
 def test_a_process_that_dies_ends_the_run_on_all_with_its_reason(
     config, module, together, failing, said, adapter, when

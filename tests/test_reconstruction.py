@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from invarlock.core.errors import UsageError
 from invarlock.evaluation.taps import attached
 from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.structure import find_blocks
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures
-from plugins_builtin.guards.block_errors import _tempered
-from plugins_builtin.guards.blocks import Cut, find_blocks, find_parts
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
+from plugins_builtin.guards.reconstruction.calls import Cut, find_parts
+from plugins_builtin.guards.reconstruction.errors import _tempered
 
 BUILDERS = architectures.ARCHITECTURES.values()
 MEASURED = {"edited": {"ratio": 1.0}}

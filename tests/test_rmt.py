@@ -11,12 +11,11 @@ from activation_guards import BUILDERS, on, tokens
 from torch import nn
 
 from invarlock.core.errors import UsageError
+from invarlock.quantization import Role, find_weights
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
-from invarlock.quantization.selection import Role, find_weights
-from plugins_builtin.guards import spikes
 from plugins_builtin.guards.activations import Sample
-from plugins_builtin.guards.rmt import RMTGuard
+from plugins_builtin.guards.rmt import RMTGuard, spikes
 
 
 def judge(model: nn.Module, batches, damage=None, *, edited_batches=None, **options):

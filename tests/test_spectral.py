@@ -19,8 +19,7 @@ from invarlock.quantization.rtn import quantize_
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
-from plugins_builtin.guards import singular
-from plugins_builtin.guards.spectral import SpectralGuard
+from plugins_builtin.guards.spectral import SpectralGuard, singular, sketches
 
 BUILDERS = architectures.ARCHITECTURES.values()
 
@@ -97,12 +96,12 @@ MATRICES = {
 }
 
 
-def spectrum_of(matrix: torch.Tensor) -> singular.Spectrum:
+def spectrum_of(matrix: torch.Tensor) -> sketches.Spectrum:
     (spectrum,) = singular.spectra([matrix])
     return spectrum
 
 
-def change_of(before: torch.Tensor, after: torch.Tensor) -> singular.Change:
+def change_of(before: torch.Tensor, after: torch.Tensor) -> sketches.Change:
     (change,) = singular.changes([after], [spectrum_of(before)])
     return change
 
@@ -171,7 +170,7 @@ def test_sigma_after_an_edit(before: torch.Tensor, edit: str) -> None:
     after = EDITS[edit](before)
     exact = float(torch.linalg.svdvals(after.double())[0])
     change = change_of(before, after)
-    accuracy = singular.ACCURACY + singular.STILL
+    accuracy = singular.ACCURACY + sketches.STILL
     assert exact * (1 - accuracy) <= change.after.sigma <= exact * (1 + accuracy)
     assert change.after.frobenius == pytest.approx(float(after.double().norm()), rel=1e-4)
     relative = float((after.double() - before.double()).norm() / before.double().norm())

@@ -216,5 +216,7 @@ def test_a_task_has_one_metric() -> None:
         "perplexity", "masked_perplexity", "target_perplexity",
     ]  # fmt: skip
     assert kind_of("causal", "perplexity") == "perplexity"
-    with pytest.raises(UsageError, match=r"^eval\.metric\.kind: perplexity is not for a masked model; say masked_perp"):
+    with pytest.raises(
+        UsageError, match=r"^eval\.metric\.kind: perplexity does not apply to a masked model; use masked_perp"
+    ):
         kind_of("masked", "perplexity")

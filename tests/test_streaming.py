@@ -517,7 +517,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(sharded) -> None:
     ("ending", "said"),
     [
         ("experts.1.w1.weight", "gate_up_proj cannot be made of model.layers.0."),
-        ("experts.1.w2.weight", "down_proj has shape (3, 32, 24), and the configuration says (4, 32, 24)"),
+        ("experts.1.w2.weight", "down_proj has shape (3, 32, 24), but the configuration describes (4, 32, 24)"),
         ("layers.0.self_attn.q_proj.weight", "cannot be streamed, it has no tensor model.layers.0.self_attn.q_proj.weight"),
     ],
 )  # fmt: skip

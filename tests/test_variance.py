@@ -11,9 +11,9 @@ from activation_guards import BUILDERS, observe, on, tokens
 from torch import nn
 
 from invarlock.core.errors import UsageError
+from invarlock.quantization import Role, find_weights
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan, Scheme
-from invarlock.quantization.selection import Role, find_weights
 from plugins_builtin.guards.variance import VarianceGuard
 
 

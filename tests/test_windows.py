@@ -37,7 +37,7 @@ from transformers import (
 import invarlock
 from invarlock.core.errors import PluginError, UsageError
 from invarlock.datasets.generated import write_text
-from invarlock.datasets.layout import Layout, Windows, encode
+from invarlock.datasets.layout import WindowLayout, Windows, encode
 from invarlock.datasets.windows import PIECE, make_windows
 from invarlock.models import facts as traits
 from invarlock.models.facts import Task
@@ -304,7 +304,7 @@ def test_a_short_window_still_has_one_mask(bert_tokenizer: Any) -> None:
 
 
 def test_joining_tokens_inside_a_window_are_never_masked() -> None:
-    layout = Layout(8, prefix=(1,), suffix=(2,), special=(0, 1, 2, 3), mask=3)
+    layout = WindowLayout(8, prefix=(1,), suffix=(2,), special=(0, 1, 2, 3), mask=3)
     text = torch.tensor([[2, 2, 9, 2, 2, 2]] * 20)
     windows = layout.windows(text, seed=0)
     assert (windows.input_ids[:, 3] == 3).all()
@@ -336,7 +336,9 @@ def test_the_target_follows_its_source(tmp_path: Path, t5_tokenizer: Any) -> Non
 
 
 def test_a_seq2seq_prefix_reaches_the_decoder_and_is_not_scored() -> None:
-    windows = Layout(12, prefix=(0,), suffix=(2,), special=(0, 2), start=2).windows(torch.arange(10, 18)[None], seed=0)
+    windows = WindowLayout(12, prefix=(0,), suffix=(2,), special=(0, 2), start=2).windows(
+        torch.arange(10, 18)[None], seed=0
+    )
     assert windows.input_ids.tolist() == [[0, 10, 11, 12, 13, 2]]
     assert windows.labels.tolist() == [[-100, 14, 15, 16, 17, -100]]
     assert windows.decoder_input_ids is not None
@@ -569,7 +571,7 @@ class Chain(nn.Module):
 
 def test_tokens_are_drawn_from_the_models_own_distribution() -> None:
     chain = [[0.0, 0.7, 0.3], [0.5, 0.25, 0.25], [0.9, 0.0, 0.1]]
-    text = write_text(Chain(chain), Layout(64), 400, seed=0).numpy()
+    text = write_text(Chain(chain), WindowLayout(64), 400, seed=0).numpy()
     pairs = Counter(zip(text[:, :-1].ravel().tolist(), text[:, 1:].ravel().tolist(), strict=True))
     counts = np.array([[pairs[a, b] for b in range(3)] for a in range(3)])
     share = counts / counts.sum(axis=1, keepdims=True)
@@ -580,14 +582,14 @@ def test_tokens_are_drawn_from_the_models_own_distribution() -> None:
 def test_a_cache_changes_nothing_but_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama().eval()
     torch.nn.init.normal_(model.lm_head.weight)
-    cached = write_text(model, Layout(32), 4, seed=3)
+    cached = write_text(model, WindowLayout(32), 4, seed=3)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda input_ids, attention_mask: forward(input_ids, attention_mask))
-    assert torch.equal(write_text(model, Layout(32), 4, seed=3), cached)
+    assert torch.equal(write_text(model, WindowLayout(32), 4, seed=3), cached)
 
 
 def test_a_masked_model_never_writes_special_tokens(bert_tokenizer: Any) -> None:
-    layout = Layout.of(bert(), bert_tokenizer, task="masked", length=24)
+    layout = WindowLayout.of(bert(), bert_tokenizer, task="masked", length=24)
     text = write_text(bert(), layout, 50, seed=0)
     assert text.shape == (50, 22)
     assert not torch.isin(text, torch.tensor(bert_tokenizer.all_special_ids)).any()

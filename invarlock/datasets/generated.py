@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.progress import Tally
-from invarlock.datasets.layout import Layout
+from invarlock.datasets.layout import WindowLayout
 from invarlock.models.facts import batch_size, device_of, evaluating, logits_of, vocabulary_of
 
 CACHED_TOKENS = 4096
 ROUNDS = 4
 
 
-def write_text(model: nn.Module, layout: Layout, count: int, *, seed: int) -> Tensor:
+def write_text(model: nn.Module, layout: WindowLayout, count: int, *, seed: int) -> Tensor:
     """Let the model write ``count`` rows of text, int64 (count, ``layout.text``) on the CPU.
 
     A causal model continues its first token, a masked model fills in masks, a seq2seq model answers a source of random
@@ -42,7 +42,7 @@ def write_text(model: nn.Module, layout: Layout, count: int, *, seed: int) -> Te
 @dataclass(frozen=True)
 class _Writer:
     model: nn.Module
-    layout: Layout
+    layout: WindowLayout
     generator: torch.Generator
     written: Tally
 
@@ -141,7 +141,7 @@ class _Writer:
 
     @cached_property
     def ordinary(self) -> Tensor:
-        """Which tokens of the vocabulary are not special, bool (vocabulary,)."""
+        """Mask of the tokens that are not special, bool (vocabulary,)."""
         tokens = torch.arange(vocabulary_of(self.model), device=self.generator.device)
         return ~torch.isin(tokens, self.tensor(self.layout.special))
 

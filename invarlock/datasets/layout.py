@@ -1,4 +1,4 @@
-"""Where tokens stand in a window, and which of them are scored."""
+"""Places of tokens in a window, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASKED_SHARE = 0.15
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used."""
 
     eos_token_id: int | None
     mask_token_id: int | None
@@ -37,7 +37,7 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[in
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of equal length, one a row: int64 tensors on the CPU.
+    """Windows of equal length, one per row: int64 tensors on the CPU.
 
     ``input_ids`` and ``attention_mask`` are (n, length). ``labels`` holds the token to predict, or -100 where nothing
     is scored; it is (n, length), and not shifted: a causal model's logits at i predict the label at i + 1. For
@@ -82,8 +82,8 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a window of ``length`` tokens is made: text in the middle, the tokenizer's special tokens around it.
+class WindowLayout:
+    """Layout of a window of ``length`` tokens: text between the tokenizer's special tokens.
 
     Special tokens are never scored. ``mask``, the mask token, is there for masked models only; ``start``, what the
     decoder reads first, for seq2seq models only.
@@ -97,7 +97,7 @@ class Layout:
     start: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> Layout:
+    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> WindowLayout:
         """The layout that fits a model and its tokenizer; without a tokenizer there are no special tokens.
 
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).
@@ -118,7 +118,7 @@ class Layout:
 
     @property
     def text(self) -> int:
-        """How many tokens of a window are text; for seq2seq the first half is the source, the second the target."""
+        """Number of text tokens in a window; for seq2seq the first half is the source, the second the target."""
         around = len(self.prefix) + len(self.suffix)
         return self.length - around if self.start is None else 2 * (self.length // 2 - around)
 
@@ -148,7 +148,7 @@ class Layout:
         return functional.pad(text, (len(self.prefix), len(self.suffix)), value=UNSCORED)
 
     def _hidden(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Which tokens to mask: 15 % of each row's ordinary ones, at least one (Devlin et al. 2019, section 3.1).
+        """Mask of the tokens to hide: 15 % of each row's ordinary ones, at least one (Devlin et al. 2019, section 3.1).
 
         All of them become the mask token, as in the pseudo-perplexity of Salazar et al. 2020, which masks one at a
         time: where BERT's training keeps or swaps a token, there is no prediction of a hidden one to score.
@@ -164,7 +164,7 @@ def _all_seen(input_ids: Tensor, labels: Tensor, decoder_input_ids: Tensor | Non
 
 
 def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What a tokenizer puts before and after a text: the difference that its special tokens make to a probe."""
+    """Special tokens before and after a text, from the encodings of a probe with and without them."""
     probe = "A a 1"
     bare, whole = encode(tokenizer, probe), encode(tokenizer, probe, special=True)
     for start in range(len(whole) - len(bare) + 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from invarlock.core.errors import UsageError
 from invarlock.datasets.documents import Dataset, documents
 from invarlock.datasets.generated import write_text
-from invarlock.datasets.layout import Layout, Tokenizer, Windows, encode
+from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
@@ -29,7 +29,7 @@ def make_windows(
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
     check_lengths(dataset, model)
-    layout = Layout.of(model, tokenizer, task=task, length=dataset.seq_len)
+    layout = WindowLayout.of(model, tokenizer, task=task, length=dataset.seq_len)
     wanted = dataset.preview_n + dataset.final_n
     if dataset.provider == "generated":
         text = write_text(model, layout, wanted, seed=dataset.seed)
@@ -44,7 +44,10 @@ def make_windows(
 
 
 def check_lengths(dataset: Dataset, model: nn.Module) -> None:
-    """:raises UsageError: the windows that a dataset asks for do not fit the model."""
+    """Check the lengths of a dataset's windows.
+
+    :raises UsageError: they do not fit the model.
+    """
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise UsageError(
             f"dataset.stride: {dataset.stride} is less than dataset.seq_len ({dataset.seq_len}): windows would overlap"
@@ -55,7 +58,7 @@ def check_lengths(dataset: Dataset, model: nn.Module) -> None:
 
 
 def unreadable(windows: Windows, model: nn.Module) -> str | None:
-    """Why a model cannot read windows that were made for another one, or None."""
+    """Reason why a model cannot read windows that were made for another one, or None."""
     largest, known = int(windows.input_ids.max()), vocabulary_of(model)
     if largest >= known:
         return f"the windows hold token {largest}, and the model knows only {known} tokens"
@@ -65,7 +68,7 @@ def unreadable(windows: Windows, model: nn.Module) -> str | None:
     return None
 
 
-def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: int) -> Tensor:
+def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: WindowLayout, wanted: int) -> Tensor:
     """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
     generator = torch.Generator().manual_seed(dataset.seed)
     tokens = _tokens(documents(dataset, generator), tokenizer)
@@ -80,7 +83,7 @@ def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: Layout, wanted: i
 
 
 def _skipped(dataset: Dataset) -> int:
-    """How many tokens lie between two windows."""
+    """Number of tokens between two windows."""
     return 0 if dataset.stride is None else dataset.stride - dataset.seq_len
 
 

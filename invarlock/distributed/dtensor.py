@@ -1,6 +1,6 @@
 """Weights that are spread over the processes of a run: each process holds a part of every large one.
 
-Whatever reads such a weight is called by all of them at the same time.
+All processes have to read such a weight at the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Sharding(StrEnum):
-    """How a model is spread."""
+    """Kinds of parallelism that spread a model."""
 
     TENSOR = "tensor"
     """Tensor parallelism: each process computes a part of every layer, on the same windows."""
@@ -23,7 +23,7 @@ class Sharding(StrEnum):
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:
-    """How a model is spread over processes, or None where each has all of it."""
+    """Parallelism that spreads a model over processes, or None where each has all of it."""
     if not any(is_spread(parameter) for parameter in model.parameters()):
         return None
     return Sharding.FULLY_SHARDED if hasattr(model, "set_reshard_after_forward") else Sharding.TENSOR
@@ -48,7 +48,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def assembler(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes the whole of a tensor of parts like this one's; it does not hold the tensor."""
+    """Function that assembles a tensor from parts that are spread like this one's; it does not hold the tensor."""
     if not is_spread(tensor):
         return lambda part: part
     from torch.distributed.tensor import DTensor

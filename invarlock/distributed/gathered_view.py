@@ -1,4 +1,4 @@
-"""A model that is spread over the processes of a run, as whoever knows nothing of that sees it."""
+"""View of a model that is spread over processes as one whole model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WholeView:
         self.undo()
 
     def undo(self) -> list[str]:
-        """Put back what a guard has put in the place of a parameter or buffer; returns the names."""
+        """Restore parameters and buffers that a guard has replaced; returns their names."""
         return self._weights.put_back(self.model)
 
     def gather(self, *, keep: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What torchrun, Slurm and MPI tell the processes that they start."""
+"""Environment of processes that torchrun, Slurm or MPI start."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import zlib
 from dataclasses import dataclass
 
 PORTS = range(29500, 32500)
-"""Of these one is met at: 29500 is what torch takes, and those that systems give out start at 32768."""
+"""Rendezvous ports: 29500 is the default of torch, and ephemeral ports of Linux start at 32768."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """The environment variables by which a launcher tells a process which of how many it is."""
+    """Environment variables in which a launcher passes rank and number of processes."""
 
     rank: str
     size: str
     run: tuple[str, ...] = ()
-    """What numbers the run, so that several at once on one machine meet at ports of their own."""
+    """Variables that number the run, so that several runs on one machine use different ports."""
     nodes: str = ""
-    """The machines, the one of rank 0 first."""
+    """Variable that lists the machines, that of rank 0 first."""
 
 
 LAUNCHERS = (
@@ -38,7 +38,7 @@ LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "S
 
 
 def local_rank() -> int:
-    """Which process of the run on this machine this one is."""
+    """Rank of this process among those of the run on this machine."""
     return int(next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0"))
 
 
@@ -48,7 +48,7 @@ def started_by() -> Launcher | None:
 
 
 def rendezvous_address(launcher: Launcher) -> tuple[str, int]:
-    """Where the processes meet, unless they are told: a machine and a port."""
+    """Rendezvous host and port, unless ``MASTER_ADDR`` and ``MASTER_PORT`` set them."""
     # The first of n[01-04,07],m3 is n01.
     first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", os.environ.get(launcher.nodes) or "localhost").split(",")[0]
     number = ".".join(os.environ[name] for name in launcher.run if name in os.environ)

@@ -38,7 +38,7 @@ SomeWeight = TypeVar("SomeWeight", bound=Weighty)
 
 
 def each(work: Callable[[SomeWeight], Found], items: Iterable[SomeWeight]) -> list[Found]:
-    """What ``work`` finds of each item, in the order of the items.
+    """Results of ``work`` for each item, in the order of the items.
 
     Items on several devices are worked on side by side, in a thread for each device. While all processes of a run ask a
     guard that has ``shares_work``, each works on a part of the items, of about as many bytes as any other's and side by
@@ -57,7 +57,7 @@ def each(work: Callable[[SomeWeight], Found], items: Iterable[SomeWeight]) -> li
 def side_by_side(
     work: Callable[[Sequence[Item]], Sequence[Found]], items: Sequence[Item], device: Callable[[Item], torch.device]
 ) -> list[Found]:
-    """What ``work`` finds of the items of each device, in the order of all items; a device has a thread of its own."""
+    """Results of ``work`` on the items of each device, in the order of all items; each device has its own thread."""
     places: defaultdict[torch.device, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         places[device(item)].append(place)
@@ -72,20 +72,20 @@ def side_by_side(
 
 
 def asked_together(guard: str, ranks: Ranks, ask: Callable[[], Found]) -> list[Found]:
-    """What a guard says in each process, which all ask it at the same time; ``each`` shares its work.
+    """Result of a guard in each process, all of which ask it at the same time; ``each`` shares its work.
 
     :param guard: its name, for messages.
-    :raises PluginError: a process failed, or one was done with the guard while another waited for it to share.
+    :raises PluginError: a process failed, or one had finished while another waited for it.
     """
     if ranks.size == 1:
         return [ask()]
     together = _Together(guard, ranks)
     token = _together.set(together)
     try:
-        said = ask()
+        result = ask()
     finally:
         _together.reset(token)
-    return together.exchanged("was done", said)
+    return together.exchanged("was done", result)
 
 
 def _all_of(
@@ -110,14 +110,14 @@ class _Together:
     guard: str
     ranks: Ranks
     _ended: PluginError | None = field(default=None, init=False)
-    """Why they no longer are, which the guard may have taken for a mistake of its own."""
+    """Failure that ended the exchange; the guard may have caught it."""
 
     def each(self, work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
         mine = items[self.ranks.part([item.nbytes for item in items])]
         try:
-            part = _Part(_all_of(work, mine, self.ranks.summed))
+            part = _Share(_all_of(work, mine, self.ranks.summed))
         except Exception as error:
-            part = _Part([], located(error), traceback.format_exc())
+            part = _Share([], located(error), traceback.format_exc())
         # Another number of items is another place: a guard that sees other weights elsewhere must not go on.
         parts = self.exchanged(f"shared the work on {len(items)} weights", part)
         if failed := next((part for part in parts if part.message), None):
@@ -127,7 +127,7 @@ class _Together:
         return [found for part in parts for found in part.found]
 
     def exchanged(self, where: str, found: Found) -> list[Found]:
-        """What each process brings, if all are at the same place."""
+        """Contribution of each process, if all are at the same place."""
         if self._ended:
             raise self._ended
         try:
@@ -141,17 +141,17 @@ class _Together:
 
 
 def _told(met: Sequence[tuple[str, Any]]) -> str:
-    """Where each process was, and what it said of itself, such as how it failed."""
+    """Place of each process, and its failure if it has one."""
     messages = (getattr(brought, "message", None) for _, brought in met)
-    said = (f" ({message})" if message else "" for message in messages)
+    failures = (f" ({message})" if message else "" for message in messages)
     return ", ".join(
-        f"rank {rank} {where}{told}" for rank, ((where, _), told) in enumerate(zip(met, said, strict=True))
+        f"rank {rank} {where}{failure}" for rank, ((where, _), failure) in enumerate(zip(met, failures, strict=True))
     )
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one process found, or how it failed."""
+class _Share:
+    """Results of one process, or its failure."""
 
     found: list[Any]
     message: str = ""

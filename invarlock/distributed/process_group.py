@@ -25,10 +25,10 @@ from invarlock.distributed.launchers import local_rank, rendezvous_address, star
 Found = TypeVar("Found")
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
-"""How long to wait for all to be there."""
+"""Longest wait for all processes to join."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
-"""How long to wait later for the others, who may work for hours. One that dies is noticed at once, if its machine still
-is there to close its connections."""
+"""Longest wait in an exchange: other processes may work for hours. A process that dies is noticed at once, if its
+machine still closes its connections."""
 
 
 class PeerError(PluginError):
@@ -60,12 +60,12 @@ def _control_group() -> Any:
 
 @dataclass
 class Ranks:
-    """Which process of how many this one is."""
+    """Rank of this process and number of all, with the exchanges between them."""
 
     rank: int = 0
     size: int = 1
     _store: Any = field(default=None, compare=False)
-    """Where all of them can add up numbers without waiting for each other."""
+    """Store in which all processes add up numbers without waiting for each other."""
     _shared: Iterator[int] = field(default_factory=count, compare=False)
 
     @classmethod
@@ -104,7 +104,7 @@ class Ranks:
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise PluginError(
-                f"rank {self.rank}: the other processes were not reached at {where}: {one_line(error)}"
+                f"rank {self.rank}: cannot reach the other processes at {where}: {one_line(error)}"
             ) from error
 
     @property
@@ -112,19 +112,19 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, found: Found) -> list[Found]:
-        """What each process found, in the order of their ranks, on all of them.
+        """Results of all processes, in the order of their ranks, on each of them.
 
         :raises PeerError: one of them failed instead, or is gone.
         """
         return self._exchange(found, None)
 
     def on_this_machine(self) -> int:
-        """How many processes of the run this machine has; all have to ask."""
+        """Number of processes of the run on this machine; a collective call."""
         name = socket.gethostname()
         return self.gather(name).count(name)
 
     def from_first(self, make: Callable[[], Found]) -> Found:
-        """What the first process makes of it, on all of them; no other one makes it."""
+        """Result of the first process, on all of them; no other one calls ``make``."""
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def summed(self, show: Shown) -> Shown:
@@ -137,7 +137,7 @@ class Ranks:
         return show if self.size == 1 else _Summed(self._store, f"invarlock/{next(self._shared)}", show)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others, where they next wait for this one, that it failed."""
+        """Tell the other processes, at their next exchange, that this one failed."""
         if self.size > 1 and not isinstance(error, PeerError):
             try:
                 self._exchange(None, f"{type(error).__name__}: {one_line(error)}")
@@ -154,7 +154,7 @@ class Ranks:
     def share(self, count: int, *, ahead: int = 0) -> slice:
         """This process's part of so many things, side by side.
 
-        :param ahead: how many more of them the first one has to do besides.
+        :param ahead: number of additional ones that the first process does.
         :raises UsageError: there are fewer than processes.
         """
         if count < self.size:
@@ -183,8 +183,8 @@ class Ranks:
         try:
             dist.all_gather_object(entries, (found, failure), group=_control_group())
         except RuntimeError as error:
-            raise PeerError(f"rank {self.rank}: another process of the run is gone: {one_line(error)}") from error
-        failures = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(entries) if said and rank != self.rank]
+            raise PeerError(f"rank {self.rank}: another process of the run has ended: {one_line(error)}") from error
+        failures = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(entries) if why and rank != self.rank]
         if failures:
             raise PeerError("; ".join(failures))
         return [entry for entry, _ in entries]

@@ -1,4 +1,4 @@
-"""Beside the primary metric: do the edited model's predictions agree with the baseline's, token by token?
+"""Agreement of the edited model's predictions with the baseline's, token by token.
 
 The mean loss can stay where it is while decisions change (Dutta et al. 2024, "Accuracy is Not All You Need"), or while
 a few windows break. Both show where predictions are compared with the baseline's own, and not with the text alone.
@@ -26,8 +26,8 @@ SHOWN = {
     "kl_mean": "mean KL divergence",
     "kl_p95": "95th percentile of the KL divergence",
     "kl_p99": "99th percentile of the KL divergence",
-    "window_p95": "95th percentile of the windows' rises",
-    "flips": "share of likeliest tokens that flip",
+    "window_p95": "95th percentile of the windows' loss increases",
+    "flips": "top-1 disagreement",
     "broken": "share of predictions that broke",
 }
 
@@ -47,7 +47,7 @@ class Limits:
     def of(
         cls, ratio: float, margins: NDArray[np.float64], *, flips: float | None = None, broken: float = 0.001
     ) -> Limits:
-        """What an edit at the edge of what the primary metric accepts would show, were it spread evenly.
+        """Figures of an evenly spread edit that the primary metric just accepts.
 
         On text of the baseline's own making, its mean divergence from the edited model is the expected rise of the log
         loss: so L = log ``ratio`` is the limit of both. Spread evenly means many small, independent changes: logits
@@ -76,15 +76,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """What an edit did to the model's predictions; None stands for what was not measured.
+    """Changes of the model's predictions by an edit; None stands for what was not measured.
 
     ``kl_mean``, ``kl_p95`` and ``kl_p99`` are the mean and two percentiles, over scored tokens, of the Kullback-Leibler
     divergence of the edited model's next-token distribution from the baseline's, in nats. They are lower bounds: all
-    but the baseline's likeliest tokens count as one. ``flips`` is the share of tokens whose likeliest prediction is
-    another one, ``broken`` the share whose divergence is above log 2; what is not finite counts in both.
+    but the baseline's likeliest tokens count as one. ``flips`` is the top-1 disagreement, the share of positions whose
+    likeliest token is another one, ``broken`` the share whose divergence is above log 2; what is not finite counts in
+    both.
     ``margin_baseline`` is the mean margin of the baseline's likeliest token over the runner-up, in nats of log
     probability, ``margin_loss`` how much of it the edited model lost: all of it and more where tokens flip.
-    ``window_p95`` is the 95th percentile over windows of the rise of the loss, in nats a token.
+    ``window_p95`` is the 95th percentile over windows of the rise of the loss, in nats per token.
     """
 
     kl_mean: float | None
@@ -133,7 +134,7 @@ def judge_figures(figures: Mapping[str, Any], limits: Limits) -> DivergenceResul
 
 
 def window_p95(baseline: PassResult, edited: PassResult) -> float | None:
-    """The 95th percentile over windows of the rise of the loss, in nats a token; None where one is not finite."""
+    """The 95th percentile over windows of the rise of the loss, in nats per token; None where one is not finite."""
     scored = baseline.tokens > 0
     rises = (edited.losses - baseline.losses)[scored] / baseline.tokens[scored]
     return _percentile(rises, 95)
@@ -176,7 +177,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
 
     before, loss = figures["margin_baseline"], figures["margin_loss"]
     return (
-        f"KL divergence at least {shown(figures['kl_mean'], '.4g')} nats a token, {figures['flips']:.2%} of the "
-        f"likeliest tokens flip, mean margin {shown(before, '.3g')} -> "
+        f"KL divergence at least {shown(figures['kl_mean'], '.4g')} nats per token, top-1 disagreement "
+        f"{figures['flips']:.2%}, mean margin {shown(before, '.3g')} -> "
         f"{shown(None if loss is None else before - loss, '.3g')} nats"
     )

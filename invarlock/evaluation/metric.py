@@ -1,4 +1,4 @@
-"""The primary metric: how many times the edit raised the model's perplexity, held against a limit."""
+"""Primary metric: the ratio of edited to baseline perplexity, against a limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS: dict[Task, Kind] = {"causal": "perplexity", "masked": "masked_perplexity"
 
 @dataclass(frozen=True)
 class MetricResult:
-    """What the primary metric says of an edit; None stands for what was not measured.
+    """Result of the primary metric; None stands for what was not measured.
 
     ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
     ``limit``. ``tokens`` counts scored tokens.
@@ -45,7 +45,7 @@ def kind_of(task: Task, wanted: str = "auto") -> Kind:
     :raises UsageError: another metric is wanted than the one that the task has.
     """
     if wanted not in ("auto", KINDS[task]):
-        raise UsageError(f"eval.metric.kind: {wanted} is not for a {task} model; say {KINDS[task]} or auto")
+        raise UsageError(f"eval.metric.kind: {wanted} does not apply to a {task} model; use {KINDS[task]} or auto")
     return KINDS[task]
 
 

@@ -22,13 +22,14 @@ from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Rows, Tap, attached
 from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.output_head import Head, set_aside_head
+from invarlock.models.structure import find_blocks
 
 CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class PassResult:
-    """What one pass measured, window by window, in the order of the final windows.
+    """Losses of one pass, window by window, in the order of the final windows.
 
     ``losses`` is float64 (n,): the negative log-likelihood of a window's scored tokens, summed, in nats; it is NaN or
     infinite where the model's is. ``tokens`` is int64 (n,): how many tokens were scored. Beside them, for every scored
@@ -75,9 +76,9 @@ def measure(
     The model is in evaluation mode meanwhile, without gradients. Losses come from its logits in float32, a few tokens
     at a time. A model that gives NaN is measured, not refused.
 
-    :param taps: what each guard wants to look at during the preview windows, by module name.
+    :param taps: taps of each guard for the preview windows, by module name.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
-    :param calls: run the model at least so often on final windows, the last batch again and unscored if need be:
+    :param calls: lowest number of runs on final windows, the last batch again and unscored if need be:
         processes that a model's weights are spread over have to run it together.
     :param taps_off: called when no tap looks on any more, before the final windows where they come later.
     :raises PluginError: the model's output has no logits, or a tap names no module of the model.
@@ -134,7 +135,7 @@ def _together(
     """
     windows = Windows.joined(preview, final)
     rows = Rows(len(preview), len(windows), windows.input_ids.shape[1])
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    blocks = find_blocks(model).values()
     done = itertools.count(1)
     with ExitStack() as stack:
         if on_progress:
@@ -163,7 +164,7 @@ def _targets(batch: Windows, task: Task) -> Tensor:
 def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None = None) -> tuple[Tensor, Tensor]:
     """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU.
 
-    :param head: what makes logits of what is given in their place, if it is not they.
+    :param head: the head, where hidden states are given in place of logits.
     """
     scored = targets != UNSCORED
     found = []

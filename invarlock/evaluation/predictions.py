@@ -1,4 +1,4 @@
-"""What a model predicts at every scored token: the baseline's record, and what an edit changed of it.
+"""Predictions at every scored token: the baseline's record, and the changes by an edit.
 
 Both are taken from the log-probabilities that the loss is taken from, a few tokens at a time; no logits are kept.
 """
@@ -28,7 +28,7 @@ SMALLEST_REST = 2.0**-20
 class TokenRecord:
     """The likeliest tokens at each of n scored positions, likeliest first, on the CPU.
 
-    ``tokens`` is int32 (n, K), ``log_probs`` float32 (n, K): 8 K bytes a position, whatever the vocabulary. All other
+    ``tokens`` is int32 (n, K), ``log_probs`` float32 (n, K): 8 K bytes per position, whatever the vocabulary. All other
     tokens are one bucket; its probability is what these leave. Float16 would be half of that, but an unedited model
     would then differ from its own record.
     """
@@ -42,7 +42,7 @@ class TokenRecord:
 
 @dataclass(frozen=True, eq=False)
 class TokenChanges:
-    """How predictions differ from a record's, at each of n scored positions; NaN or infinite where the model's are.
+    """Changes of predictions against a record, at each of n scored positions; NaN or infinite where the model's are.
 
     ``kl`` is float64 (n,), in nats: the divergence of the predicted distribution from the record's, over the record's
     tokens and the bucket of all others. By the data-processing inequality (Cover and Thomas 2006, section 2.8) it is a
@@ -59,7 +59,7 @@ class TokenChanges:
 
     @classmethod
     def joined(cls, parts: Sequence[TokenChanges]) -> TokenChanges:
-        """Of positions that follow each other."""
+        """Changes at consecutive positions, joined."""
         return cls(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(cls)))
 
 

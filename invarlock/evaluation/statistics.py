@@ -1,4 +1,4 @@
-"""Paired statistics over windows: how many times worse is the edited model, and how sure is that."""
+"""Paired statistics over windows: the ratio of perplexities and its confidence interval."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ratio_interval(
     :param differences: (n,), edited minus baseline loss of each window, in nats; all finite.
     :param tokens: (n,), the scored tokens of each window; a window without any says nothing.
     :param level: of confidence, between 0 and 1.
-    :param reps: how often the windows are drawn.
+    :param reps: number of bootstrap draws.
     :returns: the two ends, or None for fewer than two windows: one window says nothing of how windows differ.
     """
     scored = tokens > 0
@@ -67,7 +67,7 @@ def ratio_interval(
 
 
 def _standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> Any:
-    """Of the mean per token, over the last axis: the jackknife's, and not below that of the linearized ratio.
+    """Standard error of the mean per token, over the last axis: the jackknife's, at least that of the linearized ratio.
 
     The first is e_i / (T - t_i) squared and summed, times (n - 1) / n, with the residuals e_i = d_i - t_i * mean and T
     tokens in all. The second (Cochran 1977, "Sampling Techniques", section 6.4) has the average window in place of t_i;
@@ -81,7 +81,7 @@ def _standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64])
 
 
 def _pivots(differences: NDArray[np.float64], tokens: NDArray[np.int64], reps: int, seed: int) -> NDArray[np.float64]:
-    """How many of its own standard errors each draw lies above the sample; draws of windows that agree have none."""
+    """Studentized deviations of draws from the sample; draws of windows that all agree are left out."""
     point, error = mean_per_token(differences, tokens), _standard_error(differences, tokens)
     found = []
     for drawn in _draws(len(differences), reps, seed):

@@ -1,4 +1,4 @@
-"""Taps: what guards see of a module's inputs and outputs while windows pass through the model."""
+"""Taps: access of guards to inputs and outputs of modules while windows pass through the model."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Tap(Protocol):
         """Take note of one call of the module; what is returned is ignored, and nothing may be changed."""
 
     def result(self) -> Any:
-        """What was collected, once the pass is over."""
+        """Return the collected result, once the pass is over."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The first windows of a larger batch: what taps see of it."""
+    """The first windows of a larger batch, which taps see."""
 
     first: int
     of: int
     length: int
-    """Tokens of a window."""
+    """Tokens per window."""
 
     def __call__(self, value: Any) -> Any:
         """The part of what a module is given, or gives, that belongs to them; what has another shape, as it is."""
@@ -77,7 +77,7 @@ def _hook(tap: Tap, rows: Rows | None) -> Any:
 
 
 def _whole_features(module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[tuple[Any, ...], Any]:
-    """What a linear layer is given and gives: under tensor parallelism a process has some features of one of them."""
+    """Whole inputs and outputs of a linear layer, of which tensor parallelism leaves a process some features."""
     if not isinstance(module, nn.Linear) or not is_spread(module.weight):
         return args, output
     weight: Any = module.weight

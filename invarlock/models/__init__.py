@@ -1,1 +1,1 @@
-"""What a model is: its facts, its state, a fingerprint of it, and a snapshot to bring it back."""
+"""A model: its structure, facts, state, a fingerprint of it, and a snapshot to restore it."""

@@ -1,4 +1,4 @@
-"""What measuring needs to know of a model: its task, its vocabulary, its context, its device."""
+"""Facts of a model that measuring needs: its task, vocabulary, context and device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH_TOKENS = 2048
 
 
 def task_of(model: nn.Module) -> Task:
-    """What a model predicts: the next token, masked tokens, or the target of a source.
+    """Task of a model: predicting the next token, masked tokens, or the target of a source.
 
     :param model: a transformers model, or one with a ``config`` and a class name like theirs.
     """
@@ -30,9 +30,9 @@ def task_of(model: nn.Module) -> Task:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens the model knows: the last dimension of its logits.
+    """Number of tokens in the vocabulary: the last dimension of the logits.
 
-    :raises PluginError: its configuration does not say.
+    :raises PluginError: its configuration does not state it.
     """
     size = getattr(_text_config(model), "vocab_size", None)
     if size is None:
@@ -41,7 +41,7 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """How many tokens the model reads at once, or None where it states no limit."""
+    """Largest number of tokens that the model reads at once, or None where it states no limit."""
     positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
     for name, module in model.named_modules():
         # RoBERTa and its kin number positions from padding_idx + 1: of 514, 512 can be used.
@@ -51,7 +51,7 @@ def context_of(model: nn.Module) -> int | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its token ids: the device of its input embeddings."""
+    """Device of the input embeddings, where the model takes its token ids."""
     embeddings = getattr(model, "get_input_embeddings", lambda: model)
     device = next(embeddings().parameters()).device
     # Offloaded embeddings are on meta until their layer runs; its hook then moves what it is given.
@@ -64,7 +64,7 @@ def is_streamed(model: nn.Module) -> bool:
 
 
 def batch_size(model: nn.Module, length: int) -> int:
-    """How many windows of ``length`` tokens go through the model at once.
+    """Number of windows of ``length`` tokens that go through the model at once.
 
     Float32 logits of a batch take at most 128 MiB and a batch has at most 2048 tokens, but it has one window at least.
     """

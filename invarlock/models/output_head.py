@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from invarlock.core.errors import UsageError
 from invarlock.models.facts import LOGITS_BYTES
+from invarlock.models.structure import output_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class Head:
     weight: Tensor
     bias: Tensor | None
     given: list[Tensor]
-    """What the model gave its head to make logits of."""
+    """Hidden states that the model passed to its head, one tensor per call."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) of hidden states (tokens, features)."""
@@ -29,14 +30,14 @@ class Head:
 
     @property
     def tokens(self) -> int:
-        """How many tokens' logits take ``LOGITS_BYTES`` in float32."""
+        """Number of tokens whose logits take ``LOGITS_BYTES`` in float32."""
         return max(1, LOGITS_BYTES // (4 * len(self.weight)))
 
     def check(self, instead: Tensor) -> None:
-        """Refuse a model that does more with logits than to put out what its head gives.
+        """Refuse a model that changes the logits of its head.
 
-        :param instead: what the model put out in the place of logits.
-        :raises UsageError: it is not what the head was given.
+        :param instead: the model's output in place of logits.
+        :raises UsageError: it differs from the input of the head.
         """
         if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
             raise UsageError(
@@ -46,12 +47,11 @@ class Head:
 
 @contextmanager
 def set_aside_head(model: nn.Module) -> Iterator[Head]:
-    """Let the model give, in the place of logits, what its head would make them of.
+    """Let the model output the input of its head in place of logits.
 
     :raises UsageError: it has no linear head.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    module = get() if callable(get) else None
+    module = output_head(model)
     if not isinstance(module, nn.Linear):
         raise UsageError("model.id: its outputs cannot be measured while it is streamed: it has no linear output head")
     # Cloned, because any operation on streamed weights reads them.

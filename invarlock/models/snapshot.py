@@ -1,4 +1,4 @@
-"""A model's tensors on disk, to bring it back bit for bit."""
+"""A model's tensors on disk, to restore it bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, model: torch.nn.Module) -> None:
-        """Bring the model back bit for bit, ties included."""
+        """Restore the model bit for bit, ties included."""
         for structure in self._structure:
             structure.restore()
         for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
@@ -79,7 +79,7 @@ class _OnDisk(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class Structure:
-    """What hangs on one module."""
+    """Parameters, buffers and submodules of one module, by reference."""
 
     module: torch.nn.Module
     training: bool

@@ -1,7 +1,7 @@
 """State that a server reads of a model besides its weights: hooks, attributes, configurations, modes, tokenizer.
 
-Weights are the matter of ``invarlock.models.snapshot``. Here a copy is kept, live objects are held against it, and what
-differs is named and put back.
+Weights are covered by ``invarlock.models.snapshot``. Here a copy is kept, live objects are compared with it, and
+attributes that differ are named and restored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 TENSORS = ("_parameters", "_buffers")
-"""Attributes of a module that snapshots and fingerprints look after."""
+"""Attributes of a module that snapshots and fingerprints cover."""
 CONFIGURATIONS = ("config", "generation_config")
 LIBRARY = ("torch.nn.functional", module_globals.__name__)
 """Modules whose functions every model computes with; the classes of its own modules have theirs."""
@@ -32,7 +32,7 @@ LEFT_BEHIND = frozenset(
 
 @dataclass
 class ModelState:
-    """The state of a model at one moment, and how to bring it back."""
+    """State of a model at one moment, to be restored later."""
 
     namespaces: list[_Namespace]
     gradients: dict[str, tuple[Tensor, type, bool]]
@@ -48,7 +48,7 @@ class ModelState:
 
     @classmethod
     def of_methods(cls, name: str, owner: Any) -> ModelState:
-        """Of an object that may keep what it likes, but whose methods must stay."""
+        """State of an object whose methods must stay, whatever else it keeps."""
         kinds = [(kind.__name__, kind) for kind in type(owner).__mro__ if kind is not object]
         return cls([_Namespace.of(*named, _is_code) for named in [(name, owner), *kinds] if owner is not None], {})
 
@@ -58,7 +58,7 @@ class ModelState:
             namespace.settle()
 
     def undo(self) -> list[str]:
-        """Put back what differs; returns the names."""
+        """Restore attributes that differ; returns their names."""
         changed = [name for namespace in self.namespaces for name in namespace.undo()]
         for name, (parameter, kind, required) in self.gradients.items():
             if type(parameter) is not kind:
@@ -71,7 +71,7 @@ class ModelState:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Whatever has attributes that decide what a model computes, with the name that a reader knows it by."""
+    """Objects whose attributes decide what a model computes, each with a name for messages."""
     configurations: dict[int, tuple[str, Any]] = {}
     for name, module in model.named_modules():
         yield name or type(model).__name__, module
@@ -116,7 +116,7 @@ class _Namespace:
     owner: Any
     kept: dict[str, Any]
     counted: Callable[[str, Any], bool]
-    """Whether an attribute is looked after."""
+    """Whether an attribute is compared and restored."""
     kind: type
     volatile: set[str] = field(default_factory=set)
     """Attributes that the model's own code changes while it runs."""

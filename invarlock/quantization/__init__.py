@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from invarlock.quantization.scheme import Plan, Scheme
 
 if TYPE_CHECKING:
+    from invarlock.models.structure import Role
     from invarlock.quantization.model import QuantizedWeight, quantize_model
     from invarlock.quantization.rtn import Layout, Scratch, WeightFigures, quantize_
-    from invarlock.quantization.selection import Role, WeightTarget, find_weights, select_targets
+    from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
 
 __all__ = [
     "Layout",

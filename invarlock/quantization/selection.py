@@ -1,43 +1,20 @@
-"""Which weights a plan touches, and along which axis.
-
-The role of a weight follows from what its module is and where it sits in the tree of modules, never from how its path
-is spelled: BERT's ``attention.output.dense`` is attention because it is inside a ``BertAttention``.
-"""
+"""The weights of a model, their layouts, and those that a plan selects."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError, nearest
 from invarlock.distributed.dtensor import local
+from invarlock.models.structure import Role, is_conv1d, is_experts, is_router, role_of
 from invarlock.quantization.rtn import Layout
 from invarlock.quantization.scheme import Plan, matches
 
-
-class Role(StrEnum):
-    """What a weight is for."""
-
-    ATTENTION = "attention"
-    FFN = "ffn"
-    ROUTER = "router"
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    OTHER = "other"
-
-
 SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
-
-_ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
-_ROUTER = re.compile(r"router|gating$|moe\w*gate$", re.IGNORECASE)
-_FFN = re.compile("mlp|feed_?forward|ffn|expert|moe", re.IGNORECASE)
-_DENSE_FFN = re.compile("mlp|feed_?forward|ffn", re.IGNORECASE)
-_RECURRENT = re.compile("mamba|mixer|deltanet", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +40,6 @@ def find_weights(model: nn.Module) -> list[WeightTarget]:
     three-dimensional ones of fused experts. A weight tied to an embedding or to the output head has that role.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    head = _output_head(model)
     found: dict[object, WeightTarget] = {}
     for path, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
@@ -72,7 +48,7 @@ def find_weights(model: nn.Module) -> list[WeightTarget]:
                 continue
             parameter_name = f"{path}.{key}".lstrip(".")
             name = path if path and key == "weight" else parameter_name
-            role = Role.HEAD if module is head else _role(modules, path, parameter)
+            role = role_of(model, modules, path, parameter)
             target = WeightTarget(name, parameter_name, module, parameter, role, layout, (name, parameter_name))
             identity = _identity(parameter)
             found[identity] = _tied(found[identity], target) if identity in found else target
@@ -158,108 +134,33 @@ def _identity(parameter: Tensor) -> object:
     return (parameter.device, address) if address else id(parameter)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    head = head if head is not None else getattr(model, "lm_head", None)
-    return head if isinstance(head, nn.Module) else None
-
-
 def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) -> Layout | None:
-    """What the axes of a parameter mean, or None if it is nothing to round: a bias, a norm, something unknown."""
-    kind = type(module).__name__
-    if parameter.ndim == 3 and "Experts" in kind:
-        return Layout.IN_OUT if _is_transposed(module, parameter, model) else Layout.OUT_IN
+    """Layout of a parameter, or None where there is nothing to round: a bias, a norm, an unknown module."""
+    if parameter.ndim == 3 and is_experts(module):
+        return Layout.IN_OUT if _is_transposed(module, model) else Layout.OUT_IN
     if isinstance(module, nn.MultiheadAttention):
         return Layout.OUT_IN if parameter.ndim == 2 and key.endswith("_weight") else None
     if key != "weight" or parameter.ndim < 2:
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return Layout.CONV
-    # By name, because transformers need not be installed, and a model without it has no such class.
-    if any(base.__name__ == "Conv1D" for base in type(module).__mro__):
+    if is_conv1d(module):
         return Layout.IN_OUT
-    if isinstance(module, nn.Linear | nn.Embedding) or _ROUTER.search(kind):
+    if isinstance(module, nn.Linear | nn.Embedding) or is_router(module):
         return Layout.OUT_IN
     return None
 
 
-def _is_transposed(experts: nn.Module, parameter: Tensor, model: nn.Module) -> bool:
+def _is_transposed(experts: nn.Module, model: nn.Module) -> bool:
     """Whether fused experts are stored (expert, in, out).
 
     Transformers say so on the module. Where they do not, the first weight of the experts shows it: it takes in the
     hidden state, whose size is known.
     """
-    said = getattr(experts, "is_transposed", None)
-    if said is not None:
-        return bool(said)
+    stated = getattr(experts, "is_transposed", None)
+    if stated is not None:
+        return bool(stated)
     sizes = (getattr(experts, name, None) for name in ("input_size", "hidden_size", "hidden_dim"))
     hidden = next((size for size in sizes if size), getattr(getattr(model, "config", None), "hidden_size", None))
     first = next(candidate for candidate in experts.parameters() if candidate.ndim == 3)
     return first.shape[-2] == hidden and first.shape[-1] != hidden
-
-
-def _role(modules: dict[str, nn.Module], path: str, parameter: Tensor) -> Role:
-    """The role of a parameter of the module at ``path``, unless that is the output head."""
-    if isinstance(modules[path], nn.Embedding):
-        return Role.EMBEDDING
-    lineage = _lineage(modules, path)
-    if not lineage:
-        return Role.OTHER
-    block, *inner = lineage
-    kinds = [type(module).__name__ for module in inner]
-    if any(map(_ROUTER.search, kinds)) or _gates_experts(lineage, parameter):
-        return Role.ROUTER
-    if any(map(_ATTENTION.search, kinds)):
-        return Role.ATTENTION
-    # Recurrent layers stand in for attention; a class may be called ...Moe...DeltaNet only for the model it is in.
-    if any(map(_RECURRENT.search, kinds)):
-        return Role.OTHER
-    if any(map(_FFN.search, kinds)):
-        return Role.FFN
-    # BERT's intermediate, OPT's fc1, T5's wi: what is beside attention in a block, under whatever name.
-    if any(_ATTENTION.search(type(module).__name__) for module in block.modules() if module is not block):
-        return Role.FFN
-    # A list of attentions beside a list of feed-forwards, as XLM has them: the block is the module itself.
-    if _ATTENTION.search(type(block).__name__):
-        return Role.ATTENTION
-    return Role.FFN if _DENSE_FFN.search(type(block).__name__) else Role.OTHER
-
-
-def _lineage(modules: dict[str, nn.Module], path: str) -> list[nn.Module]:
-    """The modules from the block that holds a path down to the path itself; empty outside of blocks.
-
-    A block is an element of an outermost ``nn.ModuleList``: one layer of a transformer.
-    """
-    chain = [modules[prefix] for prefix in _prefixes(path)]
-    for index, module in enumerate(chain[:-1]):
-        if isinstance(module, nn.ModuleList):
-            return chain[index + 1 :]
-    return []
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """``a.b.c`` as ``""``, ``a``, ``a.b``, ``a.b.c``."""
-    parts = path.split(".") if path else []
-    return (".".join(parts[:length]) for length in range(len(parts) + 1))
-
-
-def _gates_experts(lineage: Sequence[nn.Module], parameter: Tensor) -> bool:
-    """Whether a matrix sits beside experts, in no feed-forward of its own, with one output for each of them or one."""
-    if parameter.ndim != 2:
-        return False
-    for depth, parent in enumerate(lineage[:-1]):
-        branch = lineage[depth + 1 :]
-        if any(_DENSE_FFN.search(type(module).__name__) for module in branch):
-            continue
-        for name, child in parent.named_children():
-            is_experts = name == "experts" or "Experts" in type(child).__name__
-            if is_experts and child is not branch[0] and parameter.shape[0] in (1, _count_experts(child)):
-                return True
-    return False
-
-
-def _count_experts(experts: nn.Module) -> int:
-    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
-        return len(experts)
-    return next((int(parameter.shape[0]) for parameter in experts.parameters()), 1)

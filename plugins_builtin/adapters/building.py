@@ -1,6 +1,6 @@
-"""A configuration, held against the tensors that are stored, before a model is built as it says.
+"""Checks of a configuration against the stored tensors, before a model is built from it.
 
-A number in ``config.json`` can ask for a million layers; what is stored tells how many there can be.
+A number in ``config.json`` can ask for a million layers; the stored tensors bound how many there can be.
 """
 
 from __future__ import annotations
@@ -17,36 +17,41 @@ if TYPE_CHECKING:
     from invarlock.api import Checkpoint
 
 COUNTS = re.compile(r"(layers?|blocks?|labels|depth|experts|stages|heads)$")
-"""Keys that say how many of something are built, one by one."""
+"""Keys that count modules."""
 FEW = 1000
-"""So many are built in a moment, whatever is stored: not every expert and head has a tensor of its own."""
+"""Counts up to this one are always accepted: not every expert and head has a tensor of its own."""
 MODULES_PER_TENSOR = 10
-"""Modules, those without weights too: a layer of Llama has 14 for its 9 tensors."""
+"""Modules, including those without weights: a layer of Llama has 14 for its 9 tensors."""
 EXCESS = 4
-"""Parameters for each stored number. Some may be missing, which is said tensor by tensor; a head can be most of a small
-model."""
+"""Parameters per stored number. Some may be missing, which is reported tensor by tensor; a head can be most of a
+small model."""
 PACKED_BITS = 8
-"""Parameters in a stored byte, at a bit for each."""
+"""Parameters per stored byte, at one bit each."""
 BUFFERS = 2**28
-"""Numbers in masks and tables that are computed: a mask of 16384 x 16384."""
+"""Numbers in computed masks and tables: a mask of 16384 x 16384."""
 
 
 def check_counts(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """:raises UsageError: ``config.json`` counts more of something than can be stored."""
+    """Check the counts in a configuration.
+
+    :raises UsageError: ``config.json`` counts more modules than the stored tensors allow.
+    """
     most = max(FEW, len(checkpoint))
     for key, value in _numbers(config):
         if COUNTS.search(key) and not 0 <= value <= most:
-            raise _disagrees(checkpoint, f"{key} is {value}, and {len(checkpoint)} tensors are stored")
+            raise _disagrees(checkpoint, f"{key} is {value}, but only {len(checkpoint)} tensors are stored")
 
 
 def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
-    """Build the model without weights, and compare how large it is with what is stored.
+    """Build the model without weights and compare its size with the stored tensors.
 
     :param config: the configuration as transformers has it.
     :param make: builds the model.
-    :raises UsageError: it is too large for it, or has no language-model head.
+    :raises UsageError: it is larger than the tensors allow, or has no language-model head.
     """
     import torch
+
+    from invarlock.api import output_head
 
     if not getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1):
         raise _disagrees(checkpoint, "num_hidden_layers is 0")
@@ -54,10 +59,10 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
         # Of tensors without numbers, which are refused below.
         warnings.simplefilter("ignore")
         model = make()
-    if model.get_output_embeddings() is None:
+    if output_head(model) is None:
         raise UsageError(
             f"model.id: {checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
-            "language-model head, so that nothing it predicts can be measured; name one that has, as LlamaForCausalLM"
+            "language-model head, so its predictions cannot be measured; name a class that has one, as LlamaForCausalLM"
         )
     empty = next((name for name, weight in model.named_parameters() if weight.numel() == 0), None)
     if empty is not None:
@@ -67,7 +72,7 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
         raise _disagrees(checkpoint, f"it describes {parameters:,} parameters, far more than are stored")
     computed = sum(buffer.numel() for buffer in model.buffers())
     if computed > BUFFERS:
-        raise _disagrees(checkpoint, f"it asks for {computed:,} numbers in masks and tables")
+        raise _disagrees(checkpoint, f"its masks and tables take {computed:,} numbers")
 
 
 def _most_parameters(config: Any, checkpoint: Checkpoint) -> int:

@@ -20,10 +20,9 @@ from invarlock.api import Checkpoint, NotStreamedError, Part, one_line
 
 @dataclass(frozen=True)
 class Converted(Part):
-    """Tensors that a conversion of transformers makes parameters of.
+    """Tensors that a conversion of transformers turns into parameters.
 
-    ``patterns`` says of each tensor what it is to the conversion, and ``renamed`` how it would be called if nothing but
-    conversions told the names of a checkpoint from those of the model.
+    ``patterns`` holds the conversion's source pattern for each tensor, ``renamed`` its name after plain renamings.
     """
 
     conversion: Any
@@ -49,7 +48,7 @@ class Converted(Part):
 
 
 def parts_of(model: Any, checkpoint: Checkpoint) -> list[Part]:
-    """Which tensors of a checkpoint are which parameters and buffers of a model; others are left out.
+    """Parameters and buffers of a model, each with the tensors of a checkpoint that it is made of.
 
     :param model: with empty weights.
     :raises UsageError: a conversion does not fit the checkpoint, or cannot be undone.

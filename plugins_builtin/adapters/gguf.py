@@ -19,7 +19,7 @@ from invarlock.api import (
 from plugins_builtin.adapters.hf import load_checkpoint
 
 LAYER = re.compile(r"\bblk\.\d+\.")
-"""In the names of a layer's tensors."""
+"""Prefix of a layer's tensor names."""
 SIZES = (".embedding_length", ".feed_forward_length", ".attention.head_count")
 
 
@@ -33,7 +33,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         """Load a model.
 
         :param kwargs: ``dtype``; auto is float32, since the file need not hold an unquantized type.
-        :raises UsageError: when the file is not there or cannot be read.
+        :raises UsageError: the file does not exist or cannot be read.
         """
         from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoTokenizer
 
         path, trust = Path(model_id), bool(kwargs.get("trust_remote_code"))
-        with panics_unprinted(), complaints_of(f"model.id: {model_id}: the file holds no usable tokenizer"):
+        with panics_unprinted(), complaints_of(f"model.id: {model_id}: no usable tokenizer in the file"):
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust)
 
     @hookimpl
@@ -67,9 +67,9 @@ class HF_GGUF_Adapter(ModelAdapter):
 
 
 def _check_stated(path: Path) -> None:
-    """Hold what a file states of its model against its tensors, before any layer is built.
+    """Check a file's metadata against its tensors, before any layer is built.
 
-    :raises UsageError: it states more layers than there are, or a size of 0.
+    :raises UsageError: the metadata counts more layers than are stored, or has a size of 0.
     """
     import gguf
 
@@ -79,4 +79,4 @@ def _check_stated(path: Path) -> None:
         if name.endswith(SIZES) and not stated.contents():
             raise UsageError(f"model.id: {path}: {name} is 0")
         if name.endswith(".block_count") and not 0 < stated.contents() <= len(layers):
-            raise UsageError(f"model.id: {path}: {name} is {stated.contents()}, and {len(layers)} layers are stored")
+            raise UsageError(f"model.id: {path}: {name} is {stated.contents()}, but {len(layers)} layers are stored")

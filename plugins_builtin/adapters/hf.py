@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 BALANCED = "balanced"
 UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
-"""What transformers needs to read weights that a method packed, where it does not say all of it itself."""
+"""Packages that transformers needs to unpack weights of a method and does not ask for by itself."""
 MARGIN = 1.2
-"""Of a device's memory to the weights on it: activations need some, too."""
+"""Ratio of free memory to weights that a device needs: activations take some, too."""
 
 
 class _TransformersAdapter(ModelAdapter):
     """Loads safetensors only; a pickled checkpoint is refused."""
 
     architecture_suffixes: ClassVar[tuple[str, ...]]
-    """How the names of the architectures end that this adapter owns when it is asked with ``adapter: auto``."""
+    """Endings of the architecture names that this adapter owns under ``adapter: auto``."""
     auto_class: ClassVar[str]
 
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class HF_Seq2Seq_Adapter(_TransformersAdapter):
 
 
 class HF_Auto_Adapter(_TransformersAdapter):
-    """Whatever class of transformers the checkpoint's ``architectures`` name; asked last."""
+    """Fallback: the class of transformers that the checkpoint's ``architectures`` names; asked last."""
 
     name = "hf_auto"
     architecture_suffixes = ("",)
@@ -122,7 +122,9 @@ class HF_Auto_Adapter(_TransformersAdapter):
         for name in names:
             if hasattr(transformers, name):
                 return name
-        raise UsageError(f"model.id: {model_id}: config.json names no class of transformers (architectures: {names})")
+        raise UsageError(
+            f"model.id: {model_id}: config.json names no known class of transformers (architectures: {names})"
+        )
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
         # Whatever is there and nobody else's, so that the reason why it cannot be loaded is found.
@@ -160,7 +162,7 @@ def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoin
 
 
 def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any) -> Any:
-    """A model as a configuration says it is."""
+    """A model built from a configuration, with random weights."""
     if hasattr(loader, "from_config"):
         return loader.from_config(config, trust_remote_code=bool(options.get("trust_remote_code")), **settings)
     return loader._from_config(config, **settings)
@@ -169,7 +171,7 @@ def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any
 def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
     """The method that packed the weights, or an empty string.
 
-    :raises UsageError: what reads them is not known, or not installed.
+    :raises UsageError: the method is unknown, or a package that unpacks it is not installed.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -178,17 +180,19 @@ def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
         return ""
     method = str(packing.get("quant_method")) if isinstance(packing, dict) else str(packing)
     if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        raise UsageError(f"model.id: {model_id}: config.json: quantization_config: no method {method!r} is known")
+        raise UsageError(f"model.id: {model_id}: config.json: quantization_config: unknown method {method!r}")
     missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
     if missing:
-        raise UsageError(f"model.id: {model_id}: is packed by {method}; to read it: pip install {' '.join(missing)}")
+        raise UsageError(
+            f"model.id: {model_id}: its weights are packed by {method}; to unpack them: pip install {' '.join(missing)}"
+        )
     return method
 
 
 def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes transformers turn packed codes into weights while it loads them; nothing for any other checkpoint.
+    """Options that let transformers dequantize packed weights while loading; empty for any other checkpoint.
 
-    :raises UsageError: what reads them is not installed.
+    :raises UsageError: a package that unpacks the weights is not installed.
     """
     method = _check_unpackable(model_id, options)
     if method != "compressed-tensors":
@@ -210,11 +214,11 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     shown = Path(model_id, options.get("gguf_file", ""))
     for name, stored, described in sorted(loading.get("mismatched_keys", [])):
         raise UsageError(
-            f"model.id: {shown}: {name} has shape {tuple(stored)}, and the configuration says {tuple(described)}"
+            f"model.id: {shown}: {name} has shape {tuple(stored)}, but the configuration describes {tuple(described)}"
         )
     unloaded = sorted(loading["missing_keys"])
     if unloaded:
-        raise UsageError(f"model.id: {shown}: the checkpoint lacks {len(unloaded)} weights: {', '.join(unloaded[:3])}")
+        raise UsageError(f"model.id: {shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
     model = _unpacked(model, model_id)
     if "distributed_config" in options:
         if hasattr(model, "set_reshard_after_forward"):
@@ -228,7 +232,7 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
 
 
 def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes transformers spread a model over the processes of the run; nothing where each has all of it."""
+    """Options that let transformers spread a model over the processes; empty where each holds all of it."""
     if wanted is None:
         return {}
     import torch.distributed as dist
@@ -250,9 +254,9 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
 
 
 def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
-    """Whether a device holds the weights of a folder's files, with some room beside them; of anything else it may.
+    """Whether the weights in a folder's safetensors files fit on a device, with room for activations.
 
-    :param sharing: how many processes share this machine's memory.
+    :param sharing: number of processes that share this machine's memory.
     """
     import psutil
     import torch
@@ -268,7 +272,7 @@ def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) 
 
 
 def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | None:
-    """Why tensor parallelism cannot spread a model over so many processes, or None."""
+    """Reason why tensor parallelism cannot spread a model over ``size`` processes, or None."""
     config = _config_of(model_id, options)
     if not getattr(config, "base_model_tp_plan", None):
         return f"transformers has no plan for {config.model_type} models"
@@ -313,7 +317,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
 
 
 def _unpacked(model: Any, model_id: str) -> Any:
-    """The model with weights where it has codes, and calling itself dense: else it could not be moved, edited or saved.
+    """The model with dequantized weights and no quantization config, so that it can be moved, edited and saved.
 
     :raises UsageError: transformers cannot turn its codes into weights.
     """
@@ -345,13 +349,13 @@ def _unpacked(model: Any, model_id: str) -> Any:
 
 
 def _dense(packed: Any) -> Any:
-    """A linear layer in place of one of gptqmodel, whose kernels differ in all but what they make of an input."""
+    """Linear layer that computes what a packed layer of gptqmodel computes."""
     import torch
 
     bias, packed.bias = packed.bias, None
     dense = torch.nn.Linear(packed.in_features, packed.out_features, bias=bias is not None, device="meta")
     with torch.no_grad():
-        # One product a number: nothing is added up that could be rounded.
+        # One product per number: no sum that could be rounded.
         rows = packed(torch.eye(packed.in_features, dtype=packed.scales.dtype, device=packed.scales.device))
     dense.weight = torch.nn.Parameter(rows.T.contiguous(), requires_grad=False)
     if bias is not None:

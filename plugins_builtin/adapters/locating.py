@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, on this machine or in a hub's cache, and its ``config.json`` as it stands there."""
+"""Location of a checkpoint, on this machine or in a hub's cache, and its ``config.json``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:
 
 
 def is_here(model_id: str) -> bool:
-    """Whether all there will be of a checkpoint is on this machine already."""
+    """Whether a checkpoint cannot come from anywhere but this machine."""
     return Path(model_id).exists() or _offline()
 
 
 def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
-    """:raises UsageError: ``config.json`` is broken."""
+    """Names of the model classes in ``config.json``.
+
+    :raises UsageError: ``config.json`` is broken.
+    """
     names = read_config(model_id, options).get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"model.id: {model_id}: config.json: architectures: expected a list of names, found {names!r}")
@@ -69,14 +72,16 @@ def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
 
 def _check_hub_id(model_id: str) -> None:
     if not is_hub_id(model_id):
-        raise UsageError(f"model.id: {absolute(model_id)} does not exist; give a checkpoint, or an id on a hub")
+        raise UsageError(f"model.id: {absolute(model_id)} does not exist; give a checkpoint folder or an id on a hub")
 
 
 def _not_here(model_id: str, error: Exception) -> UsageError:
-    todo = "check the path, or add --allow-network to fetch it from a hub"
+    todo = "check the path, or add --allow-network to download it"
     if not _offline():
-        todo = f"the hub was asked, too: {one_line(error)}"
-    return UsageError(f"model.id: {absolute(model_id)} does not exist, and {model_id} is in no cache of a hub; {todo}")
+        todo = f"the hub does not have it either: {one_line(error)}"
+    return UsageError(
+        f"model.id: {model_id} is neither a local directory ({absolute(model_id)}) nor a cached checkpoint; {todo}"
+    )
 
 
 def _offline() -> bool:

@@ -28,7 +28,7 @@ class Sampled:
     """(tokens, features), as the model computed them and where."""
     calls: int
     tokens: int
-    """How many tokens passed in all."""
+    """Number of all tokens that passed, sampled or not."""
 
     @property
     def finite(self) -> bool:
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a tap saw in one pass; None where it saw nothing of the kind."""
+    """Samples of one tap in one pass; None where no tensor of the kind passed."""
 
     inputs: Sampled | None
     outputs: Sampled | None
@@ -81,12 +81,12 @@ class Seen:
     """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
 
 
-class Tap:
+class SamplingTap:
     """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens.
 
-    :param tokens: how many tokens to keep.
+    :param tokens: number of tokens to keep.
     :param order: a counter that the taps of a pass share.
-    :param budget: how many numbers to keep at most of either; of many features fewer tokens are kept, down to 8.
+    :param budget: largest number of values to keep of either; with many features fewer tokens are kept, down to 8.
     :param inputs: whether to sample what goes in.
     :param outputs: whether to sample what comes out.
     :param thorough: whether to look for NaN and infinity in all that goes in.
@@ -137,7 +137,7 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class _Draw:
-    """Which tokens are in a sample after some calls."""
+    """Tokens in a sample after some calls."""
 
     size: int
     seed: int
@@ -166,17 +166,15 @@ def _after(draw: _Draw, tokens: int) -> _Draw:
 
 
 def _first_tensor(value: Any) -> Tensor | None:
+    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.numel()), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() and value.numel() else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return None
-    return next((found for entry in value if (found := _first_tensor(entry)) is not None), None)
-
-
-def output_head(model: nn.Module) -> str | None:
-    """The name of the module that makes logits of hidden states, if the model has one of its own."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = (get() if callable(get) else None) or getattr(model, "lm_head", None)
-    return next((name for name, module in model.named_modules() if module is head), None)
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)

@@ -1,4 +1,4 @@
-"""How guards put what they measured: rounded numbers, suspects, and that nothing was measured."""
+"""Parts of a guard's result: rounded numbers, suspects, and the results for what could not be measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TOP = 10
-"""Modules that a result names; a report is to be read."""
+"""Largest number of modules that a result names, to keep reports readable."""
 HIGHEST = 1e9
 """Stands for every higher score, infinite ones too, which JSON has no number for."""
 
@@ -47,8 +47,8 @@ def not_measured(why: str) -> dict[str, Any]:
 def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
     """The abort for NaN or Inf that the baseline has not.
 
-    :param modules: where it was found, in the order in which the model computes; none if that is not known.
-    :param before: what is suspected more than they are.
+    :param modules: modules that hold it, in the order in which the model computes; empty if they are not known.
+    :param before: stronger suspects.
     """
     some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return {

@@ -1,4 +1,4 @@
-"""Structure and sanity: what no edit of weights may change, and what no usable model has."""
+"""Structure and sanity: invariants of any edit of weights, and NaN or Inf."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What is remembered of one tensor of the baseline."""
+    """Facts of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,7 +55,7 @@ class _Tensor:
 
 
 def _constant_rows(matrices: torch.Tensor) -> int:
-    """How many rows of matrices (..., rows, columns) hold one number throughout; none if they are one number long."""
+    """Number of rows of matrices (..., rows, columns) that hold one value throughout; 0 for rows of one number."""
     if matrices.shape[-1] < 2:
         return 0
     # Nearly every row is ruled out by two of its numbers.
@@ -126,7 +126,7 @@ class InvariantsGuard(Guard):
             *_named("missing", before.parameters.keys() - after.parameters.keys()),
             *_named("new", after.parameters.keys() - before.parameters.keys()),
             *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
-            *_named("norm layer gone", before.norms.keys() - after.norms.keys()),
+            *_named("missing norm layer", before.norms.keys() - after.norms.keys()),
             *_new_shapes(before, after),
             *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
             *_too_few_embeddings(before, after, context.get("vocabulary")),
@@ -154,7 +154,7 @@ class InvariantsGuard(Guard):
             "action": action,
             "message": _summary(findings)
             if findings
-            else f"{len(after.parameters)} parameters sound, structure unchanged",
+            else f"{len(after.parameters)} parameters are sound, the structure is unchanged",
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),

@@ -14,15 +14,15 @@ _SCOPES = {"ffn": ("ffn",), "attn": ("attn",), "all": FAMILIES}
 
 
 def family_of(role: str) -> str:
-    """The family of a weight's role (``invarlock.quantization.selection.Role``); routers are other."""
+    """The family of a weight's role (``invarlock.models.structure.Role``); routers are other."""
     return _FAMILY_OF_ROLE.get(role, "other")
 
 
 def refuse(options: Mapping[str, Any], retired: Mapping[str, str], accepted: Iterable[str]) -> None:
-    """Say of options that a guard does not take what to do instead.
+    """Refuse options that a guard does not take, with the replacement or the nearest name.
 
-    :param retired: what took the place of an option that InvarLock 0.3 has, by its name.
-    :raises UsageError: when there is any option at all.
+    :param retired: advice for each option of InvarLock 0.3 that is gone, by name.
+    :raises UsageError: there is any option at all.
     """
     for name in options:
         if name in retired:

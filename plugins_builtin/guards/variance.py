@@ -1,4 +1,4 @@
-"""What every module puts out, on the same tokens before and after the edit, and where the error comes in."""
+"""Outputs of every module on the same tokens before and after the edit, and the modules where the error arises."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from plugins_builtin.guards.options import families_in, family_of, number, refus
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.activations import Seen, Tap
+    from plugins_builtin.guards.activations import SamplingTap, Seen
 
 NUMBERS = 1 << 25
-"""What all samples of one pass hold at most: 128 MiB in float32."""
+"""Largest number of values in all samples of one pass: 128 MiB in float32."""
 HUGE = 10.0
 """An error so many times the output is no rounding, and may overflow where it goes."""
 
@@ -30,11 +30,11 @@ class VarianceGuard(Guard):
     much that exceeds the error of what went in, ``sqrt(max(0, out² - in²))``: errors of independent sources add up in
     squares, so this *jump* is what the module itself adds, and a damaged module has the largest.
 
-    It warns when the logits are off by more than ``deadband`` (without an output head, the output that comes last), and
-    never more. Inner outputs alone are no harm: permuted units change them wholly and the logits not at all. NaN or Inf
+    It warns when the logits are off by more than ``deadband`` (without an output head, the last output), and never does
+    more. Inner outputs alone are no harm: permuted units change them wholly and the logits not at all. NaN or Inf
     that the baseline has not aborts.
 
-    Where one factor for each output channel would undo much of a module's error, the guard says so. The factor is the
+    Where one factor per output channel would undo much of a module's error, the guard reports it. The factor is the
     least-squares one, ``a_c = <y_c, y'_c> / <y'_c, y'_c>``, fitted on one half of the tokens. Its gain is the share of
     the squared error that it takes away on the other half, compared with doing nothing or with leaving the output out,
     whichever is better: ``1 - sum ||y - a y'||² / min(sum ||y - y'||², sum ||y||²)``. The guard never applies it.
@@ -47,7 +47,7 @@ class VarianceGuard(Guard):
         chance, an error of 0.1 comes to (0.1 * 2)² / 2 = 0.02 nats: 2 % of perplexity. A token's logits are taken
         relative to their mean, which no probability depends on.
     ``scope`` (all)
-        Whose jumps are told and may be corrected: ``ffn``, ``attn``, or ``all`` modules, norms and embeddings too.
+        Modules whose jumps are reported and may be corrected: ``ffn``, ``attn``, or ``all``, norms and embeddings too.
     ``min_gain`` (0.5)
         The least gain of a correction that is worth proposing: half of the error. What rounding does has no such gain,
         for its errors do not go along with the output; a scale that was lost or applied twice has nearly 1.
@@ -62,23 +62,23 @@ class VarianceGuard(Guard):
     name = "variance"
 
     RETIRED: ClassVar[Mapping[str, str]] = {
-        "absolute_floor_ppl": "perplexity is the primary metric's; see eval.max_pm_ratio",
+        "absolute_floor_ppl": "the primary metric judges perplexity; see eval.max_pm_ratio",
         "alpha": "errors are measured on the same tokens, not tested; use deadband",
-        "calibration": "the preview windows are looked at; max_calib says how many tokens of them",
+        "calibration": "the preview windows are always used; max_calib sets how many of their tokens",
         "clamp": "a correction is proposed as it is and never applied; there is nothing to clamp",
         "max_adjusted_modules": "no module is ever adjusted; the proposal names the modules that gain most",
         "max_scale_step": "no scale is ever applied; there is nothing to limit",
-        "min_abs_adjust": "use min_gain, which a correction that changes little does not reach",
-        "min_effect_lognll": "log-loss is the primary metric's; use min_gain for what a correction takes away",
+        "min_abs_adjust": "use min_gain",
+        "min_effect_lognll": "the primary metric judges the log loss; use min_gain for the gain of a correction",
         "min_rel_gain": "use min_gain",
-        "mode": "nothing is enabled or tried out; the guard measures and proposes",
-        "monitor_only": "the guard never does anything else",
+        "mode": "the guard only measures and proposes corrections",
+        "monitor_only": "the guard never does more than monitor",
         "predictive_gate": "the gain of a correction is always predicted on tokens that it was not fitted on",
-        "predictive_one_sided": "the guard looks at both sides",
-        "tap": "every module with parameters is looked at; scope narrows what is told",
-        "target_modules": "every module with parameters is looked at; scope narrows what is told",
+        "predictive_one_sided": "the guard always measures both sides",
+        "tap": "every module with parameters is measured; scope narrows what is reported",
+        "target_modules": "every module with parameters is measured; scope narrows what is reported",
         "tie_breaker_deadband": "use deadband",
-        "topk_backstop": "use min_gain; nothing is proposed for the sake of proposing",
+        "topk_backstop": "use min_gain; only corrections that reach it are proposed",
     }
 
     def __init__(
@@ -98,13 +98,13 @@ class VarianceGuard(Guard):
         self._seed = whole("seed", seed, 0)
         self._modules: dict[str, _Module] = {}
 
-    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
-        from plugins_builtin.guards.activations import Tap
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
+        from plugins_builtin.guards.activations import SamplingTap
 
         self._modules = _modules(model)
         order, budget = itertools.count(), NUMBERS // max(1, 2 * len(self._modules))
         return {
-            name: Tap(
+            name: SamplingTap(
                 self._tokens, self._seed, order, budget=budget, inputs=True, outputs=True, thorough=module.is_head
             )
             for name, module in self._modules.items()
@@ -113,23 +113,23 @@ class VarianceGuard(Guard):
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
         both = [name for name, seen in after.items() if name in before and seen.outputs]
-        pairs = [_Pair(self._modules[name], before[name], after[name]) for name in both]
+        pairs = [_SeenModule(self._modules[name], before[name], after[name]) for name in both]
         pairs.sort(key=lambda pair: pair.after.order)
         outputs = [_Output.of(pair) for pair in pairs if pair.comparable]
         broken = [pair for pair in pairs if pair.broken]
         if broken or any(pair.before.all_finite and not pair.after.all_finite for pair in pairs):
             return _not_finite(broken, outputs)
         if not outputs:
-            return not_measured("no outputs of the same tokens on both sides")
+            return not_measured("no outputs of the same tokens before and after")
         return self._result(outputs, [pair.module.name for pair in pairs if not pair.comparable])
 
     def _result(self, outputs: Sequence[_Output], unmeasured: Sequence[str]) -> dict[str, Any]:
         last = next((output for output in outputs if output.module.is_head), outputs[-1])
         ranked = sorted(outputs, key=lambda output: -output.jump)
         told = [output for output in ranked if output.module.family in self._families]
-        message = f"the output of {last.module.name} is off by {last.error:.3g}"
+        message = f"the output of {last.module.name} has a relative error of {last.error:.3g}"
         if told and told[0].jump:
-            message += f"; most error comes in at {told[0].evidence}"
+            message += f"; most of the error arises in {told[0].evidence}"
         warnings = [message] if last.error > self._deadband else []
         return {
             "passed": True,
@@ -167,8 +167,8 @@ class _Module:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """What was seen of a module on both sides."""
+class _SeenModule:
+    """Samples of a module on both sides."""
 
     module: _Module
     before: Seen
@@ -194,11 +194,11 @@ class _Output:
     after: torch.Tensor
     error: float
     error_in: float | None
-    """Of what went in; None where nothing of the kind did, as into an embedding."""
+    """Relative error of the input; None where there is no floating-point input, as for an embedding."""
     order: int
 
     @classmethod
-    def of(cls, pair: _Pair) -> _Output:
+    def of(cls, pair: _SeenModule) -> _Output:
         assert pair.before.outputs
         assert pair.after.outputs
         before, after = pair.before.outputs.rows.float(), pair.after.outputs.rows.float()
@@ -259,7 +259,7 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     return error / size if size else math.inf if error else 0.0
 
 
-def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str, Any]:
+def _not_finite(broken: Sequence[_SeenModule], outputs: Sequence[_Output]) -> dict[str, Any]:
     # What is huge somewhere overflows later. What no sample has is seen at the head alone, and may come from anywhere.
     first = broken[0].after.order if broken else 0
     huge = [output.suspect for output in outputs if output.jump > HUGE and output.order < first]
@@ -269,8 +269,7 @@ def _not_finite(broken: Sequence[_Pair], outputs: Sequence[_Output]) -> dict[str
 
 def _modules(model: Any) -> dict[str, _Module]:
     """The modules that have parameters of their own, by name."""
-    from invarlock.api import find_weights
-    from plugins_builtin.guards.activations import output_head
+    from invarlock.api import find_weights, output_head
 
     weights = {name: target for target in find_weights(model) for name in target.names}
     head = output_head(model)
@@ -281,5 +280,5 @@ def _modules(model: Any) -> dict[str, _Module]:
             continue
         target = next((weights[parameter] for parameter in parameters if parameter in weights), None)
         family = family_of(target.role.value) if target else "other"
-        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, name == head)
+        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, module is head)
     return found

@@ -1,4 +1,4 @@
-"""What an edit costs, part by part: each part is run alone on the baseline's hidden states.
+"""Cost of an edit, part by part: each part is run alone on the baseline's hidden states.
 
 Of the baseline only a :class:`Reference` stays: the calls of its parts, what they put out, and the gradients by which
 an error of theirs is weighed.
@@ -13,32 +13,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import counted, evaluating, one_line
-from plugins_builtin.guards.block_leaves import Leaf, observe_leaves
-from plugins_builtin.guards.blocks import CANNOT_RUN, Call, find_blocks, find_parts
-from plugins_builtin.guards.embedding_rows import Rows
+from invarlock.api import counted, evaluating, find_blocks, one_line
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
+from plugins_builtin.guards.reconstruction.embedding_rows import EmbeddingRows
+from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
 
 UNKNOWN_SENSITIVITY = 0.5
-"""Of a part that no gradient reaches: losing its update entirely counts as half a nat a token."""
+"""Sensitivity of a part that no gradient reaches: losing its whole update counts as half a nat per token."""
 MOST_WEIGHT = 10.0
-"""As how many typical tokens one token may count. The first one, which all others attend to (attention sinks: Xiao et
+"""Largest weight of one token, in typical tokens. The first one, which all others attend to (attention sinks: Xiao et
 al. 2023), would else count as anything from five to a hundred, and the score would vary as much from text to text."""
 SAME = 0.02
-"""Two tensors are one, up to a factor, if they differ by less: half-precision differs by 0.004 a rounding."""
+"""Two tensors are one, up to a factor, if they differ by less: half precision differs by 0.004 per rounding."""
 
 
 @dataclass
-class Part:
-    """One part of the baseline: how it was called, what came out, and what an error there would cost."""
+class BaselinePart:
+    """One part of the baseline: its call, its output, and the gradient that prices an error of it."""
 
     name: str
     is_block: bool
     call: Call
     output: Tensor
     leaves: dict[str, Leaf]
-    rows: dict[str, Rows]
+    rows: dict[str, EmbeddingRows]
     gradient: Tensor | None = None
-    """Of the log likelihood of sampled outcomes, summed over all positions, by the output of this part; tempered."""
+    """Gradient of the summed log likelihood of sampled outcomes by the output of this part; tempered."""
     fed_by: str | None = None
     """The part whose output, times ``factor``, is what this one was called with."""
     factor: float = 1.0
@@ -46,15 +46,15 @@ class Part:
 
 @dataclass(frozen=True)
 class PartError:
-    """How the output of an edited part differs on the baseline's hidden states."""
+    """Error of an edited part on the baseline's hidden states."""
 
     name: str
     relative: float
     """Relative to the update of a block, to the output of any other part."""
     nats: float
-    """The estimated rise of the log loss of a token."""
+    """Estimated rise of the log loss, in nats per token."""
     failure: str | None = None
-    """What went wrong when the edited part was run."""
+    """Reason why the edited part could not be run."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Reference:
 
         :raises ValueError: not one block could be run.
         """
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, BaselinePart] = {}
         self.unmeasured = dict.fromkeys(_uncalled(model, calls.keys()), "not called")
         self.sizes = {name: _nbytes(model.get_submodule(name)) for name in calls}
         blocks = find_blocks(model)
@@ -96,7 +96,7 @@ class Reference:
                     self.unmeasured[name] = one_line(error)
         self.parts = dict(reversed(self.parts.items()))
         if not any(part.is_block for part in self.parts.values()):
-            raise ValueError(f"no block (nn.ModuleList) could be run alone: {self.unmeasured or 'there is none'}")
+            raise ValueError(f"no block (nn.ModuleList) could be run alone: {self.unmeasured or 'the model has none'}")
 
     def _add(self, name: str, module: nn.Module, call: Call, is_block: bool, backward: _Backward, seed: int) -> None:
         with observe_leaves(module) as leaves:
@@ -104,8 +104,8 @@ class Reference:
         if not _is_finite(output):
             raise ValueError("the baseline gives NaN or infinity")
         kept = output.detach()
-        rows = {} if is_block or name in self.tail else Rows.of_embeddings(module)
-        part = self.parts[name] = Part(name, is_block, call, kept, leaves, rows)
+        rows = {} if is_block or name in self.tail else EmbeddingRows.of_embeddings(module)
+        part = self.parts[name] = BaselinePart(name, is_block, call, kept, leaves, rows)
         if self.tail and name == self.tail[-1]:
             self.head, self.positions = name, kept.shape[:-1].numel()
             backward.carry(part, output, streams, _outcome_gradient(kept, seed))
@@ -124,11 +124,11 @@ class Reference:
             errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
         return Judgement(errors, rotation is not None)
 
-    def _size(self, part: Part) -> int:
+    def _size(self, part: BaselinePart) -> int:
         return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
-        """What the edited model rotated all of its hidden states by; None if by nothing.
+        """Orthogonal matrix by which the edited model rotates all hidden states; None if it does not.
 
         The embedding shows a rotation, and the first block whether it is made up for: negating an embedding is one too.
         """
@@ -144,7 +144,9 @@ class Reference:
                     return rotation if turned < straight else None
         return None
 
-    def _error(self, part: Part, model: nn.Module, moved: dict[str, Tensor], rotation: Tensor | None) -> PartError:
+    def _error(
+        self, part: BaselinePart, model: nn.Module, moved: dict[str, Tensor], rotation: Tensor | None
+    ) -> PartError:
         """Run one part.
 
         :param moved: by how much the outputs of the parts after the last block have moved so far; the next one gets
@@ -167,8 +169,8 @@ class Reference:
         relative = _ratio(difference, _update(part))
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
-    def _inputs(self, part: Part, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
-        """What to give a part in place of its hidden states; as they are where nothing has moved them."""
+    def _inputs(self, part: BaselinePart, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
+        """Hidden states for a part, by id of the recorded ones; rotated and moved as those before it were."""
         given = {id(stream): stream for stream in part.call.streams}
         leading = part.call.leading
         if leading is not None and part.fed_by is not None and part.fed_by in moved:
@@ -182,7 +184,7 @@ class Reference:
         }
 
     def _nats(
-        self, part: Part, difference: Tensor, relative: float, module: nn.Module, rotation: Tensor | None
+        self, part: BaselinePart, difference: Tensor, relative: float, module: nn.Module, rotation: Tensor | None
     ) -> float:
         if part.name == self.head:
             return _divergence(part.output, part.output + difference)
@@ -195,8 +197,8 @@ class Reference:
         expected = max((rows.expected_error(module, rotation) for rows in part.rows.values()), default=0.0)
         return max(measured, expected * self._sensitivity(part))
 
-    def _sensitivity(self, part: Part) -> float:
-        """What a squared relative error of 1 costs, in nats a token, if it points in a random direction."""
+    def _sensitivity(self, part: BaselinePart) -> float:
+        """Cost of a squared relative error of 1 in a random direction, in nats per token."""
         if part.gradient is None:
             return UNKNOWN_SENSITIVITY
         slopes, sizes = (_squares(tensor) for tensor in (part.gradient, part.output))
@@ -209,7 +211,9 @@ class _Backward:
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[str, Tensor, Tensor]] = {}
 
-    def carry(self, part: Part, output: Tensor, streams: list[tuple[Tensor, Tensor]], gradient: Tensor | None) -> None:
+    def carry(
+        self, part: BaselinePart, output: Tensor, streams: list[tuple[Tensor, Tensor]], gradient: Tensor | None
+    ) -> None:
         """Carry the gradient at a part's output back to what it was called with."""
         if gradient is None or not streams:
             return
@@ -219,7 +223,7 @@ class _Backward:
                 before = self._waiting.get(id(tensor))
                 self._waiting[id(tensor)] = part.name, tensor, slope if before is None else before[2] + slope
 
-    def reaching(self, part: Part, parts: Mapping[str, Part]) -> Tensor | None:
+    def reaching(self, part: BaselinePart, parts: Mapping[str, BaselinePart]) -> Tensor | None:
         """The gradient at a part's output, from the part that was called with it; the two are linked.
 
         Where none was called with just that output, as blocks are with the sum of two embeddings, the next one that
@@ -263,7 +267,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _factor(tensor: Tensor, output: Tensor) -> float | None:
-    """What an output was multiplied with to become a tensor, or None if the tensor is something else."""
+    """Factor between an output and a tensor, or None if the tensor is not a multiple of the output."""
     there, here = tensor.float(), output.to(tensor.device).float()
     size = float(there.square().sum())
     factor = float((there * here).sum()) / max(float(here.square().sum()), 1e-30)
@@ -310,8 +314,8 @@ def _squares(tensor: Tensor) -> Tensor:
     return tensor.float().square().sum(-1)
 
 
-def _update(part: Part) -> Tensor:
-    """What a block adds to its hidden states; the whole output of any other part."""
+def _update(part: BaselinePart) -> Tensor:
+    """Update of a block: its output minus its hidden states; the whole output of any other part."""
     leading, output = part.call.leading, part.output.float()
     if part.is_block and leading is not None and leading.shape == output.shape:
         return output - leading.to(output.device).float()

@@ -1,4 +1,4 @@
-"""Spectral norms, stable ranks and sizes of the weights, each against its own baseline."""
+"""Spectral norms, stable ranks and relative changes of the weights, each against its own baseline."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from plugins_builtin.guards.options import by_family, families_in, family_of, nu
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.singular import Change, Size, Spectrum
+    from plugins_builtin.guards.spectral.sketches import Change, Size, Spectrum
 
 
 FEW = 3
-"""Matrices whose leading singular values are measured where nothing is wrong; else those of all that it names."""
+"""Matrices whose leading singular values are reported where there is no warning; with one, all named ones are."""
 MOST_VALUES = 32
 MOST_NUMBERS = 2**26
-"""Of a matrix whose leading singular values are shown; those of a larger one take seconds."""
+"""Largest matrix whose leading singular values are reported; a larger one takes seconds."""
 AT_ONCE = 64
 BYTES_AT_ONCE = 32 * 2**20
-"""Larger matrices gain nothing from company, and all are in memory at the same time."""
+"""Larger matrices gain nothing from batching, and a whole batch is in memory at once."""
 
 
 class SpectralGuard(Guard):
     """Measures every matrix of weights before and after the edit: fused experts one by one, convolutions flattened.
 
     For each: the largest singular value sigma (the spectral norm), to 1 %; the Frobenius norm; the stable rank
-    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. How, and
-    how well, is said in ``plugins_builtin.guards.singular``. Of the baseline a few numbers a row and a column are kept,
-    and no weight.
+    ||W||_F² / sigma²; the relative change ||W' - W||_F / ||W||_F; and the rows and columns that were replaced. The
+    methods and their accuracy are described in ``singular`` and ``sketches`` beside this module. Of the baseline, a few
+    numbers per row and per column are kept, and no weight.
 
-    It warns, and never more: weights alone do not tell harm. Permuted units, rotated heads and folded norms change them
-    and no output. NaN or Inf that the baseline has not aborts.
+    It never does more than warn: weights alone do not show harm. Permuted units, rotated heads and folded norms change
+    them and no output. NaN or Inf that the baseline has not aborts.
 
     Options:
 
@@ -50,12 +50,11 @@ class SpectralGuard(Guard):
         precision"): 0.2 lies between. 1 is a matrix set to zero, sqrt(2) one replaced by another of its size, 2 one
         negated. In InvarLock 0.3 it was kappa, a z-score.
     ``max_caps`` (0)
-        So many matrices may lie beyond their cap without a warning. None: one broken matrix can break a model.
+        Number of matrices that may exceed their cap without a warning. 0: one broken matrix can break a model.
     ``deadband`` (0.1), ``sigma_quantile`` (0.95)
         A family as a whole has drifted when this quantile of |sigma' / sigma - 1| over its matrices is above
         ``deadband``. 0.1 is ten times the accuracy of sigma, and twice the most that rounding to 4 bits does to a
-        matrix
-        of SmolLM2; the quantile leaves single matrices to ``family_caps``.
+        matrix of SmolLM2; the quantile leaves single matrices to ``family_caps``.
     ``row_cap`` (0.9)
         A row that moved by more than this share of its own norm (or of the median row's, if that is larger) counts as
         replaced, and one is enough to warn: at 1 nothing of it need be left. So does a row or a column whose norm
@@ -68,15 +67,15 @@ class SpectralGuard(Guard):
     shares_work = True
 
     RETIRED: ClassVar[Mapping[str, str]] = {
-        "contraction": "every matrix is held against its own baseline; use family_caps and deadband",
+        "contraction": "every matrix is compared with its own baseline; use family_caps and deadband",
         "correction_enabled": "the guard never changes a model; there is nothing to enable",
         "degeneracy": "the stable rank of every matrix is always measured; there is nothing to set",
-        "estimator": "the accuracy is stated (1 %), and the iterations follow from it; there is nothing to set",
+        "estimator": "sigma is always computed to 1 %; there is nothing to set",
         "ignore_preview_inflation": "weights do not depend on windows; there is nothing to ignore",
-        "max_spectral_norm": "an absolute limit says nothing of an edit; family_caps limits the change of each matrix",
+        "max_spectral_norm": "an absolute limit is blind to the edit; family_caps limits the change of each matrix",
         "min_beta": "no weight is ever rescaled; family_caps limits the change of each matrix",
-        "multiple_testing": "changes are measured, not tested; max_caps says how many may lie beyond their cap",
-        "multipletesting": "changes are measured, not tested; max_caps says how many may lie beyond their cap",
+        "multiple_testing": "changes are measured, not tested; max_caps sets how many may exceed their cap",
+        "multipletesting": "changes are measured, not tested; max_caps sets how many may exceed their cap",
     }
 
     def __init__(
@@ -120,7 +119,7 @@ class SpectralGuard(Guard):
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
         if not moves:
-            return not_measured(f"no weights in scope could be compared ({len(self._baseline)} in the baseline)")
+            return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
         shown = ranked[: TOP if result["warnings"] else FEW]
@@ -128,8 +127,8 @@ class SpectralGuard(Guard):
         return result
 
     def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[_Matrix, _Move | None]]:
-        """Of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
-        from plugins_builtin.guards.singular import changes
+        """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
+        from plugins_builtin.guards.spectral.singular import changes
 
         pairs = [
             (matrix, values)
@@ -162,7 +161,7 @@ class SpectralGuard(Guard):
             "passed": True,
             "action": "warn" if warnings else "continue",
             "message": "; ".join(warnings)
-            or f"{len(moves)} matrices within their caps, most changed {moves[0].evidence}",
+            or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}",
             "warnings": warnings,
             "metrics": {
                 "measured": True,
@@ -179,7 +178,7 @@ class SpectralGuard(Guard):
         if len(beyond) <= self._max_caps:
             return []
         worst = max(beyond, key=lambda move: move.beyond)
-        return [f"{len(beyond)} of {len(moves)} matrices beyond their cap, most of all {worst.evidence}"]
+        return [f"{len(beyond)} of {len(moves)} matrices exceed their cap, most of all {worst.evidence}"]
 
     def _drifts(self, families: Mapping[str, Sequence[_Move]]) -> list[str]:
         return [
@@ -192,7 +191,7 @@ class SpectralGuard(Guard):
         return quantile([abs(move.sigma_change) for move in moves], self._sigma_quantile)
 
     def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
-        """Figures of a family, each beside its limit: changes are relative, 1 is a matrix set to zero."""
+        """Figures of a family, each beside its limit; a relative change of 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
             "matrices": len(moves),
@@ -265,7 +264,7 @@ class _Alike:
 
 @dataclass(frozen=True)
 class _Move:
-    """What an edit did to a matrix."""
+    """Change of a matrix by an edit."""
 
     matrix: _Matrix
     before: Size
@@ -275,7 +274,7 @@ class _Move:
     rows_replaced: int
     columns_replaced: int
     beyond: float
-    """How many times its cap."""
+    """Change in units of its cap."""
     score: float
 
     @property
@@ -323,7 +322,7 @@ def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weigh
 
 
 def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
-    """Weights whose matrices are worked on together, some dozens at a time."""
+    """Batches of weights whose matrices have one shape, type and device."""
     together: dict[Any, list[_Weight]] = defaultdict(list)
     for weight in weights:
         group = together[weight.shape, weight.parameter.dtype, weight.device]
@@ -335,7 +334,7 @@ def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
 
 
 def _spectra(alike: _Alike) -> list[tuple[str, Spectrum | None]]:
-    from plugins_builtin.guards.singular import spectra
+    from plugins_builtin.guards.spectral.singular import spectra
 
     matrices, numbers = zip(*alike.read(), strict=True)
     return [(matrix.name, spectrum) for matrix, spectrum in zip(matrices, spectra(numbers), strict=True)]
@@ -345,7 +344,7 @@ def _leading_values(
     moves: Sequence[_Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
-    from plugins_builtin.guards.singular import leading_values
+    from plugins_builtin.guards.spectral.singular import leading_values
 
     def values(weight: _Weight) -> dict[str, Any] | None:
         old = baseline.get(weight.parameter_name)

@@ -1,7 +1,8 @@
-"""The largest singular values of matrices, their Frobenius norms, and sketches that show later how far they have moved.
+"""Sketches of matrices: a few numbers per row and per column that later tell how far a matrix has moved.
 
-**Sketch.** For a vector ω of random signs E ||Δ ω||² = ||Δ||_F² (Hutchinson 1990), so W Ω with a block Ω of k such
-vectors, k numbers a row, tells the Frobenius norm of any later change Δ = W' - W without W itself::
+For a vector ω of random signs E ||Δ ω||² = ||Δ||_F² (Hutchinson 1990), so W Ω with a block Ω of k such vectors, k
+numbers per row, tells the Frobenius norm of any later change Δ = W' - W without W itself. Exact differences would read
+the baseline once more for every attempt, and where an adapter keeps its own snapshot there is nothing to read::
 
     ||Δ||_F ≈ sqrt(||D||_F² / k)    with D = W' Ω - W Ω
 
@@ -18,22 +19,12 @@ By Weyl's inequality no singular value has moved further than that. Where it is 
 The sketch of one row is right to 25 %, too, so that it misses a third of the rows that were zeroed. The norms of rows
 and columns are therefore kept as they are: ``| ||w'|| - ||w|| |`` is never more than ``||w' - w||``, and is all of it
 where w' is zero.
-
-**Largest singular value.** Block Lanczos on A = Wᵀ W with full reorthogonalization (Golub and Underwood 1977; Musco and
-Musco 2015, algorithm 2), begun with the sketch and with a few new directions a step. For a Ritz pair (θ, v) with the
-residual r = ||A v - θ v|| and the next Ritz value θ₂, an eigenvalue of A is within min(r, r² / (θ - θ₂)) of θ (Parlett
-1998, *The Symmetric Eigenvalue Problem*, sections 4.5 and 11.7, with θ₂ for the unknown λ₂). It goes on until that is
-at most ``ACCURACY`` of sigma. The estimate is never above sigma. That it is not further below is not proven, for θ₂ may
-be low and the eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise,
-whose spectrum has no gap, against exact singular values.
-
-Matrices of one shape are worked on together: only the products with them are made one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -41,12 +32,8 @@ import torch
 from torch import Tensor
 
 PROBES = 8
-WIDTH = 4
-"""Directions that a step adds; a product with 4 vectors costs less than twice one with a single vector."""
-ACCURACY = 0.01
 STILL = 0.02
 """A singular value that has moved by no more than this counts as where it was."""
-MOST_STEPS = 16
 EXACT_UP_TO = 32
 """With so few rows or columns a full decomposition costs no more."""
 TAME = (1e-8, 1e8)
@@ -54,19 +41,17 @@ TAME = (1e-8, 1e8)
 TINY = 1e-30
 SMALL = 0.25
 """A row or column with a norm below this share of the median one counts as of that size: all of it may be lost to
-rounding. At 4 bits with a scale a row, 0.25 keeps the norms of all columns of SmolLM2 to 40 %, and 0.1 does not."""
+rounding. At 4 bits with a scale per row, 0.25 keeps the norms of all columns of SmolLM2 to 40 %, and 0.1 does not."""
 FEW = 8
 """Rounding may make zeros of rows or columns of fewer numbers."""
-GRAM_UP_TO = 128
-SUBSPACE_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a matrix is."""
+    """Size of a matrix."""
 
     sigma: float
-    """The largest singular value, to ``ACCURACY``."""
+    """The largest singular value, to 1 %."""
     frobenius: float
 
     @property
@@ -77,13 +62,13 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What is kept of a matrix (rows, columns): a few numbers a row and a column, and no weight. It is on the CPU."""
+    """Summary of a matrix (rows, columns): a few numbers per row and per column, and no weight. It is on the CPU."""
 
     size: Size
     sketch: Tensor
     """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
     norms: tuple[Tensor, Tensor]
-    """Of the rows and of the columns of ``scale * W``."""
+    """Norms of the rows and of the columns of ``scale * W``."""
     leading: Tensor
     """The right singular vectors of the two largest singular values, roughly: float32 (at most 2, columns)."""
     scale: float
@@ -99,7 +84,7 @@ class Change:
     """A matrix after an edit, against what was kept of it."""
 
     after: Size
-    """Its sigma is to ``ACCURACY``, or where it was and right to ``ACCURACY + STILL``."""
+    """Its sigma is accurate to 1 %, or was left where it was and is accurate to 1 % + ``STILL``."""
     relative: float
     """About ``||W' - W||_F / ||W||_F``; infinite where W was zero and W' is not."""
     rows: Tensor
@@ -109,71 +94,20 @@ class Change:
     """``| ||w'|| - ||w|| | / max(||w||, SMALL * median of ||w||)`` of each column: (columns,)."""
 
 
-@torch.no_grad()
-def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
-    """Measure matrices of one shape and device, of any floating type; None for one that holds NaN or Inf.
-
-    Each is gone through several times, and so had better be in memory.
-    """
-    sketched = [_Sketched.of(matrix) for matrix in matrices]
-    finite = [entry for entry in sketched if entry]
-    sigmas = _cold(finite) if finite else []
-    found = (entry.spectrum(*sigma) for entry, sigma in zip(finite, sigmas, strict=True))
-    return [next(found) if entry else None for entry in sketched]
-
-
-@torch.no_grad()
-def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Change | None]:
-    """Measure matrices of one shape again after an edit; None for one that holds NaN or Inf.
-
-    The search for sigma starts from the leading vectors that a matrix had and from where its change points, so that
-    neither an old direction nor a new one is missed.
-    """
-    sketched = [_Sketched.of(matrix) for matrix in matrices]
-    moved = [_Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
-    searched = [move for move in moved if move.is_searched]
-    sigmas = iter(_warm(searched) if searched else [])
-    found = (move.change(next(sigmas)[0] if move.is_searched else None) for move in moved)
-    return [next(found) if entry else None for entry in sketched]
-
-
-@torch.no_grad()
-def leading_values(matrix: Tensor, count: int) -> list[float] | None:
-    """About the ``count`` largest singular values, the largest first, by randomized subspace iteration (Halko et al.
-    2011), the same in every process and thread; where the spectrum is flat the last ones are a tenth too low. Of a
-    small matrix they come, exactly, from the product with its transpose.
-
-    :returns: None for a matrix that holds NaN or Inf.
-    """
-    sketched = _Sketched.of(matrix)
-    if sketched is None:
-        return None
-    if min(matrix.shape) <= GRAM_UP_TO:
-        wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
-        squares: list[float] = torch.linalg.eigvalsh(wide @ wide.T).flip(0)[:count].clamp(min=0).tolist()
-        return [math.sqrt(square) for square in squares]
-    generator = torch.Generator().manual_seed(matrix.shape[1])
-    rows = torch.randn(count + PROBES, matrix.shape[1], generator=generator).to(matrix.device)
-    for _ in range(SUBSPACE_STEPS):
-        rows = _orthonormal(sketched.gram(_orthonormal(rows)))
-    values: list[float] = torch.linalg.svdvals(sketched.times(rows)).tolist()
-    return [value / sketched.scale for value in values[:count]]
-
-
 @dataclass(frozen=True, eq=False)
-class _Sketched:
+class Sketched:
     """A matrix, what it is multiplied with to keep its squares in range, and its sketch."""
 
     matrix: Tensor
     scale: float
     sketch: Tensor
     norms: tuple[Tensor, Tensor]
-    """Of the rows and of the columns of ``scale * matrix``."""
+    """Norms of the rows and of the columns of ``scale * matrix``."""
     frobenius: float
-    """Of ``scale * matrix``."""
+    """Frobenius norm of ``scale * matrix``."""
 
     @classmethod
-    def of(cls, matrix: Tensor) -> _Sketched | None:
+    def of(cls, matrix: Tensor) -> Sketched | None:
         sketched = cls._at(matrix, 1.0)
         if TAME[0] <= sketched.frobenius <= TAME[1]:
             return sketched
@@ -183,11 +117,11 @@ class _Sketched:
         return cls._at(matrix, 2.0 ** -math.frexp(largest)[1]) if largest else sketched
 
     @classmethod
-    def _at(cls, matrix: Tensor, scale: float) -> _Sketched:
-        probes = _probes(matrix.shape[1], matrix.device).signs
+    def _at(cls, matrix: Tensor, scale: float) -> Sketched:
+        drawn = probes(matrix.shape[1], matrix.device).signs
         parts, row_norms, columns = [], [], torch.zeros(matrix.shape[1], device=matrix.device)
         for rows in _blocks(matrix, scale):
-            parts.append(rows @ probes.T)
+            parts.append(rows @ drawn.T)
             row_norms.append(torch.linalg.vector_norm(rows, dim=1))
             columns += rows.square().sum(dim=0)
         of_rows = torch.cat(row_norms)
@@ -224,10 +158,10 @@ class _Sketched:
 
 
 @dataclass(frozen=True, eq=False)
-class _Moved:
-    """What the sketches before and after tell; in units of ``unit``, which both are in range of."""
+class Moved:
+    """Difference of the sketches before and after, both scaled by ``unit`` to stay in range."""
 
-    now: _Sketched
+    now: Sketched
     before: Spectrum
     difference: Tensor
     unit: float
@@ -237,7 +171,7 @@ class _Moved:
     """About the Schatten 4-norm of the change, and never more than its Frobenius norm."""
 
     @classmethod
-    def of(cls, now: _Sketched, before: Spectrum) -> _Moved:
+    def of(cls, now: Sketched, before: Spectrum) -> Moved:
         unit = min(now.scale, before.scale)
         difference = now.sketch * (unit / now.scale) - before.sketch.to(now.sketch.device) * (unit / before.scale)
         products = difference @ difference.T
@@ -263,7 +197,7 @@ class _Moved:
         return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
 
     def _norm_changes(self) -> list[Tensor]:
-        """Of the rows and of the columns, relative; zero where they are too short to tell damage from rounding."""
+        """Relative changes of row and column norms; 0 where they are too short to tell damage from rounding."""
         found = []
         for now, before, numbers in zip(self.now.norms, self.before.norms, reversed(self.before.shape), strict=True):
             old = before.to(now.device) * (self.unit / self.before.scale)
@@ -272,70 +206,8 @@ class _Moved:
         return found
 
 
-def _cold(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
-    """The largest singular value of ``scale * W``, and the two leading right singular vectors, of each."""
-    if _is_small(matrices[0]):
-        return _decomposed(matrices)
-    probes = _probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
-    images = torch.stack([matrix.back(probes.to_basis @ matrix.sketch) for matrix in matrices])
-    return _largest(matrices, probes.basis.expand(len(matrices), -1, -1), images)
-
-
-def _warm(moved: Sequence[_Moved]) -> list[tuple[float, Tensor]]:
-    """As ``_cold``, from where the matrices were and where they went."""
-    matrices = [move.now for move in moved]
-    if _is_small(matrices[0]):
-        return _decomposed(matrices)
-    differences = torch.stack([move.difference for move in moved])
-    most = torch.linalg.eigh(differences @ differences.mT)[1][..., -2:].mT @ differences
-    pointed = torch.stack([matrix.back(block) for matrix, block in zip(matrices, most, strict=True)])
-    leading = torch.stack([move.before.leading.to(pointed.device) for move in moved])
-    # A change can be larger than any vector by far.
-    start = _orthonormal(torch.cat([leading, torch.nn.functional.normalize(pointed, dim=-1)], dim=1))
-    return _largest(
-        matrices, start, torch.stack([matrix.gram(block) for matrix, block in zip(matrices, start, strict=True)])
-    )
-
-
-def _decomposed(matrices: Sequence[_Sketched]) -> list[tuple[float, Tensor]]:
-    _, values, vectors = torch.linalg.svd(torch.stack([matrix.whole() for matrix in matrices]), full_matrices=False)
-    return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))
-
-
-def _largest(matrices: Sequence[_Sketched], basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
-    """
-    :param basis: for each matrix orthonormal rows to begin with, at least two: (matrices, rows, columns).
-    :param images: ``basis Wᵀ W``.
-    """
-    found: dict[int, tuple[float, Tensor]] = {}
-    left = list(range(len(matrices)))
-    for step in range(MOST_STEPS):
-        rotation = torch.linalg.eigh(basis @ images.mT)[1][..., -WIDTH:].mT
-        vectors, moved = rotation @ basis, rotation @ images
-        # Rayleigh quotients are never above the largest eigenvalue, even where the basis is not quite orthogonal.
-        values = (vectors * moved).sum(dim=-1) / (vectors * vectors).sum(dim=-1)
-        residuals = torch.addcmul(moved, values.unsqueeze(-1), vectors, value=-1)
-        top, size = values[:, -1], residuals[:, -1].norm(dim=-1)
-        error = torch.minimum(size, size**2 / (top - values[:, -2]).clamp(min=TINY))
-        full = step == MOST_STEPS - 1 or basis.shape[1] + WIDTH > basis.shape[2]
-        sure = [full or close for close in (error <= 2 * ACCURACY * top).tolist()]
-        for place, value in enumerate(top.tolist()):
-            if sure[place]:
-                found[left[place]] = math.sqrt(max(value, 0.0)), vectors[place, -2:].clone()
-        open_ = [place for place, done in enumerate(sure) if not done]
-        if not open_:
-            break
-        left = [left[place] for place in open_]
-        basis, images, residuals = basis[open_], images[open_], residuals[open_]
-        # In exact arithmetic residuals are orthogonal to the basis.
-        added = _orthonormal(residuals - (residuals @ basis.mT) @ basis)
-        grown = torch.stack([matrices[place].gram(block) for place, block in zip(left, added, strict=True)])
-        basis, images = torch.cat([basis, added], dim=1), torch.cat([images, grown], dim=1)
-    return [found[place] for place in range(len(matrices))]
-
-
 @dataclass(frozen=True, eq=False)
-class _Probes:
+class Probes:
     """Random signs Ωᵀ (PROBES, columns), the same in every process, and orthonormal rows that span them."""
 
     signs: Tensor
@@ -345,13 +217,13 @@ class _Probes:
 
 
 @lru_cache(maxsize=64)
-def _probes(columns: int, device: torch.device) -> _Probes:
+def probes(columns: int, device: torch.device) -> Probes:
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (PROBES, columns), generator=generator).mul_(2).sub_(1).float()
     if columns <= EXACT_UP_TO:
-        return _Probes(signs.to(device), signs[:0], signs[:0])
+        return Probes(signs.to(device), signs[:0], signs[:0])
     rotated, triangle = torch.linalg.qr(signs.T)
-    return _Probes(
+    return Probes(
         signs.to(device), rotated.T.contiguous().to(device), torch.linalg.inv(triangle).T.contiguous().to(device)
     )
 
@@ -381,15 +253,6 @@ def _times(block: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(quarters, rows.view(4, -1, rows.shape[1])).sum(dim=0)
 
 
-def _orthonormal(blocks: Tensor) -> Tensor:
-    columns: Tensor = torch.linalg.qr(blocks.mT)[0]
-    return columns.mT.contiguous()
-
-
 def _lengths(columns: Tensor) -> Tensor:
     """The norms of the columns; ``norm(dim=0)`` would take ten times as long."""
     return columns.square().sum(dim=0).sqrt()
-
-
-def _is_small(sketched: _Sketched) -> bool:
-    return min(sketched.matrix.shape) <= EXACT_UP_TO

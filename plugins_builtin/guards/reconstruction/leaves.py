@@ -1,4 +1,4 @@
-"""Which weight in a part is damaged: each module with weights of its own is run alone on the baseline's inputs."""
+"""Errors of single modules: each module with weights of its own is run alone on the baseline's inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import attached
-from plugins_builtin.guards.blocks import CANNOT_RUN, Call, Cut, Kept, tensors_in
+from plugins_builtin.guards.activations import tensors_in
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, Cut, Kept
 
 TOKENS = 64
-"""Of a probe's tokens, how many are kept at every module."""
+"""Number of the probe's tokens that are kept at every module."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Leaf:
     call: Call
     outputs: tuple[Tensor, ...]
     stacks: Mapping[str, Tensor]
-    """Of each weight that stacks experts: every expert's matrix times one random vector."""
+    """Every expert's matrix times one random vector, for each weight that stacks experts."""
 
     def error(self, module: nn.Module) -> float:
         """The squared relative error of the edited module's output on the baseline's input, the mean over tokens."""
@@ -46,7 +47,7 @@ class Leaf:
 
 @contextmanager
 def observe_leaves(part: nn.Module) -> Iterator[dict[str, Leaf]]:
-    """Note how the modules with weights of their own are called when a part runs, by their path in it."""
+    """Record the calls of modules with weights of their own while a part runs, by path in the part."""
     leaves: dict[str, Leaf] = {}
     owners = (path for path, module in part.named_modules() if next(module.parameters(recurse=False), None) is not None)
     kept = Kept()

@@ -1,4 +1,4 @@
-"""The eigenvalues of activations that stand out of noise, and what became of them.
+"""Eigenvalues of activations beyond the noise edge, before and after an edit.
 
 The columns of an (n tokens, d features) matrix are standardized, and C = Zᵀ Z / (n - 1) is its correlation matrix. Were
 the features independent noise, its eigenvalues would lie below (1 + sqrt(d / n))² (Marchenko and Pastur 1967) but for
@@ -46,7 +46,7 @@ class Spectra:
     """The sum of the eigenvalues beyond the edge over the baseline's sum of all."""
     lost: int
     gained: int
-    """How many that were beyond the edge by more than the deadband are no longer, and the other way round."""
+    """Numbers of eigenvalues that fell below the edge, and that rose above it, by more than the deadband."""
     energy_ratio: float
     """The sum of the leading eigenvalues after over before, of as many as the side with more spikes has. Unlike the sum
     of those beyond the edge it does not jump when one crosses it (Ky Fan norms are Lipschitz)."""
@@ -104,7 +104,7 @@ class _Eigen:
         return int((self.values > limit).sum())
 
     def above(self, other: _Eigen, limit: float, deadband: float) -> int:
-        """How many eigenvalues are clearly beyond the limit while those of the same rank on the other side are not."""
+        """Number of eigenvalues clearly beyond the limit whose counterparts of the same rank are not."""
         return int(((self.values > limit * (1 + deadband)) & (other.values <= limit)).sum())
 
     def directions(self, most: int) -> Tensor:

@@ -9,30 +9,19 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import attached, context_of, device_of, evaluating, task_of
-from plugins_builtin.guards.embedding_rows import token_frequency
+from invarlock.api import attached, context_of, device_of, evaluating, find_blocks, has_weights, task_of
+from plugins_builtin.guards.activations import tensors_in
+from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""What a part raises that is missing, mis-shaped, or written in a way that it cannot be run alone."""
-
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The elements of outermost ``nn.ModuleList``s, by name; one that stands in several places once."""
-    found: dict[str, nn.Module] = {}
-    outermost = ""
-    for path, module in model.named_modules():
-        # Modules come right after the one that holds them.
-        if isinstance(module, nn.ModuleList) and not (outermost and path.startswith(outermost)):
-            outermost = f"{path}."
-            found |= {f"{path}.{name}": block for name, block in module.named_children() if has_weights(block)}
-    return found
+"""Exceptions of a part that is missing, has wrong shapes, or cannot be run alone."""
 
 
 def find_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,10 +37,6 @@ def find_parts(model: nn.Module) -> dict[str, nn.Module]:
         if path in blocks or (path not in holders and not inside and has_weights(module)):
             parts[path], part = module, f"{path}."
     return parts
-
-
-def has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 @dataclass(frozen=True)
@@ -95,12 +80,12 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module was called with: tensors of its own; caches, modules and whatever else lives on are left out."""
+    """Arguments of a module: copies of tensors and plain values; caches, modules and other live objects are dropped."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     dtype: torch.dtype | None
-    """Of the module's weights when it was called; with weights of another type its tensors are given that type."""
+    """Type of the module's weights when it was called; for other weights, tensors of this type are cast to theirs."""
 
     @classmethod
     def of(
@@ -159,17 +144,6 @@ def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((value for value in candidates if isinstance(value, Tensor) and value.ndim > 0), None)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from tensors_in(entry)
-
-
 def first_tensor(value: Any) -> Tensor:
     """The tensor that a module puts out, or the first of several.
 
@@ -195,7 +169,7 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 
 
 class Kept:
-    """What was cut out of tensors: the same object for the masks and angles that every block is given."""
+    """Cut tensors: one copy of the masks and angles that all blocks share."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[int, int, Cut], tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -211,8 +185,8 @@ class Kept:
 
 
 @dataclass
-class Recorder:
-    """Notes the first call of each part, in the order of the calls."""
+class CallRecorder:
+    """Recorder of the first call of each part, in the order of the calls."""
 
     tokens: int
     calls: dict[str, Call] = field(default_factory=dict)
@@ -236,9 +210,9 @@ class Recorder:
 
 @dataclass(frozen=True)
 class PartTap:
-    """Notes how one part is called; it has no result of its own."""
+    """Tap that records the calls of one part; it has no result of its own."""
 
-    recorder: Recorder
+    recorder: CallRecorder
     name: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -259,7 +233,7 @@ def record_random(model: nn.Module, tokens: int, seed: int) -> dict[str, Call]:
 
 
 def _record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
-    recorder = Recorder(ids.shape[1])
+    recorder = CallRecorder(ids.shape[1])
     given = {"input_ids": ids.to(device_of(model))}
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     if task_of(model) == "seq2seq":

@@ -1,21 +1,22 @@
-"""Block reconstruction error: what each part of the edited model, run alone, does to the baseline's hidden states."""
+"""Block reconstruction error: each part of the edited model, run alone on the baseline's hidden states."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import Guard, UsageError, one_line
+from plugins_builtin.guards.figures import Suspect
 
 if TYPE_CHECKING:
-    from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
-    from plugins_builtin.guards.block_suspects import Suspect
-    from plugins_builtin.guards.blocks import Recorder
+    from plugins_builtin.guards.reconstruction.calls import CallRecorder
+    from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
 
 MOST_TOKENS = 256
 LIMIT = 1.10
-"""The default of ``eval.max_pm_ratio``, for whoever asks the guard without a configuration."""
+"""Default of ``eval.max_pm_ratio``, for callers without a configuration."""
 HARMLESS = math.log(1.02)
 DOUBT = 2.0
 """The factor between score and true rise, either way: the score is a second-order estimate from few tokens.
@@ -34,7 +35,7 @@ class ReconstructionGuard(Guard):
     block as it is (permuted or rescaled units, permuted heads, folded norms) leaves no error. Neither does a rotation
     of all hidden states, where the embedding shows it.
 
-    The score estimates the rise of the log loss, in nats a token. For small errors it is a sum over parts of a
+    The score estimates the rise of the log loss, in nats per token. For small errors it is a sum over parts of a
     sensitivity times the squared relative error (Malinovskii et al. 2024, the linearity theorem). The sensitivity
     comes from the curvature of the loss: an error d at the output of a part costs d'Fd / 2, where F is the Fisher
     information, the mean of g g' over gradients g of the log likelihood of outcomes that the model itself draws (BRECQ,
@@ -50,16 +51,16 @@ class ReconstructionGuard(Guard):
     - Rollback, if no outputs were measured: a score above ``max_score``.
     - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
 
-    :param tokens: how many tokens of the first window are used, at most 256. Default 32: they cost as much as 200
+    :param tokens: number of tokens of the first window to use, at most 256. Default 32: they cost as much as 200
         tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by less than ``DOUBT``.
-    :param random_tokens: how many random tokens are used where there are no windows, at most 256. Default 128: they
+    :param random_tokens: number of random tokens to use where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
     :param seed: of the random tokens and of the outcomes that are drawn.
     :param max_score: default log(``eval.max_pm_ratio``) / 2, since the true rise may be twice the score, and that is
         the limit for measured outputs: as there, the upper end is held against it.
     :param warn_score: default 2 log(1.02), since the true rise may be half the score, and edits that cost up to 2 % are
         called harmless.
-    :param suspects: how many modules are named at most. Default 5.
+    :param suspects: largest number of modules to name. Default 5.
     """
 
     name = "reconstruction"
@@ -85,21 +86,21 @@ class ReconstructionGuard(Guard):
         self.max_score = max_score
         self.warn_score = warn_score
         self.suspects = suspects
-        self._recorder: Recorder | None = None
+        self._recorder: CallRecorder | None = None
         self._reference: Reference | None = None
         self._unmeasured = "prepare was not called"
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._reference is not None:
             return {}
-        from plugins_builtin.guards.blocks import Recorder
+        from plugins_builtin.guards.reconstruction.calls import CallRecorder
 
-        self._recorder = Recorder(self.tokens)
+        self._recorder = CallRecorder(self.tokens)
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.block_errors import Reference
-        from plugins_builtin.guards.blocks import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.errors import Reference
 
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
@@ -125,7 +126,7 @@ class ReconstructionGuard(Guard):
         if self._reference is None:
             action = "warn" if outputs_decide else "abort"
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
-        from plugins_builtin.guards.block_suspects import find_suspects
+        from plugins_builtin.guards.reconstruction.suspects import find_suspects
 
         judgement = self._reference.judge(model)
         max_score = math.log(context.get("limit", LIMIT)) / DOUBT if self.max_score is None else self.max_score
@@ -145,7 +146,7 @@ class ReconstructionGuard(Guard):
                 "warn_score": self.warn_score,
                 "rotated": judgement.rotated,
                 "parts": [_row(error, judgement.score) for error in judgement.errors],
-                "suspects": [suspect.as_dict() for suspect in suspects],
+                "suspects": [asdict(suspect) for suspect in suspects],
                 "not_measured": self._reference.unmeasured,
             },
         }
@@ -168,12 +169,12 @@ def _message(judgement: Judgement, suspects: Sequence[Suspect]) -> str:
     if failed:
         rest = len(failed) - 3
         return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
-    estimate = f"part by part, log loss rises by an estimated {judgement.score:.3g} nats a token"
+    estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
     if suspects:
-        return f"{estimate}, most of it by {suspects[0].module}: {suspects[0].evidence}"
+        return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"
     worst = max(judgement.errors, key=lambda error: error.nats)
     basis = ", in rotated hidden states" if judgement.rotated else ""
-    return f"{estimate}{basis}; {worst.name} costs most, its relative error is {worst.relative:.2g}"
+    return f"{estimate}{basis}; {worst.name} contributes most, with a relative error of {worst.relative:.2g}"
 
 
 def _row(error: PartError, score: float) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from plugins_builtin.guards.options import by_family, family_of, number, refuse,
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.activations import Seen, Tap
-    from plugins_builtin.guards.spikes import Spectra
+    from plugins_builtin.guards.activations import SamplingTap, Seen
+    from plugins_builtin.guards.rmt.spikes import Spectra
 
 
 NOTHING = 0.01
-"""A change that is this small a part of its epsilon is not told."""
+"""Share of its epsilon below which a change is not reported."""
 
 
 class RMTGuard(Guard):
@@ -27,13 +27,13 @@ class RMTGuard(Guard):
 
     It looks at what goes into attention and into the feed-forward of every block, and into the output head: of a few
     tokens, the same ones on both sides, standardized with the baseline's mean and deviation. Eigenvalues of their
-    correlation matrix beyond the Marchenko-Pastur edge are signal; ``plugins_builtin.guards.spikes`` has the formulas.
-    For every place: how many there are before and after, their energy, and what share of the baseline's energy the
-    edited ones no longer span.
+    correlation matrix beyond the Marchenko-Pastur edge are signal (formulas: ``plugins_builtin.guards.rmt.spikes``).
+    For every place: the number of these eigenvalues before and after, their energy, and the share of the baseline's
+    energy that the edited ones no longer span.
 
-    It warns when what reaches the output head has changed by more than it may, and never more: a rotated residual
-    stream changes everything here and nothing of what the model says. A change that does not reach the head (norms
-    folded into the next layer) is in the metrics and no warning. Without a head of its own to look at, the place that
+    It warns when the input of the output head has changed by more than its limit, and never does more: a rotated
+    residual stream changes everything here and no prediction. A change that does not reach the head (norms folded into
+    the next layer) is in the metrics and no warning. Without a head of its own to look at, the place that
     changed most decides. NaN or Inf that the baseline has not aborts.
 
     Options:
@@ -59,12 +59,12 @@ class RMTGuard(Guard):
     name = "rmt"
 
     RETIRED: ClassVar[Mapping[str, str]] = {
-        "activation": "activations are what is looked at, from the preview windows; tokens says how many",
-        "activation_required": "without activations the guard says that it did not measure",
+        "activation": "activations of the preview windows are always measured; tokens sets how many",
+        "activation_required": "without activations the guard reports that it did not measure",
         "correct": "the guard never changes a model; there is nothing to correct",
         "epsilon": "use epsilon_default, or epsilon_by_family",
         "estimator": "all eigenvalues are computed; there is nothing to iterate",
-        "q": "the ratio of features to tokens is that of the matrix at hand; tokens changes it",
+        "q": "the ratio of features to tokens follows from the model; tokens changes it",
     }
 
     def __init__(
@@ -87,42 +87,44 @@ class RMTGuard(Guard):
         self._seed = whole("seed", seed, 0)
         self._places: dict[str, _Place] = {}
 
-    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, Tap]:
-        from plugins_builtin.guards.activations import Tap
+    def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
+        from plugins_builtin.guards.activations import SamplingTap
 
         order = itertools.count()
         self._places = {place.module: place for place in _places(model)}
         return {
-            name: Tap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
+            name: SamplingTap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
             for name, place in self._places.items()
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
-        pairs = [_Pair(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
+        pairs = [_SeenPlace(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
         pairs = sorted((pair for pair in pairs if pair.after.inputs), key=lambda pair: pair.after.order)
         if any(pair.before.all_finite and not pair.after.all_finite for pair in pairs) or any(map(_broken, pairs)):
             # What is not in the samples is seen at the head alone, and may come from anywhere.
             broken = dict.fromkeys(pair.place.fed_by for pair in pairs if _broken(pair))
-            return not_finite("activations", list(broken), "what comes out of it holds NaN or Inf")
+            return not_finite("activations", list(broken), "its output holds NaN or Inf")
         changes = self._changes(pair for pair in pairs if pair.comparable)
         if not changes:
-            return not_measured("no activations of the same tokens on both sides")
+            return not_measured("no activations of the same tokens before and after")
         return self._result(changes, [pair.place.module for pair in pairs if not pair.comparable])
 
-    def _changes(self, pairs: Iterable[_Pair]) -> list[_Change]:
-        from plugins_builtin.guards.spikes import compare
+    def _changes(self, pairs: Iterable[_SeenPlace]) -> list[_PlaceChange]:
+        from plugins_builtin.guards.rmt.spikes import compare
 
-        changes: list[_Change] = []
+        changes: list[_PlaceChange] = []
         for pair in pairs:
             spectra = compare(*pair.rows, margin=self._margin, deadband=self._deadband)
             crossed = (spectra.lost + spectra.gained) / max(1, *spectra.counts)
             most = max(spectra.turned, abs(spectra.energy_ratio - 1), crossed)
             beyond = most / max(self._epsilon[pair.place.family], 1e-9)
-            changes.append(_Change(pair.place, spectra, beyond, beyond - changes[-1].beyond if changes else beyond))
+            changes.append(
+                _PlaceChange(pair.place, spectra, beyond, beyond - changes[-1].beyond if changes else beyond)
+            )
         return changes
 
-    def _result(self, changes: Sequence[_Change], unmeasured: Sequence[str]) -> dict[str, Any]:
+    def _result(self, changes: Sequence[_PlaceChange], unmeasured: Sequence[str]) -> dict[str, Any]:
         ranked = sorted(changes, key=lambda change: -change.beyond)
         deciding = next((change for change in changes if change.place.is_head), ranked[0])
         first = max(changes, key=lambda change: change.jump)
@@ -157,13 +159,13 @@ class _Place:
     module: str
     family: str
     fed_by: str
-    """What its input newly comes from: the modules since the place before it."""
+    """Common parent of the modules between the place before and this one."""
     is_head: bool = False
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """What was seen at a place on both sides."""
+class _SeenPlace:
+    """Samples at a place on both sides."""
 
     place: _Place
     before: Seen
@@ -182,20 +184,20 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Change:
+class _PlaceChange:
     place: _Place
     spectra: Spectra
     beyond: float
-    """How many times its epsilon."""
+    """Change in units of its epsilon."""
     jump: float
-    """By how much more than the place before."""
+    """Rise of ``beyond`` over the place before."""
 
     @property
     def evidence(self) -> str:
         before, after = self.spectra.counts
         return (
-            f"input of {self.place.module}: {self.spectra.turned:.1%} of the signal has turned away, energy "
-            f"{self.spectra.energy_ratio - 1:+.1%}, {before} -> {after} directions beyond the edge of noise"
+            f"input of {self.place.module}: {self.spectra.turned:.1%} of the signal energy lies in lost directions, "
+            f"total energy {self.spectra.energy_ratio - 1:+.1%}, {before} -> {after} directions beyond the noise edge"
         )
 
     @property
@@ -213,42 +215,32 @@ class _Change:
         }
 
 
-def _broken(pair: _Pair) -> bool:
+def _broken(pair: _SeenPlace) -> bool:
     """Whether NaN or Inf came into the sample with the edit."""
     before, after = pair.before.inputs, pair.after.inputs
     return bool(before and after and before.finite and not after.finite)
 
 
 def _places(model: Any) -> list[_Place]:
-    """In each block the first weight of attention, of the feed-forward and of what is neither; and the output head."""
-    from invarlock.api import find_weights
-    from plugins_builtin.guards.activations import output_head
+    """The first weight of attention, of the feed-forward and of neither in each block, and the output head."""
+    from invarlock.api import block_of, find_weights, output_head
 
-    names = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
     first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    found: dict[tuple[str, str], _Place] = {}
+    found: dict[tuple[str | None, str], _Place] = {}
     since = [names[first]] if first in names else []
     for target in find_weights(model):
         if target.role.value in ("router", "embedding", "head") or target.layout.name == "CONV":
             continue
         name, family = names[target.module], family_of(target.role.value)
-        key = _block_of(model, name), family
+        key = block_of(modules, name), family
         if key not in found:
             found[key] = _Place(name, family, _common(since) or name)
             since = []
         since.append(name)
-    head = output_head(model)
+    head = names.get(output_head(model))
     return [*found.values(), *([_Place(head, "embed", _common(since) or head, is_head=True)] if head else [])]
-
-
-def _block_of(model: Any, name: str) -> str:
-    """The element of an outermost ``nn.ModuleList`` that a module is in; empty outside of blocks."""
-    from torch import nn
-
-    parts = name.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    lists = (place for place, prefix in enumerate(prefixes) if isinstance(model.get_submodule(prefix), nn.ModuleList))
-    return next((prefixes[place + 1] for place in lists if place + 1 < len(prefixes)), "")
 
 
 def _common(names: Sequence[str]) -> str:

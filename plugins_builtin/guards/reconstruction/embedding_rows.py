@@ -1,4 +1,4 @@
-"""Every row of an embedding, in a few numbers: rows that no probe reads are judged, and a rotation is recognized."""
+"""Sketch of every row of an embedding, to judge rows that no probe reads and to recognize a rotation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 DIRECTIONS = 8
-"""Random directions that a row is projected on. A squared distance is then known to a factor 1 +- sqrt(2 / 8)."""
+"""Random directions that a row is projected on. The relative standard error of a squared distance is sqrt(2 / 8)."""
 MOST = 4.0
 """The most that a row's squared relative error counts: that of a row turned into its opposite."""
 RARE = 256
 """Token ids below it are single bytes and special tokens in most vocabularies, and no more frequent than the next."""
 ROTATED = 0.02
-"""What a rotation may leave of the difference: half precision rounds by 0.004."""
+"""Largest relative difference that a rotation may leave: half precision rounds by 0.004."""
 CHUNK = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class EmbeddingRows:
     """The rows of one embedding of the baseline.
 
     A projection on random directions keeps distances (Johnson and Lindenstrauss 1984), at a 72nd of the size where the
@@ -36,8 +36,8 @@ class Rows:
     """Some rows, twice as many as they have columns: enough to tell how all of them were rotated."""
 
     @classmethod
-    def of_embeddings(cls, part: nn.Module) -> dict[str, Rows]:
-        """By path, of every embedding in a part of a model."""
+    def of_embeddings(cls, part: nn.Module) -> dict[str, EmbeddingRows]:
+        """Rows of every embedding in a part of a model, by path."""
         return {
             path: cls.of(path, module.weight.detach())
             for path, module in part.named_modules()
@@ -45,14 +45,14 @@ class Rows:
         }
 
     @classmethod
-    def of(cls, path: str, weight: Tensor) -> Rows:
+    def of(cls, path: str, weight: Tensor) -> EmbeddingRows:
         norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1) for rows in _chunks(weight)])
         return cls(path, norms, _projections(weight, None), _sample(weight).clone())
 
     def expected_error(self, part: nn.Module, rotation: Tensor | None = None) -> float:
         """The squared relative error to expect of a row, if rows are used as often as tokens with their ids are.
 
-        :param rotation: what the edited model rotated its hidden states by.
+        :param rotation: orthogonal matrix by which the edited model rotates its hidden states.
         :returns: infinity where rows are of another number or size.
         """
         edited = self._edited(part)
@@ -88,7 +88,7 @@ class Rows:
 
 
 def token_frequency(rows: int) -> Tensor:
-    """How frequent tokens are by their id, float64 (rows,), in sum 1.
+    """Expected frequency of tokens by id, float64 (rows,), with sum 1.
 
     Tokenizers number tokens by how early they were merged or how probable they are, so that the frequency falls as
     1 / (id + shift) by Zipf's law with Mandelbrot's shift.

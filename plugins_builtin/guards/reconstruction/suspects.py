@@ -1,37 +1,27 @@
-"""Blame: from the parts that cost most to the weights in them that are damaged."""
+"""Suspects: the damaged weights in the parts that cost most."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from invarlock.api import evaluating
-from plugins_builtin.guards.block_errors import Judgement, PartError, Reference
-from plugins_builtin.guards.block_leaves import leaf_errors
+from plugins_builtin.guards.figures import Suspect
+from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
+from plugins_builtin.guards.reconstruction.leaves import leaf_errors
 
 NOISE = 1e-6
-"""Nats below which a part is left in peace: the rounding of half precision costs more, that of float32 less."""
-
-
-@dataclass
-class Suspect:
-    """A module that may be damaged, and why it is suspected."""
-
-    module: str
-    score: float
-    """The nats of its part, shared out among the modules in it by their squared errors."""
-    evidence: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"module": self.module, "score": self.score, "evidence": self.evidence}
+"""Nats below which a part is not suspected: rounding of half precision costs more, that of float32 less."""
 
 
 def find_suspects(reference: Reference, judgement: Judgement, model: nn.Module, most: int) -> list[Suspect]:
-    """The modules most likely damaged, best first, out of as many of the costliest parts as are to be listed."""
+    """The modules most likely damaged, best first, out of the ``most`` costliest parts.
+
+    The nats of a part are shared out among the modules in it by their squared errors.
+    """
     costly = sorted((error for error in judgement.errors if error.nats > NOISE), key=lambda error: -error.nats)
     names = _first_names(model)
     found: dict[str, Suspect] = {}
@@ -40,11 +30,8 @@ def find_suspects(reference: Reference, judgement: Judgement, model: nn.Module, 
             cost = error.failure or f"{error.nats / judgement.score:.0%} of the score"
             for suspect in _of_part(reference, error, model, cost, judgement.rotated):
                 name = names.get(suspect.module, suspect.module)
-                if name in found:
-                    found[name].score += suspect.score
-                else:
-                    found[name] = suspect
-                    suspect.module = name
+                before = found.get(name, replace(suspect, module=name, score=0.0))
+                found[name] = replace(before, score=before.score + suspect.score)
     return sorted(found.values(), key=lambda suspect: -suspect.score)[:most]
 
 
@@ -53,7 +40,9 @@ def _of_part(reference: Reference, error: PartError, model: nn.Module, cost: str
     squared = {} if rotated else _leaf_errors(reference, error, model)
     worst = max(squared.values(), default=0.0)
     if worst == 0:
-        evidence = error.failure or f"its output is off by {error.relative:.3g}, by no weight in it alone; {cost}"
+        evidence = (
+            error.failure or f"relative error of its output {error.relative:.3g}, due to no single weight; {cost}"
+        )
         yield Suspect(error.name, error.nats, evidence)
         return
     # One infinite error is the cause of all others, and infinity has no shares.
@@ -61,8 +50,8 @@ def _of_part(reference: Reference, error: PartError, model: nn.Module, cost: str
     for (part, path), value in squared.items():
         if shares[part, path]:
             name, which = _named(reference, model, part, path)
-            off = "not finite" if math.isinf(value) else f"off by {math.sqrt(value):.3g}"
-            evidence = f"alone on the baseline's input, its output{which} is {off}; {error.name}: {cost}"
+            off = "is not finite" if math.isinf(value) else f"has a relative error of {math.sqrt(value):.3g}"
+            evidence = f"alone on the baseline's input, its output{which} {off}; {error.name}: {cost}"
             yield Suspect(name, error.nats * shares[part, path] / sum(shares.values()), evidence)
 
 

@@ -1,0 +1,1 @@
+from plugins_builtin.guards.reconstruction.guard import ReconstructionGuard as ReconstructionGuard

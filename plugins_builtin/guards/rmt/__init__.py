@@ -1,0 +1,1 @@
+from plugins_builtin.guards.rmt.guard import RMTGuard as RMTGuard

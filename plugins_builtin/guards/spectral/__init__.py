@@ -1,0 +1,1 @@
+from plugins_builtin.guards.spectral.guard import SpectralGuard as SpectralGuard
