@@ -18,7 +18,7 @@ from invarlock.core.errors import UsageError
 from invarlock.evaluation.taps import attached
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.scheme import Plan
 from invarlock.testing import architectures
 from plugins_builtin.guards.block_errors import _tempered
 from plugins_builtin.guards.blocks import Cut, find_blocks, find_parts
@@ -183,7 +183,7 @@ def test_what_leaves_the_function_scores_nothing(edit, has_windows, trained, tex
 
 
 def quantize(bits, **scheme):
-    return lambda model: quantize_model(model, Plan(Scheme(bits, **scheme), scope="all"), measure=False)
+    return lambda model: quantize_model(model, Plan(bits, **scheme, scope="all"), measure=False)
 
 
 def add_noise(share):

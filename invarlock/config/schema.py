@@ -7,6 +7,7 @@ It imports nothing heavy, for ``--help`` needs it: plain data classes, constrain
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,25 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
+from invarlock.exporters import BUILT_IN
+from invarlock.quantization.scheme import Plan
+
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 PATHS = ("model.id", "dataset.path", "output.dir")
 """Keys whose values are paths, or ids on a hub: ``invarlock.core.paths`` has the rule."""
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A constraint of text to names that stand elsewhere, as ``Literal`` to those beside it."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "literal", "expected": list(self.names)}
 
 
 @dataclass(frozen=True)
@@ -64,29 +78,6 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
-    bitwidth: Annotated[int, Ge(2), Le(8), "Bits a weight."] = 8
-    symmetric: Annotated[bool, "Zero point at zero; else the range is min to max with a zero point."] = True
-    per_channel: Annotated[bool, "A scale for each output channel; else one for the tensor."] = True
-    group_size: Annotated[
-        int | None, Ge(1), "A scale for each group of so many weights along the input axis; the last may be short."
-    ] = None
-    clamp_ratio: Annotated[
-        float, Ge(0.0), Le(0.5), "Share c of weights clipped first: to the quantiles c/2 and 1 - c/2."
-    ] = 0.0
-    scope: Annotated[Literal["ffn", "attn", "all"], "Weights to quantize, by what their module is."] = "ffn"
-    include: Annotated[
-        tuple[str, ...],
-        "Globs or re:REGEX of module names. Only what matches is quantized; embeddings, output heads and routers "
-        "are touched only if a pattern here matches them.",
-    ] = ()
-    exclude: Annotated[tuple[str, ...], "Globs or re:REGEX of module names to leave alone."] = ()
-    max_modules: Annotated[int | None, Ge(1), "At most so many modules, the first ones."] = None
-
-
-@dataclass(frozen=True)
 class RetryConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
@@ -100,7 +91,7 @@ class EditConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    plan: Plan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
 
 
@@ -149,7 +140,8 @@ class OutputConfig:
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
     format: Annotated[
-        Literal["compressed-tensors", "dequantized", "gguf"],
+        str,
+        OneOf(tuple(BUILT_IN)),
         "Format of the saved model: packed codes for vLLM and transformers; its own layout and data type; or Q8_0 "
         "blocks for llama.cpp (bitwidth 8, group_size 32).",
     ] = "compressed-tensors"
@@ -217,8 +209,9 @@ def _default_text(entry: dataclasses.Field[Any]) -> str:
 def _type_text(hint: Any) -> str:
     kind, *extras = get_args(hint)
     low, high = _bounds(extras)
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
+    choices = next((extra.names for extra in extras if isinstance(extra, OneOf)), get_args(kind))
+    if get_origin(kind) is Literal or (kind is str and choices):
+        return " | ".join(map(str, choices))
     if get_origin(kind) is tuple:
         return "list of strings"
     if isinstance(kind, types.UnionType):
@@ -231,3 +224,9 @@ def _bounds(extras: list[Any]) -> tuple[str, str]:
     low = [str(extra.ge if isinstance(extra, Ge) else extra.gt) for extra in extras if isinstance(extra, Ge | Gt)]
     high = [str(extra.le if isinstance(extra, Le) else extra.lt) for extra in extras if isinstance(extra, Le | Lt)]
     return "".join(low), "".join(high)
+
+
+def as_keys(message: str) -> str:
+    """A message about a plan, whose fields are in backquotes, with the keys of the configuration in their place."""
+    fields = "|".join(entry.name for entry in dataclasses.fields(Plan))
+    return re.sub(f"`({fields})`", r"edit.plan.\1", message)

@@ -35,7 +35,7 @@ from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge, Settle, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.plugins.manager import Adapter, PluginManager
-from invarlock.quantization.inference import infer_grid
+from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import ModuleSection
 

@@ -20,11 +20,10 @@ from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded, fingerprint_of
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
-from invarlock.quantization.selection import select_targets
 
 
 def run(
@@ -54,13 +53,13 @@ def run(
 def _run(judge: Judge, output: OutputFolder | None) -> RunResult:
     config, ranks = judge.config, judge.ranks
     plans = plans_of(config)
-    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
+    export = export_of(config)
     model, adapter = judge.load(config.model.id, spread=True)
     loaded = Loaded.of(model, judge.clock)
-    targets = select_targets(model, plans[0])
+    targets = targets_of(config, model)
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        export.check(model, targets, judge.tokenizer)
+        check(export, model, targets, judge.tokenizer)
     judge.make_windows(model)
     loaded.settle()
     keeper = Keeper.of(loaded, adapter)
@@ -109,19 +108,21 @@ def _attempt(
     judge: Judge, model: torch.nn.Module, keeper: Keeper, number: int, plan: Plan, export: Export | None
 ) -> tuple[Attempt, Undo]:
     if export is not None:
-        export.scheme = plan.scheme
-    with judge.clock.stage("quantize"):
+        export.plan = plan
+    scale_dtype = export.exporter.scale_dtype if export else None
+    with judge.clock.stage("quantize"), keys_named():
         modules = quantize_model(
             model,
             plan,
-            scales=export.scales if export is not None and export.stores_codes else None,
+            parameters=export.quantized if export and export.exporter.stores_codes else None,
+            scale_dtype=scale_dtype,
             on_progress=lambda done, total, name: judge.on_progress("quantize", done, total),
         )
     edited = fingerprint_of(model, judge.clock)
 
     def edit_again() -> None:
         keeper.restore()
-        quantize_model(model, plan, measure=False)
+        quantize_model(model, plan, measure=False, scale_dtype=scale_dtype)
 
     undo = partial(keeper.loaded.undo, edit_again, edited)
     edit = {
@@ -136,7 +137,7 @@ def _attempt(
         undo,
         settle=keeper.loaded.settle,
         number=number,
-        bitwidth=plan.scheme.bitwidth,
+        bitwidth=plan.bitwidth,
         modules=modules,
         baseline_weights=weights,
     )

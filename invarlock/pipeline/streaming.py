@@ -34,12 +34,12 @@ from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish,
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight
-from invarlock.quantization.rtn import Scratch, quantize_, scales_of
-from invarlock.quantization.scheme import Plan, Scheme
-from invarlock.quantization.selection import WeightTarget, select_targets
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_
+from invarlock.quantization.scheme import Plan
+from invarlock.quantization.selection import WeightTarget
 
 log = logging.getLogger("invarlock")
 
@@ -59,14 +59,16 @@ def run_streamed(
 
     :raises UsageError: also for a checkpoint that cannot be streamed: packed, or laid out unlike the model.
     """
-    if config.output.save_model and config.output.format == "gguf":
-        raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
+    export = export_of(config)
+    if export is not None and not export.exporter.streams:
+        name = export.exporter.name
+        raise UsageError(f"output.format: {name}: it cannot be written shard by shard; run without --stream")
     with output.claimed(config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run_streamed(Judge(config, plugins, slots, strict, on_progress, ranks), output)
+        return _run_streamed(Judge(config, plugins, slots, strict, on_progress, ranks), output, export)
 
 
-def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
+def _run_streamed(judge: Judge, output: OutputFolder, export: Export | None) -> RunResult:
     config = judge.config
     plans = plans_of(config)
     model, adapter = judge.load(config.model.id, stream=True)
@@ -74,12 +76,11 @@ def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
     state = ModelState.of(model)
-    targets = select_targets(model, plans[0])
+    targets = targets_of(config, model)
     reads_text = config.dataset.provider != "generated"
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
-    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if export is not None:
-        export.check(model, targets, judge.tokenizer)
+        check(export, model, targets, judge.tokenizer)
         _check_packable(export, streaming, targets)
     if reads_text:
         judge.make_windows(model)
@@ -161,8 +162,8 @@ class _StreamedRun:
             self.discard()
             write(report, self.output, self.judge.clock)
             return
-        quantized = {target.parameter_name for target in self.targets.values()}
-        complete = partial(self.export.complete, model=self.model, tokenizer=self.judge.tokenizer, quantized=quantized)
+        self.export.quantized = dict.fromkeys(target.parameter_name for target in self.targets.values())
+        complete = partial(self.export.complete, model=self.model, tokenizer=self.judge.tokenizer)
         write(report, self.output, self.judge.clock, complete, shards=self.shards)
 
     def discard(self) -> None:
@@ -173,11 +174,11 @@ class _StreamedRun:
         judge = self.judge
         with judge.clock.stage("quantize") as shown, unwritable_said(self.output.path):
             if self.export is not None:
-                self.export.scheme = plan.scheme
+                self.export.plan = plan
                 self.shards = self._open_shards(plan)
             with showing(judge.ranks.summed(shown)):
-                modules = self._round_all(plan.scheme)
-        self.streaming.put(self._edit(plan.scheme))
+                modules = self._round_all(plan)
+        self.streaming.put(self._edit(plan))
         edit = {
             "name": judge.config.edit.name,
             "plan": dataclasses.asdict(plan),
@@ -189,7 +190,7 @@ class _StreamedRun:
             self.undo,
             settle=self.settle,
             number=number,
-            bitwidth=plan.scheme.bitwidth,
+            bitwidth=plan.bitwidth,
             modules=modules,
             baseline_weights=MappingProxyType(self.streaming),
         )
@@ -210,21 +211,21 @@ class _StreamedRun:
         ranks.gather(None)
         return shards or make()
 
-    def _round_all(self, scheme: Scheme) -> list[QuantizedWeight]:
+    def _round_all(self, plan: Plan) -> list[QuantizedWeight]:
         """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
 
         Processes share the shards.
         """
-        checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.judge.ranks
+        checkpoint, workspace, ranks = self.streaming.checkpoint, Workspace(), self.judge.ranks
         files = checkpoint.files[ranks.rank :: ranks.size]
         notes: list[dict[str, Any]] = []
         for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
-            notes += self._round_shard(file, scheme, scratch) if noted is None else noted
+            notes += self._round_shard(file, plan, workspace) if noted is None else noted
         found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
-        return [_weight_of(found[target.parameter_name]) for target in self.targets.values()]
+        return [QuantizedWeight(**found[target.parameter_name]) for target in self.targets.values()]
 
-    def _round_shard(self, file: str, scheme: Scheme, scratch: Scratch) -> list[dict[str, Any]]:
+    def _round_shard(self, file: str, plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
         """One shard: what was done to each of its weights."""
         entries = self.streaming.checkpoint.entries
         tensors: dict[str, Tensor] = {}
@@ -234,7 +235,7 @@ class _StreamedRun:
             if self.targets.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
-            stored, results = self._round(part, scheme, scratch)
+            stored, results = self._round(part, plan, workspace)
             notes += map(dataclasses.asdict, results)
             # A parameter that is stored in several files is rounded for each of them.
             tensors |= {name: stored[name] for name in here} if part.converts and self.shards else stored
@@ -242,44 +243,50 @@ class _StreamedRun:
             self.shards.write(file, tensors, notes)
         return notes
 
-    def _round(self, part: Part, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
+    def _round(self, part: Part, plan: Plan, workspace: Workspace) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
         """What is stored of some weights, and what was done to each of them that is in the plan."""
-        export = self.export
-        stores_codes = export is not None and export.stores_codes
-        scale, results = None, []
         weights = part.load(self.streaming.read)
+        rounded: dict[str, RoundedWeight] = {}
         for name in weights.keys() & self.targets.keys():
-            target = self.targets[name]
-            scale = scales_of(weights[name], scheme, layout=target.layout) if stores_codes else None
-            figures = quantize_(weights[name], scheme, layout=target.layout, scratch=scratch)
-            results.append(QuantizedWeight.of(target, scheme, figures))
-        stored = part.store(weights) if export is not None else {}
-        if export is not None and not part.converts:
+            layout = self.targets[name].layout
+            rounded[name] = fake_quantize_(
+                weights[name], plan, layout=layout, workspace=workspace, scale_dtype=self._scale_dtype
+            )
+        results = [QuantizedWeight.of(self.targets[name], plan.bitwidth, done) for name, done in rounded.items()]
+        if self.export is None:
+            return {}, results
+        stored = part.store(weights)
+        if not part.converts:
+            (done,) = rounded.values()
             ((name, weight),) = stored.items()
-            stored = export.stored(name, weight, scale)
+            parameters = done.quantization_parameters() if self.export.exporter.stores_codes else None
+            stored = self.export.stored(name, weight, parameters)
         return stored, results
 
-    def _edit(self, scheme: Scheme) -> Edit:
+    def _edit(self, plan: Plan) -> Edit:
         """What the edited model's weights are, each time that one is read."""
-        scratch = Scratch()
+        workspace = Workspace()
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:
             if parameter in self.targets:
-                quantize_(weight, scheme, layout=self.targets[parameter].layout, measure=False, scratch=scratch)
+                layout = self.targets[parameter].layout
+                fake_quantize_(
+                    weight, plan, layout=layout, measure=False, workspace=workspace, scale_dtype=self._scale_dtype
+                )
             return weight
 
         return rounded
+
+    @property
+    def _scale_dtype(self) -> torch.dtype | None:
+        return self.export.exporter.scale_dtype if self.export else None
 
 
 def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:
     """Codes are stored of a weight that is a tensor of the checkpoint, and of no other."""
     for target in targets:
-        if export.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
+        if export.exporter.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
             raise UsageError(
-                f"output.format: {export.format}: {target.name} is made of tensors that are stored otherwise; "
+                f"output.format: {export.exporter.name}: {target.name} is made of tensors that are stored otherwise; "
                 "run without --stream, or set output.format to dequantized"
             )
-
-
-def _weight_of(note: dict[str, Any]) -> QuantizedWeight:
-    return QuantizedWeight(**{**note, "scheme": Scheme(**note["scheme"])})
