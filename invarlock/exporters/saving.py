@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from invarlock.core.text import markdown
 from invarlock.exporters.exporter import Exporter, SavedModel
 from invarlock.quantization.rounding import QuantizationParameters
 from invarlock.quantization.scheme import Plan
-from invarlock.quantization.selection import WeightTarget
 
 
 @dataclass
@@ -30,20 +29,12 @@ class Export:
     quantized: dict[str, QuantizationParameters | None] = field(default_factory=dict)
     """As ``SavedModel`` has it."""
 
-    def refuse(self, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> str | None:
-        """Why the format cannot hold the edited model, before the run starts."""
-        return self.exporter.refuse(self.plan, targets, model, tokenizer)
-
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
         with watched(folder, self._size_of(model)):
             if self.exporter.streams:
                 self._store_all(folder, model)
             self.complete(folder, model, tokenizer, report)
-
-    def stored(self, name: str, weight: Tensor, parameters: QuantizationParameters | None) -> dict[str, Tensor]:
-        """What is stored of one weight, by name."""
-        return self.exporter.store(name, weight, self.plan, parameters)
 
     def complete(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Add to the weights, where they are stored one by one, all that belongs to them."""
@@ -59,7 +50,7 @@ class Export:
     def _store_all(self, folder: Path, model: Any) -> None:
         stored: dict[str, Tensor] = {}
         for name, weight in model.state_dict().items():
-            stored |= self.stored(name, weight, self.quantized.get(name))
+            stored |= self.exporter.store(name, weight, self.plan, self.quantized.get(name))
         # Codes take so much less that the library's own limit does for them.
         limit = {} if self.exporter.stores_codes else {"max_shard_size": _shard_size(self.source)}
         model.save_pretrained(folder, state_dict=stored, **limit)

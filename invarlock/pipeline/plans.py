@@ -42,9 +42,10 @@ def check(export: Export, model: nn.Module, targets: Sequence[WeightTarget], tok
 
     :raises UsageError: with the reason, and what to use instead.
     """
-    if reason := export.refuse(model, targets, tokenizer):
-        reason = f"{export.exporter.name}: {as_keys(reason)}"
-        raise UsageError(f"output.format: {reason}; or set output.format to dequantized")
+    exporter = export.exporter
+    if reason := exporter.refuse(export.plan, targets, model, tokenizer):
+        problem = f"{exporter.name}: {as_keys(reason)}"
+        raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
 
 
 @contextmanager

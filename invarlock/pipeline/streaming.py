@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +42,9 @@ from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
 log = logging.getLogger("invarlock")
+
+Round = Callable[[str, Tensor], RoundedWeight]
+"""Rounds a weight in place, given the name of the parameter."""
 
 
 def run_streamed(
@@ -216,16 +219,17 @@ class _StreamedRun:
 
         Processes share the shards.
         """
-        checkpoint, workspace, ranks = self.streaming.checkpoint, Workspace(), self.judge.ranks
+        checkpoint, ranks = self.streaming.checkpoint, self.judge.ranks
+        round_ = self._rounding(plan, measure=True)
         files = checkpoint.files[ranks.rank :: ranks.size]
         notes: list[dict[str, Any]] = []
         for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
-            notes += self._round_shard(file, plan, workspace) if noted is None else noted
+            notes += self._round_shard(file, round_) if noted is None else noted
         found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
         return [QuantizedWeight(**found[target.parameter_name]) for target in self.targets.values()]
 
-    def _round_shard(self, file: str, plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
+    def _round_shard(self, file: str, round_: Round) -> list[dict[str, Any]]:
         """One shard: what was done to each of its weights."""
         entries = self.streaming.checkpoint.entries
         tensors: dict[str, Tensor] = {}
@@ -235,7 +239,7 @@ class _StreamedRun:
             if self.targets.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
-            stored, results = self._round(part, plan, workspace)
+            stored, results = self._round(part, round_)
             notes += map(dataclasses.asdict, results)
             # A parameter that is stored in several files is rounded for each of them.
             tensors |= {name: stored[name] for name in here} if part.converts and self.shards else stored
@@ -243,43 +247,42 @@ class _StreamedRun:
             self.shards.write(file, tensors, notes)
         return notes
 
-    def _round(self, part: Part, plan: Plan, workspace: Workspace) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
+    def _round(self, part: Part, round_: Round) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
         """What is stored of some weights, and what was done to each of them that is in the plan."""
         weights = part.load(self.streaming.read)
-        rounded: dict[str, RoundedWeight] = {}
-        for name in weights.keys() & self.targets.keys():
-            layout = self.targets[name].layout
-            rounded[name] = fake_quantize_(
-                weights[name], plan, layout=layout, workspace=workspace, scale_dtype=self._scale_dtype
-            )
-        results = [QuantizedWeight.of(self.targets[name], plan.bitwidth, done) for name, done in rounded.items()]
+        rounded = {name: round_(name, weights[name]) for name in weights.keys() & self.targets.keys()}
+        results = [QuantizedWeight.of(self.targets[name], weight) for name, weight in rounded.items()]
         if self.export is None:
             return {}, results
-        stored = part.store(weights)
+        stored, exporter = part.store(weights), self.export.exporter
         if not part.converts:
-            (done,) = rounded.values()
-            ((name, weight),) = stored.items()
-            parameters = done.quantization_parameters() if self.export.exporter.stores_codes else None
-            stored = self.export.stored(name, weight, parameters)
+            ((name, weight),), (done,) = stored.items(), rounded.values()
+            parameters = done.quantization_parameters() if exporter.stores_codes else None
+            stored = exporter.store(name, weight, self.export.plan, parameters)
         return stored, results
+
+    def _rounding(self, plan: Plan, *, measure: bool) -> Round:
+        workspace = Workspace()
+        scale_dtype = self.export.exporter.scale_dtype if self.export else None
+
+        def round_(name: str, weight: Tensor) -> RoundedWeight:
+            layout = self.targets[name].layout
+            return fake_quantize_(
+                weight, plan, layout=layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
+            )
+
+        return round_
 
     def _edit(self, plan: Plan) -> Edit:
         """What the edited model's weights are, each time that one is read."""
-        workspace = Workspace()
+        round_ = self._rounding(plan, measure=False)
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:
             if parameter in self.targets:
-                layout = self.targets[parameter].layout
-                fake_quantize_(
-                    weight, plan, layout=layout, measure=False, workspace=workspace, scale_dtype=self._scale_dtype
-                )
+                round_(parameter, weight)
             return weight
 
         return rounded
-
-    @property
-    def _scale_dtype(self) -> torch.dtype | None:
-        return self.export.exporter.scale_dtype if self.export else None
 
 
 def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:

@@ -34,18 +34,16 @@ class QuantizedWeight(WeightFigures):
     """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
     parameter_name: str
     role: str
-    bits: int
     device: str
     change: str = "quantized"
 
     @classmethod
-    def of(cls, target: WeightTarget, bits: int, figures: WeightFigures) -> QuantizedWeight:
+    def of(cls, target: WeightTarget, figures: WeightFigures) -> QuantizedWeight:
         return cls(
             **{field.name: getattr(figures, field.name) for field in fields(WeightFigures)},
             name=target.name,
             parameter_name=target.parameter_name,
             role=target.role.value,
-            bits=bits,
             device=str(target.parameter.device),
         )
 
@@ -83,7 +81,7 @@ def quantize_model(
                 rounded = fake_quantize_(
                     weight, plan, layout=target.layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
                 )
-            results.append(QuantizedWeight.of(target, plan.bitwidth, rounded))
+            results.append(QuantizedWeight.of(target, rounded))
             if parameters is not None:
                 parameters[target.parameter_name] = rounded.quantization_parameters()
             if on_progress is not None:

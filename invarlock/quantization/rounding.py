@@ -52,6 +52,7 @@ class WeightLayout(StrEnum):
 class WeightFigures:
     """What rounding did to one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
 
+    bits: int
     parameters: int
     """How many numbers the weight holds."""
     relative_error: float | None
@@ -223,12 +224,6 @@ class _Grid:
         held = (limits.max * (1 - limits.eps) / reach).to(part.dtype).float()
         return cls(torch.minimum(scale, held), zero, lowest, highest, finite)
 
-    def take_over(self, other: _Grid, rows: Tensor) -> None:
-        """Take the grids of some rows, in place."""
-        self.scale[rows] = other.scale
-        if self.zero is not None and other.zero is not None:
-            self.zero[rows] = other.zero
-
     def snap_(self, block: Tensor) -> Tensor:
         """Move float32 numbers to the grid, in place."""
         if self.zero is None:
@@ -272,6 +267,7 @@ class _Rounder:
 
     def result(self, parameters: int) -> RoundedWeight:
         return RoundedWeight(
+            bits=self.scheme.bitwidth,
             parameters=parameters,
             relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
             sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
@@ -288,25 +284,18 @@ class _Rounder:
         if clip or not all(grid.finite for grid in grids):
             finite = _finite_rows(rows)
             if not finite.all():
-                return self._finite_rows_(rows, finite, grids, at_once, clip)
+                of_finite = self._finite_rows_(rows, finite, at_once, clip)
+                return grids if self.scheme.per_channel else of_finite or grids
         for part, grid in zip(parts, grids, strict=True):
             for block in _blocks(part, at_once):
                 self._block_(block, grid, clip)
         return grids
 
-    def _finite_rows_(
-        self, rows: Tensor, finite: Tensor, grids: list[_Grid], at_once: int, clip: Clip | None
-    ) -> list[_Grid]:
+    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         kept = rows[finite]
         self.non_finite_rows += len(rows) - len(kept)
-        if not len(kept):
-            return grids
-        found = self._rows_(kept, at_once, clip)
+        grids = self._rows_(kept, at_once, clip) if len(kept) else []
         rows[finite] = kept
-        if not self.scheme.per_channel:
-            return found
-        for grid, of_finite in zip(grids, found, strict=True):
-            grid.take_over(of_finite, finite)
         return grids
 
     def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:

@@ -39,8 +39,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if not _is_whole(self.bitwidth) or not 2 <= self.bitwidth <= 8:
             raise PlanError(f"`bitwidth` is {self.bitwidth!r}; set a whole number from 2 to 8")
-        if self.group_size is not None and (not _is_whole(self.group_size) or self.group_size < 1):
-            raise PlanError(f"`group_size` is {self.group_size!r}; set a whole number from 1 on, or null")
+        _check_size("group_size", self.group_size)
         if self.group_size is not None and not self.per_channel:
             raise PlanError(
                 f"`group_size` is {self.group_size} but `per_channel` is false; groups lie inside an output channel: "
@@ -82,8 +81,7 @@ class Plan(Scheme):
         if self.scope not in scopes:
             known = ", ".join(scopes)
             raise PlanError(f"`scope` is {self.scope!r}; known are {known}{nearest(str(self.scope), scopes)}")
-        if self.max_modules is not None and (not _is_whole(self.max_modules) or self.max_modules < 1):
-            raise PlanError(f"`max_modules` is {self.max_modules!r}; set a whole number from 1 on, or null")
+        _check_size("max_modules", self.max_modules)
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             object.__setattr__(self, name, _patterns(name, patterns))
 
@@ -97,6 +95,11 @@ def matches(pattern: str, name: str) -> bool:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_size(field: str, size: int | None) -> None:
+    if size is not None and (not _is_whole(size) or size < 1):
+        raise PlanError(f"`{field}` is {size!r}; set a whole number from 1 on, or null")
 
 
 def _patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
