@@ -89,6 +89,37 @@ def test_equals_the_reference(bitwidth: int, symmetric: bool, granularity: dict,
     assert torch.equal(clone_and_quantize(weight, scheme), reference(weight, scheme))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "granularity", [{"per_channel": False}, {}, {"group_size": 8}], ids=["tensor", "channel", "group"]
+)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float16], ids=str)
+def test_codes_scales_and_zero_points_make_the_rounded_weight(scale_dtype, symmetric, granularity, dtype) -> None:
+    result = random(12, 40, dtype=dtype)
+    scheme = Scheme(bitwidth=5, symmetric=symmetric, clamp_ratio=0.05, **granularity)
+    parameters = fake_quantize_(result, scheme, scale_dtype=scale_dtype).quantization_parameters()
+    codes = parameters.codes(result)
+    assert parameters.scales.dtype == (scale_dtype or dtype)
+    assert codes.dtype == torch.int8
+    assert -16 <= codes.min() <= codes.max() <= 15
+    units = codes.float().view(*parameters.scales.shape, -1)
+    if parameters.zero_points is not None:
+        units = units - parameters.zero_points.unsqueeze(-1)
+    assert torch.equal((units * parameters.scales.float().unsqueeze(-1)).view(12, 40).to(dtype), result)
+
+
+@pytest.mark.parametrize("granularity", [{"per_channel": False}, {}], ids=["tensor", "channel"])
+def test_scales_of_finite_rows_do_not_know_of_the_others(granularity: dict) -> None:
+    weight = random(6, 8)
+    sound = weight[1:].clone()
+    weight[0, 3] = math.nan
+    scheme = Scheme(bitwidth=4, **granularity)
+    scales = fake_quantize_(weight, scheme).quantization_parameters().scales
+    expected = fake_quantize_(sound, scheme).quantization_parameters().scales
+    assert torch.equal(scales[-len(expected) :], expected)
+
+
 @pytest.mark.parametrize(("symmetric", "expected"), [(True, [2 / 3, -2 / 3, 0.0]), (False, [1.0, -0.5, 0.5])])
 def test_two_bits_by_hand(symmetric: bool, expected: list[float]) -> None:
     # Symmetric: scale 1 / 1.5; 1.5 rounds to 2, is held at 1. Asymmetric: scale 0.5, zero -1; 1.5 - 1 rounds half to even.

@@ -27,16 +27,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """A constraint of text to names that stand elsewhere, as ``Literal`` to those beside it."""
-
-    names: tuple[str, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "literal", "expected": list(self.names)}
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
@@ -140,8 +130,7 @@ class OutputConfig:
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
     format: Annotated[
-        str,
-        OneOf(tuple(BUILT_IN)),
+        Literal[*BUILT_IN],  # type: ignore[valid-type]  # names that only a run knows
         "Format of the saved model: packed codes for vLLM and transformers; its own layout and data type; or Q8_0 "
         "blocks for llama.cpp (bitwidth 8, group_size 32).",
     ] = "compressed-tensors"
@@ -209,9 +198,8 @@ def _default_text(entry: dataclasses.Field[Any]) -> str:
 def _type_text(hint: Any) -> str:
     kind, *extras = get_args(hint)
     low, high = _bounds(extras)
-    choices = next((extra.names for extra in extras if isinstance(extra, OneOf)), get_args(kind))
-    if get_origin(kind) is Literal or (kind is str and choices):
-        return " | ".join(map(str, choices))
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return "list of strings"
     if isinstance(kind, types.UnionType):
