@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from invarlock.quantization import Scheme, Scratch, quantize_
+from invarlock.quantization import Scheme, Workspace, fake_quantize_
 
 LAYERS = 30
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -37,12 +37,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     weights = [torch.randn(shape) for _ in range(LAYERS) for shape in SHAPES]
-    scheme, scratch = Scheme(bitwidth=8), Scratch()
+    scheme, workspace = Scheme(bitwidth=8), Workspace()
     contenders: dict[str, Callable[[torch.Tensor], object]] = {
         "one pass of w.mul_(1)": lambda weight: weight.mul_(1),
         "plain torch operations": plain,
-        "RTN": lambda weight: quantize_(weight, scheme, measure=False, scratch=scratch),
-        "RTN with error figures": lambda weight: quantize_(weight, scheme, scratch=scratch),
+        "RTN": lambda weight: fake_quantize_(weight, scheme, measure=False, workspace=workspace),
+        "RTN with error figures": lambda weight: fake_quantize_(weight, scheme, workspace=workspace),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):

@@ -20,7 +20,8 @@ LAYERS = {
     "hookspecs": set(),
     "distributed": {"core"},
     "models": {"core", "distributed"},
-    "config": {"core"},
+    # Section edit.plan is the plan, and output.format has the names of formats.
+    "config": {"core", "quantization", "exporters"},
     "quantization": {"core", "distributed", "models"},
     "datasets": {"core", "models"},
     "evaluation": {"core", "distributed", "models", "datasets"},

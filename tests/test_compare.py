@@ -22,8 +22,8 @@ from invarlock.config.loading import load
 from invarlock.pipeline import compare
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
-from invarlock.quantization import Layout, Plan, Scheme, quantize_, quantize_model
-from invarlock.quantization.inference import infer_grid
+from invarlock.quantization import Plan, Scheme, WeightLayout, fake_quantize_, quantize_model
+from invarlock.quantization.grids import infer_grid
 from invarlock.reporting.report import json_schema
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
@@ -44,7 +44,7 @@ def save(edit, folder: Path = Path("subject"), dtype: str = "bfloat16", tokenize
 
 
 def rtn(bitwidth: int, **options):
-    return lambda model: quantize_model(model, Plan(Scheme(bitwidth), scope="all", **options))
+    return lambda model: quantize_model(model, Plan(bitwidth, scope="all", **options))
 
 
 @pytest.mark.parametrize("source", [TEXT, ("--generated",), ("--weights-only",), ()])
@@ -190,17 +190,17 @@ def test_one_model_is_in_memory_at_a_time(module, config) -> None:
 def test_a_grid_is_read_off_the_numbers(dtype, bitwidth, group_size, symmetric) -> None:
     weight = (torch.randn(192, 512, generator=torch.Generator().manual_seed(1)) * 0.05).to(dtype)
     assert infer_grid(weight) is None
-    quantize_(weight, Scheme(bitwidth, symmetric=symmetric, group_size=group_size))
+    fake_quantize_(weight, Scheme(bitwidth, symmetric=symmetric, group_size=group_size))
     grid = infer_grid(weight)
     assert (grid.bits, grid.group_size) == (bitwidth, group_size)
 
 
 def test_a_grid_is_read_along_the_right_axis() -> None:
     model = architectures.gpt2()
-    quantize_model(model, Plan(Scheme(4), scope="all"))
+    quantize_model(model, Plan(4, scope="all"))
     weight = model.transformer.h[0].attn.c_attn.weight
-    assert infer_grid(weight, Layout.IN_OUT).bits == 4
-    assert infer_grid(weight, Layout.OUT_IN) is None
+    assert infer_grid(weight, WeightLayout.IN_OUT).bits == 4
+    assert infer_grid(weight, WeightLayout.OUT_IN) is None
 
 
 def test_half_precision_is_no_grid() -> None:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from invarlock.cli.main import main
-from invarlock.quantization import Plan, Scheme, quantize_model
+from invarlock.quantization import Plan, quantize_model
 
 BASELINE = DEMO / "checkpoint"
 SMALL = ("--set", "dataset.seq_len=64", "--set", "dataset.final_n=6", "--set", "dataset.preview_n=2")
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = write_key(root / "key.pem")
     write_key(root / "other.pem")
     model = AutoModelForCausalLM.from_pretrained(BASELINE, dtype="float32")
-    quantize_model(model, Plan(Scheme(8), scope="all"))
+    quantize_model(model, Plan(8, scope="all"))
     model.save_pretrained(root / "subject")
     AutoTokenizer.from_pretrained(BASELINE).save_pretrained(root / "subject")
 

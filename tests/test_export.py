@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from invarlock.checkpoints.checksums import digests
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.loading import load
-from invarlock.exporters import gguf
+from invarlock.exporters import BUILT_IN, built_in, gguf
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -241,6 +241,10 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(invarlock, config, 
     assert said in done.err
     assert "or set output.format to dequantized" in done.err
     assert not Path("out").exists()
+
+
+def test_each_format_has_the_name_that_a_configuration_knows() -> None:
+    assert [exporter.name for exporter in built_in()] == list(BUILT_IN)
 
 
 def test_all_that_belongs_to_a_model_travels_along(invarlock, config) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import read_report
 
-from invarlock.quantization import Plan, Scheme, quantize_, quantize_model
+from invarlock.quantization import Plan, Scheme, fake_quantize_, quantize_model
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 from plugins_builtin.guards.spectral import SpectralGuard
@@ -28,15 +28,15 @@ pytestmark = [
 def test_a_weight_is_rounded_to_the_same_bits(dtype: torch.dtype, scheme: Scheme) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     there = weight.cuda()
-    quantize_(weight, scheme)
-    quantize_(there, scheme)
+    fake_quantize_(weight, scheme)
+    fake_quantize_(there, scheme)
     assert torch.equal(weight, there.cpu())
 
 
 def test_devices_are_quantized_side_by_side() -> None:
     here, there = architectures.llama(), architectures.llama()
     there.model.layers[0].cuda()
-    plan = Plan(Scheme(4), scope="all")
+    plan = Plan(4, scope="all")
     assert {weight.device for weight in quantize_model(there, plan)} == {"cpu", "cuda:0"}
     quantize_model(here, plan)
     for name, parameter in here.named_parameters():
@@ -55,7 +55,7 @@ def test_guards_look_at_devices_side_by_side(guard: type, devices: tuple[str, st
         asked = guard()
         asked.prepare(model, None, None, {})
         before = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-        quantize_model(model, Plan(Scheme(2), scope="all"))
+        quantize_model(model, Plan(2, scope="all"))
         said.append(asked.validate(model, None, {"baseline_weights": before}))
     alone, together = said
     assert together["action"] == alone["action"]

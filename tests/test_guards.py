@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from invarlock.models.snapshot import Snapshot
-from invarlock.quantization import Plan, Scheme, quantize_model
+from invarlock.quantization import Plan, quantize_model
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
@@ -73,7 +73,7 @@ def test_activations_tell_damage_where_there_are_windows(invarlock, config, modu
 
 @pytest.mark.parametrize("guard", GUARDS)
 def test_eight_bits_are_left_alone(guard) -> None:
-    result = judge(guard(), demo(), lambda model: quantize_model(model, Plan(Scheme(8), scope="all")))
+    result = judge(guard(), demo(), lambda model: quantize_model(model, Plan(8, scope="all")))
     assert (result["passed"], result["action"]) == (True, "continue")
 
 
@@ -119,9 +119,7 @@ def test_what_preserves_a_blocks_function_scores_nothing(edit) -> None:
 @pytest.mark.parametrize("bitwidth", [4, 3])
 def test_the_score_estimates_the_rise_of_the_log_loss(bitwidth: int) -> None:
     """Measured on 64 windows of held-out text: 1.026 at 4 bits, 1.13 at 3."""
-    result = judge(
-        ReconstructionGuard(), demo(), lambda model: quantize_model(model, Plan(Scheme(bitwidth), scope="all"))
-    )
+    result = judge(ReconstructionGuard(), demo(), lambda model: quantize_model(model, Plan(bitwidth, scope="all")))
     rise = {4: 0.0257, 3: 0.12}[bitwidth]
     assert rise / 2 < result["metrics"]["score"] < rise * 2
 

@@ -19,7 +19,7 @@ from invarlock.evaluation.taps import attached
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.structure import find_blocks
 from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.scheme import Plan
 from invarlock.testing import architectures
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 from plugins_builtin.guards.reconstruction.calls import Cut, find_parts
@@ -184,7 +184,7 @@ def test_what_leaves_the_function_scores_nothing(edit, has_windows, trained, tex
 
 
 def quantize(bits, **scheme):
-    return lambda model: quantize_model(model, Plan(Scheme(bits, **scheme), scope="all"), measure=False)
+    return lambda model: quantize_model(model, Plan(bits, **scheme, scope="all"), measure=False)
 
 
 def add_noise(share):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from invarlock.core.errors import UsageError
-from invarlock.quantization import Layout, Plan, Scheme, Scratch, quantize_, quantize_model
+from invarlock.quantization import Plan, Scheme, WeightLayout, Workspace, fake_quantize_, quantize_model
 from invarlock.testing import architectures
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,9 +73,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return weight.to(dtype)
 
 
-def clone_and_quantize(weight: Tensor, scheme: Scheme, layout: Layout = Layout.OUT_IN) -> Tensor:
+def clone_and_quantize(weight: Tensor, scheme: Scheme, layout: WeightLayout = WeightLayout.OUT_IN) -> Tensor:
     result = weight.clone()
-    quantize_(result, scheme, layout=layout)
+    fake_quantize_(result, scheme, layout=layout)
     return result
 
 
@@ -89,11 +89,42 @@ def test_equals_the_reference(bitwidth: int, symmetric: bool, granularity: dict,
     assert torch.equal(clone_and_quantize(weight, scheme), reference(weight, scheme))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "granularity", [{"per_channel": False}, {}, {"group_size": 8}], ids=["tensor", "channel", "group"]
+)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float16], ids=str)
+def test_codes_scales_and_zero_points_make_the_rounded_weight(scale_dtype, symmetric, granularity, dtype) -> None:
+    result = random(12, 40, dtype=dtype)
+    scheme = Scheme(bitwidth=5, symmetric=symmetric, clamp_ratio=0.05, **granularity)
+    parameters = fake_quantize_(result, scheme, scale_dtype=scale_dtype).quantization_parameters()
+    codes = parameters.codes(result)
+    assert parameters.scales.dtype == (scale_dtype or dtype)
+    assert codes.dtype == torch.int8
+    assert -16 <= codes.min() <= codes.max() <= 15
+    units = codes.float().view(*parameters.scales.shape, -1)
+    if parameters.zero_points is not None:
+        units = units - parameters.zero_points.unsqueeze(-1)
+    assert torch.equal((units * parameters.scales.float().unsqueeze(-1)).view(12, 40).to(dtype), result)
+
+
+@pytest.mark.parametrize("granularity", [{"per_channel": False}, {}], ids=["tensor", "channel"])
+def test_scales_of_finite_rows_do_not_know_of_the_others(granularity: dict) -> None:
+    weight = random(6, 8)
+    sound = weight[1:].clone()
+    weight[0, 3] = math.nan
+    scheme = Scheme(bitwidth=4, **granularity)
+    scales = fake_quantize_(weight, scheme).quantization_parameters().scales
+    expected = fake_quantize_(sound, scheme).quantization_parameters().scales
+    assert torch.equal(scales[-len(expected) :], expected)
+
+
 @pytest.mark.parametrize(("symmetric", "expected"), [(True, [2 / 3, -2 / 3, 0.0]), (False, [1.0, -0.5, 0.5])])
 def test_two_bits_by_hand(symmetric: bool, expected: list[float]) -> None:
     # Symmetric: scale 1 / 1.5; 1.5 rounds to 2, is held at 1. Asymmetric: scale 0.5, zero -1; 1.5 - 1 rounds half to even.
     weight = torch.tensor([[1.0, -0.5, 0.25 if symmetric else 0.75]])
-    quantize_(weight, Scheme(bitwidth=2, symmetric=symmetric))
+    fake_quantize_(weight, Scheme(bitwidth=2, symmetric=symmetric))
     assert weight.tolist() == [pytest.approx(expected)]
 
 
@@ -122,7 +153,7 @@ def test_a_weight_of_many_blocks_equals_the_reference(granularity: dict, dtype: 
     scheme = Scheme(bitwidth=4, **granularity | ({"group_size": 1000} if "group_size" in granularity else {}))
     weight = random(2300, 2050, dtype=dtype)
     result = weight.clone()
-    figures = quantize_(result, scheme)
+    figures = fake_quantize_(result, scheme)
     assert torch.equal(result, reference(weight, scheme))
     error = (weight.double() - result.double()).norm() / weight.double().norm()
     assert figures.relative_error == pytest.approx(float(error), rel=1e-4)
@@ -150,7 +181,7 @@ def test_rows_that_are_not_finite_are_left_and_counted(granularity: dict, symmet
     weight = random(8, 40, dtype=dtype)
     weight[0, 3], weight[5, 39], weight[6, 1] = math.nan, math.inf, -math.inf
     result, sound = weight.clone(), weight[[1, 2, 3, 4, 7]]
-    figures, alone = quantize_(result, scheme), quantize_(sound, scheme)
+    figures, alone = fake_quantize_(result, scheme), fake_quantize_(sound, scheme)
     assert figures.non_finite_rows == 3
     bits = torch.int32 if dtype is torch.float32 else torch.int16
     assert torch.equal(result[[0, 5, 6]].view(bits), weight[[0, 5, 6]].view(bits))
@@ -158,14 +189,14 @@ def test_rows_that_are_not_finite_are_left_and_counted(granularity: dict, symmet
     assert figures.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
     assert figures.clipped_share * 8 == pytest.approx(alone.clipped_share * 5)
     transposed = weight.T.contiguous()
-    assert quantize_(transposed, scheme, layout=Layout.IN_OUT).non_finite_rows == 3
+    assert fake_quantize_(transposed, scheme, layout=WeightLayout.IN_OUT).non_finite_rows == 3
     assert torch.equal(transposed.T[[1, 2, 3, 4, 7]], sound)
 
 
 @pytest.mark.parametrize("clamp_ratio", [0.0, 0.2])
 def test_a_weight_without_finite_rows_is_left_alone(clamp_ratio: float) -> None:
     weight = torch.full((3, 4), math.nan)
-    figures = quantize_(weight, Scheme(clamp_ratio=clamp_ratio))
+    figures = fake_quantize_(weight, Scheme(clamp_ratio=clamp_ratio))
     assert weight.isnan().all()
     assert (figures.non_finite_rows, figures.relative_error, figures.sqnr_db) == (3, 0.0, None)
 
@@ -218,7 +249,7 @@ def test_clamp_clips_to_quantiles_of_the_matrix(granularity: dict, clamp_ratio: 
     scheme = Scheme(bitwidth=4, clamp_ratio=clamp_ratio, **granularity)
     weight = random(12, 41, dtype=dtype)
     result = weight.clone()
-    figures = quantize_(result, scheme)
+    figures = fake_quantize_(result, scheme)
     assert torch.equal(result, reference(weight, scheme))
     low, high = np.quantile(weight.double().numpy(), [clamp_ratio / 2, 1 - clamp_ratio / 2])
     outside = (weight.double() < low) | (weight.double() > high)
@@ -233,7 +264,7 @@ def test_clamp_clips_to_quantiles_of_the_matrix(granularity: dict, clamp_ratio: 
 def test_clamp_takes_more_numbers_than_torch_quantile(dtype: torch.dtype) -> None:
     weight = torch.randn(4100, 4100, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert weight.numel() > 2**24
-    figures = quantize_(weight, Scheme(clamp_ratio=0.1), measure=False)
+    figures = fake_quantize_(weight, Scheme(clamp_ratio=0.1), measure=False)
     # 16-bit numbers come in steps: all those that equal a quantile stay.
     assert figures.clipped_share == pytest.approx(0.1, abs=1e-6 if dtype is torch.float32 else 2e-3)
     assert float(weight.abs().amax()) == pytest.approx(1.6449, rel=0.01)
@@ -259,25 +290,25 @@ def test_the_output_axis_is_where_the_module_has_it(scheme: Scheme, dtype: torch
 
     linear = nn.Linear(40, 12, dtype=dtype)
     linear.weight.data.copy_(matrix)
-    quantize_(linear.weight, scheme)
+    fake_quantize_(linear.weight, scheme)
     assert torch.equal(linear.weight, expected)
     assert linear.weight.requires_grad
 
     conv1d_of_gpt2 = Conv1D(12, 40).to(dtype)
     conv1d_of_gpt2.weight.data.copy_(matrix.T)
-    quantize_(conv1d_of_gpt2.weight, scheme, layout=Layout.IN_OUT)
+    fake_quantize_(conv1d_of_gpt2.weight, scheme, layout=WeightLayout.IN_OUT)
     assert torch.equal(conv1d_of_gpt2.weight, expected.T)
 
     conv1d = nn.Conv1d(10, 12, kernel_size=4, dtype=dtype)
     conv1d.weight.data.copy_(matrix.view(12, 10, 4))
-    quantize_(conv1d.weight, scheme, layout=Layout.CONV)
+    fake_quantize_(conv1d.weight, scheme, layout=WeightLayout.CONV)
     assert torch.equal(conv1d.weight.flatten(1), expected)
 
     for memory_format in (torch.contiguous_format, torch.channels_last):
         conv2d = nn.Conv2d(10, 12, kernel_size=2, dtype=dtype).to(memory_format=memory_format)
         conv2d.weight.data.copy_(matrix.view(12, 10, 2, 2))
         address = conv2d.weight.data_ptr()
-        quantize_(conv2d.weight, scheme, layout=Layout.CONV)
+        fake_quantize_(conv2d.weight, scheme, layout=WeightLayout.CONV)
         assert torch.equal(conv2d.weight.flatten(1), expected)
         assert conv2d.weight.data_ptr() == address
         assert conv2d.weight.is_contiguous(memory_format=memory_format)
@@ -285,7 +316,7 @@ def test_the_output_axis_is_where_the_module_has_it(scheme: Scheme, dtype: torch
     experts = torch.stack([matrix, random(12, 40, dtype=dtype, seed=1)])
     expected_experts = torch.stack([reference(expert, scheme) for expert in experts])
     assert torch.equal(clone_and_quantize(experts, scheme), expected_experts)
-    transposed = clone_and_quantize(experts.mT.contiguous(), scheme, Layout.IN_OUT)
+    transposed = clone_and_quantize(experts.mT.contiguous(), scheme, WeightLayout.IN_OUT)
     assert torch.equal(transposed, expected_experts.mT)
 
 
@@ -293,14 +324,14 @@ def test_the_output_axis_is_where_the_module_has_it(scheme: Scheme, dtype: torch
 def test_figures_are_those_of_what_is_in_the_weight(dtype: torch.dtype) -> None:
     weight = random(12, 40, dtype=dtype)
     result, silent = weight.clone(), weight.clone()
-    figures = quantize_(result, Scheme(bitwidth=6), scratch=Scratch())
+    figures = fake_quantize_(result, Scheme(bitwidth=6), workspace=Workspace())
     signal, noise = weight.double().square().sum(), (weight.double() - result.double()).square().sum()
     assert figures.parameters == 480
     assert figures.relative_error == pytest.approx(float((noise / signal).sqrt()), rel=1e-5)
     assert figures.sqnr_db == pytest.approx(float(10 * (signal / noise).log10()), rel=1e-5)
     assert (figures.clipped_share, figures.non_finite_rows) == (0.0, 0)
 
-    unmeasured = quantize_(silent, Scheme(bitwidth=6), measure=False)
+    unmeasured = fake_quantize_(silent, Scheme(bitwidth=6), measure=False)
     assert torch.equal(silent, result)
     assert (unmeasured.relative_error, unmeasured.sqnr_db) == (None, None)
 
@@ -308,15 +339,18 @@ def test_figures_are_those_of_what_is_in_the_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e25, 1e30])
 def test_figures_do_not_overflow_or_vanish_in_float32(size: float) -> None:
     weight = random(12, 40)
-    usual, unusual = quantize_(weight.clone(), Scheme(bitwidth=6)), quantize_(weight * size, Scheme(bitwidth=6))
+    usual, unusual = (
+        fake_quantize_(weight.clone(), Scheme(bitwidth=6)),
+        fake_quantize_(weight * size, Scheme(bitwidth=6)),
+    )
     assert unusual.relative_error == pytest.approx(usual.relative_error, rel=1e-3)
     assert unusual.sqnr_db == pytest.approx(usual.sqnr_db, rel=1e-3)
 
 
 def test_figures_of_zeros_and_of_nothing() -> None:
-    figures = quantize_(torch.zeros(3, 4), Scheme())
+    figures = fake_quantize_(torch.zeros(3, 4), Scheme())
     assert (figures.relative_error, figures.sqnr_db) == (0.0, None)
-    assert quantize_(torch.empty(0, 4), Scheme()).parameters == 0
+    assert fake_quantize_(torch.empty(0, 4), Scheme()).parameters == 0
 
 
 @pytest.mark.parametrize(
@@ -330,22 +364,22 @@ def test_figures_of_zeros_and_of_nothing() -> None:
 )
 def test_weights_that_cannot_be_quantized(weight: Tensor, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        quantize_(weight, Scheme())
+        fake_quantize_(weight, Scheme())
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"bitwidth": 1}, "edit.plan.bitwidth is 1; set a whole number from 2 to 8"),
-        ({"bitwidth": 9}, "bitwidth is 9"),
-        ({"bitwidth": 4.0}, "bitwidth is 4.0"),
-        ({"bitwidth": True}, "bitwidth is True"),
-        ({"group_size": 0}, "edit.plan.group_size is 0"),
+        ({"bitwidth": 1}, "`bitwidth` is 1; set a whole number from 2 to 8"),
+        ({"bitwidth": 9}, "`bitwidth` is 9"),
+        ({"bitwidth": 4.0}, "`bitwidth` is 4.0"),
+        ({"bitwidth": True}, "`bitwidth` is True"),
+        ({"group_size": 0}, "`group_size` is 0"),
         ({"group_size": 8, "per_channel": False}, "set per_channel to true or group_size to null"),
-        ({"clamp_ratio": 0.9}, "edit.plan.clamp_ratio is 0.9; set a number from 0 to 0.5"),
-        ({"clamp_ratio": -0.1}, "clamp_ratio is -0.1"),
-        ({"clamp_ratio": math.nan}, "clamp_ratio is nan"),
-        ({"clamp_ratio": "much"}, "clamp_ratio is 'much'"),
+        ({"clamp_ratio": 0.9}, "`clamp_ratio` is 0.9; set a number from 0 to 0.5"),
+        ({"clamp_ratio": -0.1}, "`clamp_ratio` is -0.1"),
+        ({"clamp_ratio": math.nan}, "`clamp_ratio` is nan"),
+        ({"clamp_ratio": "much"}, "`clamp_ratio` is 'much'"),
     ],
 )
 def test_a_scheme_that_cannot_be(values: dict, said: str) -> None:
@@ -354,25 +388,23 @@ def test_a_scheme_that_cannot_be(values: dict, said: str) -> None:
 
 
 def test_scheme_and_plan_import_no_torch() -> None:
-    code = (
-        "import sys; from invarlock.quantization import Plan, Scheme; Plan(Scheme()); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from invarlock.quantization import Plan, Scheme; Plan(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_is_quantized_in_its_order_with_a_result_for_each_weight() -> None:
     model, untouched = architectures.llama(), architectures.llama()
     told: list[tuple[int, int, str]] = []
-    scheme = Scheme(bitwidth=4)
-    results = quantize_model(model, Plan(scheme), on_progress=lambda *progress: told.append(progress))
+    plan = Plan(bitwidth=4)
+    results = quantize_model(model, plan, on_progress=lambda *progress: told.append(progress))
     names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
     assert [result.name for result in results] == names
     assert told == [(done, 6, name) for done, name in enumerate(names, start=1)]
     for name, before in untouched.state_dict().items():
         module = name.removesuffix(".weight")
-        assert torch.equal(model.state_dict()[name], reference(before, scheme) if module in names else before)
+        assert torch.equal(model.state_dict()[name], reference(before, plan) if module in names else before)
     first = results[0]
-    assert (first.bits, first.scheme, first.device, first.role) == (4, scheme, "cpu", "ffn")
+    assert (first.bits, first.device, first.role) == (4, "cpu", "ffn")
     assert (first.parameter_name, first.parameters) == (f"{names[0]}.weight", 48 * 32)
     assert 0 < first.relative_error < 0.2
 
@@ -380,7 +412,7 @@ def test_a_model_is_quantized_in_its_order_with_a_result_for_each_weight() -> No
 @pytest.mark.parametrize("build", [architectures.mixtral, architectures.gpt_oss], ids=lambda build: build.__name__)
 def test_fused_experts_get_a_scale_for_each_output(build: object) -> None:
     model, before = build(), build()
-    quantize_model(model, Plan(Scheme(bitwidth=3)))
+    quantize_model(model, Plan(bitwidth=3))
     experts, untouched = model.model.layers[0].mlp.experts, before.model.layers[0].mlp.experts
     transposed = build is architectures.gpt_oss
     for name in ("gate_up_proj", "down_proj"):
@@ -426,9 +458,7 @@ def test_devices_work_side_by_side_and_results_and_progress_keep_the_order() -> 
 def test_an_offloaded_weight_is_named_before_anything_changes() -> None:
     model, before = architectures.llama(), architectures.llama()
     model.model.layers[1].mlp.up_proj.to("meta")
-    with pytest.raises(
-        UsageError, match=r"model\.layers\.1\.mlp\.up_proj is offloaded or not loaded .*edit\.plan\.exclude"
-    ):
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.up_proj is offloaded or not loaded .*`exclude`"):
         quantize_model(model, Plan())
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
     quantize_model(model, Plan(exclude=("*.1.mlp.up_proj",)))

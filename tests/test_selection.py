@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from invarlock.core.errors import UsageError
-from invarlock.quantization import Layout, Plan, Scheme, find_weights, quantize_model, select_targets
+from invarlock.quantization import Plan, WeightLayout, find_weights, quantize_model, select_targets
 from invarlock.testing import architectures
 
 
@@ -94,7 +94,7 @@ def test_embedding_and_head_are_touched_only_by_name_and_then_once(build: Callab
     for pattern in (head_name, f"{head_name}.weight"):
         assert selected(model, include=(pattern,)) == ([EMBEDDING[build]] if tied else [head_name])
 
-    quantize_model(model, Plan(Scheme(bitwidth=4), include=(head_name,)))
+    quantize_model(model, Plan(bitwidth=4, include=(head_name,)))
     assert not torch.equal(head.weight, before[1])
     assert (embedding.weight is head.weight) is tied
     assert torch.equal(embedding.weight, before[0]) is not tied
@@ -147,13 +147,13 @@ def test_what_a_weight_is_for() -> None:
 @pytest.mark.parametrize(
     ("build", "name", "layout"),
     [
-        (architectures.gpt2, "transformer.h.0.attn.c_attn", Layout.IN_OUT),
-        (architectures.bert, "bert.encoder.layer.0.output.dense", Layout.OUT_IN),
-        (architectures.mixtral, "model.layers.0.mlp.experts.down_proj", Layout.OUT_IN),
-        (architectures.gpt_oss, "model.layers.0.mlp.experts.down_proj", Layout.IN_OUT),
+        (architectures.gpt2, "transformer.h.0.attn.c_attn", WeightLayout.IN_OUT),
+        (architectures.bert, "bert.encoder.layer.0.output.dense", WeightLayout.OUT_IN),
+        (architectures.mixtral, "model.layers.0.mlp.experts.down_proj", WeightLayout.OUT_IN),
+        (architectures.gpt_oss, "model.layers.0.mlp.experts.down_proj", WeightLayout.IN_OUT),
     ],
 )
-def test_which_axis_is_which(build: Callable[..., nn.Module], name: str, layout: Layout) -> None:
+def test_which_axis_is_which(build: Callable[..., nn.Module], name: str, layout: WeightLayout) -> None:
     (target,) = select_targets(build(), Plan(scope="all", include=(name,)))
     assert target.layout is layout
 
@@ -169,9 +169,10 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "layout"), [([(4, 8, 12), (4, 6, 8)], Layout.IN_OUT), ([(4, 12, 8), (4, 8, 6)], Layout.OUT_IN)]
+    ("shapes", "layout"),
+    [([(4, 8, 12), (4, 6, 8)], WeightLayout.IN_OUT), ([(4, 12, 8), (4, 8, 6)], WeightLayout.OUT_IN)],
 )
-def test_fused_experts_that_do_not_say_how_they_are_stored(shapes: list[tuple[int, ...]], layout: Layout) -> None:
+def test_fused_experts_that_do_not_say_how_they_are_stored(shapes: list[tuple[int, ...]], layout: WeightLayout) -> None:
     assert [target.layout for target in find_weights(Experts(8, *shapes))] == [layout, layout]
 
 
@@ -259,22 +260,22 @@ def test_patterns() -> None:
     [
         (
             {"include": ("*.gate_prj",)},
-            r"edit\.plan\.include holds '\*\.gate_prj', which matches no weight .* mean 'gate_proj'\?",
+            r"`include` holds '\*\.gate_prj', which matches no weight .* mean 'gate_proj'\?",
         ),
-        ({"exclude": ("lm_haed",)}, r"edit\.plan\.exclude holds 'lm_haed', .* mean 'lm_head'\?"),
-        ({"include": ("re:gate_proj",)}, r"edit\.plan\.include holds 're:gate_proj', which matches no weight"),
+        ({"exclude": ("lm_haed",)}, r"`exclude` holds 'lm_haed', .* mean 'lm_head'\?"),
+        ({"include": ("re:gate_proj",)}, r"`include` holds 're:gate_proj', which matches no weight"),
         (
             {"include": ("*.up_proj", "*.q_proj")},
-            r"^edit\.plan\.include holds '\*\.q_proj', which matches only weights outside of edit\.plan\.scope 'ffn' "
-            r"\(as model\.layers\.0\.self_attn\.q_proj, attention\); set edit\.plan\.scope to 'all', or remove",
+            r"^`include` holds '\*\.q_proj', which matches only weights outside of `scope` 'ffn' "
+            r"\(as model\.layers\.0\.self_attn\.q_proj, attention\); set `scope` to 'all', or remove",
         ),
         (
             {"include": ("lm_head", "*.down_proj"), "scope": "attn"},
-            r"'\*\.down_proj', which matches only weights outside of edit\.plan\.scope 'attn' .*, ffn\)",
+            r"'\*\.down_proj', which matches only weights outside of `scope` 'attn' .*, ffn\)",
         ),
         (
             {"include": ("*.up_proj",), "exclude": ("*up*",)},
-            r"edit\.plan\.scope 'ffn', edit\.plan\.include \['\*\.up_proj'\], edit\.plan\.exclude \['\*up\*'\] selects no "
+            r"`scope` 'ffn', `include` \['\*\.up_proj'\], `exclude` \['\*up\*'\] selects no "
             r"weight; the model has 8 attention \(as model\.layers\.0\.self_attn\.q_proj\), 6 ffn \(as model\.layers\.0\.mlp",
         ),
         ({"exclude": ("*",)}, "selects no weight"),
@@ -294,11 +295,11 @@ def test_a_model_without_weights() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"scope": "bogus"}, r"edit\.plan\.scope is 'bogus'; known are ffn, attn, all$"),
+        ({"scope": "bogus"}, r"`scope` is 'bogus'; known are ffn, attn, all$"),
         ({"scope": "attention"}, r"mean 'attn'\?"),
-        ({"max_modules": 0}, r"edit\.plan\.max_modules is 0"),
+        ({"max_modules": 0}, r"`max_modules` is 0"),
         ({"include": "lm_head"}, r"set a list of patterns: \['lm_head'\]"),
-        ({"exclude": (3,)}, r"edit\.plan\.exclude holds 3"),
+        ({"exclude": (3,)}, r"`exclude` holds 3"),
         ({"include": ("re:(",)}, r"'re:\(', which is no regular expression"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from invarlock.core.progress import showing
 from invarlock.distributed.parallel_map import each
-from invarlock.quantization import Plan, Scheme, quantize_model
+from invarlock.quantization import Plan, quantize_model
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 from plugins_builtin.guards.spectral import SpectralGuard
@@ -78,7 +78,7 @@ def test_guards_say_of_a_model_on_several_devices_what_they_say_of_it_on_one(gua
         asked = guard()
         asked.prepare(model, None, None, {})
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        quantize_model(model, Plan(Scheme(bits), scope="all"))
+        quantize_model(model, Plan(bits, scope="all"))
         return asked.validate(model, None, {"baseline_weights": before})
 
     assert judged(spread(architectures.llama())) == judged(architectures.llama())

@@ -15,7 +15,7 @@ from torch import nn
 from invarlock.core.errors import UsageError
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.quantization.model import quantize_model
-from invarlock.quantization.rtn import quantize_
+from invarlock.quantization.rounding import fake_quantize_
 from invarlock.quantization.scheme import Plan, Scheme
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
@@ -235,9 +235,17 @@ def test_the_unedited_model_passes_without_a_warning(build, dtype) -> None:
     assert result["metrics"]["not_measured"] == []
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, group_size=32), Scheme(8, symmetric=False), Scheme(6)])
-def test_rounding_to_8_and_6_bits_is_no_cause_for_warning(demo, scheme: Scheme) -> None:
-    result = judge(demo, lambda model: quantize_model(model, Plan(scheme, scope="all")))
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(8, scope="all"),
+        Plan(8, group_size=32, scope="all"),
+        Plan(8, symmetric=False, scope="all"),
+        Plan(6, scope="all"),
+    ],
+)
+def test_rounding_to_8_and_6_bits_is_no_cause_for_warning(demo, plan: Plan) -> None:
+    result = judge(demo, lambda model: quantize_model(model, plan))
     assert (result["action"], result["warnings"]) == ("continue", [])
     assert len(result["metrics"]["suspects"]) == 10
 
@@ -276,9 +284,9 @@ def test_damage_to_one_matrix_warns_and_names_it(demo, module: str, damage: str)
     assert module in result["message"]
 
 
-@pytest.mark.parametrize("scheme", [Scheme(2), Scheme(3), Scheme(4, per_channel=False)])
-def test_rounding_to_very_few_levels_warns(demo, scheme: Scheme) -> None:
-    assert judge(demo, lambda model: quantize_model(model, Plan(scheme, scope="all")))["action"] == "warn"
+@pytest.mark.parametrize("plan", [Plan(2, scope="all"), Plan(3, scope="all"), Plan(4, per_channel=False, scope="all")])
+def test_rounding_to_very_few_levels_warns(demo, plan: Plan) -> None:
+    assert judge(demo, lambda model: quantize_model(model, plan))["action"] == "warn"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -339,7 +347,7 @@ def test_one_zeroed_row_or_column_is_enough_whichever_it_is(shape, line: str, ax
 def test_rounding_replaces_no_row_and_no_column(shape, scheme: Scheme) -> None:
     weight = noise(*shape)
     [before] = singular.spectra([weight])
-    quantize_(weight, scheme)
+    fake_quantize_(weight, scheme)
     [change] = singular.changes([weight], [before])
     assert max(change.rows.max(), change.columns.max()) < 0.5
 
@@ -347,7 +355,7 @@ def test_rounding_replaces_no_row_and_no_column(shape, scheme: Scheme) -> None:
 def test_numbers_that_rounding_may_lose_are_no_columns() -> None:
     """A matrix of one row: each of its columns is one number, of which rounding makes zeros."""
     model = nn.Sequential(nn.Linear(512, 1, bias=False))
-    result = judge(model, lambda model: quantize_(model[0].weight, Scheme(4)))
+    result = judge(model, lambda model: fake_quantize_(model[0].weight, Scheme(4)))
     assert "replaced" not in result["message"]
 
 
@@ -387,7 +395,7 @@ def test_a_streamed_weight_is_read_once_a_side(demo, bits: int) -> None:
     def edited(name: str, weight: torch.Tensor) -> torch.Tensor:
         read.append(name)
         if guard_is_ready and weight.ndim == 2:
-            quantize_(weight, Scheme(bits))
+            fake_quantize_(weight, Scheme(bits))
         return weight
 
     model = HF_Causal_Adapter().load_model(str(DEMO / "checkpoint"), "cpu", dtype="float32", stream=True)

@@ -13,7 +13,7 @@ from torch import nn
 from invarlock.core.errors import UsageError
 from invarlock.quantization import Role, find_weights
 from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.scheme import Plan
 from plugins_builtin.guards.variance import VarianceGuard
 
 
@@ -39,9 +39,11 @@ def test_the_unedited_model_passes_without_a_warning(build, dtype) -> None:
     assert result["metrics"]["outputs"] > 10
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, group_size=32), Scheme(6), Scheme(4)])
-def test_rounding_that_does_little_is_no_cause_for_warning(demo, text, scheme: Scheme) -> None:
-    result = judge(demo, text, lambda model: quantize_model(model, Plan(scheme, scope="all")))
+@pytest.mark.parametrize(
+    "plan", [Plan(8, scope="all"), Plan(8, group_size=32, scope="all"), Plan(6, scope="all"), Plan(4, scope="all")]
+)
+def test_rounding_that_does_little_is_no_cause_for_warning(demo, text, plan: Plan) -> None:
+    result = judge(demo, text, lambda model: quantize_model(model, plan))
     assert (result["action"], result["warnings"], result["metrics"]["proposal"]) == ("continue", [], [])
     assert len(result["metrics"]["modules"]) == 10
 
@@ -103,7 +105,7 @@ def test_a_damaged_norm_and_a_damaged_embedding_are_named(demo, text) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_rounding_to_very_few_bits_warns(demo, text, bits: int) -> None:
-    assert judge(demo, text, lambda model: quantize_model(model, Plan(Scheme(bits), scope="all")))["action"] == "warn"
+    assert judge(demo, text, lambda model: quantize_model(model, Plan(bits, scope="all")))["action"] == "warn"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

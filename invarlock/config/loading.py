@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from invarlock.config.reading import DEPTH, Source, kind, read_file, read_setting
-from invarlock.config.schema import PATHS, Key, RunConfig, keys
+from invarlock.config.schema import PATHS, Key, RunConfig, as_keys, keys
 from invarlock.core.errors import UsageError, nearest
 from invarlock.core.paths import PathError, given
+from invarlock.quantization.scheme import PlanError
 
 KNOWN_GUARD_KEYS = ("order", "fail_fast")
 ANCHORS = "x-"
@@ -73,6 +74,9 @@ def validate(source: Source) -> RunConfig:
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise _explain(error.errors()[0], source) from None
+    except PlanError as error:
+        key, _, problem = as_keys(str(error)).partition(" ")
+        raise source.error(key, problem) from None
     _check_across_keys(config, source)
     return config
 
@@ -124,7 +128,7 @@ def _is_below(path: str, parent: str) -> bool:
 
 
 def _check_across_keys(config: RunConfig, source: Source) -> None:
-    dataset, plan = config.dataset, config.edit.plan
+    dataset = config.dataset
     if dataset.provider in ("local_jsonl", "local_text", "hf") and not dataset.path:
         raise source.error("dataset.path", f"is required by provider {dataset.provider}")
     if dataset.provider in ("generated", "demo") and dataset.path:
@@ -133,8 +137,6 @@ def _check_across_keys(config: RunConfig, source: Source) -> None:
         )
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise source.error("dataset.stride", f"windows must not overlap: at least seq_len ({dataset.seq_len})")
-    if plan.group_size is not None and not plan.per_channel:
-        raise source.error("edit.plan.group_size", "groups lie within output channels: it needs per_channel: true")
 
 
 def json_schema() -> dict[str, Any]:

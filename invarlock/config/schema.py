@@ -7,12 +7,16 @@ It imports nothing heavy, for ``--help`` needs it: plain data classes, constrain
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
+
+from invarlock.exporters import BUILT_IN
+from invarlock.quantization.scheme import Plan
 
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 PATHS = ("model.id", "dataset.path", "output.dir")
@@ -64,29 +68,6 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
-    bitwidth: Annotated[int, Ge(2), Le(8), "Bits a weight."] = 8
-    symmetric: Annotated[bool, "Zero point at zero; else the range is min to max with a zero point."] = True
-    per_channel: Annotated[bool, "A scale for each output channel; else one for the tensor."] = True
-    group_size: Annotated[
-        int | None, Ge(1), "A scale for each group of so many weights along the input axis; the last may be short."
-    ] = None
-    clamp_ratio: Annotated[
-        float, Ge(0.0), Le(0.5), "Share c of weights clipped first: to the quantiles c/2 and 1 - c/2."
-    ] = 0.0
-    scope: Annotated[Literal["ffn", "attn", "all"], "Weights to quantize, by what their module is."] = "ffn"
-    include: Annotated[
-        tuple[str, ...],
-        "Globs or re:REGEX of module names. Only what matches is quantized; embeddings, output heads and routers "
-        "are touched only if a pattern here matches them.",
-    ] = ()
-    exclude: Annotated[tuple[str, ...], "Globs or re:REGEX of module names to leave alone."] = ()
-    max_modules: Annotated[int | None, Ge(1), "At most so many modules, the first ones."] = None
-
-
-@dataclass(frozen=True)
 class RetryConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
@@ -100,7 +81,7 @@ class EditConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    plan: Plan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
 
 
@@ -149,7 +130,7 @@ class OutputConfig:
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
     format: Annotated[
-        Literal["compressed-tensors", "dequantized", "gguf"],
+        Literal[*BUILT_IN],  # type: ignore[valid-type]  # names that only a run knows
         "Format of the saved model: packed codes for vLLM and transformers; its own layout and data type; or Q8_0 "
         "blocks for llama.cpp (bitwidth 8, group_size 32).",
     ] = "compressed-tensors"
@@ -231,3 +212,9 @@ def _bounds(extras: list[Any]) -> tuple[str, str]:
     low = [str(extra.ge if isinstance(extra, Ge) else extra.gt) for extra in extras if isinstance(extra, Ge | Gt)]
     high = [str(extra.le if isinstance(extra, Le) else extra.lt) for extra in extras if isinstance(extra, Le | Lt)]
     return "".join(low), "".join(high)
+
+
+def as_keys(message: str) -> str:
+    """A message about a plan, whose fields are in backquotes, with the keys of the configuration in their place."""
+    fields = "|".join(entry.name for entry in dataclasses.fields(Plan))
+    return re.sub(f"`({fields})`", r"edit.plan.\1", message)

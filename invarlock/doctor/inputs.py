@@ -25,13 +25,11 @@ from invarlock.core.inputs import complaints_of
 from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Finding, Status, size
-from invarlock.exporters.saving import Export
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.plans import check, export_of, targets_of
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
-from invarlock.quantization.selection import select_targets
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's limit of memory stands."""
@@ -94,12 +92,10 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
         return
     yield Finding(Status.OK, "model", f"{adapter.name} opens it")
     try:
-        targets = select_targets(opened, plans_of(config)[0])
+        targets = targets_of(config, opened)
         baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
-        if config.output.save_model:
-            Export(config.output.format, plans_of(config)[0].scheme, config.model.id).check(
-                opened, targets, baseline.tokenizer
-            )
+        if export := export_of(config):
+            check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
         yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")
         yield Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")

@@ -189,7 +189,7 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK.value] * (count - 1))
     bits: list[int | None] = [None]
     if not _is_comparison(report):
-        planned = [plan.scheme.bitwidth for plan in plans_of(config)]
+        planned = [plan.bitwidth for plan in plans_of(config)]
         bits = [*(planned if folded.action is Action.ROLLBACK else planned[:count])]
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
 

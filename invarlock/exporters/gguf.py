@@ -1,23 +1,24 @@
 """Export as GGUF with Q8_0 blocks: 32 codes of 8 bits and a float16 scale, for llama.cpp and what is built on it.
 
-The numbers are those of ``code * scale``, as they stand in the model, exactly, because the plan rounds to the same
-blocks and scales (``Scheme.half_scales``).
+The numbers are those of ``code * scale``, as they stand in the model, exactly, because weights are rounded to the same
+blocks and scales.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from invarlock.quantization.scheme import Scheme
+from invarlock.exporters.exporter import Exporter, SavedModel
+from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
 BLOCK = 32
@@ -50,69 +51,72 @@ SPLITTING = {
 Source: llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp."""
 
 
-def refusal(scheme: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-    """Why a GGUF file cannot hold what a plan makes of these weights, or None."""
-    if (scheme.bitwidth, scheme.symmetric, scheme.group_size) != (8, True, BLOCK):
-        return f"Q8_0 is 8 bits, symmetric, in groups of {BLOCK}: set edit.plan.bitwidth 8 and edit.plan.group_size 32"
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in ARCHITECTURES:
-        return f"it is written for {' and '.join(ARCHITECTURES)} models, and this one is {kind}"
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-        return "it is written for plain rotary embeddings, and this model scales its own"
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if kind == "qwen2" and head * config.num_attention_heads != config.hidden_size:
-        return f"a qwen2 file does not say that heads have {head} dimensions"
-    unusual = [name for name, usual in USUAL.items() if getattr(config, name, usual) != usual]
-    if unusual:
-        return f"a {kind} file does not say that {unusual[0]} is {getattr(config, unusual[0])}"
-    if find_spec("gguf") is None:
-        return "the package gguf is missing: pip install gguf"
-    for target in targets:
-        if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
-            shape = tuple(target.parameter.shape)
-            return (
-                f"Q8_0 holds weights of Linear with a multiple of {BLOCK} inputs, and {target.name} has shape {shape}"
-            )
-    if tokenizer is None or not _is_byte_level(tokenizer):
-        return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
-    if _splitting(tokenizer) is None:
-        return (
-            "the file names how text is split into words, and no name is known for how this model's tokenizer does it"
-        )
-    return None
+class Gguf(Exporter):
+    name = "gguf"
+    streams = False
+    stores_codes = True
+    scale_dtype: torch.dtype | None = torch.float16
+    library = "gguf"
+    loading = f'from_pretrained(".", gguf_file="{FILE}")'
+
+    def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+        if (plan.bitwidth, plan.symmetric, plan.group_size) != (8, True, BLOCK):
+            return f"Q8_0 is 8 bits, symmetric, in groups of {BLOCK}: set `bitwidth` 8 and `group_size` 32"
+        config: Any = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        if kind not in ARCHITECTURES:
+            return f"it is written for {' and '.join(ARCHITECTURES)} models, and this one is {kind}"
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+            return "it is written for plain rotary embeddings, and this model scales its own"
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if kind == "qwen2" and head * config.num_attention_heads != config.hidden_size:
+            return f"a qwen2 file does not say that heads have {head} dimensions"
+        unusual = [name for name, usual in USUAL.items() if getattr(config, name, usual) != usual]
+        if unusual:
+            return f"a {kind} file does not say that {unusual[0]} is {getattr(config, unusual[0])}"
+        if find_spec("gguf") is None:
+            return "the package gguf is missing: pip install gguf"
+        for target in targets:
+            if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
+                held = f"weights of Linear with a multiple of {BLOCK} inputs"
+                return f"Q8_0 holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
+        if tokenizer is None or not _is_byte_level(tokenizer):
+            return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
+        if _splitting(tokenizer) is None:
+            known = "no name is known for how this model's tokenizer does it"
+            return f"the file names how text is split into words, and {known}"
+        return None
+
+    def finish(self, folder: Path, saved: SavedModel) -> None:
+        """Write ``model.gguf`` beside the tokenizer's own files."""
+        import gguf
+
+        model, config = saved.model, saved.model.config
+        architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
+        writer = gguf.GGUFWriter(folder / FILE, config.model_type)
+        _write_configuration(writer, config)
+        _write_tokenizer(writer, folder, saved.tokenizer, config.vocab_size)
+        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        for name, tensor in model.state_dict().items():
+            if tied and name == "lm_head.weight":
+                continue
+            stem, _, suffix = name.rpartition(".")
+            target = f"{names.get_name(stem)}.{suffix}"
+            heads = _heads(name, config)
+            if parameters := saved.quantized.get(name):
+                blocks = _rotary_order(_blocks(tensor, parameters), heads).cpu().numpy()
+                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            else:
+                numbers, kind = _plain(_rotary_order(tensor, heads))
+                writer.add_tensor(target, numbers, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
-def save(folder: Path, model: Any, tokenizer: Any, scales: Mapping[str, Tensor]) -> None:
-    """Write ``model.gguf`` beside the tokenizer's own files, which are there already.
-
-    :param scales: of each quantized weight, by the name of the parameter.
-    """
-    import gguf
-
-    config = model.config
-    architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
-    writer = gguf.GGUFWriter(folder / FILE, config.model_type)
-    _write_configuration(writer, config)
-    _write_tokenizer(writer, folder, tokenizer, config.vocab_size)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        stem, _, suffix = name.rpartition(".")
-        target = f"{names.get_name(stem)}.{suffix}"
-        heads = _heads(name, config)
-        if name in scales:
-            blocks = _blocks(_rotary_order(tensor, heads), _rotary_order(scales[name], heads))
-            writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            numbers, kind = _plain(_rotary_order(tensor, heads))
-            writer.add_tensor(target, numbers, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+EXPORTER = Gguf()
 
 
 def _write_configuration(writer: Any, config: Any) -> None:
@@ -213,9 +217,8 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
     return tensor.cpu().contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
 
 
-def _blocks(weight: Tensor, scale: Tensor) -> NDArray[np.uint8]:
+def _blocks(rounded: Tensor, parameters: QuantizationParameters) -> Tensor:
     """Rows of Q8_0 blocks as bytes: for each block its float16 scale, then 32 codes."""
-    wide = scale.float().unsqueeze(-1)
-    codes = (weight.float().view(*scale.shape, BLOCK) / wide).round_().to(torch.int8)
-    blocks = torch.cat([scale.unsqueeze(-1).view(torch.uint8), codes.view(torch.uint8)], dim=-1)
-    return np.asarray(blocks.flatten(1).cpu().numpy())
+    scales = parameters.scales.unsqueeze(-1)
+    codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)
+    return torch.cat([scales.view(torch.uint8), codes.view(torch.uint8)], dim=-1).flatten(1)

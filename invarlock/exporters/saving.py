@@ -3,88 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from invarlock.checkpoints.soundness import INDEX, SINGLE
-from invarlock.core.errors import UsageError
 from invarlock.core.progress import watched
 from invarlock.core.text import markdown
-from invarlock.exporters import compressed_tensors, gguf
-from invarlock.quantization.scheme import Scheme
-from invarlock.quantization.selection import WeightTarget
-
-Format = Literal["compressed-tensors", "dequantized", "gguf"]
+from invarlock.exporters.exporter import Exporter, SavedModel
+from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.scheme import Plan
 
 
 @dataclass
 class Export:
     """How a model is saved, if it is accepted."""
 
-    format: Format
-    scheme: Scheme
+    exporter: Exporter
+    plan: Plan
     source: str
     """The id of the baseline."""
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    """Of each weight as it is quantized, by the name of the parameter; not needed where codes are not stored."""
-
-    def check(self, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> None:
-        """Refuse, before the run starts, what the format cannot hold.
-
-        :raises UsageError: with the reason, and what to use instead.
-        """
-        reason = None
-        if self.format == "compressed-tensors":
-            reason = compressed_tensors.refusal(self.scheme, targets, model)
-        elif self.format == "gguf":
-            reason = gguf.refusal(self.scheme, targets, model, tokenizer)
-        if reason:
-            raise UsageError(f"output.format: {self.format}: {reason}; or set output.format to dequantized")
+    quantized: dict[str, QuantizationParameters | None] = field(default_factory=dict)
+    """As ``SavedModel`` has it."""
 
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
         with watched(folder, self._size_of(model)):
-            if self.format == "compressed-tensors":
-                compressed_tensors.save(folder, model, self.scheme, self.scales)
-            elif self.format == "dequantized":
-                model.save_pretrained(folder, max_shard_size=_shard_size(self.source))
-            self._accompany(folder, model, tokenizer, report)
-            if self.format == "gguf":
-                gguf.save(folder, model, tokenizer, self.scales)
+            if self.exporter.streams:
+                self._store_all(folder, model)
+            self.complete(folder, model, tokenizer, report)
 
-    def _size_of(self, model: nn.Module) -> int:
-        """About how many bytes its weights will take."""
-        bits = dict.fromkeys(self.scales, self.scheme.bitwidth)
-        return sum(
-            parameter.numel() * bits.get(name, 8 * parameter.element_size()) // 8
-            for name, parameter in model.named_parameters()
-        )
-
-    def stored(self, name: str, weight: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-        """What is stored of one weight, by name, where weights are written one by one.
-
-        :param scale: of a quantized weight.
-        """
-        if scale is None or self.format == "dequantized":
-            return {name: weight}
-        return compressed_tensors.pack(name, weight, scale, self.scheme)
-
-    def complete(
-        self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any], quantized: Container[str]
-    ) -> None:
-        """Add to a folder of weights that were written one by one all that is not weights.
-
-        :param quantized: the names of the parameters that were.
-        """
-        self._accompany(folder, model, tokenizer, report)
-        if self.format == "compressed-tensors":
-            compressed_tensors.configure(folder, model, self.scheme, quantized)
-
-    def _accompany(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
+    def complete(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
+        """Add to the weights, where they are stored one by one, all that belongs to them."""
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if not (folder / "config.json").exists():
@@ -92,18 +45,31 @@ class Export:
             if getattr(model, "generation_config", None):
                 model.generation_config.save_pretrained(folder)
         _write_card(folder, self, report)
+        self.exporter.finish(folder, SavedModel(model, tokenizer, self.plan, self.quantized))
 
-    @property
-    def stores_codes(self) -> bool:
-        return self.format != "dequantized"
+    def _store_all(self, folder: Path, model: Any) -> None:
+        stored: dict[str, Tensor] = {}
+        for name, weight in model.state_dict().items():
+            stored |= self.exporter.store(name, weight, self.plan, self.quantized.get(name))
+        # Codes take so much less that the library's own limit does for them.
+        limit = {} if self.exporter.stores_codes else {"max_shard_size": _shard_size(self.source)}
+        model.save_pretrained(folder, state_dict=stored, **limit)
+
+    def _size_of(self, model: nn.Module) -> int:
+        """About how many bytes its weights will take."""
+        bits = dict.fromkeys(self.quantized, self.plan.bitwidth)
+        return sum(
+            parameter.numel() * bits.get(name, 8 * parameter.element_size()) // 8
+            for name, parameter in model.named_parameters()
+        )
 
     @property
     def described(self) -> str:
-        scheme = self.scheme
-        grain = f"groups of {scheme.group_size}" if scheme.group_size else "per output channel"
-        grain = grain if scheme.per_channel else "per tensor"
-        kind = "symmetric" if scheme.symmetric else "asymmetric"
-        return f"{scheme.bitwidth} bits, {kind}, {grain}, {self.format}"
+        plan = self.plan
+        grain = f"groups of {plan.group_size}" if plan.group_size else "per output channel"
+        grain = grain if plan.per_channel else "per tensor"
+        kind = "symmetric" if plan.symmetric else "asymmetric"
+        return f"{plan.bitwidth} bits, {kind}, {grain}, {self.exporter.name}"
 
 
 def _shard_size(source: str) -> int | str:
@@ -119,10 +85,10 @@ def _write_card(folder: Path, export: Export, report: Mapping[str, Any]) -> None
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
-        library_name="gguf" if export.format == "gguf" else "transformers",
+        library_name=export.exporter.library,
         base_model=None if Path(export.source).exists() else export.source,
         base_model_relation=None if Path(export.source).exists() else "quantized",
-        tags=["quantization", "round-to-nearest", "invarlock", export.format],
+        tags=["quantization", "round-to-nearest", "invarlock", export.exporter.name],
     )
     verdict, primary = report["verdict"], report["metrics"]["primary"]
     facts = {
@@ -139,7 +105,7 @@ def _write_card(folder: Path, export: Export, report: Mapping[str, Any]) -> None
         version=report["invarlock_version"],
         facts=[(name, markdown(fact)) for name, fact in facts.items()],
         guards=[(markdown(guard["name"]), _said(guard), markdown(guard["message"])) for guard in report["guards"]],
-        loading=_loading(export.format, str(report["model"]["description"].get("model_class"))),
+        loading=_loading(export.exporter.loading, str(report["model"]["description"].get("model_class"))),
     )
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
@@ -148,8 +114,7 @@ def _said(guard: Mapping[str, Any]) -> str:
     return "not measured" if guard["passed"] is None else str(guard["action"])
 
 
-def _loading(format_: Format, model_class: str) -> str:
+def _loading(call: str, model_class: str) -> str:
     if not model_class.isidentifier() or model_class == "None":
         model_class = "AutoModelForCausalLM"
-    file = f', gguf_file="{gguf.FILE}"' if format_ == "gguf" else ""
-    return f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("."{file})'
+    return f"from transformers import {model_class}\n\nmodel = {model_class}.{call}"

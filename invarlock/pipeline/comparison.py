@@ -36,7 +36,7 @@ from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, WatchingStreamed
 from invarlock.pipeline.session import Session, WindowPair
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
-from invarlock.quantization.inference import infer_grid
+from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import ModuleSection
 

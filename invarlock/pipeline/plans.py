@@ -1,26 +1,57 @@
-"""From the configuration to the plan of each attempt."""
+"""From the configuration to the plan of each attempt and the format of an accepted model; errors name its keys."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from invarlock.config.schema import PlanConfig, RunConfig
-from invarlock.quantization.scheme import Plan, Scheme
+from torch import nn
+
+from invarlock.config.schema import RunConfig, as_keys
+from invarlock.core.errors import UsageError
+from invarlock.exporters import built_in
+from invarlock.exporters.saving import Export
+from invarlock.quantization.scheme import Plan, PlanError
+from invarlock.quantization.selection import WeightTarget, select_targets
 
 
 def plans_of(config: RunConfig) -> list[Plan]:
     """The plan of each attempt: after a rollback one more bit, up to 8."""
     plan = config.edit.plan
     widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
-    half_scales = config.output.save_model and config.output.format == "gguf"
-    return [_plan(dataclasses.replace(plan, bitwidth=width), half_scales) for width in widths]
+    return [dataclasses.replace(plan, bitwidth=width) for width in widths]
 
 
-def _plan(plan: PlanConfig, half_scales: bool) -> Plan:
-    return Plan(
-        Scheme(plan.bitwidth, plan.symmetric, plan.per_channel, plan.group_size, plan.clamp_ratio, half_scales),
-        scope=plan.scope,
-        include=plan.include,
-        exclude=plan.exclude,
-        max_modules=plan.max_modules,
-    )
+def targets_of(config: RunConfig, model: nn.Module) -> list[WeightTarget]:
+    with keys_named():
+        return select_targets(model, config.edit.plan)
+
+
+def export_of(config: RunConfig) -> Export | None:
+    """How an accepted model is saved, if it is."""
+    if not config.output.save_model:
+        return None
+    exporter = next(exporter for exporter in built_in() if exporter.name == config.output.format)
+    return Export(exporter, config.edit.plan, config.model.id)
+
+
+def check(export: Export, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> None:
+    """Refuse, before the run starts, what the format cannot hold.
+
+    :raises UsageError: with the reason, and what to use instead.
+    """
+    exporter = export.exporter
+    if reason := exporter.refuse(export.plan, targets, model, tokenizer):
+        problem = f"{exporter.name}: {as_keys(reason)}"
+        raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
+
+
+@contextmanager
+def keys_named() -> Iterator[None]:
+    """Errors about a plan name the keys of the configuration that it comes from."""
+    try:
+        yield
+    except PlanError as error:
+        raise UsageError(as_keys(str(error))) from None

@@ -18,12 +18,11 @@ from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Keeper, Loaded, Watching, fingerprint_of
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
 from invarlock.pipeline.session import Session
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
-from invarlock.quantization.selection import select_targets
 
 
 def run(
@@ -53,13 +52,13 @@ def run(
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
     config, ranks = session.config, session.ranks
     plans = plans_of(config)
-    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
+    export = export_of(config)
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
-    targets = select_targets(model, plans[0])
+    targets = targets_of(config, model)
     baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        export.check(model, targets, baseline.tokenizer)
+        check(export, model, targets, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper.of(loaded, adapter)
@@ -95,18 +94,20 @@ class _Rounding:
         plan, export, keeper = self._plans[number - 1], self._export, self._keeper
         model = keeper.loaded.model
         if export is not None:
-            export.scheme = plan.scheme
-        with self._session.clock.stage("quantize"):
+            export.plan = plan
+        scale_dtype = export.exporter.scale_dtype if export else None
+        with self._session.clock.stage("quantize"), keys_named():
             modules = quantize_model(
                 model,
                 plan,
-                scales=export.scales if export is not None and export.stores_codes else None,
+                parameters=export.quantized if export and export.exporter.stores_codes else None,
+                scale_dtype=scale_dtype,
                 on_progress=lambda done, total, name: self._session.on_progress("quantize", done, total),
             )
 
         def round_again() -> None:
             keeper.restore()
-            quantize_model(model, plan, measure=False)
+            quantize_model(model, plan, measure=False, scale_dtype=scale_dtype)
 
         return Edited(
             model,
@@ -117,7 +118,7 @@ class _Rounding:
                 "modules": [dataclasses.asdict(module) for module in modules],
             },
             modules,
-            plan.scheme.bitwidth,
+            plan.bitwidth,
             keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
         )
 

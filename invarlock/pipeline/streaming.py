@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -33,15 +33,18 @@ from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import WatchingStreamed
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
 from invarlock.pipeline.session import Session
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import QuantizedWeight
-from invarlock.quantization.rtn import Scratch, quantize_, scales_of
-from invarlock.quantization.scheme import Plan, Scheme
-from invarlock.quantization.selection import WeightTarget, select_targets
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_
+from invarlock.quantization.scheme import Plan
+from invarlock.quantization.selection import WeightTarget
 
 log = logging.getLogger("invarlock")
+
+Round = Callable[[str, Tensor], RoundedWeight]
+"""Rounds a weight in place, given the name of the parameter."""
 
 
 def run_streamed(
@@ -59,14 +62,18 @@ def run_streamed(
 
     :raises UsageError: also for a checkpoint that cannot be streamed: packed, or laid out unlike the model.
     """
-    if config.output.save_model and config.output.format == "gguf":
-        raise UsageError("output.format: gguf: it cannot be written shard by shard; run without --stream")
+    export = export_of(config)
+    if export is not None and not export.exporter.streams:
+        name = export.exporter.name
+        raise UsageError(f"output.format: {name}: it cannot be written shard by shard; run without --stream")
     with output.claimed(config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run_streamed(Session(config, plugins, on_progress, ranks), slots, strict, output)
+        return _run_streamed(Session(config, plugins, on_progress, ranks), slots, strict, output, export)
 
 
-def _run_streamed(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder) -> RunResult:
+def _run_streamed(
+    session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
+) -> RunResult:
     config = session.config
     plans = plans_of(config)
     model, adapter = session.load(config.model.id, stream=True)
@@ -74,12 +81,11 @@ def _run_streamed(session: Session, slots: Sequence[GuardSlot], strict: bool, ou
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
     watched = WatchingStreamed.of(model, streaming)
-    targets = select_targets(model, plans[0])
+    targets = targets_of(config, model)
     reads_text = config.dataset.provider != "generated"
     baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
-    export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if export is not None:
-        export.check(model, targets, baseline.tokenizer)
+        check(export, model, targets, baseline.tokenizer)
         _check_packable(export, streaming, targets)
     windows = baseline.make_windows(model) if reads_text else None
     if windows is None:
@@ -123,9 +129,8 @@ def _write(report: dict[str, Any], guarding: Guarding, edit: _StreamedRounding) 
         edit.discard()
         write(report, edit.output, guarding.session.clock)
         return
-    quantized = {target.parameter_name for target in edit.targets.values()}
-    tokenizer = guarding.baseline.tokenizer
-    complete = partial(edit.export.complete, model=edit.watched.model, tokenizer=tokenizer, quantized=quantized)
+    edit.export.quantized = dict.fromkeys(target.parameter_name for target in edit.targets.values())
+    complete = partial(edit.export.complete, model=edit.watched.model, tokenizer=guarding.baseline.tokenizer)
     write(report, edit.output, guarding.session.clock, complete, shards=edit.shards)
 
 
@@ -151,11 +156,11 @@ class _StreamedRounding:
         session, plan = self.session, self.plans[number - 1]
         with session.clock.stage("quantize") as shown, unwritable_said(self.output.path):
             if self.export is not None:
-                self.export.scheme = plan.scheme
+                self.export.plan = plan
                 self.shards = self._open_shards(plan)
             with showing(session.ranks.summed(shown)):
-                modules = self._round_all(plan.scheme)
-        self.streaming.put(self._edit(plan.scheme))
+                modules = self._round_all(plan)
+        self.streaming.put(self._edit(plan))
         return Edited(
             self.watched.model,
             self.watched,
@@ -165,7 +170,7 @@ class _StreamedRounding:
                 "modules": [dataclasses.asdict(module) for module in modules],
             },
             modules,
-            plan.scheme.bitwidth,
+            plan.bitwidth,
             MappingProxyType(self.streaming),
         )
 
@@ -193,21 +198,22 @@ class _StreamedRounding:
         ranks.gather(None)
         return shards or make()
 
-    def _round_all(self, scheme: Scheme) -> list[QuantizedWeight]:
+    def _round_all(self, plan: Plan) -> list[QuantizedWeight]:
         """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
 
         Processes share the shards.
         """
-        checkpoint, scratch, ranks = self.streaming.checkpoint, Scratch(), self.session.ranks
+        checkpoint, ranks = self.streaming.checkpoint, self.session.ranks
+        round_ = self._rounding(plan, measure=True)
         files = checkpoint.files[ranks.rank :: ranks.size]
         notes: list[dict[str, Any]] = []
         for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
-            notes += self._round_shard(file, scheme, scratch) if noted is None else noted
+            notes += self._round_shard(file, round_) if noted is None else noted
         found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
-        return [_weight_of(found[target.parameter_name]) for target in self.targets.values()]
+        return [QuantizedWeight(**found[target.parameter_name]) for target in self.targets.values()]
 
-    def _round_shard(self, file: str, scheme: Scheme, scratch: Scratch) -> list[dict[str, Any]]:
+    def _round_shard(self, file: str, round_: Round) -> list[dict[str, Any]]:
         """One shard: what was done to each of its weights."""
         entries = self.streaming.checkpoint.entries
         tensors: dict[str, Tensor] = {}
@@ -217,7 +223,7 @@ class _StreamedRounding:
             if self.targets.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
-            stored, results = self._round(part, scheme, scratch)
+            stored, results = self._round(part, round_)
             notes += map(dataclasses.asdict, results)
             # A parameter that is stored in several files is rounded for each of them.
             tensors |= {name: stored[name] for name in here} if part.converts and self.shards else stored
@@ -225,30 +231,39 @@ class _StreamedRounding:
             self.shards.write(file, tensors, notes)
         return notes
 
-    def _round(self, part: Part, scheme: Scheme, scratch: Scratch) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
+    def _round(self, part: Part, round_: Round) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
         """What is stored of some weights, and what was done to each of them that is in the plan."""
-        export = self.export
-        stores_codes = export is not None and export.stores_codes
-        scale, results = None, []
         weights = part.load(self.streaming.read)
-        for name in weights.keys() & self.targets.keys():
-            target = self.targets[name]
-            scale = scales_of(weights[name], scheme, layout=target.layout) if stores_codes else None
-            figures = quantize_(weights[name], scheme, layout=target.layout, scratch=scratch)
-            results.append(QuantizedWeight.of(target, scheme, figures))
-        stored = part.store(weights) if export is not None else {}
-        if export is not None and not part.converts:
-            ((name, weight),) = stored.items()
-            stored = export.stored(name, weight, scale)
+        rounded = {name: round_(name, weights[name]) for name in weights.keys() & self.targets.keys()}
+        results = [QuantizedWeight.of(self.targets[name], weight) for name, weight in rounded.items()]
+        if self.export is None:
+            return {}, results
+        stored, exporter = part.store(weights), self.export.exporter
+        if not part.converts:
+            ((name, weight),), (done,) = stored.items(), rounded.values()
+            parameters = done.quantization_parameters() if exporter.stores_codes else None
+            stored = exporter.store(name, weight, self.export.plan, parameters)
         return stored, results
 
-    def _edit(self, scheme: Scheme) -> Edit:
+    def _rounding(self, plan: Plan, *, measure: bool) -> Round:
+        workspace = Workspace()
+        scale_dtype = self.export.exporter.scale_dtype if self.export else None
+
+        def round_(name: str, weight: Tensor) -> RoundedWeight:
+            layout = self.targets[name].layout
+            return fake_quantize_(
+                weight, plan, layout=layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
+            )
+
+        return round_
+
+    def _edit(self, plan: Plan) -> Edit:
         """What the edited model's weights are, each time that one is read."""
-        scratch = Scratch()
+        round_ = self._rounding(plan, measure=False)
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:
             if parameter in self.targets:
-                quantize_(weight, scheme, layout=self.targets[parameter].layout, measure=False, scratch=scratch)
+                round_(parameter, weight)
             return weight
 
         return rounded
@@ -257,12 +272,8 @@ class _StreamedRounding:
 def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:
     """Codes are stored of a weight that is a tensor of the checkpoint, and of no other."""
     for target in targets:
-        if export.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
+        if export.exporter.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
             raise UsageError(
-                f"output.format: {export.format}: {target.name} is made of tensors that are stored otherwise; "
+                f"output.format: {export.exporter.name}: {target.name} is made of tensors that are stored otherwise; "
                 "run without --stream, or set output.format to dequantized"
             )
-
-
-def _weight_of(note: dict[str, Any]) -> QuantizedWeight:
-    return QuantizedWeight(**{**note, "scheme": Scheme(**note["scheme"])})

@@ -2,7 +2,7 @@
 
 from invarlock.quantization import Plan, Scheme, quantize_model
 
-quantize_model(model, Plan(Scheme(bitwidth=4, group_size=128), scope="all"))  # doctest: +SKIP
+quantize_model(model, Plan(bitwidth=4, group_size=128, scope="all"))  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.scheme import Plan, PlanError, Scheme
 
 if TYPE_CHECKING:
     from invarlock.models.structure import Role
     from invarlock.quantization.model import QuantizedWeight, quantize_model
-    from invarlock.quantization.rtn import Layout, Scratch, WeightFigures, quantize_
+    from invarlock.quantization.rounding import QuantizationParameters, WeightLayout, Workspace, fake_quantize_
     from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
 
 __all__ = [
-    "Layout",
     "Plan",
+    "PlanError",
+    "QuantizationParameters",
     "QuantizedWeight",
     "Role",
     "Scheme",
-    "Scratch",
-    "WeightFigures",
+    "WeightLayout",
     "WeightTarget",
+    "Workspace",
+    "fake_quantize_",
     "find_weights",
-    "quantize_",
     "quantize_model",
     "select_targets",
 ]
@@ -37,7 +38,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only on demand: these import torch, and a config is checked without it.
     if name in __all__:
-        for module in ("model", "rtn", "selection"):
+        for module in ("model", "rounding", "selection"):
             attributes = vars(import_module(f"{__name__}.{module}"))
             if name in attributes:
                 return attributes[name]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from threading import Lock
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from invarlock.core.errors import UsageError
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rtn import Scratch, WeightFigures, quantize_, scales_of, unfit
-from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.rounding import (
+    QuantizationParameters,
+    WeightFigures,
+    Workspace,
+    fake_quantize_,
+    unfit,
+)
+from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
 
 Progress = Callable[[int, int, str], object]
@@ -28,20 +34,16 @@ class QuantizedWeight(WeightFigures):
     """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
     parameter_name: str
     role: str
-    bits: int
-    scheme: Scheme
     device: str
     change: str = "quantized"
 
     @classmethod
-    def of(cls, target: WeightTarget, scheme: Scheme, figures: WeightFigures) -> QuantizedWeight:
+    def of(cls, target: WeightTarget, figures: WeightFigures) -> QuantizedWeight:
         return cls(
-            **vars(figures),
+            **{field.name: getattr(figures, field.name) for field in fields(WeightFigures)},
             name=target.name,
             parameter_name=target.parameter_name,
             role=target.role.value,
-            bits=scheme.bitwidth,
-            scheme=scheme,
             device=str(target.parameter.device),
         )
 
@@ -51,33 +53,37 @@ def quantize_model(
     plan: Plan,
     *,
     measure: bool = True,
-    scales: dict[str, Tensor] | None = None,
+    parameters: dict[str, QuantizationParameters | None] | None = None,
+    scale_dtype: torch.dtype | None = None,
     on_progress: Progress | None = None,
 ) -> list[QuantizedWeight]:
     """Round the weights that a plan selects, in place.
 
     :param measure: whether to work out the error figures of each weight.
-    :param scales: filled with the scales of each matrix (``scales_of``), by the name of the parameter, for an export.
+    :param parameters: filled with scales and zero points by the name of the weight, for a format that stores codes.
+    :param scale_dtype: as of ``fake_quantize_``.
     :returns: one result a weight, in the order of the model.
-    :raises UsageError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
+    :raises PlanError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
         dtype that RTN does not take. Nothing has been changed then.
     """
     targets = select_targets(model, plan)
     for target in targets:
         if reason := unfit(target.parameter, target.layout):
-            raise UsageError(f"{target.name} {reason}")
+            raise PlanError(f"{target.name} {reason}")
 
     done, telling = count(1), Lock()
 
     def round_all(of_one_device: Sequence[WeightTarget]) -> list[QuantizedWeight]:
-        scratch = Scratch()
+        workspace = Workspace()
         results = []
         for target in of_one_device:
             with gathered(target.parameter) as weight:
-                if scales is not None:
-                    scales[target.parameter_name] = scales_of(weight, plan.scheme, layout=target.layout)
-                figures = quantize_(weight, plan.scheme, layout=target.layout, measure=measure, scratch=scratch)
-            results.append(QuantizedWeight.of(target, plan.scheme, figures))
+                rounded = fake_quantize_(
+                    weight, plan, layout=target.layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
+                )
+            results.append(QuantizedWeight.of(target, rounded))
+            if parameters is not None:
+                parameters[target.parameter_name] = rounded.quantization_parameters()
             if on_progress is not None:
                 # Counted and told in one step, or another device could tell a higher number in between.
                 with telling:

@@ -1,49 +1,52 @@
-"""How numbers are rounded, and what a plan asks for. Imports no torch, so that a config can be checked without it."""
+"""How numbers are rounded, and which: section ``edit.plan`` of the configuration. Imports no torch, for ``--help``."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Annotated, ClassVar, Literal, get_args
+
+from annotated_types import Ge, Le
 
 from invarlock.core.errors import UsageError, nearest
 
-SCOPES = ("ffn", "attn", "all")
-"""What ``Plan.scope`` may be; ``all`` is attention and feed-forward."""
+Scope = Literal["ffn", "attn", "all"]
+
+
+class PlanError(UsageError):
+    """A plan that cannot be carried out; the message has its fields in backquotes, the one to change first."""
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How a weight is rounded to a grid of ``2 ** bitwidth`` numbers.
 
-    :raises UsageError: a value is outside its range, or ``group_size`` is given without ``per_channel``.
+    :raises PlanError: a value is outside its range, or ``group_size`` is given without ``per_channel``.
     """
 
-    bitwidth: int = 8
-    """Bits per code, 2 to 8."""
-    symmetric: bool = True
-    """Whether zero is in the middle of the grid; otherwise the grid spans from the smallest to the largest weight."""
-    per_channel: bool = True
-    """Whether every output channel has a scale of its own; otherwise a whole matrix shares one."""
-    group_size: int | None = None
-    """With a size, every group of that many inputs of an output channel has a scale; the last may be short."""
-    clamp_ratio: float = 0.0
-    """The share c of a matrix, 0 to 0.5, that is first clipped to its quantiles c/2 and 1 - c/2."""
-    half_scales: bool = False
-    """Whether scales are rounded to float16, for a format that stores no other; else they are to the weight's dtype."""
+    bitwidth: Annotated[int, Ge(2), Le(8), "Bits a weight."] = 8
+    symmetric: Annotated[bool, "Zero point at zero; else the range is min to max with a zero point."] = True
+    per_channel: Annotated[bool, "A scale for each output channel; else one for the tensor."] = True
+    group_size: Annotated[
+        int | None, Ge(1), "A scale for each group of so many weights along the input axis; the last may be short."
+    ] = None
+    clamp_ratio: Annotated[
+        float, Ge(0.0), Le(0.5), "Share c of weights clipped first: to the quantiles c/2 and 1 - c/2."
+    ] = 0.0
 
     def __post_init__(self) -> None:
         if not _is_whole(self.bitwidth) or not 2 <= self.bitwidth <= 8:
-            raise UsageError(f"edit.plan.bitwidth is {self.bitwidth!r}; set a whole number from 2 to 8")
-        if self.group_size is not None and (not _is_whole(self.group_size) or self.group_size < 1):
-            raise UsageError(f"edit.plan.group_size is {self.group_size!r}; set a whole number from 1 on, or null")
+            raise PlanError(f"`bitwidth` is {self.bitwidth!r}; set a whole number from 2 to 8")
+        _check_size("group_size", self.group_size)
         if self.group_size is not None and not self.per_channel:
-            raise UsageError(
-                f"edit.plan.group_size is {self.group_size} but edit.plan.per_channel is false; groups lie inside an "
-                "output channel: set per_channel to true or group_size to null"
+            raise PlanError(
+                f"`group_size` is {self.group_size} but `per_channel` is false; groups lie inside an output channel: "
+                "set per_channel to true or group_size to null"
             )
         if not isinstance(self.clamp_ratio, int | float) or not 0 <= self.clamp_ratio <= 0.5:
-            raise UsageError(f"edit.plan.clamp_ratio is {self.clamp_ratio!r}; set a number from 0 to 0.5")
+            raise PlanError(f"`clamp_ratio` is {self.clamp_ratio!r}; set a number from 0 to 0.5")
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -52,39 +55,35 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which weights of a model are rounded, and how.
+class Plan(Scheme):
+    """A scheme, and which weights of a model are rounded by it.
 
     Patterns are globs (``*.mlp.*``, case matters, ``*`` crosses dots) or ``re:`` with a regular expression that matches
     the whole name; a name is that of a module or of a parameter.
 
-    :raises UsageError: an unknown scope, a pattern that is none, ``max_modules`` below 1.
+    :raises PlanError: also for an unknown scope, a pattern that is none, ``max_modules`` below 1.
     """
 
-    scheme: Scheme = field(default_factory=Scheme)
-    scope: str = "ffn"
-    """``ffn``, ``attn`` or ``all``."""
-    include: tuple[str, ...] = ()
-    """Only weights that match one of these; the only way to embeddings, output heads, routers and others."""
-    exclude: tuple[str, ...] = ()
-    """No weight that matches one of these."""
-    max_modules: int | None = None
-    """Only the first so many of the weights that remain, in the order of the model."""
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    scope: Annotated[Scope, "Weights to quantize, by what their module is."] = "ffn"
+    include: Annotated[
+        tuple[str, ...],
+        "Globs or re:REGEX of module names. Only what matches is quantized; embeddings, output heads and routers "
+        "are touched only if a pattern here matches them.",
+    ] = ()
+    exclude: Annotated[tuple[str, ...], "Globs or re:REGEX of module names to leave alone."] = ()
+    max_modules: Annotated[int | None, Ge(1), "At most so many modules, the first ones."] = None
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            known = ", ".join(SCOPES)
-            raise UsageError(f"edit.plan.scope is {self.scope!r}; known are {known}{nearest(str(self.scope), SCOPES)}")
-        if self.max_modules is not None and (not _is_whole(self.max_modules) or self.max_modules < 1):
-            raise UsageError(f"edit.plan.max_modules is {self.max_modules!r}; set a whole number from 1 on, or null")
-        for key in ("include", "exclude"):
-            patterns = getattr(self, key)
-            # A lone string is a sequence too, of patterns with one letter each: never what was meant.
-            if isinstance(patterns, str):
-                raise UsageError(f"edit.plan.{key} is the text {patterns!r}; set a list of patterns: [{patterns!r}]")
-            object.__setattr__(self, key, tuple(patterns))
-            for pattern in getattr(self, key):
-                _check_pattern(key, pattern)
+        super().__post_init__()
+        scopes = get_args(Scope)
+        if self.scope not in scopes:
+            known = ", ".join(scopes)
+            raise PlanError(f"`scope` is {self.scope!r}; known are {known}{nearest(str(self.scope), scopes)}")
+        _check_size("max_modules", self.max_modules)
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            object.__setattr__(self, name, _patterns(name, patterns))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -98,10 +97,21 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_pattern(key: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise UsageError(f"edit.plan.{key} holds {pattern!r}; a pattern is text, a glob or re:REGEX")
-    try:
-        matches(pattern, "")
-    except re.error as error:
-        raise UsageError(f"edit.plan.{key} holds {pattern!r}, which is no regular expression: {error}") from error
+def _check_size(field: str, size: int | None) -> None:
+    if size is not None and (not _is_whole(size) or size < 1):
+        raise PlanError(f"`{field}` is {size!r}; set a whole number from 1 on, or null")
+
+
+def _patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    # A lone string is a sequence too, of patterns with one letter each: never what was meant.
+    if isinstance(patterns, str):
+        raise PlanError(f"`{field}` is the text {patterns!r}; set a list of patterns: [{patterns!r}]")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise PlanError(f"`{field}` holds {pattern!r}; a pattern is text, a glob or re:REGEX")
+        try:
+            matches(pattern, "")
+        except re.error as error:
+            raise PlanError(f"`{field}` holds {pattern!r}, which is no regular expression: {error}") from error
+    return patterns

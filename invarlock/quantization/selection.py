@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from invarlock.core.errors import UsageError, nearest
+from invarlock.core.errors import nearest
 from invarlock.distributed.dtensor import local
 from invarlock.models.structure import Role, is_conv1d, is_experts, is_router, role_of
-from invarlock.quantization.rtn import Layout
-from invarlock.quantization.scheme import Plan, matches
+from invarlock.quantization.rounding import WeightLayout
+from invarlock.quantization.scheme import Plan, PlanError, matches
 
 SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
 
@@ -28,7 +28,7 @@ class WeightTarget:
     module: nn.Module
     parameter: Tensor
     role: Role
-    layout: Layout
+    layout: WeightLayout
     names: tuple[str, ...]
     """Every name that patterns are matched against: of the module and of the parameter, wherever it is tied in."""
 
@@ -58,7 +58,7 @@ def find_weights(model: nn.Module) -> list[WeightTarget]:
 def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
     """The weights that a plan touches, in the order of the model, each once.
 
-    :raises UsageError: a pattern matches no weight of the model, or the scope leaves nothing of what one is to include,
+    :raises PlanError: a pattern matches no weight of the model, or the scope leaves nothing of what one is to include,
         or the plan selects none.
     """
     weights = find_weights(model)
@@ -69,7 +69,7 @@ def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
         _check_scope(pattern, plan.scope, weights)
     chosen = [target for target in weights if _is_wanted(target, plan)]
     if not chosen:
-        raise UsageError(_nothing_selected(plan, weights))
+        raise PlanError(_nothing_selected(plan, weights))
     return chosen[: plan.max_modules]
 
 
@@ -96,16 +96,16 @@ def _check_matches(key: str, pattern: str, weights: Sequence[WeightTarget]) -> N
     names = [name for target in weights for name in target.names]
     last_parts = {name.rpartition(".")[2] for name in names}
     hint = nearest(pattern, names) or nearest(pattern.rpartition(".")[2], last_parts)
-    raise UsageError(f"edit.plan.{key} holds {pattern!r}, which matches no weight of the model{hint}")
+    raise PlanError(f"`{key}` holds {pattern!r}, which matches no weight of the model{hint}")
 
 
 def _check_scope(pattern: str, scope: str, weights: Sequence[WeightTarget]) -> None:
     matched = [target for target in weights if _matches_any((pattern,), target)]
     if any(_may_be_included(target, scope) for target in matched):
         return
-    raise UsageError(
-        f"edit.plan.include holds {pattern!r}, which matches only weights outside of edit.plan.scope {scope!r} "
-        f"(as {matched[0].name}, {matched[0].role}); set edit.plan.scope to 'all', or remove the pattern"
+    raise PlanError(
+        f"`include` holds {pattern!r}, which matches only weights outside of `scope` {scope!r} "
+        f"(as {matched[0].name}, {matched[0].role}); set `scope` to 'all', or remove the pattern"
     )
 
 
@@ -113,12 +113,10 @@ def _nothing_selected(plan: Plan, weights: Sequence[WeightTarget]) -> str:
     counts = Counter(target.role for target in weights)
     examples = {target.role: target.name for target in reversed(weights)}
     there_is = ", ".join(f"{counts[role]} {role} (as {examples[role]})" for role in Role if role in counts)
-    filters = "".join(
-        f", edit.plan.{key} {list(getattr(plan, key))}" for key in ("include", "exclude") if getattr(plan, key)
-    )
+    filters = "".join(f", `{key}` {list(getattr(plan, key))}" for key in ("include", "exclude") if getattr(plan, key))
     return (
-        f"edit.plan.scope {plan.scope!r}{filters} selects no weight; the model has {there_is or 'none at all'}; "
-        "change edit.plan.scope, or name weights in edit.plan.include"
+        f"`scope` {plan.scope!r}{filters} selects no weight; the model has {there_is or 'none at all'}; "
+        "change `scope`, or name weights in `include`"
     )
 
 
@@ -134,20 +132,20 @@ def _identity(parameter: Tensor) -> object:
     return (parameter.device, address) if address else id(parameter)
 
 
-def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) -> Layout | None:
-    """Layout of a parameter, or None where there is nothing to round: a bias, a norm, an unknown module."""
+def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) -> WeightLayout | None:
+    """WeightLayout of a parameter, or None where there is nothing to round: a bias, a norm, an unknown module."""
     if parameter.ndim == 3 and is_experts(module):
-        return Layout.IN_OUT if _is_transposed(module, model) else Layout.OUT_IN
+        return WeightLayout.IN_OUT if _is_transposed(module, model) else WeightLayout.OUT_IN
     if isinstance(module, nn.MultiheadAttention):
-        return Layout.OUT_IN if parameter.ndim == 2 and key.endswith("_weight") else None
+        return WeightLayout.OUT_IN if parameter.ndim == 2 and key.endswith("_weight") else None
     if key != "weight" or parameter.ndim < 2:
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return Layout.CONV
+        return WeightLayout.CONV
     if is_conv1d(module):
-        return Layout.IN_OUT
+        return WeightLayout.IN_OUT
     if isinstance(module, nn.Linear | nn.Embedding) or is_router(module):
-        return Layout.OUT_IN
+        return WeightLayout.OUT_IN
     return None
 
 

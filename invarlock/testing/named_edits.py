@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError, nearest
-from invarlock.quantization import Layout, Plan, Role, Scheme, WeightTarget, find_weights, quantize_model
+from invarlock.quantization import Plan, Role, WeightLayout, WeightTarget, find_weights, quantize_model
 from invarlock.testing.llama import LAYER_DAMAGES, NEEDS_UNTIED, PRESERVING, ModelEdit, is_llama
 from invarlock.testing.weights import ROW_DAMAGES, WEIGHT_DAMAGES, WeightDamage
 
@@ -94,13 +94,13 @@ def _of_weight(name: str, target: WeightTarget, damage: WeightDamage) -> Edit:
 
 def _precision() -> Iterator[Edit]:
     """The same function, or nearly."""
-    yield _rtn("int8 channel", Scheme(8))
-    yield _rtn("int8 group 32", Scheme(8, group_size=32))
-    yield _rtn("int8 asymmetric", Scheme(8, symmetric=False))
-    yield _rtn("int8 clamped 0.001", Scheme(8, clamp_ratio=0.001))
-    yield _rtn("int6 channel", Scheme(6))
-    yield _rtn("int4 group 32", Scheme(4, group_size=32))
-    yield _rtn("int4 channel", Scheme(4))
+    yield _rtn("int8 channel", Plan(8, scope="all"))
+    yield _rtn("int8 group 32", Plan(8, group_size=32, scope="all"))
+    yield _rtn("int8 asymmetric", Plan(8, symmetric=False, scope="all"))
+    yield _rtn("int8 clamped 0.001", Plan(8, clamp_ratio=0.001, scope="all"))
+    yield _rtn("int6 channel", Plan(6, scope="all"))
+    yield _rtn("int4 group 32", Plan(4, group_size=32, scope="all"))
+    yield _rtn("int4 channel", Plan(4, scope="all"))
     for dtype in (torch.bfloat16, torch.float16):
         yield Edit(f"round trip {dtype}".replace("torch.", ""), _round_trip(dtype))
     for size in (1e-4, 1e-3):
@@ -109,11 +109,11 @@ def _precision() -> Iterator[Edit]:
 
 def _whole_model() -> Iterator[Edit]:
     """Damage, and what may be."""
-    yield _rtn("int3 channel", Scheme(3))
-    yield _rtn("int2 channel", Scheme(2))
-    yield _rtn("int2 group 32", Scheme(2, group_size=32))
-    yield _rtn("int4 tensor", Scheme(4, per_channel=False))
-    yield _rtn("int3 tensor", Scheme(3, per_channel=False))
+    yield _rtn("int3 channel", Plan(3, scope="all"))
+    yield _rtn("int2 channel", Plan(2, scope="all"))
+    yield _rtn("int2 group 32", Plan(2, group_size=32, scope="all"))
+    yield _rtn("int4 tensor", Plan(4, per_channel=False, scope="all"))
+    yield _rtn("int3 tensor", Plan(3, per_channel=False, scope="all"))
     for size in (0.1, 0.2, 0.5):
         yield Edit(f"noise {size:g}", _noise(size))
     for share in (0.3, 0.5, 0.7):
@@ -123,8 +123,8 @@ def _whole_model() -> Iterator[Edit]:
     yield Edit("all projections scaled by 1.2", lambda model, seed: _each(model, lambda weight: weight.mul_(1.2)))
 
 
-def _rtn(name: str, scheme: Scheme) -> Edit:
-    return Edit(name, lambda model, seed: quantize_model(model, Plan(scheme, scope="all"), measure=False))
+def _rtn(name: str, plan: Plan) -> Edit:
+    return Edit(name, lambda model, seed: quantize_model(model, plan, measure=False))
 
 
 def _each(model: nn.Module, change: Callable[[Tensor], Any]) -> None:
@@ -132,7 +132,8 @@ def _each(model: nn.Module, change: Callable[[Tensor], Any]) -> None:
     for target in find_weights(model):
         if target.role in (Role.ATTENTION, Role.FFN):
             weight = target.parameter
-            change({Layout.OUT_IN: weight, Layout.IN_OUT: weight.mT, Layout.CONV: weight.flatten(1)}[target.layout])
+            seen = {WeightLayout.OUT_IN: weight, WeightLayout.IN_OUT: weight.mT, WeightLayout.CONV: weight.flatten(1)}
+            change(seen[target.layout])
 
 
 def _round_trip(dtype: torch.dtype) -> ModelEdit:

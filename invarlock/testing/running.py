@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from invarlock.config.schema import DatasetConfig, EditConfig, GuardsConfig, ModelConfig, PlanConfig, RunConfig
+from invarlock.config.schema import DatasetConfig, EditConfig, GuardsConfig, ModelConfig, RunConfig
 from invarlock.core.results import GuardResult
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
@@ -28,7 +28,7 @@ from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.plugins.plugin import Kind, Origin, Plugin
-from invarlock.quantization import quantize_model
+from invarlock.quantization import Plan, quantize_model
 from invarlock.testing.named_edits import damage
 
 Edit = Callable[[Any], object] | str | int | None
@@ -95,7 +95,7 @@ class GuardRun:
         name = _name_of(self.guard)
         config = RunConfig(
             model=ModelConfig(id=ADAPTER, adapter=ADAPTER),
-            edit=EditConfig(plan=PlanConfig(bitwidth=bitwidth, scope="all")),
+            edit=EditConfig(plan=Plan(bitwidth=bitwidth, scope="all")),
             guards=GuardsConfig(order=(name,), options={name: dict(self.options)}),
         )
         plugins = PluginManager(self._catalog(name))

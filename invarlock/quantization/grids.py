@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invarlock.quantization.rtn import Layout
+from invarlock.quantization.rounding import WeightLayout
 
 GROUP_SIZES = (32, 64, 128, 256)
 MOST_LEVELS = 256
@@ -34,7 +34,7 @@ class Grid:
 
 
 @torch.no_grad()
-def infer_grid(weight: Tensor, layout: Layout = Layout.OUT_IN) -> Grid | None:
+def infer_grid(weight: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Grid | None:
     """The coarsest grid of at most 256 levels that a weight lies on, or None.
 
     :param weight: a matrix, or several (fused experts, convolutions), as ``layout`` says; of any floating dtype.
@@ -54,10 +54,10 @@ def infer_grid(weight: Tensor, layout: Layout = Layout.OUT_IN) -> Grid | None:
     return None
 
 
-def _rows(weight: Tensor, layout: Layout) -> Tensor:
-    if layout is Layout.CONV:
+def _rows(weight: Tensor, layout: WeightLayout) -> Tensor:
+    if layout is WeightLayout.CONV:
         return weight.flatten(1)
-    return (weight if layout is Layout.OUT_IN else weight.mT).flatten(0, -2)
+    return (weight if layout is WeightLayout.OUT_IN else weight.mT).flatten(0, -2)
 
 
 def _levels(units: Tensor, eps: float) -> int | None:

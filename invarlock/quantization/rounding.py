@@ -9,24 +9,24 @@ to even:
   ``zero = clamp(round(-2^(b-1) - min / scale))``, ``code = clamp(round(w / scale + zero))``,
   ``w = (code - zero) * scale``.
 
-The scale is rounded to the dtype of the weight (or to float16, with ``half_scales``) before it is used, as a checkpoint
-would store it; everything else is float32, and the product is rounded to the dtype of the weight.
+The scale is rounded to the dtype of the weight, or to the one that a format stores scales in, before it is used;
+everything else is float32, and the product is rounded to the dtype of the weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from invarlock.core.errors import UsageError
-from invarlock.quantization.scheme import Scheme
+from invarlock.quantization.scheme import PlanError, Scheme
 
 BLOCK = 1 << 22
 """Elements worked on at once: few enough to stay in cache and to need little memory, enough to hide the overhead."""
@@ -37,7 +37,7 @@ Clip = tuple[float, float]
 """The smallest and the largest number that clipping leaves."""
 
 
-class Layout(StrEnum):
+class WeightLayout(StrEnum):
     """What the axes of a weight mean."""
 
     OUT_IN = "(..., out, in)"
@@ -52,6 +52,7 @@ class Layout(StrEnum):
 class WeightFigures:
     """What rounding did to one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
 
+    bits: int
     parameters: int
     """How many numbers the weight holds."""
     relative_error: float | None
@@ -64,7 +65,52 @@ class WeightFigures:
     """Output channels with NaN or Inf."""
 
 
-class Scratch:
+@dataclass(frozen=True)
+class QuantizationParameters:
+    """Scales and zero points of a weight: (out, groups), (out, 1) or, where all of a matrix has one, (1, 1).
+
+    Fused experts have a third axis, in front. The values of a row with NaN or Inf mean nothing.
+    """
+
+    scales: Tensor
+    """In the dtype that they were rounded to."""
+    zero_points: Tensor | None
+    """Whole numbers, float32; None where zero is in the middle of the grid."""
+
+    def codes(self, rounded: Tensor) -> Tensor:
+        """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape."""
+        # In float32: in 16 bits the quotient can be off by a code.
+        codes = (rounded.float().reshape(*self.scales.shape, -1) / self.scales.float().unsqueeze(-1)).round_()
+        if self.zero_points is not None:
+            codes.add_(self.zero_points.unsqueeze(-1))
+        return codes.to(torch.int8).view(rounded.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedWeight(WeightFigures):
+    """The figures of a weight, and the grids that its numbers lie on."""
+
+    grids: Sequence[Sequence[Sequence[_Grid]]]
+    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
+    scale_dtype: torch.dtype
+
+    def quantization_parameters(self) -> QuantizationParameters:
+        """Scales and zero points in one piece; made on demand, for most weights are not stored as codes."""
+        zero = self.grids[0][0][0].zero
+        return QuantizationParameters(
+            self._joined(lambda grid: grid.scale).to(self.scale_dtype),
+            None if zero is None else self._joined(lambda grid: grid.zero),
+        )
+
+    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
+        matrices = [
+            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
+            for rows in self.grids
+        ]
+        return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+
+
+class Workspace:
     """Float32 memory for one block, used again by every block of every weight of a device.
 
     Fresh memory costs more than all the arithmetic: the system has to hand over every page of it.
@@ -83,65 +129,54 @@ class Scratch:
         return flat, flat.view(block.shape)
 
 
-def quantize_(
+def fake_quantize_(
     weight: Tensor,
     scheme: Scheme,
     *,
-    layout: Layout = Layout.OUT_IN,
+    layout: WeightLayout = WeightLayout.OUT_IN,
     measure: bool = True,
-    scratch: Scratch | None = None,
-) -> WeightFigures:
-    """Round a weight in place, on the device where it lives.
+    workspace: Workspace | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> RoundedWeight:
+    """Round a weight to a grid in place, on the device where it lives; it stays of its dtype.
 
     :param weight: float32, bfloat16 or float16, with the axes that ``layout`` says: (out, in) or (expert, out, in), the
         same with the last two exchanged, or (out, in, ...). Every expert is a matrix of its own.
     :param measure: whether to work out the error figures, which takes about half as long again.
-    :param scratch: memory to use again; a caller with many weights passes the same one each time.
-    :returns: the figures of the weight.
-    :raises UsageError: the weight is not there (``meta``), or its dtype or number of axes is not one of these.
+    :param workspace: memory to use again; a caller with many weights passes the same one each time.
+    :param scale_dtype: that scales are rounded to, for a format that stores no other; by default the weight's.
+    :returns: the figures of the weight, its scales and zero points.
+    :raises PlanError: the weight is not there (``meta``), or its dtype or number of axes is not one of these.
 
     With ``clamp_ratio`` c, each matrix is first clipped to its quantiles c/2 and 1 - c/2, linearly interpolated. A row
     (an output channel) with NaN or Inf is left exactly as it is, and the others are rounded as if it were not there.
     """
     if reason := unfit(weight, layout):
-        raise UsageError(f"the weight {reason}")
-    rounding = _Rounding(scheme, measure, scratch or Scratch())
+        raise PlanError(f"the weight {reason}")
+    rounder = _Rounder(scheme, measure, workspace or Workspace(), scale_dtype or weight.dtype)
     if weight.numel():
         target = weight.detach()
         matrices = _matrices(target, layout)
         for matrix in matrices:
-            rounding.matrix_(matrix)
-        if layout is Layout.CONV and matrices[0].data_ptr() != target.data_ptr():
+            rounder.matrix_(matrix)
+        if layout is WeightLayout.CONV and matrices[0].data_ptr() != target.data_ptr():
             target.copy_(matrices[0].view(target.shape))
-    return rounding.figures(weight.numel())
+    return rounder.result(weight.numel())
 
 
-@torch.no_grad()
-def scales_of(weight: Tensor, scheme: Scheme, *, layout: Layout = Layout.OUT_IN) -> Tensor:
-    """The scales that ``quantize_`` will use for a matrix: (out, groups), (out, 1) or, where all of it has one, (1, 1).
-
-    They have the dtype in which they are stored. A row with NaN or Inf has one that is not finite.
-    """
-    (matrix,) = _matrices(weight.detach(), layout)
-    clip = _clip_bounds(matrix, scheme.clamp_ratio) if scheme.clamp_ratio else None
-    grids = [_Grid.over(part, scheme, clip) for part in _parts(matrix, scheme.group_size)]
-    dtype = torch.float16 if scheme.half_scales else weight.dtype
-    return torch.cat([grid.scale.flatten(1) for grid in grids], dim=1).to(dtype)
-
-
-def unfit(weight: Tensor, layout: Layout) -> str | None:
-    """Why ``quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
+def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
+    """Why ``fake_quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
     if weight.is_meta:
         return (
             "is offloaded or not loaded (device meta), so there is nothing to quantize; load the whole model onto its "
-            "devices or leave this out with edit.plan.exclude"
+            "devices or leave this out with `exclude`"
         )
     if weight.dtype not in DTYPES:
         return (
             f"is {str(weight.dtype).removeprefix('torch.')}, but RTN takes float32, bfloat16 or float16; load the "
-            "model in one of these or leave this out with edit.plan.exclude"
+            "model in one of these or leave this out with `exclude`"
         )
-    if weight.ndim < 2 or (layout is not Layout.CONV and weight.ndim > 3):
+    if weight.ndim < 2 or (layout is not WeightLayout.CONV and weight.ndim > 3):
         return f"has shape {tuple(weight.shape)}, which is not {layout}"
     return None
 
@@ -158,8 +193,11 @@ class _Grid:
     """Whether the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
 
     @classmethod
-    def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None) -> _Grid:
-        """The grids of weights whose last axis shares a scale; the formulas are in the docstring of this module."""
+    def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None, dtype: torch.dtype) -> _Grid:
+        """The grids of weights whose last axis shares a scale; the formulas are in the docstring of this module.
+
+        :param dtype: of the scales.
+        """
         low, high = part.amin(-1, keepdim=True).float(), part.amax(-1, keepdim=True).float()
         if not scheme.per_channel:
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
@@ -172,7 +210,6 @@ class _Grid:
             scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
         smallest, largest = map(float, torch.aminmax(scale))
         finite = math.isfinite(largest)
-        dtype = torch.float16 if scheme.half_scales else part.dtype
         if dtype != torch.float32:
             scale = scale.to(dtype).float()
         floor, ceiling = _scale_limits(dtype, scheme.bitwidth)
@@ -208,12 +245,14 @@ def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
 
 
 @dataclass
-class _Rounding:
+class _Rounder:
     """One weight on its way: how it is rounded, with what memory, and the sums so far."""
 
     scheme: Scheme
     measure: bool
-    scratch: Scratch
+    workspace: Workspace
+    scale_dtype: torch.dtype
+    grids: list[list[list[_Grid]]] = field(default_factory=list)
     signal: float = 0.0
     noise: float = 0.0
     clipped: int = 0
@@ -223,44 +262,48 @@ class _Rounding:
         """Round a matrix (out, in) in place."""
         clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
         at_once = _rows_at_once(matrix)
-        for rows in _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,):
-            self._rows_(rows, at_once, clip)
+        together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
+        self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
 
-    def figures(self, parameters: int) -> WeightFigures:
-        return WeightFigures(
+    def result(self, parameters: int) -> RoundedWeight:
+        return RoundedWeight(
+            bits=self.scheme.bitwidth,
             parameters=parameters,
             relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
             sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
             clipped_share=self.clipped / max(parameters, 1),
             non_finite_rows=self.non_finite_rows,
+            grids=self.grids,
+            scale_dtype=self.scale_dtype,
         )
 
-    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> None:
+    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         """Round rows that share no scale with rows elsewhere."""
         parts = _parts(rows, self.scheme.group_size)
-        grids = [_Grid.over(part, self.scheme, clip) for part in parts]
+        grids = [_Grid.over(part, self.scheme, clip, self.scale_dtype) for part in parts]
         if clip or not all(grid.finite for grid in grids):
             finite = _finite_rows(rows)
             if not finite.all():
-                self._finite_rows_(rows, finite, at_once, clip)
-                return
+                of_finite = self._finite_rows_(rows, finite, at_once, clip)
+                return grids if self.scheme.per_channel else of_finite or grids
         for part, grid in zip(parts, grids, strict=True):
             for block in _blocks(part, at_once):
                 self._block_(block, grid, clip)
+        return grids
 
-    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> None:
+    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         kept = rows[finite]
         self.non_finite_rows += len(rows) - len(kept)
-        if len(kept):
-            self._rows_(kept, at_once, clip)
-            rows[finite] = kept
+        grids = self._rows_(kept, at_once, clip) if len(kept) else []
+        rows[finite] = kept
+        return grids
 
     def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
         in_place = block.dtype == torch.float32
         if in_place and not self.measure:
             grid.snap_(self._clip_(block, clip) if clip else block)
             return
-        flat, copy = self.scratch.like(block)
+        flat, copy = self.workspace.like(block)
         copy.copy_(block)
         if self.measure:
             self.signal += _energy(flat)
@@ -280,11 +323,11 @@ class _Rounding:
         return block.clamp_(low, high)
 
 
-def _matrices(weight: Tensor, layout: Layout) -> Sequence[Tensor]:
+def _matrices(weight: Tensor, layout: WeightLayout) -> Sequence[Tensor]:
     """The matrices (out, in) of a weight: views, but for a convolution in channels_last, which has none: a copy."""
-    if layout is Layout.CONV:
+    if layout is WeightLayout.CONV:
         return (weight.flatten(1),)
-    matrices = weight if layout is Layout.OUT_IN else weight.mT
+    matrices = weight if layout is WeightLayout.OUT_IN else weight.mT
     return matrices.unbind() if matrices.ndim == 3 else (matrices,)
 
 

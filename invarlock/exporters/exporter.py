@@ -1,0 +1,60 @@
+"""The protocol of a format, and what it is given of an accepted model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.scheme import Plan
+from invarlock.quantization.selection import WeightTarget
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """An accepted model; its tokenizer is None where the checkpoint has none."""
+
+    model: Any
+    tokenizer: Any
+    plan: Plan
+    quantized: Mapping[str, QuantizationParameters | None]
+    """By the name of the parameter, where codes are stored; None of a weight that was stored on the way."""
+
+
+class Exporter(Protocol):
+    """A format in which an accepted model is saved. The defaults are those of a plain checkpoint."""
+
+    name: str
+    """As ``output.format`` has it."""
+    streams: bool = True
+    """Whether ``store`` says what safetensors files hold, weight by weight; otherwise ``finish`` writes all weights."""
+    stores_codes: bool = False
+    """Whether ``store`` and ``finish`` need the scales and zero points of quantized weights."""
+    scale_dtype: torch.dtype | None = None
+    """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
+    library: str = "transformers"
+    """The hub's name of the library that loads it, for the model card."""
+    loading: str = 'from_pretrained(".")'
+    """The call that loads it, of a model class of transformers, for the model card."""
+
+    def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+        """Why the format cannot hold what a plan makes of a model, fields of the plan in backquotes; None if it can."""
+        return None
+
+    def store(
+        self, name: str, weight: Tensor, plan: Plan, parameters: QuantizationParameters | None
+    ) -> dict[str, Tensor]:
+        """Tensors that are stored of one weight, by name.
+
+        :param parameters: of a quantized weight, if the format stores codes.
+        """
+        return {name: weight}
+
+    def finish(self, folder: Path, saved: SavedModel) -> None:
+        """Complete a folder that holds the weights, if they are streamed, the configurations and the tokenizer."""
+        return None
