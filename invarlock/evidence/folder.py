@@ -48,7 +48,7 @@ def read_report(run: Path) -> Report:
 
 def artifacts(run: Path, report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """Missing, changed and added files of the model, or a model that should not be there."""
-    saved = report.verdict.accepted and config.output.save_model and report.edit.name != "compare"
+    saved = report.verdict.accepted and config.output.save_model and not report.edit.is_comparison
     if saved != bool(report.artifacts):
         yield Disagreement("artifacts", sorted(report.artifacts), "a saved model" if saved else [], how="expected")
     if not report.artifacts and (run / "model").exists():

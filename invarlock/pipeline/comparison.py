@@ -29,15 +29,16 @@ from invarlock.models.facts import task_of
 from invarlock.models.fingerprint import Fingerprint, named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.models.state import ModelState
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge, Settle, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded
+from invarlock.pipeline.report_builder import ModelFacts, announced, assemble, finish
+from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import Adapter, PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
-from invarlock.reporting.report import ModuleSection
+from invarlock.reporting.report import COMPARE, EditedWeight
 
 log = logging.getLogger("invarlock")
 
@@ -276,10 +277,10 @@ def _report(
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )
     plan = {"subject": subject, "families": families(attempt.modules)}
-    return assemble(judge, [attempt], facts, edit_name="compare", plan=plan)
+    return assemble(judge, [attempt], facts, edit_name=COMPARE, plan=plan)
 
 
-def families(changes: Iterable[ChangedWeight | ModuleSection]) -> list[dict[str, Any]]:
+def families(changes: Iterable[ChangedWeight | EditedWeight]) -> list[dict[str, Any]]:
     """What was changed, summed by family: how many weights of each were changed in which way.
 
     A family is the same weight of every layer: a name with its numbers left out.

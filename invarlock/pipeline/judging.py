@@ -25,10 +25,11 @@ from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.distributed.process_group import Ranks
-from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
-from invarlock.evaluation.metric import Kind, MetricResult, compare, kind_of
+from invarlock.evaluation.divergence import compare_predictions
+from invarlock.evaluation.metric import compare, kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.results import DivergenceResult, Kind, MetricResult
 from invarlock.models.facts import Task, batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.attempts import Attempt

@@ -15,12 +15,13 @@ from invarlock.core.results import Action
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded, fingerprint_of
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.report_builder import ModelFacts, announced, assemble, finish
+from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan

@@ -30,11 +30,12 @@ from invarlock.core.results import Action
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.state import ModelState
-from invarlock.pipeline.assembly import ModelFacts, announced, assemble, finish, write
 from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.report_builder import ModelFacts, announced, assemble, finish
+from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.model import QuantizedWeight
 from invarlock.quantization.rtn import Scratch, quantize_, scales_of
