@@ -172,6 +172,10 @@ def test_the_name_of_the_output_says_the_format(invarlock, folders, name: str, s
     assert [path.name for path in Path("new").iterdir()] == [name]
 
 
+def test_each_format_has_a_name_and_a_suffix_of_its_own() -> None:
+    assert len({each.name for each in FORMATS}) == len({each.suffix for each in FORMATS}) == len(FORMATS)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

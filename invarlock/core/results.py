@@ -179,7 +179,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Suspect:
+class SuspectedModule:
     """A module that is likely responsible for a rejection."""
 
     module: str
@@ -206,7 +206,7 @@ class Verdict:
     # Added for the report.
     rests_on: str = ""
     """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
-    suspects: tuple[Suspect, ...] = ()
+    suspects: tuple[SuspectedModule, ...] = ()
     """Of a rejection: the modules most likely responsible, best first."""
 
 

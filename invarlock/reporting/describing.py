@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from invarlock.core.errors import ExitCode
-from invarlock.core.results import GUARD, Action, Finding, GuardResult, Suspect, Verdict
+from invarlock.core.results import GUARD, Action, Finding, GuardResult, SuspectedModule, Verdict
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import EditSection, MetricsSection, ModelSection, Report
@@ -91,11 +91,11 @@ def deciding(verdict: Verdict) -> Finding | None:
     return next((found for found in verdict.findings if found.source == verdict.decided_by and found.objects), None)
 
 
-def most_suspect(verdict: Verdict) -> Sequence[Suspect]:
+def most_suspect(verdict: Verdict) -> Sequence[SuspectedModule]:
     return verdict.suspects[:MOST_SUSPECTS]
 
 
-def evidence(suspect: Suspect) -> str:
+def evidence(suspect: SuspectedModule) -> str:
     """The first piece of it."""
     return suspect.evidence[0] if suspect.evidence else "suspected"
 
@@ -134,12 +134,12 @@ def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
     yield Measure(f"{kind}, baseline", shown(metric.baseline, digits=5), "", None)
     yield Measure(f"{kind}, edited", shown(metric.edited, digits=5), "", None)
     yield Measure("ratio, edited over baseline", shown(metric.ratio, digits=6), "", None)
-    upper = _number(metric.ci[1]) if metric.ci else None
+    upper = metric.ci[1] if metric.ci else None
     yield Measure(
         f"ratio, {shown(metric.ci_level, '%')} interval",
         " to ".join(shown(end, digits=6) for end in metric.ci or ()) or NOT_MEASURED,
         f"upper end at most {shown(metric.limit)}",
-        None if upper is None or metric.limit is None else upper <= metric.limit,
+        None if upper is None or metric.limit is None else float(upper) <= metric.limit,
     )
     yield Measure("measured on", f"{metric.windows or 0:,} windows, {metric.tokens or 0:,} tokens", "", None)
 
@@ -231,10 +231,6 @@ def cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(cell, value))
     return Node(value).text("" if not isinstance(value, bool) else "yes" if value else "no")
-
-
-def _number(value: Number | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def figures(guard: GuardResult) -> list[tuple[str, str]]:

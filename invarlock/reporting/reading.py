@@ -66,6 +66,7 @@ class SavedReport:
     @property
     def saved_bytes(self) -> int | None:
         """Size of the saved artifacts."""
+        # By the names that they have on disk: not cleaned.
         names = [*Node(self.values)["artifacts"].items()]
         if self.folder is None or not names:
             return None
@@ -96,6 +97,7 @@ def read_as(kind: Any, value: Any) -> Any:
 
 def _one_of(kinds: tuple[Any, ...], value: Any) -> Any:
     if {str, float} <= {*kinds}:
+        # A cell of a table.
         return value
     kind = kinds[0]
     if value is None or (get_origin(kind) is tuple and len(Node(value).entries()) != len(get_args(kind))):

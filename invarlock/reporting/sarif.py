@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from invarlock import __version__
-from invarlock.core.results import Action, Finding, Suspect
+from invarlock.core.results import Action, Finding, SuspectedModule
 from invarlock.reporting.describing import action_word, edit_line, model_line
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import to_json
@@ -47,7 +47,7 @@ def _objection(finding: Finding) -> dict[str, Any]:
     return _result("objection", level, text, finding.source, "function")
 
 
-def _suspicion(suspect: Suspect) -> dict[str, Any]:
+def _suspicion(suspect: SuspectedModule) -> dict[str, Any]:
     text = f"{suspect.module}: {'; '.join(suspect.evidence) or 'suspected'}"
     return _result("suspect", "error", text, suspect.module, "module")
 

@@ -34,7 +34,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SpectrumChange:
     """Leading singular values of one weight, the largest first, before and after the edit."""
 
     module: str
@@ -99,14 +99,14 @@ def log(ratio: Number | None) -> float | None:
     return math.log(value) if 0 < value < math.inf else None
 
 
-def spectra(guards: Sequence[GuardResult], verdict: Verdict) -> list[Spectrum]:
+def spectra(guards: Sequence[GuardResult], verdict: Verdict) -> list[SpectrumChange]:
     """Those of the suspects, the most suspect first, and else those that a guard put first.
 
     A guard lists its own in ``metrics["spectra"]``: dicts with ``module``, ``before`` and ``after``.
     """
     entries = [entry for guard in guards for entry in Node(guard.metrics)["spectra"].entries()]
     found = [
-        Spectrum(entry["module"].text("unnamed"), _positive(entry["before"]), _positive(entry["after"]))
+        SpectrumChange(entry["module"].text("unnamed"), _positive(entry["before"]), _positive(entry["after"]))
         for entry in entries
     ]
     order = {suspect.module: place for place, suspect in enumerate(verdict.suspects)}

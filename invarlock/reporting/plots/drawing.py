@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from invarlock.evaluation.results import MetricResult
-from invarlock.reporting.plots.data import Point, Spectrum, log
+from invarlock.reporting.plots.data import Point, SpectrumChange, log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def rises(points: Sequence[tuple[float, float]], metric: MetricResult | None) ->
     return draw
 
 
-def spectrum(found: Spectrum) -> Draw:
+def spectrum(found: SpectrumChange) -> Draw:
     def draw(axes: Axes) -> None:
         for values, colour, marker in ((found.before, SERIES[0], "o"), (found.after, SERIES[1], "s")):
             axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, linewidth=1)

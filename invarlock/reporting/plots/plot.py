@@ -129,7 +129,7 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
     )
 
 
-def _spectra(spectra: Sequence[data.Spectrum]) -> list[Plot]:
+def _spectra(spectra: Sequence[data.SpectrumChange]) -> list[Plot]:
     drawable = [(place, each) for place, each in enumerate(spectra, start=1) if each.before and each.after]
     missing = captions.missing("The spectra of the suspects")
     return [_spectrum(f"spectrum-{place}", each) for place, each in drawable] or [
@@ -137,7 +137,7 @@ def _spectra(spectra: Sequence[data.Spectrum]) -> list[Plot]:
     ]
 
 
-def _spectrum(key: str, spectrum: data.Spectrum) -> Plot:
+def _spectrum(key: str, spectrum: data.SpectrumChange) -> Plot:
     title = f"Singular values of {spectrum.module}"
     before, after = ([shown(value) for value in values] for values in (spectrum.before, spectrum.after))
     pairs = zip_longest(before, after, fillvalue=NOT_MEASURED)
