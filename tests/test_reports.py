@@ -324,7 +324,7 @@ def poisoned(value: Any, text: str) -> Any:
 
 
 KEYS = {*json_schema()["properties"]} | {
-    key for definition in json_schema()["$defs"].values() for key in definition["properties"]
+    key for definition in json_schema()["$defs"].values() for key in definition.get("properties", ())
 } | {"suspects", "spectra", "before", "after", "module", "families", "parameters", "dtype"}  # fmt: skip
 
 
