@@ -28,7 +28,8 @@ LAYERS = {
     "checkpoints": {"core", "distributed", "models"},
     # Codes and scales of a scheme, to the side first.
     "exporters": {"core", "models", "quantization", "checkpoints"},
-    "reporting": {"core"},
+    # The report holds the results as they are.
+    "reporting": {"core", "evaluation"},
     "plugins": {"core", "distributed", "models", "hookspecs"},
     # A new package is written to the side and renamed, as checkpoints are.
     "scaffold": {"core", "plugins", "checkpoints"},
@@ -102,6 +103,7 @@ def test_each_name_for_plugins_is_there_when_it_is_asked_for() -> None:
         ["plugins", "list", "--json"],
         ["run", "--help"],
         ["verify", "--help"],
+        ["report", "--help"],
         ["doctor", "--help"],
     ],
 )
@@ -115,8 +117,11 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stderr.strip().endswith("[]"), done.stderr
 
 
-def test_the_class_form_imports_no_torch() -> None:
-    code = "import sys; from invarlock.api import Guard, ModelAdapter; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "names", ["api import Guard, ModelAdapter", "reporting import reading", "evaluation import results"]
+)
+def test_the_class_form_and_a_report_import_no_torch(names: str) -> None:
+    code = f"import sys; from invarlock.{names}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

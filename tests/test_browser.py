@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from invarlock.cli.main import main
-from invarlock.reporting.reading import Run
-from invarlock.reporting.rendering import render
+from invarlock.reporting.page import render
+from invarlock.reporting.reading import SavedReport
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
@@ -38,7 +38,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         main(["run", "--demo", "-q", "--set", f"edit.plan.bitwidth={bits}", "--out", str(out)])
         found[name] = out / "report.html"
     found["both"] = folder / "both.html"
-    found["both"].write_text(render([Run.read(folder / name) for name in ("accepted", "rejected")], "html"))
+    found["both"].write_text(render([SavedReport.read(folder / name) for name in ("accepted", "rejected")]))
     return found
 
 

@@ -23,7 +23,7 @@ from invarlock.core.results import Action
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
-from invarlock.evaluation.divergence import DivergenceResult, Limits, compare_predictions
+from invarlock.evaluation.divergence import compare_predictions, limits_of
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import (
@@ -35,6 +35,7 @@ from invarlock.evaluation.predictions import (
     coarse_divergence,
     likeliest,
 )
+from invarlock.evaluation.results import DivergenceResult
 from invarlock.models.facts import Task
 from invarlock.testing import architectures
 
@@ -332,12 +333,12 @@ def test_figures_are_means_shares_and_percentiles() -> None:
 
 
 def test_limits_follow_from_the_ratio_and_the_margins() -> None:
-    limits = Limits.of(1.1, np.array([0.0, 100.0, 2 * math.sqrt(math.log(1.1))]))
+    limits = limits_of(1.1, np.array([0.0, 100.0, 2 * math.sqrt(math.log(1.1))]))
     rise = math.log(1.1)
     assert (limits.kl_mean, limits.kl_p95, limits.kl_p99, limits.window_p95) == (rise, 4 * rise, 8 * rise, 2 * rise)
     assert limits.flips == pytest.approx((0.5 + 0 + 0.158655) / 3, rel=1e-5)
-    assert Limits.of(1.0, np.array([0.0, 0.1])).flips == 0.25
-    assert Limits.of(1.1, np.array([1.0]), flips=0.2, broken=0.3) == replace(limits, flips=0.2, broken=0.3)
+    assert limits_of(1.0, np.array([0.0, 0.1])).flips == 0.25
+    assert limits_of(1.1, np.array([1.0]), flips=0.2, broken=0.3) == replace(limits, flips=0.2, broken=0.3)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +505,7 @@ def test_an_evenly_spread_edit_shows_what_the_limits_suppose(demo: Judge, amount
     result = demo(perturbed(amount))[1]
     assert result.kl_mean and result.kl_p95 and result.flips and demo.baseline.record
     margins = demo.baseline.record.log_probs[:, :2].double() @ torch.tensor([1.0, -1.0]).double()
-    supposed = Limits.of(math.exp(result.kl_mean), margins.numpy())
+    supposed = limits_of(math.exp(result.kl_mean), margins.numpy())
     assert result.kl_p99 and 0.7 < result.kl_p95 / supposed.kl_p95 < 1
     assert 0.7 < result.kl_p99 / supposed.kl_p99 < 1.1
     assert 0.7 < result.flips / supposed.flips < 1.5

@@ -14,9 +14,8 @@ from endings import COMPARED, GUARDED, end
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from invarlock.reporting.plain_data import Node
-from invarlock.reporting.reading import Run
-from invarlock.reporting.rendering import FORMATS, render
+from invarlock.reporting.formats import FORMATS, ReportFormat
+from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import json_schema
 
 EXPECTED = {
@@ -45,22 +44,22 @@ def test_every_report_is_verified_and_of_the_schema(invarlock, folders: dict[str
     assert done.out.splitlines()[-1] == "UNSIGNED: consistent with itself, which a forger can be, too"
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "json"])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_report_is_shown_in_every_format(folders: dict[str, Path], name: str, format_: str) -> None:
-    shown = render([Run.read(folders[name])], format_)
+def test_every_report_is_shown_in_every_format(folders: dict[str, Path], name: str, form: ReportFormat) -> None:
+    shown = form.render([SavedReport.read(folders[name])])
     shown.encode()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
-    if format_ == "json":
+    if form.name == "json":
         assert json.loads(shown) == read_report(folders[name])
-    if format_ == "terminal":
+    if form.name == "terminal":
         assert not re.search("^ACCEPTED", shown) or read_report(folders[name])["verdict"]["accepted"]
         assert "\nACCEPTED" not in shown
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "json"])
-def test_all_of_them_are_shown_side_by_side(folders: dict[str, Path], format_: str) -> None:
-    shown = render([Run.read(folder) for folder in folders.values()], format_)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_all_of_them_are_shown_side_by_side(folders: dict[str, Path], form: ReportFormat) -> None:
+    shown = form.render([SavedReport.read(folder) for folder in folders.values()])
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 
@@ -68,9 +67,9 @@ def test_infinite_figures_are_read_as_they_were(folders: dict[str, Path]) -> Non
     report = read_report(folders["an infinite ratio"])
     assert report["metrics"]["primary"]["ratio"] == "inf"
     assert report["metrics"]["primary"]["ci"][1] == "inf"
-    metric = Node(Run.read(folders["an infinite ratio"]).report)["metrics"]["primary"]
-    assert metric["ratio"].number() == math.inf
-    assert "infinite" in render([Run.read(folders["an infinite ratio"])], "markdown")
+    run = SavedReport.read(folders["an infinite ratio"])
+    assert run.report.metrics.primary is not None and run.report.metrics.primary.ratio == math.inf
+    assert all("infinite" in form.render([run]) for form in FORMATS if form.name in ("markdown", "html", "terminal"))
 
 
 def test_a_model_card_shows_hostile_text_and_does_nothing(folders: dict[str, Path], invarlock, tmp_path: Path) -> None:

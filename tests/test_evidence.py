@@ -256,6 +256,21 @@ def test_a_run_without_a_report_that_can_be_read_is_a_usage_error(invarlock, tex
 
 
 @pytest.mark.parametrize(
+    "place", [("guards", 0, "origin"), ("guards", 1, "error"), ("verdict", "findings", 0, "failed")]
+)
+def test_a_report_lacks_no_key_of_a_result(invarlock, copied, place: tuple[Any, ...]) -> None:
+    run = copied("accepted")
+    report = part = read_report(run)
+    for step in place[:-1]:
+        part = part[step]
+    del part[place[-1]]
+    (run / "report.json").write_text(json.dumps(report))
+    done = invarlock("verify", run)
+    assert done.code == 2
+    assert f".{place[-1]}: Field required" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("place", "value"),
     [
         ("metrics.windows.baseline", []),

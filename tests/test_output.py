@@ -140,8 +140,8 @@ KILL = "lambda *given, **options: os.kill(os.getpid(), 9)"
 MOMENTS = {
     "claimed": f"from invarlock.checkpoints import output_folder\noutput_folder.OutputFolder._sweep = {KILL}",
     "fingerprinted": f"from invarlock.pipeline import keeping\nkeeping.fingerprint_of = {KILL}",
-    "saved": f"from invarlock.pipeline import assembly\nassembly.digests = {KILL}",
-    "drawn": f"from invarlock.pipeline import assembly\nassembly._write_page = {KILL}",
+    "saved": f"from invarlock.pipeline import writing\nwriting.digests = {KILL}",
+    "drawn": f"from invarlock.pipeline import writing\nwriting._write_page = {KILL}",
     "half aside": (
         "from invarlock.checkpoints import swapping\nmove = swapping._move\n"
         "def half(source, target, names):\n    move(source, target, names[:2])\n    os.kill(os.getpid(), 9)\n"

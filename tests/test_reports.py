@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import yaml
 from conftest import read_report
 
 from invarlock.cli.main import main
-from invarlock.reporting.plots import plots_of
-from invarlock.reporting.reading import Run
-from invarlock.reporting.rendering import FORMATS, render, render_html
+from invarlock.reporting import describing
+from invarlock.reporting.formats import FORMATS
+from invarlock.reporting.page import render_html
+from invarlock.reporting.plots.plot import plots_of
+from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import json_schema
-from invarlock.reporting.view import View
 
+FORMAT_NAMES = [each.name for each in FORMATS]
 SCHEMAS = Path(__file__).parent / "schemas"
 JUNIT = xmlschema.XMLSchema(SCHEMAS / "junit-jenkins.xsd")
 SARIF = jsonschema.Draft4Validator(json.loads((SCHEMAS / "sarif-2.1.0.json").read_text()))
@@ -48,12 +51,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(params=["accepted", "rejected"])
-def run(request: pytest.FixtureRequest, folders) -> Run:
-    return Run.read(folders[request.param])
+def run(request: pytest.FixtureRequest, folders) -> SavedReport:
+    return SavedReport.read(folders[request.param])
+
+
+def render(runs: Sequence[SavedReport], format_: str) -> str:
+    return next(each for each in FORMATS if each.name == format_).render(runs)
 
 
 def rendered(folder: Path, format_: str) -> str:
-    return render([Run.read(folder)], format_)
+    return render([SavedReport.read(folder)], format_)
 
 
 # -- real reports ------------------------------------------------------------------------------------------------------
@@ -83,14 +90,13 @@ def test_markdown_tells_verdict_suspects_figures_and_guards(folders) -> None:
     assert "The edit was accepted: no guard objected." in rendered(folders["accepted"], "markdown")
 
 
-def test_a_page_shows_verdict_plots_and_figures_and_loads_nothing(run: Run) -> None:
+def test_a_page_shows_verdict_plots_and_figures_and_loads_nothing(run: SavedReport) -> None:
     page = Page(render([run], "html"))
-    view = View.of(run.report, run.folder)
-    assert page.text_of("h1") == [view.verdict.sentence]
-    assert len(page.found["svg"]) == 4 + len(view.shown_spectra)
-    assert len(view.shown_spectra) == 3
-    assert all(measure.value in page.text for measure in view.measures)
-    assert all(guard.message in page.text for guard in view.guards)
+    plots = plots_of(run.report)
+    assert page.text_of("h1") == [describing.sentence(run.report.verdict)]
+    assert len(page.found["svg"]) == len(plots) == 4 + 3
+    assert all(measure.value in page.text for measure in describing.measures(run.report.metrics))
+    assert all(guard.message in page.text for guard in run.report.guards)
     assert "not measured" not in page.text_of("figcaption")
     for attributes in page.attributes:
         assert not {"src", "srcset", "action", "onclick", "onload"} & attributes.keys()
@@ -100,25 +106,25 @@ def test_a_page_shows_verdict_plots_and_figures_and_loads_nothing(run: Run) -> N
 
 
 def test_the_same_report_gives_the_same_page(folders) -> None:
-    run = Run.read(folders["rejected"])
+    run = SavedReport.read(folders["rejected"])
     assert render([run], "html") == render([run], "html")
 
 
-def test_junit_has_a_test_for_each_guard_the_metric_and_the_predictions(run: Run) -> None:
+def test_junit_has_a_test_for_each_guard_the_metric_and_the_predictions(run: SavedReport) -> None:
     text = render([run], "junit")
     JUNIT.validate(text)
     suite = ElementTree.fromstring(text)[0]
-    names = [f"guard {guard['name']}" for guard in run.report["guards"]] + ["primary metric", "predictions"]
+    names = [f"guard {guard['name']}" for guard in run.values["guards"]] + ["primary metric", "predictions"]
     assert [case.get("name") for case in suite] == names
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
-    assert failed == ([] if run.report["verdict"]["accepted"] else ["primary metric", "predictions"])
+    assert failed == ([] if run.values["verdict"]["accepted"] else ["primary metric", "predictions"])
     assert suite.get("failures") == str(len(failed))
 
 
 def test_junit_fails_warnings_only_where_the_run_was_strict(folders) -> None:
     report = read_report(folders["rejected"])
     report["verdict"]["strict"] = True
-    suite = ElementTree.fromstring(render([Run(report, Path("run"))], "junit"))[0]
+    suite = ElementTree.fromstring(render([SavedReport(report, Path("run"))], "junit"))[0]
     assert "guard spectral" in [case.get("name") for case in suite if case.find("failure") is not None]
 
 
@@ -127,7 +133,7 @@ def test_junit_tells_errors_and_what_was_not_run(folders) -> None:
     report["guards"][0] |= {"passed": False, "action": "abort", "error": "Traceback\n  here"}
     report["guards"][1] |= {"passed": None, "message": "not run: guards.fail_fast"}
     report["verdict"]["findings"], report["metrics"]["primary"] = [], None
-    text = render([Run(report, Path("run"))], "junit")
+    text = render([SavedReport(report, Path("run"))], "junit")
     JUNIT.validate(text)
     suite = ElementTree.fromstring(text)[0]
     assert suite[0].find("error").text == "Traceback\n  here"
@@ -136,11 +142,11 @@ def test_junit_tells_errors_and_what_was_not_run(folders) -> None:
     ]  # fmt: skip
 
 
-def test_sarif_has_what_objects_and_the_suspects(run: Run) -> None:
+def test_sarif_has_what_objects_and_the_suspects(run: SavedReport) -> None:
     log = json.loads(render([run], "sarif"))
     SARIF.validate(log)
     results = log["runs"][0]["results"]
-    verdict = run.report["verdict"]
+    verdict = run.values["verdict"]
     objecting = [finding["source"] for finding in verdict["findings"] if finding["action"] != "continue"]
     suspects = [suspect["module"] for suspect in verdict["suspects"]]
     found = [result["locations"][0]["logicalLocations"][0]["fullyQualifiedName"] for result in results]
@@ -148,8 +154,8 @@ def test_sarif_has_what_objects_and_the_suspects(run: Run) -> None:
     assert bool(found) != verdict["accepted"]
 
 
-def test_json_is_the_report(run: Run) -> None:
-    assert json.loads(render([run], "json")) == run.report
+def test_json_is_the_report(run: SavedReport) -> None:
+    assert json.loads(render([run], "json")) == run.values
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -164,6 +170,10 @@ def test_the_name_of_the_output_says_the_format(invarlock, folders, name: str, s
     assert (done.code, done.out, done.err) == (0, "", "")
     assert Path("new", name).read_text().startswith(start)
     assert [path.name for path in Path("new").iterdir()] == [name]
+
+
+def test_each_format_has_a_name_and_a_suffix_of_its_own() -> None:
+    assert len({each.name for each in FORMATS}) == len({each.suffix for each in FORMATS}) == len(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +220,7 @@ def test_the_best_accepted_run_is_marked(invarlock, folders, config) -> None:
     done = invarlock("report", *paths)
     assert done.code == 0
     assert done.out.startswith("best     four\n")
-    table = json.loads(render([Run.read(path) for path in paths], "json"))
+    table = json.loads(render([SavedReport.read(path) for path in paths], "json"))
     assert table["runs"][table["best"]] == "four"
     rows = dict(table["rows"])
     assert [float(bits) for bits in rows["bits a parameter"]] == pytest.approx([11.45, 6.318, 8.03], abs=0.01)
@@ -218,14 +228,14 @@ def test_the_best_accepted_run_is_marked(invarlock, folders, config) -> None:
     assert rows["saved artifacts"][2].endswith("MB")
     assert rows["plan: bitwidth"] == ["8", "2", "4"]
     assert rows["guard spectral"] == ["continue", "warn", "not measured"]
-    page = Page(render([Run.read(path) for path in paths], "html"))
+    page = Page(render([SavedReport.read(path) for path in paths], "html"))
     assert any("four (best)" in " ".join(heading.split()) for heading in page.text_of("th"))
-    assert "four (best)" in render([Run.read(path) for path in paths], "markdown")
+    assert "four (best)" in render([SavedReport.read(path) for path in paths], "markdown")
 
 
 @pytest.mark.parametrize("format_", ["junit", "sarif"])
 def test_several_runs_are_several_suites(folders, format_: str) -> None:
-    text = render([Run.read(folder) for folder in folders.values()], format_)
+    text = render([SavedReport.read(folder) for folder in folders.values()], format_)
     if format_ == "junit":
         JUNIT.validate(text)
         assert [suite.get("name") for suite in ElementTree.fromstring(text)] == ["accepted", "rejected"]
@@ -240,9 +250,15 @@ def test_equal_bits_are_decided_by_the_ratio_and_rejected_runs_never_win(folders
     worse["metrics"]["primary"]["ratio"] = 1.05
     unmeasured = copy.deepcopy(report)
     unmeasured["model"]["description"] = {}
-    runs = [Run(entry, Path(name)) for name, entry in (("worse", worse), ("unmeasured", unmeasured), ("good", report))]
+    runs = [
+        SavedReport(entry, Path(name))
+        for name, entry in (("worse", worse), ("unmeasured", unmeasured), ("good", report))
+    ]
     assert json.loads(render(runs, "json"))["best"] == 2
-    none = [Run(read_report(folders["rejected"]), Path("a")), Run(read_report(folders["rejected"]), Path("b"))]
+    none = [
+        SavedReport(read_report(folders["rejected"]), Path("a")),
+        SavedReport(read_report(folders["rejected"]), Path("b")),
+    ]
     assert json.loads(render(none, "json"))["best"] is None
     assert "none was accepted" in render(none, "terminal")
 
@@ -308,18 +324,18 @@ def poisoned(value: Any, text: str) -> Any:
 
 
 KEYS = {*json_schema()["properties"]} | {
-    key for definition in json_schema()["$defs"].values() for key in definition["properties"]
+    key for definition in json_schema()["$defs"].values() for key in definition.get("properties", ())
 } | {"suspects", "spectra", "before", "after", "module", "families", "parameters", "dtype"}  # fmt: skip
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "json"])
+@pytest.mark.parametrize("format_", FORMAT_NAMES)
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_shown_and_does_nothing(folders, format_: str, text: str) -> None:
     report = poisoned(read_report(folders["rejected"]), text) | {"format_version": "report-v1"}
     section = {"source": text, "title": text, "text": text, "columns": [text, "b"], "rows": [[text, text]]}
     report |= {"sections": [section], "artifacts": {text: text, "../" + text: text}}
-    shown = render([Run(report, Path("folder"))] * (1 if format_ == "json" else 2), format_)
-    alone = render([Run(report, Path("folder"))], format_)
+    shown = render([SavedReport(report, Path("folder"))] * (1 if format_ == "json" else 2), format_)
+    alone = render([SavedReport(report, Path("folder"))], format_)
     for output in (shown, alone) if format_ != "json" else ():
         output.encode()
         assert not re.search("[\x00-\x08\x0b-\x1f\u202e\u2066]", output)
@@ -346,10 +362,10 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "json"])
+@pytest.mark.parametrize("format_", FORMAT_NAMES)
 @pytest.mark.parametrize("report", ODD, ids=range(len(ODD)))
 def test_an_odd_report_is_shown_as_not_measured(report: dict[str, Any], format_: str) -> None:
-    text = render([Run(report | {"format_version": "report-v1"}, Path("odd"))], format_)
+    text = render([SavedReport(report | {"format_version": "report-v1"}, Path("odd"))], format_)
     if format_ in ("terminal", "markdown", "html"):
         assert "not measured" in text
         assert "NO VERDICT" in text
@@ -374,7 +390,7 @@ def test_any_value_of_any_figure_is_shown(folders, value: Any) -> None:
 
     report = replaced(read_report(folders["rejected"]))
     for format_ in ("html", "terminal", "markdown", "junit", "sarif"):
-        assert render([Run(report, Path("odd"))], format_)
+        assert render([SavedReport(report, Path("odd"))], format_)
 
 
 def test_thousands_of_modules_and_windows_make_a_page_of_modest_size(folders) -> None:
@@ -389,7 +405,7 @@ def test_thousands_of_modules_and_windows_make_a_page_of_modest_size(folders) ->
     }  # fmt: skip
     page = render_html(report)
     assert len(page) < 1_500_000
-    errors, windows, *_ = plots_of(View.of(report))
+    errors, windows, *_ = plots_of(SavedReport(report).report)
     assert "the most changed of each block and role" in errors.caption
     assert errors.rows[0][0] == "model.layers.59.mlp.experts.98"
     assert errors.left_out == 60 * 99 - len(errors.rows)

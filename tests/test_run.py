@@ -628,12 +628,12 @@ def test_what_a_plugin_prints_is_not_in_the_json(invarlock, module, config) -> N
 
 
 def test_a_page_that_cannot_be_drawn_loses_no_run(invarlock, config, monkeypatch) -> None:
-    from invarlock.reporting import plots
+    from invarlock.pipeline import writing
 
     def fail(*_: object) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(plots, "_drawn", fail)
+    monkeypatch.setattr(writing, "render_html", fail)
     done = invarlock("run", "-c", config(output={"save_model": True}), "--out", "out")
     assert done.code == 0
     assert "report.html could not be written: RuntimeError: no ink; report.json is whole" in done.err

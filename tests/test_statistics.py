@@ -13,8 +13,9 @@ from scipy import stats
 from invarlock.core.errors import UsageError
 from invarlock.core.plain import plain
 from invarlock.core.results import Action
-from invarlock.evaluation.metric import MetricResult, compare, kind_of
+from invarlock.evaluation.metric import compare, kind_of
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.statistics import ratio_interval
 
 TOKENS = np.array([255, 255, 200, 31, 128, 255, 90, 10])
@@ -206,7 +207,7 @@ def test_a_result_fits_a_report() -> None:
     written = plain(asdict(judged(LOSSES)))
     assert written == {
         "kind": "perplexity", "baseline": pytest.approx(13.213, abs=1e-3), "edited": pytest.approx(13.213, abs=1e-3),
-        "ratio": 1.0, "ci": [1.0, 1.0], "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
+        "ratio": 1.0, "ci": [1.0, 1.0], "ci_level": 0.95, "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
         "message": judged(LOSSES).message,
     }  # fmt: skip
 

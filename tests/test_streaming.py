@@ -369,8 +369,8 @@ def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
     start = ("run", "-c", saving(config, sharded, guards={"order": ["invariants"]}), "--stream", "-q", "--out")
     assert invarlock(*start, "whole").code == 0
     program = (
-        f"import os, signal, sys\nfrom invarlock.pipeline import assembly\n"
-        f"assembly.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"import os, signal, sys\nfrom invarlock.pipeline import writing\n"
+        f"writing.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     killed = subprocess.run([sys.executable, "-c", program, *map(str, start), "cut"], check=False)

@@ -169,16 +169,16 @@ def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
     """Print a report as the options ask for it."""
     from rich.console import Console
 
+    from invarlock.reporting.reading import SavedReport
     from invarlock.reporting.report import to_json
-    from invarlock.reporting.terminal import render, verdict_line
-    from invarlock.reporting.view import View
+    from invarlock.reporting.terminal import print_report, verdict_line
 
     if args.json:
         streams.result().write(to_json(report))
         return
-    console, view = Console(file=streams.result(), soft_wrap=True), View.of(report)
+    console, cleaned = Console(file=streams.result(), soft_wrap=True), SavedReport(report).report
     if args.quiet:
-        console.print(verdict_line(view), highlight=False)
+        console.print(verdict_line(cleaned), highlight=False)
     else:
-        render(view, console, verbose=args.verbose)
+        print_report(cleaned, console, verbose=args.verbose)
         console.print(f"report   {folder / 'report.json'}", highlight=False, markup=False)

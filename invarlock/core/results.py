@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from invarlock.core.errors import ExitCode, as_raised, contained, nearest
 from invarlock.core.plain import (
@@ -41,10 +41,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class GuardResult:
-    """What one guard said of one attempt.
+    """Judgement of one guard on one attempt.
 
-    ``passed`` is None when nothing was measured, which a guard says with ``metrics["measured"]`` False; that never
-    counts as passed. ``error`` says how the guard itself failed; its action is then always ``abort``.
+    ``passed`` is None when nothing was measured, which a guard reports with ``metrics["measured"]`` False; that never
+    counts as passed. ``error`` tells how the guard itself failed; its action is then always ``abort``.
     """
 
     name: str
@@ -54,6 +54,12 @@ class GuardResult:
     warnings: tuple[str, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    # Added for the report.
+    origin: Literal["builtin", "plugin", "local"] = "local"
+    version: str | None = None
+    prepare: Mapping[str, Any] = field(default_factory=dict)
+    """As ``prepare`` returned it."""
+    seconds: float = 0.0
 
     @classmethod
     def from_plugin(cls, name: str, returned: object) -> GuardResult:
@@ -145,6 +151,10 @@ class PrepareResult:
         return self.error is None and self.returned.get("ready", True) is True
 
 
+GUARD = "guard "
+"""Before a guard's name in the source of its finding."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One voice in the verdict: a guard's, or the primary metric's."""
@@ -157,7 +167,26 @@ class Finding:
 
     @classmethod
     def of_guard(cls, result: GuardResult) -> Finding:
-        return cls(f"guard {result.name}", result.action, result.message, failed=result.error is not None)
+        return cls(f"{GUARD}{result.name}", result.action, result.message, failed=result.error is not None)
+
+    @property
+    def is_of_guard(self) -> bool:
+        return self.source.startswith(GUARD)
+
+    @property
+    def objects(self) -> bool:
+        return self.action is not Action.CONTINUE
+
+
+@dataclass(frozen=True)
+class SuspectedModule:
+    """A module that is likely responsible for a rejection."""
+
+    module: str
+    score: float
+    """Reciprocal rank over all guards that suspect it."""
+    evidence: tuple[str, ...]
+    """Each begins with the name of the guard; at least one."""
 
 
 @dataclass(frozen=True)
@@ -165,22 +194,20 @@ class Verdict:
     """The most severe action over all findings, and the first finding that called for it."""
 
     action: Action
+    accepted: bool
     decided_by: str
+    strict: bool
+    """Whether a warning, though accepted, ends the process with exit code 1."""
     findings: tuple[Finding, ...]
-    exit_code: ExitCode
-
-    @property
-    def accepted(self) -> bool:
-        return self.action.accepted
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """What objected, the most severe first."""
-        return tuple(
-            f"{finding.source}: {finding.action}: {finding.message}"
-            for finding in sorted(self.findings, key=lambda finding: -finding.action.severity)
-            if finding.action is not Action.CONTINUE
-        )
+    """What was folded, guards first."""
+    reasons: tuple[str, ...]
+    """What objected, the most severe first."""
+    exit_code: int
+    # Added for the report.
+    rests_on: str = ""
+    """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
+    suspects: tuple[SuspectedModule, ...] = ()
+    """Of a rejection: the modules most likely responsible, best first."""
 
 
 def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
@@ -197,7 +224,12 @@ def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
         exit_code = ExitCode.REJECTED
     else:
         exit_code = ExitCode.ACCEPTED
-    return Verdict(worst, decided_by, tuple(findings), exit_code)
+    objecting = [finding for finding in findings if finding.objects]
+    reasons = [
+        f"{finding.source}: {finding.action}: {finding.message}"
+        for finding in sorted(objecting, key=lambda finding: -finding.action.severity)
+    ]
+    return Verdict(worst, worst.accepted, decided_by, strict, tuple(findings), tuple(reasons), exit_code)
 
 
 def contradiction(passed: bool | None, action: Action) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from scipy.special import ndtr
 from invarlock.core.results import Action
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
+from invarlock.evaluation.results import DivergenceResult, PredictionLimits
 
 BROKEN = math.log(2)
 """Nats of divergence at which a prediction counts as broken: the perplexity there is expected to double."""
@@ -32,73 +32,36 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest figures to accept: above ``flips`` or ``broken`` there is a warning, above any other a rollback."""
+def limits_of(
+    ratio: float, margins: NDArray[np.float64], *, flips: float | None = None, broken: float = 0.001
+) -> PredictionLimits:
+    """Figures of an edit at the edge of what the primary metric accepts, were it spread evenly.
 
-    kl_mean: float
-    kl_p95: float
-    kl_p99: float
-    window_p95: float
-    flips: float
-    broken: float
+    On text of the baseline's own making, its mean divergence from the edited model is the expected rise of the log
+    loss: so L = log ``ratio`` is the limit of both. Spread evenly means many small, independent changes: logits
+    then shift normally, the divergence at a token is a quadratic form in the shift, and
 
-    @classmethod
-    def of(
-        cls, ratio: float, margins: NDArray[np.float64], *, flips: float | None = None, broken: float = 0.001
-    ) -> Limits:
-        """Figures of an evenly spread edit that the primary metric just accepts.
+    - ``kl_p95`` is 4 L and ``kl_p99`` 8 L: chi-square of one degree of freedom, the form that scatters most, has
+      them at 3.8 and 6.6 times its mean; noise, rounding and pruning of the demo model at 3.1 to 3.6 and 6.6 to 8;
+    - ``window_p95`` is 2 L: a token's rise varies by twice its divergence, so that windows of T tokens have theirs
+      at L + 1.645 sqrt(2 L / T), which is 1.7 L for a ratio of 1.1 and 128 tokens, and 2 L for 60;
+    - ``flips`` is the mean of Phi(-margin / (2 sqrt L)): the difference of two logits shifts by 2 sqrt L, and a
+      decision flips where that is more than its margin. Near ties flip under any edit: so this only warns.
 
-        On text of the baseline's own making, its mean divergence from the edited model is the expected rise of the log
-        loss: so L = log ``ratio`` is the limit of both. Spread evenly means many small, independent changes: logits
-        then shift normally, the divergence at a token is a quadratic form in the shift, and
+    Beyond, an edit is concentrated on some tokens or windows, and does more to them than any may suffer on average.
+    ``broken`` finds what is more concentrated still, such as one corrupted embedding row: evenly spread, an edit
+    breaks one token in a thousand only at two thirds of L (chi-square again, for a ratio of 1.1).
 
-        - ``kl_p95`` is 4 L and ``kl_p99`` 8 L: chi-square of one degree of freedom, the form that scatters most, has
-          them at 3.8 and 6.6 times its mean; noise, rounding and pruning of the demo model at 3.1 to 3.6 and 6.6 to 8;
-        - ``window_p95`` is 2 L: a token's rise varies by twice its divergence, so that windows of T tokens have theirs
-          at L + 1.645 sqrt(2 L / T), which is 1.7 L for a ratio of 1.1 and 128 tokens, and 2 L for 60;
-        - ``flips`` is the mean of Phi(-margin / (2 sqrt L)): the difference of two logits shifts by 2 sqrt L, and a
-          decision flips where that is more than its margin. Near ties flip under any edit: so this only warns.
-
-        Beyond, an edit is concentrated on some tokens or windows, and does more to them than any may suffer on average.
-        ``broken`` finds what is more concentrated still, such as one corrupted embedding row: evenly spread, an edit
-        breaks one token in a thousand only at two thirds of L (chi-square again, for a ratio of 1.1).
-
-        :param ratio: the largest perplexity ratio to accept (``eval.max_pm_ratio``).
-        :param margins: of the baseline's likeliest tokens over their runners-up, in nats.
-        :param flips: a limit of one's own in place of what follows.
-        """
-        rise = math.log(ratio)
-        if flips is None:
-            flips = float(ndtr(-margins / (2 * math.sqrt(max(rise, 1e-12)))).mean())
-        return cls(kl_mean=rise, kl_p95=4 * rise, kl_p99=8 * rise, window_p95=2 * rise, flips=flips, broken=broken)
-
-
-@dataclass(frozen=True)
-class DivergenceResult:
-    """Changes of the model's predictions by an edit; None stands for what was not measured.
-
-    ``kl_mean``, ``kl_p95`` and ``kl_p99`` are the mean and two percentiles, over scored tokens, of the Kullback-Leibler
-    divergence of the edited model's next-token distribution from the baseline's, in nats. They are lower bounds: all
-    but the baseline's likeliest tokens count as one. ``flips`` is the top-1 disagreement, the share of positions whose
-    likeliest token is another one, ``broken`` the share whose divergence is above log 2; what is not finite counts in
-    both.
-    ``margin_baseline`` is the mean margin of the baseline's likeliest token over the runner-up, in nats of log
-    probability, ``margin_loss`` how much of it the edited model lost: all of it and more where tokens flip.
-    ``window_p95`` is the 95th percentile over windows of the rise of the loss, in nats per token.
+    :param ratio: the largest perplexity ratio to accept (``eval.max_pm_ratio``).
+    :param margins: of the baseline's likeliest tokens over their runners-up, in nats.
+    :param flips: a limit of one's own in place of what follows.
     """
-
-    kl_mean: float | None
-    kl_p95: float | None
-    kl_p99: float | None
-    window_p95: float | None
-    flips: float | None
-    broken: float | None
-    margin_baseline: float | None
-    margin_loss: float | None
-    limits: Limits | None
-    action: Action
-    message: str
+    rise = math.log(ratio)
+    if flips is None:
+        flips = float(ndtr(-margins / (2 * math.sqrt(max(rise, 1e-12)))).mean())
+    return PredictionLimits(
+        kl_mean=rise, kl_p95=4 * rise, kl_p99=8 * rise, window_p95=2 * rise, flips=flips, broken=broken
+    )
 
 
 def compare_predictions(
@@ -110,7 +73,7 @@ def compare_predictions(
     the baseline's are not.
 
     :param edited: a pass over the same windows with ``baseline.record`` as its reference.
-    :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :meth:`Limits.of`.
+    :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :func:`limits_of`.
     :raises ValueError: the passes did not score the same tokens, or the edited one had no reference.
     """
     changes = edited.changes
@@ -120,11 +83,11 @@ def compare_predictions(
         nothing = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
-    limits = Limits.of(ratio, changes.margin_before, flips=flips, broken=broken)
+    limits = limits_of(ratio, changes.margin_before, flips=flips, broken=broken)
     return judge_figures(_figures(baseline, edited, changes), limits)
 
 
-def judge_figures(figures: Mapping[str, Any], limits: Limits) -> DivergenceResult:
+def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits) -> DivergenceResult:
     """Hold figures against their limits.
 
     :param figures: by the names of :class:`DivergenceResult`, each a number or None.
@@ -161,7 +124,7 @@ def _percentile(values: NDArray[np.float64], percent: int) -> float | None:
     return float(np.percentile(values, percent)) if np.isfinite(values).all() else None
 
 
-def _judge(figures: Mapping[str, Any], limits: Limits) -> tuple[Action, str]:
+def _judge(figures: Mapping[str, Any], limits: PredictionLimits) -> tuple[Action, str]:
     if any(figures[name] is None for name in SHOWN):
         return Action.ROLLBACK, "the edited model's predictions are not finite"
     above = [name for name in SHOWN if figures[name] > getattr(limits, name)]

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from invarlock.core.errors import UsageError
 from invarlock.core.results import Action
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.results import Kind, MetricResult
 from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval
 from invarlock.models.facts import Task
 
-Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
-
 KINDS: dict[Task, Kind] = {"causal": "perplexity", "masked": "masked_perplexity", "seq2seq": "target_perplexity"}
-
-
-@dataclass(frozen=True)
-class MetricResult:
-    """Result of the primary metric; None stands for what was not measured.
-
-    ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
-    ``limit``. ``tokens`` counts scored tokens.
-    """
-
-    kind: Kind
-    baseline: float | None
-    edited: float | None
-    ratio: float | None
-    ci: Interval | None
-    windows: int
-    tokens: int
-    limit: float
-    action: Action
-    message: str
 
 
 def kind_of(task: Task, wanted: str = "auto") -> Kind:
@@ -83,6 +59,7 @@ def compare(
         edited=after,
         ratio=ratio,
         ci=interval,
+        ci_level=level,
         windows=len(tokens),
         tokens=int(tokens.sum()),
         limit=limit,

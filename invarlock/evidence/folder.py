@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,8 +14,9 @@ from invarlock.checkpoints.checksums import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import absolute
+from invarlock.core.plain import OWN, plain
 from invarlock.core.progress import counted
-from invarlock.evidence.disagreements import ABSENT, Disagreement, printable
+from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, printable
 from invarlock.reporting.report import FORMAT_VERSION, Report
 
 REPORT = "report.json"
@@ -41,14 +44,23 @@ def read_report(run: Path) -> Report:
         first = error.errors()[0]
         place = printable(".".join(map(str, first["loc"])))
         raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: {place or 'the file'}: {first['msg']}") from None
+    if absent := next(_absent(json.loads(text), report), None):
+        raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: {absent}: Field required")
     if not report.attempts:
         raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: attempts: there is none")
     return report
 
 
+def _absent(values: Any, report: Report) -> Iterator[str]:
+    """Keys that a result has a default for, and a report has to hold."""
+    parts = {"guards": plain(report.guards, OWN), "verdict": plain(report.verdict, OWN)}
+    for name, part in parts.items():
+        yield from (printable(each.what) for each in differences(name, values[name], part) if each.stored is ABSENT)
+
+
 def artifacts(run: Path, report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """Missing, changed and added files of the model, or a model that should not be there."""
-    saved = report.verdict.accepted and config.output.save_model and report.edit.name != "compare"
+    saved = report.verdict.accepted and config.output.save_model and not report.edit.is_comparison
     if saved != bool(report.artifacts):
         yield Disagreement("artifacts", sorted(report.artifacts), "a saved model" if saved else [], how="expected")
     if not report.artifacts and (run / "model").exists():

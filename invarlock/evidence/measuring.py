@@ -106,7 +106,7 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
 
 def _dtype(run: Run) -> Dtype:
     """The data type that was judged: a model that the run saved need not hold it."""
-    if run.report.edit.name == "compare":
+    if run.report.edit.is_comparison:
         return run.config.model.dtype
     judged = run.report.model.description.get("dtype")
     return next((dtype for dtype in get_args(Dtype) if dtype == judged), run.config.model.dtype)
@@ -136,7 +136,7 @@ class _Again:
     def subject(self, checkpoint: str, *, after_baseline: bool) -> None:
         model = self._load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
         # A saved model's format has tensors of its own; its files have digests.
-        if self.run.report.edit.name == "compare":
+        if self.run.report.edit.is_comparison:
             self._fingerprint("fingerprint_after", model)
         if not self.stored:
             return

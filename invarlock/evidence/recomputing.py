@@ -14,18 +14,19 @@ import numpy as np
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.plain import OWN, plain
-from invarlock.core.results import Action, Finding, GuardResult, Verdict, contradiction, fold
-from invarlock.evaluation.divergence import SHOWN, Limits, compare_predictions, judge_figures, window_p95
+from invarlock.core.results import Action, Finding, Verdict, contradiction, fold
+from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_figures, limits_of, window_p95
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
+from invarlock.evaluation.results import Number
 from invarlock.evidence.disagreements import Disagreement, differences
-from invarlock.pipeline.assembly import WEIGHTS_ALONE, config_digest, divergence_section, metric_section, rests_on
 from invarlock.pipeline.comparison import families
 from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.report_builder import WEIGHTS_ALONE, config_digest, rests_on
 from invarlock.pipeline.suspects import blame
 from invarlock.quantization.selection import SCOPE_ROLES
-from invarlock.reporting.report import FindingSection, GuardSection, ModuleSection, Number, Report
+from invarlock.reporting.report import EditedWeight, Report
 
 _plain = partial(plain, limits=OWN)
 
@@ -40,9 +41,9 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("config", report.config, _plain(config.as_dict()))
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
-    changed = sum(module.parameters for module in report.edit.modules if module.change != "unchanged")
+    changed = sum(weight.parameters for weight in report.edit.modules if weight.is_changed)
     yield from differences("edit.params_changed", report.edit.params_changed, changed)
-    if _is_comparison(report):
+    if report.edit.is_comparison:
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
         plan = _plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
@@ -53,7 +54,7 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The perplexities, their ratio and its interval, from the losses of each window."""
     stored = report.metrics.primary
-    if not _is_comparison(report):
+    if not report.edit.is_comparison:
         yield from differences("metrics.windows (whether measured)", report.metrics.windows is not None, _made(report))
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.primary (whether measured)", stored is not None, measured is not None)
@@ -70,7 +71,7 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    yield from _differing("metrics.primary", stored, metric_section(found, section.metric.ci_level))
+    yield from _differing("metrics.primary", stored, found)
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -83,23 +84,23 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if not comparable or stored.limits is None or stored.flips is None:
         nothing = dataclasses.replace(measured[1], changes=NO_TOKENS)
         found = compare_predictions(measured[0], nothing, ratio=config.eval.max_pm_ratio)
-        yield from _differing("metrics.predictions", stored, divergence_section(found))
+        yield from _differing("metrics.predictions", stored, found)
         return
     figures = {name: getattr(stored, name) for name in (*SHOWN, "margin_baseline", "margin_loss")}
     figures["window_p95"] = window_p95(*measured)
     # The limit of flips comes from margins of single tokens, which no report holds.
-    limits = Limits.of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.get("flips", 0.0))
-    yield from _differing("metrics.predictions", stored, divergence_section(judge_figures(figures, limits)))
+    limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
+    yield from _differing("metrics.predictions", stored, judge_figures(figures, limits))
 
 
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """What was folded, against what the guards, the metric and the predictions say."""
-    expected = [_of_guard(guard) for guard in report.guards if guard.passed is not None]
+    expected = [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
     outputs = {"primary metric": report.metrics.primary, "predictions": report.metrics.predictions}
-    expected += [FindingSection(name, each.action, each.message, False) for name, each in outputs.items() if each]
+    expected += [Finding(name, each.action, each.message) for name, each in outputs.items() if each]
     stored = report.verdict.findings
-    beside = stored[len(expected) :] if _is_comparison(report) else []
-    others = [finding for finding in beside if not finding.source.startswith("guard ")]
+    beside = stored[len(expected) :] if report.edit.is_comparison else []
+    others = [finding for finding in beside if not finding.is_of_guard]
     yield from _differing("verdict.findings", stored, [*expected, *others])
 
 
@@ -107,7 +108,7 @@ def guards(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """Whether each guard passed, against its action; and whether it was asked at all."""
     rejected = False
     for place, guard in enumerate(report.guards):
-        action, where = Action(guard.action), f"guards[{place}]"
+        action, where = guard.action, f"guards[{place}]"
         failed = guard.error is not None or guard.prepare.get("ready") is False
         yield from differences(f"{where}.action", guard.action, Action.ABORT.value if failed else guard.action)
         unasked = not failed and (config.guards.fail_fast and rejected if _made(report) else True)
@@ -127,9 +128,9 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """What was done to each weight, against the plan or, of a comparison, against its own words."""
     for place, weight in enumerate(report.edit.modules):
         where = f"edit.modules[{place}]"
-        found = _compared(weight) if _is_comparison(report) else _planned(weight, report, config)
+        found = _compared(weight) if report.edit.is_comparison else _planned(weight, report, config)
         yield from differences(where, {name: getattr(weight, name) for name in found}, found)
-        if not _is_comparison(report) and not config.edit.plan.include:
+        if not report.edit.is_comparison and not config.edit.plan.include:
             roles = sorted(SCOPES[config.edit.plan.scope])
             if weight.role not in roles:
                 yield Disagreement(f"{where}.role", weight.role, " or ".join(roles), how="expected")
@@ -137,7 +138,7 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("edit.modules (different names)", len(names), len(set(names)))
 
 
-def _planned(weight: ModuleSection, report: Report, config: RunConfig) -> dict[str, Any]:
+def _planned(weight: EditedWeight, report: Report, config: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"bits": report.attempts[-1].bitwidth, "change": "quantized"}
     if not config.edit.plan.clamp_ratio:
         found["clipped_share"] = 0.0
@@ -147,10 +148,10 @@ def _planned(weight: ModuleSection, report: Report, config: RunConfig) -> dict[s
     return found
 
 
-def _compared(weight: ModuleSection) -> dict[str, Any]:
+def _compared(weight: EditedWeight) -> dict[str, Any]:
     grid = _BITS.search(weight.change)
     found: dict[str, Any] = {"bits": int(grid[1]) if grid else None}
-    return found | ({"relative_error": 0.0} if weight.change == "unchanged" else {})
+    return found | ({"relative_error": 0.0} if not weight.is_changed else {})
 
 
 def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -162,9 +163,9 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         "decided_by": folded.decided_by,
         "reasons": list(folded.reasons),
         "exit_code": int(folded.exit_code),
-        "suspects": [] if folded.accepted else _plain(blame(map(_result, report.guards))),
+        "suspects": [] if folded.accepted else _plain(blame(report.guards)),
     }
-    if report.metrics.windows is not None or not _is_comparison(report):
+    if report.metrics.windows is not None or not report.edit.is_comparison:
         found["rests_on"] = rests_on(config)
     elif _made(report):
         found["rests_on"] = WEIGHTS_ALONE
@@ -188,7 +189,7 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     earlier = [each.action for each in report.attempts[:-1]]
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK.value] * (count - 1))
     bits: list[int | None] = [None]
-    if not _is_comparison(report):
+    if not report.edit.is_comparison:
         planned = [plan.bitwidth for plan in plans_of(config)]
         bits = [*(planned if folded.action is Action.ROLLBACK else planned[:count])]
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
@@ -200,7 +201,7 @@ def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("model.id", stored.id, config.model.id)
     if config.model.adapter != "auto":
         yield from differences("model.adapter", stored.adapter, config.model.adapter)
-    restored = True if rejected and not _is_comparison(report) else None
+    restored = True if rejected and not report.edit.is_comparison else None
     yield from differences("model.restored", stored.restored, restored)
     if restored or not _made(report):
         yield from differences("model.fingerprint_after", stored.fingerprint_after, stored.fingerprint_before)
@@ -225,8 +226,7 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
 
 
 def folded_anew(report: Report) -> Verdict:
-    said = [Finding(each.source, Action(each.action), each.message, each.failed) for each in report.verdict.findings]
-    return fold(said, strict=report.verdict.strict)
+    return fold(report.verdict.findings, strict=report.verdict.strict)
 
 
 def _losses(stored: Sequence[Number]) -> Any:
@@ -240,23 +240,3 @@ def _differing(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
 def _made(report: Report) -> bool:
     """Whether there was an edit to judge; there is none where a guard was not ready."""
     return bool(report.edit.modules)
-
-
-def _is_comparison(report: Report) -> bool:
-    return report.edit.name == "compare"
-
-
-def _of_guard(guard: GuardSection) -> FindingSection:
-    return FindingSection(**dataclasses.asdict(Finding.of_guard(_result(guard))))
-
-
-def _result(guard: GuardSection) -> GuardResult:
-    return GuardResult(
-        guard.name,
-        guard.passed,
-        Action(guard.action),
-        guard.message,
-        tuple(guard.warnings),
-        guard.metrics,
-        guard.error,
-    )

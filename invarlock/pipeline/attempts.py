@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from invarlock.core.results import Finding, GuardResult, Verdict
-from invarlock.evaluation.divergence import DivergenceResult
-from invarlock.evaluation.metric import MetricResult
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.results import DivergenceResult, MetricResult
 from invarlock.pipeline.keeping import Watched
 
 

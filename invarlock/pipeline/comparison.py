@@ -28,17 +28,18 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import Fingerprint, named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
-from invarlock.pipeline.assembly import ModelFacts, assemble, finish, write
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, WatchingStreamed
+from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
 from invarlock.pipeline.session import Session, WindowPair
+from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
 from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
-from invarlock.reporting.report import ModuleSection
+from invarlock.reporting.report import COMPARE, EditedWeight
 
 log = logging.getLogger("invarlock")
 
@@ -281,10 +282,10 @@ def _report(guarding: Guarding, judgement: Judgement, edit: _Subject) -> dict[st
         devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
     )
     plan = {"subject": edit.subject, "families": families(judgement.last.modules)}
-    return assemble(guarding, judgement.attempts, facts, edit_name="compare", plan=plan)
+    return assemble(guarding, judgement.attempts, facts, edit_name=COMPARE, plan=plan)
 
 
-def families(changes: Iterable[ChangedWeight | ModuleSection]) -> list[dict[str, Any]]:
+def families(changes: Iterable[ChangedWeight | EditedWeight]) -> list[dict[str, Any]]:
     """What was changed, summed by family: how many weights of each were changed in which way.
 
     A family is the same weight of every layer: a name with its numbers left out.

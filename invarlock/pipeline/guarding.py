@@ -18,10 +18,11 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
 from invarlock.distributed.parallel_map import asked_together
-from invarlock.evaluation.divergence import DivergenceResult, compare_predictions
-from invarlock.evaluation.metric import MetricResult, compare
+from invarlock.evaluation.divergence import compare_predictions
+from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.results import DivergenceResult, MetricResult
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.keeping import Watched, some

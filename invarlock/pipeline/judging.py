@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from invarlock.core.results import Action
-from invarlock.pipeline.assembly import announced
 from invarlock.pipeline.attempts import Attempt, Edit
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
+from invarlock.pipeline.report_builder import announced
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from invarlock.config.schema import RunConfig
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
-from invarlock.pipeline.assembly import ModelFacts, assemble, finish, write
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Keeper, Loaded, Watching, fingerprint_of
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
+from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
 from invarlock.pipeline.session import Session
+from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan

@@ -17,9 +17,10 @@ from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
 from invarlock.distributed.process_group import Ranks
-from invarlock.evaluation.metric import Kind, kind_of
+from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.results import Kind
 from invarlock.models.facts import Task, batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock, Progress

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from invarlock.core.results import Action, GuardResult
-from invarlock.reporting.report import SuspectSection
+from invarlock.core.results import Action, GuardResult, SuspectedModule
 
 MOST = 10
 RANK_OFFSET = 1
 """A small one: the first place of a guard shall weigh much more than its fifth."""
 
 
-def blame(results: Iterable[GuardResult]) -> list[SuspectSection]:
+def blame(results: Iterable[GuardResult]) -> tuple[SuspectedModule, ...]:
     """The suspects of all guards as one list, best first.
 
     A guard lists its own in ``metrics["suspects"]``, best first: dicts with ``module`` and ``evidence``. What a guard
@@ -31,7 +30,7 @@ def blame(results: Iterable[GuardResult]) -> list[SuspectSection]:
             score[module] = score.get(module, 0.0) + 1 / (RANK_OFFSET + rank)
             evidence.setdefault(module, []).append(f"{result.name}: {suspect.get('evidence', 'suspected')}")
     order = sorted(score, key=lambda module: (-severity[module], -score[module]))
-    return [SuspectSection(module, round(score[module], 4), evidence[module]) for module in order[:MOST]]
+    return tuple(SuspectedModule(module, round(score[module], 4), tuple(evidence[module])) for module in order[:MOST])
 
 
 def _listed(result: GuardResult) -> list[Mapping[str, Any]]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from invarlock.reporting.describing import NOT_MEASURED, Measure, shown, shown_bytes
-from invarlock.reporting.report import to_json
-from invarlock.reporting.view import View
+from invarlock.reporting.describing import (
+    NOT_MEASURED,
+    Measure,
+    action_word,
+    bits_per_parameter,
+    measures,
+    model_line,
+    plan_cells,
+    said,
+    shown,
+    shown_bytes,
+    word,
+)
+from invarlock.reporting.reading import SavedReport
+from invarlock.reporting.report import Report
 
 RULE = "The best is the accepted run with the fewest bits a parameter; among equals, with the lowest perplexity ratio."
 
@@ -25,35 +37,32 @@ class SideBySide:
     rule: str = RULE
 
     @classmethod
-    def of(cls, views: Sequence[View]) -> SideBySide:
-        rows: list[tuple[str, Callable[[View], str]]] = [
-            ("verdict", lambda view: f"{view.verdict.word.lower()} ({view.verdict.action})"),
-            ("decided by", lambda view: view.verdict.decided_by),
-            ("bits a parameter", lambda view: shown(view.bits_per_parameter)),
-            ("saved artifacts", lambda view: shown_bytes(view.saved_bytes)),
-            ("model", lambda view: view.model),
+    def of(cls, runs: Sequence[SavedReport]) -> SideBySide:
+        rows: list[tuple[str, Callable[[SavedReport], str]]] = [
+            ("verdict", lambda run: f"{word(run.report.verdict).lower()} ({action_word(run.report.verdict.action)})"),
+            ("decided by", lambda run: run.report.verdict.decided_by),
+            ("bits a parameter", lambda run: shown(bits_per_parameter(run.report))),
+            ("saved artifacts", lambda run: shown_bytes(run.saved_bytes)),
+            ("model", lambda run: model_line(run.report.model)),
         ]
-        keys = dict.fromkeys(key for view in views for key in view.plan)
-        table = [(name, [of(view) for view in views]) for name, of in rows]
-        table += [(f"plan: {key}", [view.plan.get(key) or "none" for view in views]) for key in keys]
-        table += _named("", [{measure.name: _limited(measure) for measure in view.measures} for view in views])
-        table += _named("guard ", [{guard.name: guard.said for guard in view.guards} for view in views])
-        return cls([view.name for view in views], best(views), table)
+        plans = [plan_cells(run.report.edit) for run in runs]
+        table = [(name, [of(run) for run in runs]) for name, of in rows]
+        table += [(f"plan: {key}", [plan.get(key) or "none" for plan in plans]) for key in dict.fromkeys(chain(*plans))]
+        table += _named("", [{each.name: _limited(each) for each in measures(run.report.metrics)} for run in runs])
+        table += _named("guard ", [{guard.name: said(guard) for guard in run.report.guards} for run in runs])
+        return cls([run.name for run in runs], best([run.report for run in runs]), table)
 
 
-def best(views: Sequence[View]) -> int | None:
-    accepted = [place for place, view in enumerate(views) if view.verdict.accepted]
-    return min(accepted, key=lambda place: _cost(views[place]), default=None)
+def best(reports: Sequence[Report]) -> int | None:
+    accepted = [place for place, report in enumerate(reports) if report.verdict.accepted]
+    return min(accepted, key=lambda place: _cost(reports[place]), default=None)
 
 
-def _cost(view: View) -> tuple[float, float]:
+def _cost(report: Report) -> tuple[float, float]:
     """What was not measured costs more than anything that was."""
-    bits, ratio = view.bits_per_parameter, view.ratio
-    return math.inf if bits is None else bits, math.inf if ratio is None or math.isnan(ratio) else ratio
-
-
-def as_json(table: SideBySide) -> str:
-    return to_json(dataclasses.asdict(table))
+    bits, metric = bits_per_parameter(report), report.metrics.primary
+    ratio = math.inf if metric is None or metric.ratio is None else float(metric.ratio)
+    return math.inf if bits is None else bits, math.inf if math.isnan(ratio) else ratio
 
 
 def _limited(measure: Measure) -> str:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from invarlock.core.text import cleaned
+from invarlock.core.errors import ExitCode
+from invarlock.core.results import GUARD, Action, Finding, GuardResult, SuspectedModule, Verdict
+from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
+from invarlock.reporting.report import EditSection, MetricsSection, ModelSection, Report
 
 NOT_MEASURED = "not measured"
+MOST_SUSPECTS = 3
+"""Named on the first screen."""
+STORED_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 MOST_FIGURES = 400
 """Of one guard; a report is to be read, and report.json has them all."""
 
 PREDICTIONS = {
-    "kl_mean": ("KL divergence, mean (a lower bound)", "nats a token"),
-    "kl_p95": ("KL divergence, 95th percentile over tokens", "nats a token"),
-    "kl_p99": ("KL divergence, 99th percentile over tokens", "nats a token"),
-    "window_p95": ("rise of the loss, 95th percentile over windows", "nats a token"),
+    "kl_mean": ("KL divergence, mean (a lower bound)", "nats per token"),
+    "kl_p95": ("KL divergence, 95th percentile over tokens", "nats per token"),
+    "kl_p99": ("KL divergence, 99th percentile over tokens", "nats per token"),
+    "window_p95": ("rise of the loss, 95th percentile over windows", "nats per token"),
     "flips": ("tokens whose likeliest prediction is another one", "%"),
     "broken": ("tokens whose divergence is above log 2", "%"),
     "margin_baseline": ("margin of the likeliest token, baseline", "nats"),
@@ -37,10 +44,11 @@ class Measure:
     """None for a figure that has no limit, or that was not measured."""
 
 
-def shown(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """A number with its unit: ``0.09531 nats a token``, ``57.17 %``."""
+def shown(value: Number | None, unit: str = "", digits: int = 4) -> str:
+    """A number with its unit: ``0.09531 nats per token``, ``57.17 %``."""
     if value is None:
         return NOT_MEASURED
+    value = float(value)
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
     text = f"{value * 100:.{digits}g}" if unit == "%" else f"{value:.{digits}g}"
@@ -53,98 +61,182 @@ def shown_bytes(count: int | None) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def measures_of(metrics: Node) -> list[Measure]:
-    return [*_perplexity(metrics["primary"]), *_predictions(metrics["predictions"])]
+def word(verdict: Verdict) -> str:
+    return "NO VERDICT" if verdict.accepted is None else "ACCEPTED" if verdict.accepted else "REJECTED"
 
 
-def _perplexity(metric: Node) -> Iterator[Measure]:
+def action_word(action: Action | None) -> str:
+    """Also the class that the style sheet knows it by."""
+    return action or "unknown"
+
+
+def summary(verdict: Verdict) -> str:
+    return "no guard objected" if verdict.action is Action.CONTINUE else f"decided by {verdict.decided_by}"
+
+
+def sentence(verdict: Verdict) -> str:
+    """The verdict in one sentence."""
+    if verdict.accepted is None:
+        return "The report holds no verdict."
+    if verdict.exit_code == ExitCode.FAILED:
+        return f"The edit was rejected, and {verdict.decided_by} itself failed: there is no verdict to rely on."
+    if not verdict.accepted:
+        return f"The edit was rejected: {verdict.decided_by} called for {action_word(verdict.action)}."
+    warned = "" if verdict.action is Action.CONTINUE else " with a warning"
+    return f"The edit was accepted{warned}: {summary(verdict)}."
+
+
+def deciding(verdict: Verdict) -> Finding | None:
+    """The finding that decided; None where nothing objected."""
+    return next((found for found in verdict.findings if found.source == verdict.decided_by and found.objects), None)
+
+
+def most_suspect(verdict: Verdict) -> Sequence[SuspectedModule]:
+    return verdict.suspects[:MOST_SUSPECTS]
+
+
+def evidence(suspect: SuspectedModule) -> str:
+    """The first piece of it."""
+    return suspect.evidence[0] if suspect.evidence else "suspected"
+
+
+def said(guard: GuardResult) -> str:
+    return NOT_MEASURED if guard.passed is None else action_word(guard.action)
+
+
+def reasons(report: Report) -> list[str]:
+    """What decided, and what no metric and no guard reports."""
+    shown_elsewhere = [f"{GUARD}{guard.name}" for guard in report.guards]
+    if report.metrics.primary:
+        shown_elsewhere += ["primary metric", "predictions"]
+    others = tuple(f"{source}: " for source in shown_elsewhere if source != report.verdict.decided_by)
+    return [reason for reason in report.verdict.reasons if not reason.startswith(others)]
+
+
+def measures(metrics: MetricsSection) -> list[Measure]:
+    return [*_perplexity(metrics.primary), *_predictions(metrics.predictions)]
+
+
+def limits(metrics: MetricsSection) -> list[bool]:
+    """Of each figure that has a limit: whether it is within."""
+    return [measure.within for measure in measures(metrics) if measure.within is not None]
+
+
+def metric_line(metrics: MetricsSection) -> str:
+    return metrics.primary.message if metrics.primary else NOT_MEASURED
+
+
+def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
     if not metric:
         yield Measure("perplexity ratio", NOT_MEASURED, "", None)
         return
-    kind = metric["kind"].text("perplexity").replace("_", " ")
-    yield Measure(f"{kind}, baseline", shown(metric["baseline"].number(), digits=5), "", None)
-    yield Measure(f"{kind}, edited", shown(metric["edited"].number(), digits=5), "", None)
-    yield Measure("ratio, edited over baseline", shown(metric["ratio"].number(), digits=6), "", None)
-    ends, limit = [entry.number() for entry in metric["ci"].entries()], metric["limit"].number()
-    level = shown(metric["ci_level"].number(), "%")
-    upper = ends[1] if len(ends) == 2 else None
+    kind = metric.kind.replace("_", " ")
+    yield Measure(f"{kind}, baseline", shown(metric.baseline, digits=5), "", None)
+    yield Measure(f"{kind}, edited", shown(metric.edited, digits=5), "", None)
+    yield Measure("ratio, edited over baseline", shown(metric.ratio, digits=6), "", None)
+    upper = metric.ci[1] if metric.ci else None
     yield Measure(
-        f"ratio, {level} interval",
-        " to ".join(shown(end, digits=6) for end in ends) or NOT_MEASURED,
-        f"upper end at most {shown(limit)}",
-        None if upper is None or limit is None else upper <= limit,
+        f"ratio, {shown(metric.ci_level, '%')} interval",
+        " to ".join(shown(end, digits=6) for end in metric.ci or ()) or NOT_MEASURED,
+        f"upper end at most {shown(metric.limit)}",
+        None if upper is None or metric.limit is None else float(upper) <= metric.limit,
     )
-    amount = f"{metric['windows'].whole() or 0:,} windows, {metric['tokens'].whole() or 0:,} tokens"
-    yield Measure("measured on", amount, "", None)
+    yield Measure("measured on", f"{metric.windows or 0:,} windows, {metric.tokens or 0:,} tokens", "", None)
 
 
-def _predictions(divergence: Node) -> Iterator[Measure]:
+def _predictions(divergence: DivergenceResult | None) -> Iterator[Measure]:
     if not divergence:
         return
     for key, (name, unit) in PREDICTIONS.items():
-        value, limit = divergence[key].number(), divergence["limits"][key].number()
+        value, limit = getattr(divergence, key), getattr(divergence.limits, key, None)
         within = None if value is None or limit is None else value <= limit
         yield Measure(name, shown(value, unit), "" if limit is None else f"at most {shown(limit, unit)}", within)
 
 
-def model_line(model: Node) -> str:
-    description = model["description"]
+def model_line(model: ModelSection) -> str:
+    description = Node(model.description)
     parameters = description["parameters"].whole()
     size = f", {parameters / 1e6:.2f} M parameters" if parameters is not None else ""
-    described = f"{description['model_class'].text('unknown class')}{size}"
-    return f"{model['id'].text('unnamed')} (adapter {model['adapter'].text('unknown')}, {described})"
+    return f"{model.id} (adapter {model.adapter}, {description['model_class'].text('unknown class')}{size})"
 
 
-def edit_line(edit: Node) -> str:
-    what = _compared(edit) if edit["plan"]["subject"] else _planned(edit)
-    modules = edit["modules"].entries()
-    if not modules:
+def edit_line(edit: EditSection) -> str:
+    what = _compared(edit) if edit.is_comparison else _planned(edit)
+    if not edit.modules:
         return f"{what}: not made"
-    errors = [(error, module) for module in modules if (error := module["relative_error"].number()) is not None]
+    errors = [(error, weight.name) for weight in edit.modules if (error := weight.relative_error) is not None]
     if not errors:
         return f"{what}, relative error {NOT_MEASURED}"
-    worst, module = max(errors, key=lambda entry: entry[0])
-    return f"{what}, relative error up to {worst:.3g} ({module['name'].text('unnamed')})"
+    worst, name = max(errors, key=lambda entry: entry[0])
+    return f"{what}, relative error up to {worst:.3g} ({name})"
 
 
-def _compared(edit: Node) -> str:
-    modules = edit["modules"].entries()
-    changed = sum(module["change"].text() != "unchanged" for module in modules)
-    what = f"{changed} of {len(modules)} weights, {edit['params_changed'].whole() or 0:,} parameters"
-    return f"{edit['plan']['subject'].text('unnamed')} differs in {what}"
+def _compared(edit: EditSection) -> str:
+    changed = sum(weight.is_changed for weight in edit.modules)
+    what = f"{changed} of {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
+    return f"{Node(edit.plan)['subject'].text('unnamed')} differs in {what}"
 
 
-def _planned(edit: Node) -> str:
-    plan = edit["plan"]
+def _planned(edit: EditSection) -> str:
+    plan = Node(edit.plan)
     kind = "symmetric" if plan["symmetric"] else "asymmetric"
     if plan["group_size"]:
         grain = f"groups of {plan['group_size'].text()}"
     else:
         grain = "per output channel" if plan["per_channel"] else "per tensor"
     bits, scope = plan["bitwidth"].text("unknown"), plan["scope"].text("unknown")
-    what = f"{edit['name'].text('unknown')}, {bits} bits, {kind}, {grain}, scope {scope}"
-    return f"{what}: {len(edit['modules'].entries())} weights, {edit['params_changed'].whole() or 0:,} parameters"
+    what = f"{edit.name}, {bits} bits, {kind}, {grain}, scope {scope}"
+    return f"{what}: {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
 
 
-def provenance_of(report: Node) -> list[tuple[str, str]]:
+def plan_cells(edit: EditSection) -> dict[str, str]:
+    return {key: cell(entry) for key, entry in edit.plan.items() if key != "families"}
+
+
+def families(edit: EditSection) -> list[tuple[str, str, int]]:
+    """Of a comparison: family, change, how many weights."""
+    return [
+        (family["family"].text("unnamed"), change, count.whole() or 0)
+        for family in Node(edit.plan)["families"].entries()
+        for change, count in family["changes"].items()
+    ]
+
+
+def bits_per_parameter(report: Report) -> float | None:
+    """Mean over all parameters, without scales; what was not rounded has the bits of the model's data type."""
+    description = Node(report.model.description)
+    stored, total = STORED_BITS.get(description["dtype"].text()), description["parameters"].whole()
+    rounded = [(each.bits, each.parameters) for each in report.edit.modules if each.bits and each.parameters]
+    left = (total or 0) - sum(parameters for _, parameters in rounded)
+    if not stored or not total or left < 0:
+        return None
+    return (sum(bits * parameters for bits, parameters in rounded) + stored * left) / total
+
+
+def provenance(report: Report) -> list[tuple[str, str]]:
     """Where the report comes from: versions, digests, the machine."""
-    model = report["model"]
-    facts = {
-        "made": report["created"],
-        "InvarLock": report["invarlock_version"],
-        "configuration, SHA-256": report["config_sha256"],
-        "baseline, fingerprint": model["fingerprint_before"],
-        "model as it was left, fingerprint": model["fingerprint_after"],
-    }
-    devices = ", ".join(entry.text() for entry in model["devices"].entries())
-    environment = [(name, entry.text()) for name, entry in report["environment"].items()]
-    return [*((name, node.text()) for name, node in facts.items()), ("devices", devices), *environment]
+    return [
+        ("made", report.created),
+        ("InvarLock", report.invarlock_version),
+        ("configuration, SHA-256", report.config_sha256),
+        ("baseline, fingerprint", report.model.fingerprint_before),
+        ("model as it was left, fingerprint", report.model.fingerprint_after),
+        ("devices", ", ".join(report.model.devices)),
+        *((name, cell(entry)) for name, entry in report.environment.items()),
+    ]
 
 
-def flattened(node: Node) -> list[tuple[str, str]]:
+def cell(value: Any) -> str:
+    """Plain data as it stands in a table."""
+    if isinstance(value, list):
+        return ", ".join(map(cell, value))
+    return Node(value).text("" if not isinstance(value, bool) else "yes" if value else "no")
+
+
+def figures(guard: GuardResult) -> list[tuple[str, str]]:
     """Nested figures as rows, their keys joined by dots; lists of plain values in one row."""
     rows: list[tuple[str, str]] = []
-    for row in _rows("", node):
+    for row in _rows("", Node(guard.metrics)):
         if len(rows) == MOST_FIGURES:
             return [*rows, ("…", "the others are in report.json")]
         rows.append(row)
@@ -168,4 +260,4 @@ def _value(node: Node) -> str:
         return shown(node.value)
     if isinstance(node.value, list):
         return ", ".join(_value(entry) for entry in node.entries()) or "none"
-    return node.text(cleaned(json.dumps(node.value)))
+    return node.text(json.dumps(node.value))

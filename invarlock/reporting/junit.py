@@ -1,66 +1,71 @@
-"""A report as tests that a continuous-integration system shows: one for each voice in the verdict."""
+"""JUnit's XML: a test for each voice in the verdict, as a continuous-integration system shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
 
-from invarlock.reporting.describing import NOT_MEASURED
-from invarlock.reporting.view import Finding, Guard, View
+from invarlock.core.results import Action, Finding, GuardResult
+from invarlock.reporting.describing import NOT_MEASURED, action_word, said
+from invarlock.reporting.reading import SavedReport
+from invarlock.reporting.report import Report
 
-
-@dataclass(frozen=True)
-class Case:
-    """One test."""
-
-    name: str
-    outcome: Literal["passed", "failure", "error", "skipped"]
-    action: str
-    message: str
-    detail: str = ""
-    seconds: float | None = None
+OUTPUTS = ("primary metric", "predictions")
+COUNTS = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
-@dataclass(frozen=True)
-class Suite:
-    """The tests of one report."""
-
-    name: str
-    cases: list[Case]
-
-    @classmethod
-    def of(cls, view: View) -> Suite:
-        return cls(view.name, list(_cases(view)))
-
-    def count(self, outcome: str) -> int:
-        return sum(case.outcome == outcome for case in self.cases)
+def render(runs: Sequence[SavedReport]) -> str:
+    suites = ElementTree.Element("testsuites", name="invarlock")
+    suites.extend(_suite(run) for run in runs)
+    ElementTree.indent(suites, space="")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(suites, encoding="unicode")}\n'
 
 
-def _cases(view: View) -> Iterator[Case]:
+def _suite(run: SavedReport) -> ElementTree.Element:
+    cases = list(_cases(run.report))
+    counts = {count: str(sum(case.find(tag) is not None for case in cases)) for count, tag in COUNTS.items()}
+    suite = ElementTree.Element("testsuite", {"name": run.name, "tests": str(len(cases)), **counts})
+    suite.extend(cases)
+    return suite
+
+
+def _cases(report: Report) -> Iterator[ElementTree.Element]:
     """The guards in their order, then the primary metric, the predictions and whatever else had a say."""
-    strict = view.verdict.strict
-    for guard in view.guards:
+    strict = report.verdict.strict
+    for guard in report.guards:
         yield _guard(guard, strict)
-    others = {found.source: found for found in view.verdict.findings if not found.source.startswith("guard ")}
-    for name in dict.fromkeys(["primary metric", "predictions", *others]):
+    others = {found.source: found for found in report.verdict.findings if not found.is_of_guard}
+    for name in dict.fromkeys([*OUTPUTS, *others]):
         found = others.get(name)
-        yield _other(found, strict) if found else Case(name, "skipped", "not measured", NOT_MEASURED)
+        yield _other(found, strict) if found else _case(name, "skipped", NOT_MEASURED)
 
 
-def _guard(guard: Guard, strict: bool) -> Case:
-    name, seconds = f"guard {guard.name}", guard.seconds if guard.seconds is not None and guard.seconds >= 0 else None
+def _guard(guard: GuardResult, strict: bool) -> ElementTree.Element:
+    source, word = Finding.of_guard(guard).source, said(guard)
     if guard.passed is None:
-        return Case(name, "skipped", guard.said, guard.message, seconds=seconds)
-    if guard.error:
-        return Case(name, "error", guard.action, guard.message, guard.error, seconds)
-    return Case(name, _outcome(guard.action, strict), guard.action, guard.message, guard.message, seconds)
+        case = _case(source, "skipped", guard.message)
+    elif guard.error:
+        case = _case(source, "error", guard.error, type=word, message=guard.message)
+    else:
+        case = _judged(source, guard.action, guard.message, strict)
+    if guard.seconds is not None and guard.seconds >= 0:
+        case.set("time", f"{guard.seconds:.4f}")
+    return case
 
 
-def _other(found: Finding, strict: bool) -> Case:
-    outcome = "error" if found.failed else _outcome(found.action, strict)
-    return Case(found.source, outcome, found.action, found.message, found.message)
+def _other(found: Finding, strict: bool) -> ElementTree.Element:
+    if found.failed:
+        return _case(found.source, "error", found.message, type=action_word(found.action), message=found.message)
+    return _judged(found.source, found.action, found.message, strict)
 
 
-def _outcome(action: str, strict: bool) -> Literal["passed", "failure"]:
-    return "passed" if action == "continue" or (action == "warn" and not strict) else "failure"
+def _judged(source: str, action: Action, message: str, strict: bool) -> ElementTree.Element:
+    if action is Action.CONTINUE or (action is Action.WARN and not strict):
+        return _case(source, "system-out", f"{action}: {message}")
+    return _case(source, "failure", message, type=action_word(action), message=message)
+
+
+def _case(source: str, outcome: str, text: str, **attributes: str) -> ElementTree.Element:
+    case = ElementTree.Element("testcase", classname="invarlock", name=source)
+    ElementTree.SubElement(case, outcome, attributes).text = text
+    return case

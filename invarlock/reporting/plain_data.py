@@ -1,12 +1,10 @@
-"""Reading plain data that may lack anything: reports of other versions, or of somebody who means harm."""
+"""Access to plain data that may lack anything."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from invarlock.core.text import cleaned
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class Node:
     def items(self) -> list[tuple[str, Node]]:
         if not isinstance(self.value, Mapping):
             return []
-        return [(cleaned(str(key)), Node(entry)) for key, entry in self.value.items()]
+        return [(key, Node(entry)) for key, entry in self.value.items()]
 
     def text(self, default: str = "") -> str:
-        """Text without harmful characters; a number as it is written, anything else the default."""
+        """Text; a number as it is written, anything else the default."""
         if isinstance(self.value, bool) or not isinstance(self.value, str | int | float):
             return default
-        return cleaned(str(self.value))
+        return str(self.value)
 
     def number(self) -> float | None:
         """A number, not finite ones, which a report holds as ``"nan"`` and ``"inf"``, among them."""

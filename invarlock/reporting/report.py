@@ -1,4 +1,4 @@
-"""The report of a run: the one model from which every rendering is made.
+"""The report of a run: it holds the results, and every rendering is made from it.
 
 ``report-v1.schema.json`` beside this module is its JSON Schema. What was not measured is null, never a number.
 """
@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from typing import Any, Final, Literal
 
 from invarlock.core.plain import OWN, Reader, plain
+from invarlock.core.results import Action, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import HARMFUL
+from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 
 FORMAT_VERSION: Final = "report-v1"
 
-Actions = Literal["continue", "warn", "rollback", "abort"]
-Number = float | Literal["nan", "inf", "-inf"]
-"""JSON has no number that is not finite."""
+COMPARE: Final = "compare"
+"""The name of an edit that somebody else made."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ModelSection:
 
 
 @dataclass
-class ModuleSection:
+class EditedWeight:
     name: str
     role: str
     change: str
@@ -57,64 +58,27 @@ class ModuleSection:
     """Rows with NaN or Inf; they were left as they are."""
     device: str
 
+    @classmethod
+    def of(cls, result: Any) -> EditedWeight:
+        """:param result: of rounding or of a comparison, which may hold more than the report."""
+        return cls(*(getattr(result, entry.name) for entry in fields(cls)))
+
+    @property
+    def is_changed(self) -> bool:
+        return self.change != "unchanged"
+
 
 @dataclass
 class EditSection:
     name: str
     plan: dict[str, Any]
-    modules: list[ModuleSection]
+    modules: list[EditedWeight]
     params_changed: int
     """Parameters of the quantized weights."""
 
-
-@dataclass
-class GuardSection:
-    name: str
-    origin: Literal["builtin", "plugin", "local"]
-    version: str | None
-    passed: bool | None
-    action: Actions
-    message: str
-    warnings: list[str]
-    metrics: dict[str, Any]
-    prepare: dict[str, Any]
-    seconds: float
-    error: str | None
-
-
-@dataclass
-class MetricSection:
-    kind: Literal["perplexity", "masked_perplexity", "target_perplexity"]
-    baseline: Number | None
-    edited: Number | None
-    ratio: Number | None
-    ci: tuple[Number, Number] | None
-    ci_level: float
-    windows: int
-    tokens: int
-    limit: float
-    action: Actions
-    message: str
-
-
-@dataclass
-class DivergenceSection:
-    """The edited model's predictions against the baseline's, token by token; divergences are lower bounds, in nats."""
-
-    kl_mean: float | None
-    kl_p95: float | None
-    kl_p99: float | None
-    window_p95: float | None
-    """95th percentile over windows of the rise of the loss, nats a token."""
-    flips: float | None
-    """Share of the tokens whose likeliest prediction is another one."""
-    broken: float | None
-    """Share of the tokens whose divergence is above log 2."""
-    margin_baseline: float | None
-    margin_loss: float | None
-    limits: dict[str, float] | None
-    action: Actions
-    message: str
+    @property
+    def is_comparison(self) -> bool:
+        return self.name == COMPARE
 
 
 @dataclass
@@ -130,52 +94,16 @@ class WindowsSection:
 
 @dataclass
 class MetricsSection:
-    primary: MetricSection | None
-    predictions: DivergenceSection | None
+    primary: MetricResult | None
+    predictions: DivergenceResult | None
     windows: WindowsSection | None
-
-
-@dataclass
-class SuspectSection:
-    module: str
-    score: float
-    """Reciprocal rank over all guards that suspect it."""
-    evidence: list[str]
-
-
-@dataclass
-class FindingSection:
-    """One voice in the verdict."""
-
-    source: str
-    action: Actions
-    message: str
-    failed: bool
-    """Whether the source itself failed, so that its word cannot be relied on."""
-
-
-@dataclass
-class VerdictSection:
-    action: Actions
-    accepted: bool
-    decided_by: str
-    rests_on: str
-    """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
-    strict: bool
-    """Whether a warning, though accepted, ends the process with exit code 1."""
-    findings: list[FindingSection]
-    """What was folded, guards first."""
-    reasons: list[str]
-    suspects: list[SuspectSection]
-    """Of a rejection: the modules most likely responsible, best first."""
-    exit_code: int
 
 
 @dataclass
 class AttemptSection:
     attempt: int
     bitwidth: int | None
-    action: Actions
+    action: Action
     decided_by: str
     ratio: Number | None
 
@@ -188,9 +116,9 @@ class Report:
     config_sha256: str
     model: ModelSection
     edit: EditSection
-    guards: list[GuardSection]
+    guards: list[GuardResult]
     metrics: MetricsSection
-    verdict: VerdictSection
+    verdict: Verdict
     attempts: list[AttemptSection]
     timings: dict[str, float]
     """Seconds a stage."""
@@ -236,4 +164,9 @@ def make_json_schema() -> dict[str, Any]:
 
     schema = TypeAdapter(Report).json_schema()
     schema["required"] = list(schema["properties"])
+    for result in map(schema["$defs"].get, ("GuardResult", "Finding", "Verdict")):
+        # Results have defaults; what is written has every key.
+        result["required"] = list(result["properties"])
+        for each in result["properties"].values():
+            each.pop("default", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": FORMAT_VERSION, **schema}

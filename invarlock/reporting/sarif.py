@@ -6,42 +6,49 @@ from collections.abc import Sequence
 from typing import Any
 
 from invarlock import __version__
-from invarlock.reporting.view import Finding, Suspect, View
+from invarlock.core.results import Action, Finding, SuspectedModule
+from invarlock.reporting.describing import action_word, edit_line, model_line
+from invarlock.reporting.reading import SavedReport
+from invarlock.reporting.report import to_json
 
-LEVELS = {"continue": "none", "warn": "warning", "rollback": "error", "abort": "error", "unknown": "error"}
 RULES = {
     "objection": "A guard, the primary metric or the predictions objected to the edit",
     "suspect": "A module that is most likely responsible for the rejection",
 }
 
 
-def sarif_log(views: Sequence[View]) -> dict[str, Any]:
+def render(runs: Sequence[SavedReport]) -> str:
     """A log with a run for each report."""
-    return {
-        "$schema": "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [_run(view, place) for place, view in enumerate(views, start=1)],
-    }
+    return to_json(
+        {
+            "$schema": "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json",
+            "version": "2.1.0",
+            "runs": [_run(run, place) for place, run in enumerate(runs, start=1)],
+        }
+    )
 
 
-def _run(view: View, place: int) -> dict[str, Any]:
+def _run(run: SavedReport, place: int) -> dict[str, Any]:
+    verdict = run.report.verdict
     rules = [{"id": key, "shortDescription": {"text": text}} for key, text in RULES.items()]
-    objections = [_objection(finding) for finding in view.verdict.findings if finding.objects]
+    objections = [_objection(finding) for finding in verdict.findings if finding.objects]
+    model, edit = model_line(run.report.model), edit_line(run.report.edit)
     return {
         "tool": {"driver": {"name": "InvarLock", "semanticVersion": __version__, "rules": rules}},
-        "automationDetails": {"id": f"invarlock/{place}-{view.name}/"},
-        "properties": {"verdict": view.verdict.action, "model": view.model, "edit": view.edit},
-        "results": [*objections, *(_suspicion(suspect) for suspect in view.verdict.suspects)],
+        "automationDetails": {"id": f"invarlock/{place}-{run.name}/"},
+        "properties": {"verdict": action_word(verdict.action), "model": model, "edit": edit},
+        "results": [*objections, *(_suspicion(suspect) for suspect in verdict.suspects)],
     }
 
 
 def _objection(finding: Finding) -> dict[str, Any]:
-    text = f"{finding.source}: {finding.action}: {finding.message}"
-    return _result("objection", LEVELS[finding.action], text, finding.source, "function")
+    text = f"{finding.source}: {action_word(finding.action)}: {finding.message}"
+    level = "warning" if finding.action is Action.WARN else "error"
+    return _result("objection", level, text, finding.source, "function")
 
 
-def _suspicion(suspect: Suspect) -> dict[str, Any]:
-    text = f"{suspect.module}: {'; '.join(suspect.evidence)}"
+def _suspicion(suspect: SuspectedModule) -> dict[str, Any]:
+    text = f"{suspect.module}: {'; '.join(suspect.evidence) or 'suspected'}"
     return _result("suspect", "error", text, suspect.module, "module")
 
 

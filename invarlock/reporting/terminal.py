@@ -1,48 +1,65 @@
-"""What a terminal shows of a report: the verdict first, then what it rests on."""
+"""Text for a terminal: the verdict first, then what it rests on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from invarlock.core.sections import ReportSection
 from invarlock.core.text import on_one_line
+from invarlock.reporting import describing
 from invarlock.reporting.comparing import SideBySide
 from invarlock.reporting.describing import NOT_MEASURED
-from invarlock.reporting.view import Guard, Section, View
+from invarlock.reporting.reading import SavedReport
+from invarlock.reporting.report import EditSection, Report
 
 COLOURS = {"continue": "green", "warn": "yellow", "rollback": "red", "abort": "bold red", "unknown": "bold red"}
+WIDTH = 100
+"""Columns of what is written for a terminal into a file."""
 
 
-def render(view: View, console: Console, *, verbose: bool = False) -> None:
-    """Print a report.
+def render(runs: Sequence[SavedReport]) -> str:
+    text = io.StringIO()
+    print_to(Console(file=text, width=WIDTH, soft_wrap=True, no_color=True), runs)
+    return text.getvalue()
 
-    :param verbose: a row for each weight, too.
-    """
-    for line in _lines(view):
+
+def print_to(console: Console, runs: Sequence[SavedReport]) -> None:
+    """Print one report, or several side by side."""
+    if len(runs) == 1:
+        print_report(runs[0].report, console)
+    else:
+        _print_side_by_side(SideBySide.of(runs), console)
+
+
+def print_report(report: Report, console: Console, *, verbose: bool = False) -> None:
+    """:param verbose: a row for each weight, too."""
+    for line in _lines(report):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
-    if view.families:
-        console.print(_families(view))
-    console.print(_guards(view))
-    for section in view.sections:
+    if families := describing.families(report.edit):
+        console.print(_families(families))
+    console.print(_guards(report))
+    for section in report.sections:
         for line in (_line(f"{section.title} (by {section.source})"), escape(section.text)):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(_section(section))
     if verbose:
-        console.print(_modules(view))
+        console.print(_weights(report.edit))
 
 
-def verdict_line(view: View) -> str:
+def verdict_line(report: Report) -> str:
     """The verdict in one line, with rich's markup."""
-    verdict = view.verdict
-    return f"[{COLOURS[verdict.action]}]{verdict.word}[/] ({verdict.action}): {_line(verdict.summary)}"
+    verdict, action = report.verdict, describing.action_word(report.verdict.action)
+    return f"[{COLOURS[action]}]{describing.word(verdict)}[/] ({action}): {_line(describing.summary(verdict))}"
 
 
-def render_side_by_side(table: SideBySide, console: Console) -> None:
+def _print_side_by_side(table: SideBySide, console: Console) -> None:
     """Print several runs, a column each."""
     best = "none was accepted" if table.best is None else table.runs[table.best]
     console.print(f"best     {_line(best)}", highlight=False, soft_wrap=True)
@@ -57,23 +74,23 @@ def render_side_by_side(table: SideBySide, console: Console) -> None:
     console.print(shown)
 
 
-def _lines(view: View) -> Iterator[str]:
-    yield verdict_line(view)
-    for reason in view.reasons:
+def _lines(report: Report) -> Iterator[str]:
+    yield verdict_line(report)
+    for reason in describing.reasons(report):
         yield f"  - {_line(reason)}"
-    for suspect in view.most_suspect:
-        yield f"suspect  {_line(suspect.module)} ({_line(suspect.evidence[0])})"
+    for suspect in describing.most_suspect(report.verdict):
+        yield f"suspect  {_line(suspect.module)} ({_line(describing.evidence(suspect))})"
     yield ""
-    yield f"model    {_line(view.model)}"
-    yield f"edit     {_line(view.edit)}"
-    yield f"metric   {_line(view.metric)}"
-    if view.predictions:
-        yield f"tokens   {_line(view.predictions)}"
-    yield f"rests on {_line(view.verdict.rests_on)}"
-    if view.restored is not None:
-        yield f"model    {'restored bit for bit' if view.restored else 'NOT RESTORED'}"
-    for attempt in view.attempts[:-1]:
-        yield f"attempt  {_line(attempt.number)} at {attempt.bitwidth} bits: {attempt.action}"
+    yield f"model    {_line(describing.model_line(report.model))}"
+    yield f"edit     {_line(describing.edit_line(report.edit))}"
+    yield f"metric   {_line(describing.metric_line(report.metrics))}"
+    if report.metrics.predictions:
+        yield f"tokens   {_line(report.metrics.predictions.message)}"
+    yield f"rests on {_line(report.verdict.rests_on)}"
+    if report.model.restored is not None:
+        yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
+    for attempt in report.attempts[:-1]:
+        yield f"attempt  {attempt.attempt} at {attempt.bitwidth} bits: {describing.action_word(attempt.action)}"
 
 
 def _line(text: str) -> str:
@@ -95,38 +112,35 @@ def _below(table: Table) -> Padding:
     return Padding(table, (0, 0, 1, 0))
 
 
-def _guards(view: View) -> Padding:
+def _guards(report: Report) -> Padding:
     table = _table("guard", "action", "seconds", "what it says", right=("seconds",), fold=("what it says",))
-    for guard in view.guards:
+    for guard in report.guards:
         seconds = NOT_MEASURED if guard.seconds is None else f"{guard.seconds:.2f}"
-        table.add_row(escape(guard.name), _said(guard), seconds, escape(guard.message))
+        said = describing.said(guard)
+        table.add_row(escape(guard.name), f"[{COLOURS.get(said, 'dim')}]{said}[/]", seconds, escape(guard.message))
     return _below(table)
 
 
-def _said(guard: Guard) -> str:
-    return f"[{'dim' if guard.passed is None else COLOURS[guard.action]}]{guard.said}[/]"
-
-
-def _families(view: View) -> Padding:
-    """What was changed, by family: a layer that was meant to be quantized and was not stands out."""
+def _families(families: Sequence[tuple[str, str, int]]) -> Padding:
+    """Changes by family: a layer that was meant to be quantized and was not stands out."""
     table = _table("family", "weights", "change", right=("weights",), fold=("family", "change"))
-    for family, change, count in view.families:
+    for family, change, count in families:
         table.add_row(escape(family), str(count), escape(change))
     return _below(table)
 
 
-def _section(section: Section) -> Padding:
+def _section(section: ReportSection) -> Padding:
     table = _table(*section.columns, fold=tuple(section.columns))
     for row in section.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(describing.cell(entry)) for entry in row))
     return _below(table)
 
 
-def _modules(view: View) -> Table:
+def _weights(edit: EditSection) -> Table:
     figures = ("bits", "relative error", "SQNR dB", "clipped")
     table = _table("weight", *figures, right=figures, fold=("weight",))
-    for module in view.modules:
-        measured = (module.relative_error, module.sqnr_db, module.clipped_share)
+    for weight in edit.modules:
+        measured = (weight.relative_error, weight.sqnr_db, weight.clipped_share)
         shown = [NOT_MEASURED if value is None else f"{value:.4g}" for value in measured]
-        table.add_row(escape(module.name), str(module.bits), *shown)
+        table.add_row(escape(weight.name), str(weight.bits), *shown)
     return table

@@ -16,7 +16,7 @@ from endings import COMPARED, end
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from invarlock.cli.commands.report import FORMATS
+from invarlock.reporting.formats import FORMATS
 
 KINDS = ("accepted", "rejected", "not ready", "a guard failed", "weights alone", "an infinite ratio")
 Place = tuple[str | int, ...]
@@ -93,7 +93,7 @@ def test_any_change_is_answered_in_one_line(reports, invarlock, kind: str, data:
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
     answered(invarlock("verify", folder))
-    format_ = data.draw(st.sampled_from(FORMATS))
+    format_ = data.draw(st.sampled_from(FORMATS).map(lambda form: form.name))
     answered(invarlock("report", folder, "--format", format_), (0, 2))
     answered(invarlock("report", folder, reports["accepted"], "--format", format_), (0, 2))
 

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from invarlock import hookimpl
 from invarlock.cli.options import path_argument
 from invarlock.core.errors import ExitCode, UsageError, one_line
+from invarlock.reporting.formats import FORMATS, TERMINAL, ReportFormat
 
 if TYPE_CHECKING:
-    from invarlock.reporting.reading import Run
-
-FORMATS = ("terminal", "markdown", "html", "junit", "sarif", "json")
-SUFFIXES = {".txt": "terminal", ".md": "markdown", ".html": "html", ".xml": "junit", ".sarif": "sarif", ".json": "json"}
+    from invarlock.reporting.reading import SavedReport
 
 DESCRIPTION = """\
 Shows the report of a run: on the terminal, as a page, or for a continuous-integration system. Several runs are put side
@@ -39,7 +37,9 @@ def invarlock_add_commands(subparsers: Any) -> None:
         "reports", type=path_argument, nargs="+", metavar="RUN", help="a run's folder, or its report.json"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="default: what the name of the output file ends in says, else terminal"
+        "--format",
+        choices=[each.name for each in FORMATS],
+        help="default: what the name of the output file ends in says, else terminal",
     )
     parser.add_argument(
         "-o", "--output", type=path_argument, metavar="FILE", help="write to a file instead of standard output"
@@ -49,43 +49,44 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # Only here: start-up has use for neither templates nor rich.
-    from invarlock.reporting.reading import Run
+    from invarlock.reporting.reading import SavedReport
 
-    runs = [Run.read(Path(path)) for path in args.reports]
-    format_ = args.format or _format_of(args.output)
+    runs = [SavedReport.read(Path(path)) for path in args.reports]
+    chosen = _chosen(args.format, args.output)
     try:
-        _show(runs, format_, args.output)
+        _show(runs, chosen, args.output)
     except (RecursionError, ValueError, OverflowError) as error:
         # A report can be any file: nested without end, or with figures that no plot holds.
-        raise UsageError(f"{args.reports[0]}: cannot be shown as {format_}: {one_line(error)}") from error
+        raise UsageError(f"{args.reports[0]}: cannot be shown as {chosen.name}: {one_line(error)}") from error
     return ExitCode.ACCEPTED
 
 
-def _format_of(output: str | None) -> str:
-    """:raises UsageError: the file's name does not say."""
+def _chosen(name: str | None, output: str | None) -> ReportFormat:
+    """:raises UsageError: neither an option nor the file's name says which."""
+    if name:
+        return next(each for each in FORMATS if each.name == name)
     if output is None:
-        return "terminal"
+        return TERMINAL
     suffix = Path(output).suffix.lower()
-    if suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise UsageError(f"-o {output}: {suffix or 'no suffix'} says no format; add --format, or use {known}")
-    return SUFFIXES[suffix]
+    for each in FORMATS:
+        if each.suffix == suffix:
+            return each
+    known = ", ".join(each.suffix for each in FORMATS)
+    raise UsageError(f"-o {output}: {suffix or 'no suffix'} says no format; add --format, or use {known}")
 
 
-def _show(runs: Sequence[Run], format_: str, output: str | None) -> None:
-    from invarlock.reporting.rendering import render
-
+def _show(runs: Sequence[SavedReport], chosen: ReportFormat, output: str | None) -> None:
     if output:
-        _write(Path(output), render(runs, format_))
-    elif format_ == "terminal":
+        _write(Path(output), chosen.render(runs))
+    elif chosen is TERMINAL:
         # Here, for the console that knows the terminal's width and colours.
         from rich.console import Console
 
-        from invarlock.reporting.rendering import print_to
+        from invarlock.reporting.terminal import print_to
 
         print_to(Console(soft_wrap=True), runs)
     else:
-        sys.stdout.write(render(runs, format_))
+        sys.stdout.write(chosen.render(runs))
 
 
 def _write(path: Path, text: str) -> None:

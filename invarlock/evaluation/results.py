@@ -1,0 +1,72 @@
+"""Results of comparing two passes, as the report holds them. Nothing heavy is imported: renderers read them, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from invarlock.core.results import Action
+
+Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
+Number = float | Literal["nan", "inf", "-inf"]
+"""JSON has no number that is not finite."""
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Result of the primary metric; None stands for what was not measured.
+
+    ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
+    ``limit``. ``tokens`` counts scored tokens.
+    """
+
+    kind: Kind
+    baseline: Number | None
+    edited: Number | None
+    ratio: Number | None
+    ci: tuple[Number, Number] | None
+    ci_level: float
+    windows: int
+    tokens: int
+    limit: float
+    action: Action
+    message: str
+
+
+@dataclass(frozen=True)
+class PredictionLimits:
+    """The largest figures to accept: above ``flips`` or ``broken`` there is a warning, above any other a rollback."""
+
+    kl_mean: float
+    kl_p95: float
+    kl_p99: float
+    window_p95: float
+    flips: float
+    broken: float
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """The edited model's predictions against the baseline's, token by token; None stands for what was not measured.
+
+    Divergences are Kullback-Leibler divergences of the next-token distribution from the baseline's, in nats, over
+    scored tokens. They are lower bounds: all but the baseline's likeliest tokens count as one. Tokens that are not
+    finite count in both ``flips`` and ``broken``.
+    """
+
+    kl_mean: float | None
+    kl_p95: float | None
+    kl_p99: float | None
+    window_p95: float | None
+    """95th percentile over windows of the rise of the loss, nats per token."""
+    flips: float | None
+    """Share of the tokens whose likeliest prediction is another one."""
+    broken: float | None
+    """Share of the tokens whose divergence is above log 2."""
+    margin_baseline: float | None
+    """Mean margin of the baseline's likeliest token over the runner-up, nats of log probability."""
+    margin_loss: float | None
+    """How much of it the edited model lost: all of it and more where tokens flip."""
+    limits: PredictionLimits | None
+    action: Action
+    message: str

@@ -1,0 +1,87 @@
+"""A finished report on its way to disk, with the model, the page and the signature."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from invarlock.checkpoints.checksums import digests
+from invarlock.checkpoints.output_folder import OutputFolder, unwritable_said, write_text
+from invarlock.checkpoints.shard_writer import ShardedOutput
+from invarlock.core.errors import InvarlockError, one_line
+from invarlock.pipeline.clock import Clock
+from invarlock.reporting.page import render_html
+from invarlock.reporting.report import to_json
+
+log = logging.getLogger("invarlock")
+
+
+def write(
+    report: dict[str, Any],
+    output: OutputFolder,
+    clock: Clock,
+    save: Callable[..., None] | None = None,
+    *,
+    shards: ShardedOutput | None = None,
+) -> None:
+    """Write the model, if there is one to save, the report, as JSON and as HTML, and the signature.
+
+    All is put to the side and takes its place when it is whole, and what is there by then goes only then.
+
+    :param save: writes an accepted model, or what it lacks yet, to a folder, given that and the report.
+    :param shards: the weights, if they are written already.
+    :raises UsageError: something could not be written; then everything is as it was.
+    :raises InvarlockError: it could not be signed; then the rest is saved.
+    """
+    with unwritable_said(output.path), output.replaced() as new:
+        if save is not None:
+            with shards.completed(new / "model") if shards else _new_folder(new / "model") as folder:
+                with clock.stage("save"):
+                    save(folder, report=report)
+                with clock.stage("digests"):
+                    report["artifacts"] |= digests(folder, "model")
+                write_text(folder / "report.json", to_json(report))
+        write_text(new / "report.json", to_json(report))
+        if page := _drawn(report, output):
+            _write_page(page, new)
+        unsigned = _sign(output, new)
+    if unsigned:
+        raise unsigned
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    yield path
+
+
+def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:
+    try:
+        if output.sign:
+            output.sign(folder)
+    except InvarlockError as error:
+        return error
+    return None
+
+
+def _drawn(report: dict[str, Any], output: OutputFolder) -> str | None:
+    try:
+        return render_html(report, output.path)
+    except Exception as error:
+        _without_page(error)
+        return None
+
+
+def _write_page(page: str, folder: Path) -> None:
+    try:
+        write_text(folder / "report.html", page)
+    except OSError as error:
+        _without_page(error)
+
+
+def _without_page(error: Exception) -> None:
+    log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
+    log.debug("report.html", exc_info=True)

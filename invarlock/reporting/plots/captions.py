@@ -1,0 +1,59 @@
+"""Captions of plots: what is shown, in which unit, and against which limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from invarlock.evaluation.results import MetricResult
+from invarlock.reporting.describing import NOT_MEASURED, shown
+from invarlock.reporting.plots.data import MOST_POINTS, Point, log
+
+SPECTRUM = "The leading singular values, in units of the weight, before and after the edit. There is no limit."
+
+
+def missing(what: str) -> str:
+    return f"{what}: {NOT_MEASURED}."
+
+
+def errors(measured: Sequence[Point], drawn: int) -> str:
+    worst = max(measured, key=lambda point: point.value)
+    caption = (
+        "How far each weight has moved: the Frobenius norm of the change over that of the weight (0 is unchanged, 1 as "
+        f"if set to zero). The largest is {shown(worst.value)}, of {worst.weight.name}. It has no limit of its own: "
+        "what counts is what the model computes."
+    )
+    if drawn < len(measured):
+        caption += f" Of {len(measured):,} weights the most changed of each block and role are drawn."
+    return caption
+
+
+def bits(mean: float | None) -> str:
+    return (
+        "The bits that each weight was rounded to. "
+        f"Over all parameters {shown(mean, 'bits')} per parameter, scales not counted."
+    )
+
+
+def rises(windows: int, finite: int, drawn: int, metric: MetricResult | None) -> str:
+    """
+    :param windows: how many there are.
+    :param finite: in how many of them the rise is a finite number.
+    :param drawn: points of the plot.
+    """
+    caption = f"Edited minus baseline loss of {windows:,} windows."
+    if metric:
+        span = " to ".join(shown(log(end)) for end in metric.ci or () if log(end) is not None) or NOT_MEASURED
+        caption += (
+            f" The mean is {shown(log(metric.ratio), 'nats per token')}, its {shown(metric.ci_level, '%')} interval "
+            f"{span}; the upper end may be {shown(log(metric.limit))} at most, the logarithm of the limit "
+            f"{shown(metric.limit)} on the ratio of the perplexities."
+        )
+    if finite < windows:
+        caption += f" {windows - finite:,} windows whose loss is not a finite number are not drawn."
+    if drawn < finite:
+        caption += f" Each point is the mean of up to {-(-finite // MOST_POINTS)} windows."
+    return caption
+
+
+def stages(total: float) -> str:
+    return f"In the order of the run; {shown(total, 's')} in all. There is no limit."

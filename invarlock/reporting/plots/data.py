@@ -1,0 +1,123 @@
+"""Figures of a report as a plot shows them: finite, in places along an axis, and not too many."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from invarlock.core.results import GuardResult, Verdict
+from invarlock.evaluation.results import Number
+from invarlock.reporting.describing import MOST_SUSPECTS
+from invarlock.reporting.plain_data import Node
+from invarlock.reporting.report import EditedWeight, WindowsSection
+
+MOST_POINTS = 600
+"""In one plot; of more weights the most changed of each block and role are shown, and windows in groups."""
+ROLES = ("attention", "ffn", "embedding", "head")
+"""Each with a colour and a marker of its own; any other role shares the last ones."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A weight, its place along the depth of the model, and its value."""
+
+    weight: EditedWeight
+    place: float
+    value: float
+
+    @property
+    def role(self) -> int:
+        """Place in ``ROLES``, or one beyond."""
+        return ROLES.index(self.weight.role) if self.weight.role in ROLES else len(ROLES)
+
+
+@dataclass(frozen=True)
+class SpectrumChange:
+    """Leading singular values of one weight, the largest first, before and after the edit."""
+
+    module: str
+    before: list[float]
+    after: list[float]
+
+
+def points(weights: Sequence[EditedWeight], values: Mapping[str, float]) -> list[Point]:
+    """:param values: by the name of the weight."""
+    places = _places(weights)
+    found = {each.name: Point(each, places[each.name], values[each.name]) for each in weights if each.name in values}
+    return list(found.values())
+
+
+def _places(weights: Sequence[EditedWeight]) -> dict[str, float]:
+    """Of each weight: the number of its block, in the order of the model, and how far in it the weight is."""
+    blocks: dict[str, list[str]] = {}
+    for weight in weights:
+        # The name up to its first number, or the whole name.
+        block = re.split(r"(?<=\d)(?!\d)", weight.name, maxsplit=1)[0]
+        blocks.setdefault(block, []).append(weight.name)
+    return {
+        name: number + place / len(names)
+        for number, names in enumerate(blocks.values())
+        for place, name in enumerate(names)
+    }
+
+
+def thinned(found: Sequence[Point]) -> list[Point]:
+    if len(found) <= MOST_POINTS:
+        return list(found)
+    largest: dict[tuple[int, int], Point] = {}
+    for point in sorted(found, key=lambda point: point.value):
+        largest[int(point.place), point.role] = point
+    kept = sorted(largest.values(), key=lambda point: point.place)
+    return sorted(kept, key=lambda point: -point.value)[:MOST_POINTS]
+
+
+def rises(windows: WindowsSection | None) -> list[tuple[int, float | None]]:
+    """Of each window its scored tokens and how much its loss rose, nats per token; None where that is not finite."""
+    if windows is None:
+        return []
+    columns = zip(windows.tokens, windows.baseline, windows.edited, strict=False)
+    return [(tokens, _rise(tokens, before, after)) for tokens, before, after in columns if tokens and tokens > 0]
+
+
+def _rise(tokens: int, before: Number | None, after: Number | None) -> float | None:
+    if before is None or after is None:
+        return None
+    rise = (float(after) - float(before)) / tokens
+    return rise if math.isfinite(rise) else None
+
+
+def grouped(found: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    size = -(-len(found) // MOST_POINTS)
+    groups = [found[start : start + size] for start in range(0, len(found), size)]
+    return [(group[0][0], sum(rise for _, rise in group) / len(group)) for group in groups]
+
+
+def log(ratio: Number | None) -> float | None:
+    value = math.nan if ratio is None else float(ratio)
+    return math.log(value) if 0 < value < math.inf else None
+
+
+def spectra(guards: Sequence[GuardResult], verdict: Verdict) -> list[SpectrumChange]:
+    """Those of the suspects, the most suspect first, and else those that a guard put first.
+
+    A guard lists its own in ``metrics["spectra"]``: dicts with ``module``, ``before`` and ``after``.
+    """
+    entries = [entry for guard in guards for entry in Node(guard.metrics)["spectra"].entries()]
+    found = [
+        SpectrumChange(entry["module"].text("unnamed"), _positive(entry["before"]), _positive(entry["after"]))
+        for entry in entries
+    ]
+    order = {suspect.module: place for place, suspect in enumerate(verdict.suspects)}
+    return sorted(found, key=lambda spectrum: order.get(spectrum.module, len(order)))[:MOST_SUSPECTS]
+
+
+def _positive(values: Node) -> list[float]:
+    numbers = (entry.number() for entry in values.entries()[:MOST_POINTS])
+    return [number for number in numbers if number is not None and 1e-300 < number < 1e300]
+
+
+def finite(value: float | None) -> bool:
+    """Whether a number can be drawn."""
+    return value is not None and abs(value) < 1e300

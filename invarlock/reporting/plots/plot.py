@@ -1,0 +1,159 @@
+"""The plots of one report, each from data, a drawing and a caption."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+
+from invarlock.evaluation.results import MetricResult
+from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
+from invarlock.reporting.plots import captions, data, drawing
+from invarlock.reporting.report import EditedWeight, Report, WindowsSection
+
+MOST_ROWS = 400
+"""In the table below a plot."""
+SHAPES = ("●", "■", "▲", "◆", "▼")
+"""Of ``drawing.MARKERS``."""
+
+
+@dataclass(frozen=True)
+class Legend:
+    name: str
+    style: str
+    """``plot-0`` to ``plot-4``, ``bad`` or ``ink``: a class of the page's style sheet."""
+    marker: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, what it shows in words, and the figures that it is made of."""
+
+    key: str
+    title: str
+    caption: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    svg: str = ""
+    """Empty where nothing was measured; then the caption says what is missing."""
+    legend: Sequence[Legend] = ()
+    left_out: int = 0
+    """Rows that the table does not show."""
+
+
+def plots_of(report: Report) -> list[Plot]:
+    """The plots of a report, those that could not be made for lack of data among them."""
+    return [
+        _errors(report.edit.modules, [suspect.module for suspect in most_suspect(report.verdict)]),
+        _rises(report.metrics.windows, report.metrics.primary),
+        _bits(report.edit.modules, bits_per_parameter(report)),
+        *_spectra(data.spectra(report.guards, report.verdict)),
+        _stages(report.timings),
+    ]
+
+
+def _errors(weights: Sequence[EditedWeight], suspects: Sequence[str]) -> Plot:
+    title = "Relative error along the depth of the model"
+    errors = {each.name: float(each.relative_error or 0) for each in weights if data.finite(each.relative_error)}
+    measured = data.points(weights, errors)
+    if not measured:
+        return Plot("errors", title, captions.missing("The relative error of the weights"))
+    points = data.thinned(measured)
+    suspected = [point for point in points if point.weight.name in suspects]
+    rows = sorted(weights, key=lambda each: -(each.relative_error or 0)) if len(weights) > MOST_ROWS else weights
+    return Plot(
+        "errors",
+        title,
+        captions.errors(measured, len(points)),
+        ["weight", "role", "bits", "relative error", "SQNR, dB", "clipped, share of weights"],
+        [_error_row(weight) for weight in rows[:MOST_ROWS]],
+        drawing.drawn("errors", title, drawing.errors(points, suspected)),
+        [*_roles(points), *([Legend("suspect", "bad", "○")] if suspected else [])],
+        len(rows[MOST_ROWS:]),
+    )
+
+
+def _error_row(weight: EditedWeight) -> list[str]:
+    figures = (weight.relative_error, weight.sqnr_db, weight.clipped_share)
+    bits = str(weight.bits) if weight.bits is not None else "none"
+    return [weight.name, weight.role, bits, *map(shown, figures)]
+
+
+def _bits(weights: Sequence[EditedWeight], mean: float | None) -> Plot:
+    title = "Bits per weight"
+    known = [each for each in weights if each.bits is not None and 0 < each.bits < 1000]
+    if not known:
+        return Plot("bits", title, captions.missing("The bits of the weights"))
+    points = data.thinned(data.points(weights, {each.name: float(each.bits or 0) for each in known}))
+    counted: dict[int | None, list[int]] = defaultdict(list)
+    for each in known:
+        counted[each.bits].append(each.parameters or 0)
+    return Plot(
+        "bits",
+        title,
+        captions.bits(mean),
+        ["bits", "weights", "parameters"],
+        [[str(bits), f"{len(of_it):,}", f"{sum(of_it):,}"] for bits, of_it in sorted(counted.items())],
+        drawing.drawn("bits", title, drawing.bits(points)),
+        _roles(points),
+    )
+
+
+def _roles(points: Sequence[data.Point]) -> list[Legend]:
+    names = (*data.ROLES, "other")
+    return [Legend(names[role], f"plot-{role}", SHAPES[role]) for role in sorted({point.role for point in points})]
+
+
+def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
+    title = "Rise of the loss, window by window"
+    rises = list(enumerate(data.rises(windows), start=1))
+    finite = [(place, rise) for place, (_, rise) in rises if rise is not None]
+    if not finite:
+        return Plot("windows", title, captions.missing("The loss of the windows"))
+    points = data.grouped(finite)
+    return Plot(
+        "windows",
+        title,
+        captions.rises(len(rises), len(finite), len(points), metric),
+        ["window", "scored tokens", "rise, nats per token"],
+        [[str(place), f"{tokens:,}", shown(rise)] for place, (tokens, rise) in rises[:MOST_ROWS]],
+        drawing.drawn("windows", title, drawing.rises(points, metric)),
+        [
+            Legend("a window", "plot-0", "●"),
+            Legend("mean", "ink", "—"),
+            Legend("interval", "band", "■"),
+            Legend("limit", "bad", "╌"),
+        ],
+        len(rises[MOST_ROWS:]),
+    )
+
+
+def _spectra(spectra: Sequence[data.SpectrumChange]) -> list[Plot]:
+    drawable = [(place, each) for place, each in enumerate(spectra, start=1) if each.before and each.after]
+    missing = captions.missing("The spectra of the suspects")
+    return [_spectrum(f"spectrum-{place}", each) for place, each in drawable] or [
+        Plot("spectrum", "Singular values of the suspects", missing)
+    ]
+
+
+def _spectrum(key: str, spectrum: data.SpectrumChange) -> Plot:
+    title = f"Singular values of {spectrum.module}"
+    before, after = ([shown(value) for value in values] for values in (spectrum.before, spectrum.after))
+    pairs = zip_longest(before, after, fillvalue=NOT_MEASURED)
+    rows = [[str(place), *pair] for place, pair in enumerate(islice(pairs, MOST_ROWS), start=1)]
+    legend = [Legend("baseline", "plot-0", "●"), Legend("edited", "plot-1", "■")]
+    svg = drawing.drawn(key, title, drawing.spectrum(spectrum))
+    return Plot(key, title, captions.SPECTRUM, ["place", "baseline", "edited"], rows, svg, legend)
+
+
+def _stages(timings: Mapping[str, float]) -> Plot:
+    title = "Time per stage"
+    timed = [(name, seconds) for name, seconds in timings.items() if seconds is not None and 0 <= seconds < 1e9]
+    if not timed:
+        return Plot("stages", title, captions.missing("The time of the stages"))
+    rows = [[name, shown(seconds, "s")] for name, seconds in timed[:MOST_ROWS]]
+    caption = captions.stages(sum(seconds for _, seconds in timed))
+    return Plot(
+        "stages", title, caption, ["stage", "seconds"], rows, drawing.drawn("stages", title, drawing.stages(timed))
+    )
