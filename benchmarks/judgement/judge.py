@@ -124,7 +124,9 @@ class Bench:
             assert judge.prepare(model, list), [prepared.message for prepared in judge.prepared]
             judges[mode] = judge
             if label is None:
-                _, label = make_windows(_label_dataset(args), model, judge.tokenizer, task="causal")
+                dataset = _label_dataset(args)
+                documents = plugins.documents(dataset)
+                _, label = make_windows(dataset, model, judge.tokenizer, task="causal", documents=documents)
         return cls(model, judges, snapshot, label)
 
     def perplexity(self) -> float:

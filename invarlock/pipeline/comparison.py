@@ -34,7 +34,8 @@ from invarlock.pipeline.attempts import Attempt, RunResult
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.judging import Judge, Settle, Undo
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.plugins.manager import Adapter, PluginManager
+from invarlock.plugins.adapter import Adapter
+from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.inference import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import ModuleSection
@@ -110,6 +111,8 @@ class _Baseline:
 
 
 def _prepare_baseline(judge: Judge, weights_only: bool) -> tuple[bool, _Baseline]:
+    if not weights_only:
+        judge.documents()
     model, adapter = load(judge, judge.config.model.id, on_disk=weights_only)
     judge.begin(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     if weights_only:

@@ -38,7 +38,8 @@ from invarlock.pipeline.inputs import Inputs
 from invarlock.pipeline.keeping import some
 from invarlock.pipeline.settings import settings_kept
 from invarlock.pipeline.tokenizer import LoadedTokenizer
-from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
+from invarlock.plugins.adapter import Adapter
+from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
 
@@ -69,6 +70,7 @@ class Judge:
     """Of a model that is spread over the processes."""
     view_state: ModelState | None = None
     _tokenizer: LoadedTokenizer | None = None
+    _documents: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.on_progress)
@@ -129,7 +131,7 @@ class Judge:
         self.description = adapter.describe(self._shown(model))
         self.task: Task = task_of(model)
         self.kind: Kind = kind_of(self.task, self.config.eval.metric.kind)
-        needs_text = self.config.dataset.provider != "generated" or self.task == "masked"
+        needs_text = not self.config.dataset.is_generated or self.task == "masked"
         self.reads_text = needs_text if reads_text is None else reads_text
         if self.reads_text or wants_tokenizer:
             model_id = self.config.model.id
@@ -144,12 +146,22 @@ class Judge:
         """The model as guards see it."""
         return self.view.model if self.view else model
 
+    def documents(self) -> Sequence[str] | None:
+        """The text of the dataset, None where the baseline writes it; called before a model is loaded to fail early."""
+        dataset = self.config.dataset
+        if self._documents is None and not dataset.is_generated:
+            with self.clock.stage("load"):
+                self._documents = self.plugins.documents(dataset)
+        return self._documents
+
     def make_windows(self, model: torch.nn.Module) -> None:
+        documents = self.documents()
         with self.clock.stage("windows"):
             tokenizer = self.tokenizer if self.reads_text else None
             self.windows: tuple[Windows, Windows] | None = make_windows(
-                self.config.dataset, model, tokenizer, task=self.task
+                self.config.dataset, model, tokenizer, task=self.task, documents=documents
             )
+        self._documents = None
 
     # -- the baseline --------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ def _run(judge: Judge, output: OutputFolder | None) -> RunResult:
     config, ranks = judge.config, judge.ranks
     plans = plans_of(config)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
+    judge.documents()
     model, adapter = judge.load(config.model.id, spread=True)
     loaded = Loaded.of(model, judge.clock)
     targets = select_targets(model, plans[0])

@@ -69,13 +69,14 @@ def run_streamed(
 def _run_streamed(judge: Judge, output: OutputFolder) -> RunResult:
     config = judge.config
     plans = plans_of(config)
+    judge.documents()
     model, adapter = judge.load(config.model.id, stream=True)
     streaming = streaming_of(model)
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
     state = ModelState.of(model)
     targets = select_targets(model, plans[0])
-    reads_text = config.dataset.provider != "generated"
+    reads_text = not config.dataset.is_generated
     judge.begin(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     export = Export(config.output.format, plans[0].scheme, config.model.id) if config.output.save_model else None
     if export is not None:
