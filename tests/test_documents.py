@@ -30,7 +30,7 @@ def test_generated_pages_are_current() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "verify", "doctor", "plugins", "config", "completion"])
+@pytest.mark.parametrize("name", manpages.command_names())
 def test_every_option_stands_in_the_man_page(name: str) -> None:
     page = (ROOT / "man" / f"invarlock-{name}.1").read_text().replace("\\-", "-")
     for action in getattr(manpages, f"{name}_parser")()._actions:
@@ -42,7 +42,7 @@ def test_every_option_stands_in_the_man_page(name: str) -> None:
 
 def test_every_command_stands_in_the_main_page_and_every_key_in_that_of_run() -> None:
     page = (ROOT / "man" / "invarlock.1").read_text().replace("\\-", "-")
-    for name in ("run", "compare", "verify", "doctor", "plugins", "config", "completion"):
+    for name in manpages.command_names():
         assert name in page
     page = (ROOT / "man" / "invarlock-run.1").read_text().replace("\\-", "-")
     for key in keys():
