@@ -336,16 +336,20 @@ def invarlock_exporters() -> Sequence[Any] | None:
     On raise, or for anything but a list of objects with a ``name``: the plugin is named and nothing is run: exit
     code 3.
 
-    Example, a format without any weights::
+    Example, a format of one file::
 
         from invarlock import hookimpl
 
-        class Nothing:
-            name = "nothing"
+        class StateDict:
+            name, streams = "state-dict", False
+
+            def finish(self, folder, saved):
+                import torch
+                torch.save(saved.model.state_dict(), folder / "model.pt")
 
         @hookimpl
         def invarlock_exporters():
-            return [Nothing()]
+            return [StateDict()]
     """
 
 
@@ -356,9 +360,9 @@ def invarlock_report_formats() -> Sequence[Any] | None:
     Called by ``invarlock report`` and ``invarlock plugins``: so import what is slow to import when a report is
     rendered.
 
-    :returns: a list of formats: objects with ``name``, which ``invarlock report --format`` takes, ``suffix`` of a file
-        of that format, and ``render``, a function of the report. All implementations are called; a name that is taken
-        is an error.
+    :returns: a list of formats: objects with ``name``, which ``invarlock report --format`` takes, ``suffix`` of such
+        files, and ``render``, which makes a text of one report or several. All implementations are called; a name that
+        is taken is an error.
 
     On raise, or for anything but a list of objects with a ``name``: the plugin is named: exit code 3.
 
@@ -369,8 +373,8 @@ def invarlock_report_formats() -> Sequence[Any] | None:
         class Word:
             name, suffix = "word", ".txt"
 
-            def render(self, report):
-                return report.verdict.action
+            def render(self, runs):
+                return " ".join(run.report.verdict.action for run in runs)
 
         @hookimpl
         def invarlock_report_formats():

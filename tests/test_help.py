@@ -24,7 +24,9 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(below)
 
 
-HELP = {parser.prog: parser.format_help() for parser in parsers(build_parser(PluginManager.load(Selection(autoload=False))))}
+HELP = {
+    parser.prog: parser.format_help() for parser in parsers(build_parser(PluginManager.load(Selection(autoload=False))))
+}
 
 
 def examples(text: str) -> list[str]:

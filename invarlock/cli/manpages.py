@@ -15,7 +15,7 @@ from invarlock.config.schema import Key, keys
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 
-INCLUDES = Path("man", "include")
+INCLUDES = Path(__file__).parents[2] / "man" / "include"
 """Sections that are written by hand; a command need not have any."""
 
 
@@ -68,7 +68,7 @@ def include_of(page: str) -> Path | None:
 
 def _sections_of(parser: argparse.ArgumentParser) -> list[dict[str, str]]:
     """Sections of a command that has none written by hand: its examples, and where the rest is told."""
-    examples = (parser.epilog or "").removeprefix("examples:\n")
+    examples = str(parser.epilog).removeprefix("examples:\n")
     sections = {"EXAMPLES": f".nf\n{_escaped(examples)}\n.fi", "FILES": "None."}
     see = "See\n.BR invarlock (1)."
     return [

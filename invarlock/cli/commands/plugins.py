@@ -52,7 +52,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.set_defaults(run=run, category="list", json=False, verbose=False, explain=None, only=None)
     categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
     for category in CATEGORIES:
-        about = f"list {'all plugins' if category == 'list' else category}"
+        about = f"list {'all plugins' if category == 'list' else category.replace('-', ' ')}"
         examples = f"examples:\n  invarlock plugins {category} --only ready\n  invarlock plugins {category} --json"
         listing = categories.add_parser(category, help=about, description=DESCRIPTION, epilog=examples)
         _add_listing_options(listing)
