@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from invarlock.core.inputs import panics_unprinted as panics_unprinted
     from invarlock.core.paths import absolute as absolute
     from invarlock.core.paths import is_hub_id as is_hub_id
+    from invarlock.core.paths import regular_file as regular_file
     from invarlock.core.progress import counted as counted
     from invarlock.core.results import Action as Action
     from invarlock.distributed.launchers import local_rank as local_rank
@@ -52,7 +53,7 @@ _HOMES = {
     "invarlock.checkpoints.streaming": ("Part", "attach"),
     "invarlock.core.errors": ("NotStreamedError", "UsageError", "nearest", "one_line"),
     "invarlock.core.inputs": ("complaints_of", "panics_unprinted"),
-    "invarlock.core.paths": ("absolute", "is_hub_id"),
+    "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),
     "invarlock.core.results": ("Action",),
     "invarlock.distributed.launchers": ("local_rank",),

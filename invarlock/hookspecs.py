@@ -19,7 +19,7 @@ that counts the weights that a model has lost::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -292,6 +292,96 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     """
 
 
+# -- what a run reads and writes: plugins are asked before built-ins ---------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def invarlock_documents(dataset: Any) -> Sequence[str] | None:
+    """Give the text that a model is measured on.
+
+    Called once a run, before a model is loaded, unless ``dataset.provider`` is ``generated``; of one plugin after the
+    other. A provider goes by the name of its plugin: other names are not listed, and none is near a misspelled one.
+
+    :param dataset: the section ``dataset`` of the configuration: ``provider``, ``path``, ``name``, ``text_field``,
+        ``split`` and ``seed`` are for providers to read; it must not be changed.
+    :returns: the documents, a list of texts or another sequence, which is read no further than needed and in an order
+        of the run's own; None from a plugin that does not own ``dataset.provider``. Stops at the first non-None result.
+
+    On raise, or for what is not a sequence of texts: the provider is named and nothing is measured: exit code 3, or 2
+    for a ``UsageError``.
+
+    Example, ``dataset.provider: mine``, which reads each file of the folder ``dataset.path`` as a document::
+
+        from pathlib import Path
+        from invarlock import hookimpl
+
+        @hookimpl
+        def invarlock_documents(dataset):
+            if dataset.provider != "mine":
+                return None
+            return [path.read_text() for path in sorted(Path(dataset.path).glob("*.txt"))]
+    """
+
+
+@hookspec
+def invarlock_exporters() -> Sequence[Any] | None:
+    """Add formats in which an accepted model can be saved.
+
+    Called when a configuration is held against the plugins, and by ``invarlock plugins``: so import what is slow to
+    import when the model is saved.
+
+    :returns: a list of exporters, objects with the methods of ``invarlock.exporters.exporter.Exporter``; the ``name``
+        of each is a value of ``output.format``. All implementations are called; a name that is taken is an error.
+
+    On raise, or for anything but a list of objects with a ``name``: the plugin is named and nothing is run: exit
+    code 3.
+
+    Example, a format of one file::
+
+        from invarlock import hookimpl
+
+        class StateDict:
+            name, streams = "state-dict", False
+
+            def finish(self, folder, saved):
+                import torch
+                torch.save(saved.model.state_dict(), folder / "model.pt")
+
+        @hookimpl
+        def invarlock_exporters():
+            return [StateDict()]
+    """
+
+
+@hookspec
+def invarlock_report_formats() -> Sequence[Any] | None:
+    """Add formats in which a report can be shown.
+
+    Called by ``invarlock report`` and ``invarlock plugins``: so import what is slow to import when a report is
+    rendered.
+
+    :returns: a list of formats: objects with ``name``, which ``invarlock report --format`` takes, ``suffix`` of such
+        files, and ``render``, which makes a text of one report or several. All implementations are called; a name that
+        is taken is an error.
+
+    On raise, or for anything but a list of objects with a ``name``: the plugin is named: exit code 3.
+
+    Example, the verdict in one word::
+
+        from invarlock import hookimpl
+
+        class Word:
+            name, suffix = "word", ".txt"
+
+            def render(self, runs):
+                return " ".join(run.report.verdict.action for run in runs)
+
+        @hookimpl
+        def invarlock_report_formats():
+            return [Word()]
+    """
+
+
 # -- the command line, attempts and the report -------------------------------------------------------------------------
 
 
@@ -299,7 +389,8 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
 def invarlock_add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add commands to ``invarlock``.
 
-    Called when the parser is built, of plugins in the form of a module or an object: a class has no instance yet.
+    Called when the parser is built, of plugins in the form of a module or an object: a class has no instance yet. The
+    built-in commands are there before, and keep their names.
 
     :param subparsers: add a parser to it and set ``run``, a function of the parsed arguments that returns an exit
         code: ``parser.set_defaults(run=run)``.

@@ -1,1 +1,1 @@
-"""The adapters and guards that ship, as plugins like any other. None imports torch before it is used."""
+"""The adapters, guards and providers that ship, as plugins like any other. None imports torch before it is used."""

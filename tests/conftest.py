@@ -100,5 +100,15 @@ def text() -> list[Any]:
     return list(torch.tensor(ids[: 4 * 128]).view(2, 2, 128))
 
 
+def texts_of(dataset: Any) -> Any:
+    """Documents of a dataset as a run gets them; None where the model writes its own."""
+    from invarlock.plugins.catalog import Selection
+    from invarlock.plugins.manager import PluginManager
+
+    if dataset.provider == "generated":
+        return None
+    return PluginManager.load(Selection(autoload=False)).documents(dataset)
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())

@@ -55,7 +55,7 @@ def test_options_of_guards_stand_beside_the_order() -> None:
         ("model: {id: here}\nedit: {plan: {clamp_ratio: 0.9}}\n", ["edit.plan.clamp_ratio", "0.0..0.5", "0.9"]),
         ("model: {id: here}\nguards: {order: invariants}\n", ["run.yaml:2: guards.order", "list"]),
         ("model: {id: here}\nguards: {ordr: [a]}\n", ["run.yaml:2: guards.ordr", "'order'"]),
-        ("model: {id: here}\ndataset: {provider: local_jsonl}\n", ["dataset.path", "required"]),
+        ("model: {id: here}\ndataset: {path: a.jsonl}\n", ["run.yaml:2: dataset.path", "provider: local_jsonl"]),
         ("model: {id: here}\ndataset: {seq_len: 64, stride: 32}\n", ["dataset.stride", "seq_len"]),
         ("model: {id: here}\nedit: {plan: {group_size: 8, per_channel: false}}\n", ["edit.plan.group_size"]),
         ("model: {id: here}\nedit: {plan: {include: ['re:(']}}\n", ["run.yaml:2: edit.plan.include", "no regular"]),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import texts_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -418,7 +419,7 @@ class Judge:
         checkpoint = Path(invarlock.__file__).parent / "demo" / "checkpoint"
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        _, self.windows = make_windows(Demo(), self.model, tokenizer, task="causal")
+        _, self.windows = make_windows(Demo(), self.model, tokenizer, task="causal", documents=texts_of(Demo()))
         self.baseline = passed(self.model, self.windows)
         self.judged: dict[Callable[[Any], None], tuple[Action, DivergenceResult]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argparse_manpage.manpage import Manpage
+from conftest import DEMO, read_report
 
 from invarlock.cli import manpages
 from invarlock.config.schema import keys
@@ -30,7 +33,7 @@ def test_generated_pages_are_current() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "verify", "doctor", "plugins", "config", "completion"])
+@pytest.mark.parametrize("name", manpages.command_names())
 def test_every_option_stands_in_the_man_page(name: str) -> None:
     page = (ROOT / "man" / f"invarlock-{name}.1").read_text().replace("\\-", "-")
     for action in getattr(manpages, f"{name}_parser")()._actions:
@@ -40,9 +43,17 @@ def test_every_option_stands_in_the_man_page(name: str) -> None:
         assert re.search(rf'^\.SH "?{section}"?$', page, re.MULTILINE), section
 
 
+def test_a_command_without_sections_written_by_hand_has_a_whole_page() -> None:
+    assert manpages.include_of("config") is None
+    page = str(Manpage(manpages.config_parser())).replace("\\-", "-")
+    for section in ("NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "EXIT STATUS", "ENVIRONMENT", "FILES", "SEE ALSO"):
+        assert re.search(rf'^\.SH "?{section}"?$', page, re.MULTILINE), section
+    assert "\n  invarlock config --schema > invarlock.schema.json\n" in page
+
+
 def test_every_command_stands_in_the_main_page_and_every_key_in_that_of_run() -> None:
     page = (ROOT / "man" / "invarlock.1").read_text().replace("\\-", "-")
-    for name in ("run", "compare", "verify", "doctor", "plugins", "config", "completion"):
+    for name in manpages.command_names():
         assert name in page
     page = (ROOT / "man" / "invarlock-run.1").read_text().replace("\\-", "-")
     for key in keys():
@@ -86,6 +97,48 @@ def test_the_class_of_the_docs_takes_its_option(invarlock, module) -> None:
     arguments = [word for setting in settings for word in ("--set", setting)]
     done = invarlock("run", "--demo", "-p", "finite_class", *arguments, "--out", "out")
     assert done.code == 0, done.err
+
+
+def blocks_by_file(document: str) -> dict[str, str]:
+    """Python of a page by the name of the module that it says to put it into."""
+    text = (ROOT / document).read_text()
+    return dict(re.findall(r"Put\s+this\s+into\s+`(\w+)\.py`[^`]*:\n\n```python\n(.*?)```", text, re.DOTALL))
+
+
+SHOWN = {
+    "finite": ("guard", "finite"),
+    "half_models": ("adapter", "half"),
+    "chapters": ("provider", "chapters"),
+    "state_dicts": ("exporter", "state-dict"),
+    "one_line": ("report format", "line"),
+    "weigh": ("command", "weigh"),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_each_kind_of_plugin_is_shown_in_one_short_file_that_brings_it(invarlock, module, name: str) -> None:
+    source = blocks_by_file("docs/plugins.md")[name]
+    assert len(source.splitlines()) <= 30
+    module(name, source)
+    items = json.loads(invarlock("plugins", "-p", name, "--json").out)["items"]
+    assert SHOWN[name] in [(item["kind"], item["name"]) for item in items if item["origin"] == "local"]
+
+
+def test_the_adapter_and_the_provider_of_the_docs_run(invarlock, module) -> None:
+    blocks = blocks_by_file("docs/plugins.md")
+    for name in ("half_models", "chapters"):
+        module(name, blocks[name])
+    Path("book.txt").write_text("\n\n\n".join((DEMO / "text.jsonl").read_text().splitlines()))
+    values = {
+        "model": {"id": f"half:{DEMO / 'checkpoint'}"},
+        "dataset": {"provider": "chapters", "path": "book.txt", "seq_len": 32, "preview_n": 1, "final_n": 4},
+        "guards": {"order": []},
+    }
+    Path("run.yaml").write_text(json.dumps(values))
+    done = invarlock("run", "-c", "run.yaml", "-p", "half_models", "-p", "chapters", "--out", "out")
+    assert done.code == 0, done.err
+    model = read_report(Path("out"))["model"]
+    assert (model["adapter"], model["description"]["dtype"]) == ("half", "bfloat16")
 
 
 def guards_of(document: str) -> list[type[Guard]]:

@@ -12,7 +12,7 @@ import pytest
 from command_lines import JUDGED, lay_out, perform
 
 from invarlock.cli.parser import build_parser
-from invarlock.plugins.catalog import Catalog
+from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 
 
@@ -24,7 +24,9 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(below)
 
 
-HELP = {parser.prog: parser.format_help() for parser in parsers(build_parser(PluginManager(Catalog())))}
+HELP = {
+    parser.prog: parser.format_help() for parser in parsers(build_parser(PluginManager.load(Selection(autoload=False))))
+}
 
 
 def examples(text: str) -> list[str]:

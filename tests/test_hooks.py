@@ -126,6 +126,76 @@ def test_invarlock_add_commands_adds_one(invarlock, printed) -> None:
     assert (done.code, done.out) == (0, "hello\n")
 
 
+def test_invarlock_documents_are_those_of_a_plugin(small_run, module) -> None:
+    Path("texts").mkdir()
+    shutil.copy(DEMO / "text.jsonl", "texts/a.txt")
+    module("mine", example("invarlock_documents"))
+    done = small_run("-p", "mine", dataset__provider="mine", dataset__path="texts")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["verdict"]["rests_on"].endswith("windows of text")
+
+
+DOCUMENTS = "from invarlock import hookimpl\n@hookimpl\ndef invarlock_documents(dataset):\n    return {}\n"
+LAZY = "class Lazy:\n    def __len__(self): return 2\n    def __getitem__(self, row): {}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (DOCUMENTS.format("5"), "returned int, not a list of texts"),
+        (DOCUMENTS.format("'a text'"), "returned str, not a list of texts"),
+        (DOCUMENTS.format("{}"), "returned dict, not a list of texts"),
+        (DOCUMENTS.format("iter(['a'])"), "returned list_iterator, not a list of texts"),
+        (DOCUMENTS.format("[5, 5]"), "is of type int, not a text"),
+        (DOCUMENTS.format("1 / 0"), "invarlock_documents: ZeroDivisionError"),
+        (DOCUMENTS.format("exit(0)"), "invarlock_documents: SystemExit"),
+        (LAZY.format("raise OSError('gone')") + DOCUMENTS.format("Lazy()"), "invarlock_documents: OSError: gone"),
+        (LAZY.format("exit(0)") + DOCUMENTS.format("Lazy()"), "invarlock_documents: SystemExit"),
+    ],
+)
+def test_documents_that_are_none_are_the_providers_failure(small_run, module, source: str, said: str) -> None:
+    module("odd", source)
+    done = small_run("-p", "odd", dataset__provider="odd")
+    assert done.code == 3
+    assert "hooks odd: " in done.err and said in done.err
+    assert not Path("out/report.json").exists()
+
+
+def test_a_provider_speaks_to_the_user_by_a_usage_error(small_run, module) -> None:
+    source = (
+        "def refuse():\n    from invarlock.core.errors import UsageError\n    raise UsageError('dataset.path: no')\n"
+    )
+    module("odd", source + DOCUMENTS.format("refuse()"))
+    done = small_run("-p", "odd", dataset__provider="odd")
+    assert (done.code, done.err) == (2, "invarlock: error: dataset.path: no\n")
+
+
+@pytest.mark.parametrize("streaming", [[], ["--stream"]], ids=["in memory", "streamed"])
+def test_an_unknown_provider_is_found_before_a_model_is_loaded(invarlock, config, small_run, module, streaming) -> None:
+    module("mine", example("invarlock_documents"))
+    path = config(model={"id": "./gone"}, dataset={"provider": "minne"})
+    done = invarlock("run", "-c", path, "-p", "mine", *streaming, "--out", "out")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "dataset.provider: there is no provider 'minne'; did you mean 'mine'?" in done.err
+    assert "known are generated, demo, hf," in small_run(dataset__provider="qqqq").err
+
+
+@pytest.mark.parametrize("model", ["./gone", str(DEMO / "checkpoint")])
+def test_doctor_finds_an_unknown_provider(invarlock, config, model: str) -> None:
+    done = invarlock("doctor", "-c", config(model={"id": model}, dataset={"provider": "dmo"}), "--json")
+    (finding,) = (each for each in json.loads(done.out)["findings"] if each["subject"] == "text")
+    assert finding["status"] == "problem"
+    assert "did you mean 'demo'?" in finding["what"]
+
+
+def test_invarlock_exporters_are_known_by_name(invarlock, printed) -> None:
+    assert "state-dict | Local" in invarlock("plugins", "exporters", *printed("invarlock_exporters")).out
+
+
+def test_invarlock_report_formats_are_known_by_name(invarlock, printed) -> None:
+    assert "word | Local" in invarlock("plugins", "report-formats", *printed("invarlock_report_formats")).out
+
+
 # The others get along with each other: one run has them all.
 TOGETHER = (
     "invarlock_describe",

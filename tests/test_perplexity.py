@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import texts_of
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -326,7 +327,7 @@ class Demo:
 def test_damage_to_a_trained_model_raises_its_perplexity() -> None:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    preview, final = make_windows(Demo(), model, tokenizer, task="causal")
+    preview, final = make_windows(Demo(), model, tokenizer, task="causal", documents=texts_of(Demo()))
     sound = measure(model, preview, final, task="causal")
     assert 5 < sound.perplexity < 20
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from invarlock.core.errors import PluginError
 from invarlock.plugins.catalog import Catalog, Selection
+from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Status
 
 GUARD = """
@@ -236,4 +238,65 @@ def test_the_trace_goes_to_stderr_and_leaves_stdout_as_it_was(invarlock, monkeyp
 
 
 def test_kinds_are_what_the_listing_promises() -> None:
-    assert {kind.value for kind in Kind} == {"adapter", "edit", "guard", "hooks"}
+    assert {kind.value for kind in Kind} == {
+        "adapter", "edit", "guard", "hooks", "provider", "exporter", "report format", "command",
+    }  # fmt: skip
+
+
+# -- what plugins bring besides themselves -----------------------------------------------------------------------------
+
+
+def test_everything_that_a_plugin_brings_is_listed_with_its_origin(invarlock, module) -> None:
+    module(
+        "brings",
+        "from invarlock import hookimpl\nclass Named:\n def __init__(self, name): self.name = name\n"
+        "@hookimpl\ndef invarlock_documents(dataset): pass\n"
+        "@hookimpl\ndef invarlock_exporters(): return [Named('e1'), Named('e2')]\n"
+        "@hookimpl\ndef invarlock_report_formats(): return (Named('f'),)\n"
+        "@hookimpl\ndef invarlock_add_commands(subparsers): subparsers.add_parser('c')\n",
+    )
+    items = listing(invarlock, "-p", "brings")
+    local = {key for key, item in items.items() if item["origin"] == "local"}
+    brought = {("provider", "brings"), ("exporter", "e1"), ("exporter", "e2"), ("report format", "f"), ("command", "c")}
+    assert local == brought
+    assert {("provider", "hf"), ("command", "run"), ("edit", "quant_rtn")} <= items.keys()
+    assert items["command", "run"]["entry_point"] == "invarlock.hooks: run = invarlock.cli.commands.run"
+    for category, names in (("exporters", ["e1", "e2"]), ("report-formats", ["f"]), ("commands", ["c"])):
+        assert set(names) <= {name for _, name in listing(invarlock, category, "-p", "brings")}
+
+
+@pytest.mark.parametrize("hook", ["exporters", "report_formats"])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("5", "returned int, not a list"), ("[5]", "int is no "), ("[type('N', (), {'name': ''})()]", "not a text"),
+        ("[type('N', (), {'name': 'x'})()] * 2", "'x' is taken"), ("1 / 0", "ZeroDivisionError"),
+        ("(_ for _ in ()).throw(SystemExit(0))", "SystemExit"),
+    ],
+)  # fmt: skip
+def test_what_is_brought_wrongly_is_the_plugins_failure(invarlock, module, hook: str, returned: str, said: str) -> None:
+    module("wrong", f"from invarlock import hookimpl\n@hookimpl\ndef invarlock_{hook}(): return {returned}\n")
+    manager = PluginManager.load(Selection.of(["wrong"], autoload=False))
+    with pytest.raises(PluginError, match="hooks wrong: ") as caught:
+        getattr(manager, hook)()
+    assert said in str(caught.value)
+    done = invarlock("plugins", "-p", "wrong")
+    assert (done.code, len(done.err.splitlines())) == (0, 1)
+    assert said in done.err and "invariants" in done.out
+
+
+@pytest.mark.parametrize("name", ["report", "demo"])
+def test_a_local_guard_may_have_the_name_of_a_built_in_module_of_hooks(invarlock, module, name: str) -> None:
+    module(name, GUARD.format(name="local_one"))
+    assert listing(invarlock, "-p", name)["guard", "local_one"]["origin"] == "local"
+
+
+def test_a_command_that_is_there_keeps_its_name(invarlock, module) -> None:
+    module(
+        "thief",
+        "from invarlock import hookimpl\n@hookimpl\ndef invarlock_add_commands(subparsers):\n"
+        "    subparsers.add_parser('config').set_defaults(run=lambda args: 1)\n",
+    )
+    done = invarlock("-p", "thief", "config")
+    assert done.code == 0
+    assert "hooks thief: invarlock_add_commands" in done.err

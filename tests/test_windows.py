@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import texts_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -35,10 +36,11 @@ from transformers import (
 )
 
 import invarlock
+import invarlock.datasets.windows
 from invarlock.core.errors import PluginError, UsageError
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import WindowLayout, Windows, encode
-from invarlock.datasets.windows import PIECE, make_windows
+from invarlock.datasets.windows import PIECE
 from invarlock.models import facts as traits
 from invarlock.models.facts import Task
 
@@ -61,6 +63,10 @@ class Data:
     preview_n: int = 3
     final_n: int = 5
     seed: int = 42
+
+
+def make_windows(data: Data, model: nn.Module, tokenizer: Any, *, task: Task) -> tuple[Windows, Windows]:
+    return invarlock.datasets.windows.make_windows(data, model, tokenizer, task=task, documents=texts_of(data))
 
 
 def tokenizer(specials: list[str], template: str = "$A", **names: str) -> PreTrainedTokenizerFast:
@@ -382,7 +388,7 @@ def test_hf_reads_a_local_folder(tmp_path: Path, gpt2_tokenizer: Any, monkeypatc
     said = refused(replace(data, text_field="txt"), gpt2_tokenizer)
     assert said.startswith("dataset.text_field: no 'txt' in") and "did you mean 'text'?" in said
     assert "cannot load /no/such/folder" in refused(replace(data, path="/no/such/folder"), gpt2_tokenizer)
-    assert refused(Data("hf"), gpt2_tokenizer).startswith("dataset.path: provider hf needs")
+    assert refused(Data("hf"), gpt2_tokenizer).startswith("dataset.path: is required by provider hf")
 
 
 def test_hf_without_network_says_how_to_allow_it(gpt2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,8 +416,8 @@ def test_hf_without_its_library_says_what_to_install(gpt2_tokenizer: Any, monkey
         ('{"txt": "a", "id": 1}\n', r"dataset\.text_field: no 'text' in \S+, line 1; did you mean 'txt'\?; .*txt, id"),
         ("{}\n", r"dataset\.text_field: no 'text' in \S+, line 1; there is nothing"),
         ('{"text": ["a"]}\n', r"dataset\.text_field: 'text' holds a list, not text"),
-        ('{"text": " "}\n\n', r"dataset\.path: \S+ holds no text"),
-        ("", r"dataset\.path: \S+ holds no text"),
+        ('{"text": " "}\n\n', r"dataset: provider local_jsonl holds no text"),
+        ("", r"dataset: provider local_jsonl holds no text"),
     ],
 )
 def test_a_bad_jsonl_file_is_said(tmp_path: Path, gpt2_tokenizer: Any, content: str, message: str) -> None:
@@ -422,7 +428,7 @@ def test_a_bad_jsonl_file_is_said(tmp_path: Path, gpt2_tokenizer: Any, content: 
 def test_a_bad_path_is_said(tmp_path: Path, gpt2_tokenizer: Any) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
     for provider in ("local_jsonl", "local_text"):
-        assert "dataset.path: provider local_" in refused(Data(provider), gpt2_tokenizer)
+        assert "dataset.path: is required by provider local_" in refused(Data(provider), gpt2_tokenizer)
         assert "does not exist" in refused(Data(provider, str(tmp_path / "none")), gpt2_tokenizer)
         assert "is a folder" in refused(Data(provider, str(tmp_path)), gpt2_tokenizer)
         assert "is not UTF-8 text (byte 3)" in refused(Data(provider, str(tmp_path / "latin1.txt")), gpt2_tokenizer)

@@ -123,7 +123,9 @@ class Bench:
             assert guarding.begin(model, keeper.baseline), [prepared.message for prepared in guarding.prepared]
             all_guarding[mode] = guarding
             if label is None:
-                _, label = make_windows(_label_dataset(args), model, baseline.tokenizer, task="causal")
+                dataset = _label_dataset(args)
+                documents = plugins.documents(dataset)
+                _, label = make_windows(dataset, model, baseline.tokenizer, task="causal", documents=documents)
         return cls(model, all_guarding, keeper.snapshot, label)
 
     def perplexity(self) -> float:

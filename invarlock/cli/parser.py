@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from invarlock import __version__
-from invarlock.cli.commands import compare, completion, config, doctor, plugins, report, run, verify
 from invarlock.core.errors import UsageError, nearest
 from invarlock.plugins.manager import PluginManager
 
@@ -83,13 +82,11 @@ def read_plugin_options(arguments: Sequence[str]) -> list[str]:
 
 
 def build_parser(manager: PluginManager) -> argparse.ArgumentParser:
-    """The parser with the built-in commands and those that plugins add."""
+    """The parser with the commands that plugins add, the built-in ones first."""
     parser = Parser(prog="invarlock", description=DESCRIPTION, epilog=EPILOG)
     parser.set_defaults(root=parser)
     add_plugin_option(parser)
     parser.add_argument("--version", action="version", version=f"invarlock {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=CommandParser)
-    for command in (run, compare, report, verify, doctor, plugins, config, completion):
-        command.invarlock_add_commands(subparsers)
     manager.add_commands(subparsers)
     return parser

@@ -129,12 +129,8 @@ def _is_below(path: str, parent: str) -> bool:
 
 def _check_across_keys(config: RunConfig, source: Source) -> None:
     dataset = config.dataset
-    if dataset.provider in ("local_jsonl", "local_text", "hf") and not dataset.path:
-        raise source.error("dataset.path", f"is required by provider {dataset.provider}")
-    if dataset.provider in ("generated", "demo") and dataset.path:
-        raise source.error(
-            "dataset.path", f"provider {dataset.provider} reads no path; did you mean provider: local_jsonl?"
-        )
+    if dataset.is_generated and dataset.path:
+        raise source.error("dataset.path", "provider generated reads no path; did you mean provider: local_jsonl?")
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise source.error("dataset.stride", f"windows must not overlap: at least seq_len ({dataset.seq_len})")
 

@@ -19,6 +19,8 @@ from invarlock.exporters import BUILT_IN
 from invarlock.quantization.scheme import Plan
 
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+GENERATED = "generated"
+"""The one provider that is no plugin: the baseline writes its own windows."""
 PATHS = ("model.id", "dataset.path", "output.dir")
 """Keys whose values are paths, or ids on a hub: ``invarlock.core.paths`` has the rule."""
 
@@ -51,9 +53,10 @@ class DatasetConfig:
     __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
     provider: Annotated[
-        Literal["generated", "local_jsonl", "local_text", "demo", "hf"],
-        "Where the text comes from; generated: the baseline writes its own windows.",
-    ] = "generated"
+        str,
+        "Where the text comes from: local_jsonl, local_text, demo, hf, or a provider of a plugin; generated: the "
+        "baseline writes its own windows.",
+    ] = GENERATED
     path: Annotated[str | None, "File of a local provider, or name of a dataset on a hub."] = None
     name: Annotated[str | None, "Configuration of a dataset on a hub."] = None
     text_field: Annotated[str, "Field that holds the text."] = "text"
@@ -65,6 +68,11 @@ class DatasetConfig:
     preview_n: Annotated[int, Ge(1), "Windows that the guards calibrate on."] = 8
     final_n: Annotated[int, Ge(2), "Windows that decide the primary metric; disjoint from the preview."] = 32
     seed: Annotated[int, Ge(0), "Seed of the choice of windows, of masks and of generation."] = 42
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the baseline writes its own text."""
+        return self.provider == GENERATED
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
-from invarlock.datasets.documents import Dataset, documents
+from invarlock.datasets.documents import Dataset, shuffled
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
@@ -18,25 +18,31 @@ PIECE = 2**16
 
 
 def make_windows(
-    dataset: Dataset, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task
+    dataset: Dataset,
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    *,
+    task: Task,
+    documents: Sequence[str] | None = None,
 ) -> tuple[Windows, Windows]:
     """The preview windows and the final windows of a dataset; none of their text overlaps.
 
     The same dataset, seed, tokenizer and model give the same windows.
 
-    :param tokenizer: the model's own; None only where ``dataset.provider`` is ``generated`` and the model is causal.
+    :param tokenizer: the model's own; None only where there are no documents and the model is causal.
+    :param documents: the text of the dataset; None lets the model write its own.
     :returns: ``dataset.preview_n`` and ``dataset.final_n`` windows of at most ``dataset.seq_len`` tokens.
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
     check_lengths(dataset, model)
     layout = WindowLayout.of(model, tokenizer, task=task, length=dataset.seq_len)
     wanted = dataset.preview_n + dataset.final_n
-    if dataset.provider == "generated":
+    if documents is None:
         text = write_text(model, layout, wanted, seed=dataset.seed)
     elif tokenizer is None:
         raise UsageError("model.id: it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        text = _read_text(dataset, tokenizer, layout, wanted)
+        text = _read_text(documents, dataset, tokenizer, layout, wanted)
     windows = layout.windows(text, seed=dataset.seed)
     if reason := unreadable(windows, model):
         raise UsageError(f"model.id: its tokenizer does not fit it: {reason}")
@@ -68,10 +74,12 @@ def unreadable(windows: Windows, model: nn.Module) -> str | None:
     return None
 
 
-def _read_text(dataset: Dataset, tokenizer: Tokenizer, layout: WindowLayout, wanted: int) -> Tensor:
+def _read_text(
+    documents: Sequence[str], dataset: Dataset, tokenizer: Tokenizer, layout: WindowLayout, wanted: int
+) -> Tensor:
     """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
     generator = torch.Generator().manual_seed(dataset.seed)
-    tokens = _tokens(documents(dataset, generator), tokenizer)
+    tokens = _tokens(shuffled(documents, dataset, generator), tokenizer)
     rows = list(islice(_cut(tokens, layout.text, skipped=_skipped(dataset)), wanted))
     if len(rows) < wanted:
         raise UsageError(

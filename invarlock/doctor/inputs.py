@@ -88,7 +88,8 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
         opened, adapter = session.load(config.model.id, stream=True)
     except InvarlockError as error:
         yield _unopened(config, manager, error)
-        yield from (Finding(Status.NOT_CHECKED, subject, "needs the model") for subject in ("edit", "text"))
+        yield Finding(Status.NOT_CHECKED, "edit", "needs the model")
+        yield _unread(session) or Finding(Status.NOT_CHECKED, "text", "needs the model")
         return
     yield Finding(Status.OK, "model", f"{adapter.name} opens it")
     try:
@@ -98,7 +99,7 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
         yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")
-        yield Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")
+        yield _unread(session) or Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")
         return
     yield Finding(Status.OK, "edit", f"{len(targets)} weights would be quantized")
     yield _text(config, baseline, opened)
@@ -113,10 +114,19 @@ def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) 
     return Finding(Status.PROBLEM, "model", one_line(error), "correct model.id, or the checkpoint")
 
 
+def _unread(session: Session) -> Finding | None:
+    """Why the provider gives no text; None where it does."""
+    try:
+        session.documents()
+    except InvarlockError as error:
+        return Finding(Status.PROBLEM, "text", one_line(error), "correct the section dataset, or the provider")
+    return None
+
+
 def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Finding:
     dataset = config.dataset
     try:
-        if dataset.provider == "generated":
+        if dataset.is_generated:
             # Weights on disk would be read anew for each token that is written.
             check_lengths(dataset, opened)
             return Finding(Status.OK, "text", "the baseline writes its own windows")

@@ -22,7 +22,8 @@ from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import load, unreadable_windows
 from invarlock.pipeline.session import Baseline, Session, WindowPair
-from invarlock.plugins.manager import Adapter, PluginManager
+from invarlock.plugins.adapter import Adapter
+from invarlock.plugins.manager import PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
 """Nats a token by which a window's loss may differ, in float32 and in types of 16 bits. Processors and libraries order
@@ -95,11 +96,11 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
     dataset = run.config.dataset
     if checkpoints.dataset is not None:
         dataset = dataclasses.replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
-    elif dataset.provider == "hf":
-        raise UsageError("dataset.provider: verify loads no dataset of a hub; give its text with --dataset FILE.jsonl")
     elif dataset.path is not None and not Path(dataset.path).is_file():
-        raise UsageError(f"dataset.path: there is no file {printable(dataset.path)}; give the text with --dataset")
-    if dataset.provider == "generated" and checkpoints.baseline is None:
+        raise UsageError(
+            f"dataset.path: there is no file {printable(dataset.path)}; give the text with --dataset FILE.jsonl"
+        )
+    if dataset.is_generated and checkpoints.baseline is None:
         raise UsageError("dataset.provider: the baseline wrote the windows; give --baseline, too")
     return dataclasses.replace(run.config, model=model, dataset=dataset, plugins=())
 

@@ -36,7 +36,8 @@ from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, 
 from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
 from invarlock.pipeline.session import Session, WindowPair
 from invarlock.pipeline.writing import write
-from invarlock.plugins.manager import Adapter, GuardSlot, PluginManager
+from invarlock.plugins.adapter import Adapter
+from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import COMPARE, EditedWeight
@@ -122,6 +123,8 @@ class _Kept:
 def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
 ) -> tuple[Guarding, bool, _Kept]:
+    if not weights_only:
+        session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
     baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     windows = None if weights_only else baseline.make_windows(model)

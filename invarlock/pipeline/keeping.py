@@ -14,7 +14,7 @@ from invarlock.distributed.dtensor import sharding_of
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
-from invarlock.plugins.manager import Adapter
+from invarlock.plugins.adapter import Adapter
 
 
 class Watched(Protocol):

@@ -54,6 +54,7 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     config, ranks = session.config, session.ranks
     plans = plans_of(config)
     export = export_of(config)
+    session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
     targets = targets_of(config, model)

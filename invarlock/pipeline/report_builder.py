@@ -123,7 +123,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
 def rests_on(config: RunConfig) -> str:
     """What was measured, where outputs were."""
     dataset = config.dataset
-    source = "windows that the baseline wrote" if dataset.provider == "generated" else "windows of text"
+    source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
     return f"{dataset.preview_n} + {dataset.final_n} {source}"
 
 

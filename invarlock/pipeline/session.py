@@ -27,7 +27,8 @@ from invarlock.pipeline.clock import Clock, Progress
 from invarlock.pipeline.inputs import Inputs
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.tokenizer import LoadedTokenizer
-from invarlock.plugins.manager import Adapter, PluginManager
+from invarlock.plugins.adapter import Adapter
+from invarlock.plugins.manager import PluginManager
 
 WindowPair = tuple[Windows, Windows]
 """Preview windows, which are the guards', and final ones, which are the metric's."""
@@ -43,6 +44,7 @@ class Session:
     ranks: Ranks = field(default_factory=Ranks)
     clock: Clock = field(init=False)
     inputs: Inputs = field(init=False)
+    _documents: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.on_progress)
@@ -53,6 +55,18 @@ class Session:
         """Options that every load of a model or a tokenizer is given."""
         section = self.config.model
         return {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+
+    def documents(self) -> Sequence[str] | None:
+        """The text of the dataset, None where the baseline writes it; read before a model is loaded, to fail early.
+
+        :raises UsageError: no provider has this name, or it cannot read the text.
+        :raises PluginError: the provider failed.
+        """
+        dataset = self.config.dataset
+        if self._documents is None and not dataset.is_generated:
+            with self.clock.stage("load"):
+                self._documents = self.plugins.documents(dataset)
+        return self._documents
 
     def load(self, model_id: str, *, stream: bool = False, spread: bool = False) -> tuple[torch.nn.Module, Adapter]:
         """Load a checkpoint as ``model`` of the configuration says.
@@ -97,7 +111,7 @@ class Session:
         task, sharding = task_of(model), sharding_of(model)
         view = WholeView(model) if sharding else None
         if reads_text is None:
-            reads_text = self.config.dataset.provider != "generated" or task == "masked"
+            reads_text = not self.config.dataset.is_generated or task == "masked"
         return Baseline(
             session=self,
             adapter=adapter,
@@ -151,9 +165,10 @@ class Baseline:
 
         :raises UsageError: there is too little text, or it does not fit the model.
         """
+        documents = self.session.documents()
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self.reads_text else None
-            return make_windows(self.session.config.dataset, model, tokenizer, task=self.task)
+            return make_windows(self.session.config.dataset, model, tokenizer, task=self.task, documents=documents)
 
     @property
     def sees_preview(self) -> bool:

@@ -77,13 +77,14 @@ def _run_streamed(
 ) -> RunResult:
     config = session.config
     plans = plans_of(config)
+    session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
     watched = WatchingStreamed.of(model, streaming)
     targets = targets_of(config, model)
-    reads_text = config.dataset.provider != "generated"
+    reads_text = not config.dataset.is_generated
     baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
         check(export, model, targets, baseline.tokenizer)

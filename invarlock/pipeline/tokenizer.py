@@ -8,7 +8,7 @@ from typing import Any
 
 from invarlock.core.errors import PluginError, UsageError, one_line
 from invarlock.models.state import ModelState, tokenizer_digest
-from invarlock.plugins.manager import Adapter
+from invarlock.plugins.adapter import Adapter
 
 log = logging.getLogger("invarlock")
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from invarlock.core.errors import (
 )
 from invarlock.plugins.checking import check, hook_marks
 from invarlock.plugins.classes import Guard, ModelAdapter
-from invarlock.plugins.plugin import GROUPS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
+from invarlock.plugins.plugin import KINDS, OWN_DISTRIBUTION, Kind, Origin, Plugin, Status
 
 log = logging.getLogger("invarlock")
 
@@ -65,7 +66,7 @@ class Catalog:
         :raises UsageError: when a module named with ``-p`` or a name to block does not exist.
         """
         installed = list(_installed())
-        named = {plugin.name for plugin in installed} & set(selection.modules)
+        named = {plugin.name for plugin in installed if not plugin.is_own_hooks} & set(selection.modules)
         found = [
             plugin
             for plugin in installed
@@ -144,23 +145,37 @@ def _installed() -> Iterator[Plugin]:
     """Plugins by their entry points: built-ins first, then by name, so that no file system decides an order."""
     seen: set[tuple[str, str, str]] = set()
     plugins = []
-    for kind, group in GROUPS.items():
-        for entry in importlib.metadata.entry_points(group=group):
-            distribution = entry.dist.name if entry.dist else None
-            key = (group, entry.name, f"{distribution} {entry.value}")
-            if key in seen:  # An editable install beside a built one lists the same entry point twice.
-                continue
-            seen.add(key)
-            origin = Origin.BUILTIN if distribution == OWN_DISTRIBUTION else Origin.PLUGIN
-            version = entry.dist.version if entry.dist else None
-            plugin = Plugin(entry.name, kind, origin, entry.value, "", distribution, version)
-            if entry.pattern.match(entry.value):
-                plugin.module, plugin.attribute = entry.module, entry.attr or ""
-            else:
-                plugin.fail(f"its entry point {entry.value!r} names no module")
-            plugins.append(plugin)
+    for entry in importlib.metadata.entry_points(group=_AnyGroup()):
+        distribution, version = _identity(entry.dist)
+        key = (entry.group, entry.name, f"{distribution} {entry.value}")
+        if key in seen:  # An editable install beside a built one lists the same entry point twice.
+            continue
+        seen.add(key)
+        origin = Origin.BUILTIN if distribution == OWN_DISTRIBUTION else Origin.PLUGIN
+        plugin = Plugin(entry.name, KINDS[entry.group], origin, entry.value, "", distribution, version)
+        plugin.entry_point = f"{entry.group}: {entry.name} = {entry.value}"
+        if entry.pattern.match(entry.value):
+            plugin.module, plugin.attribute = entry.module, entry.attr or ""
+        else:
+            plugin.fail(f"its entry point {entry.value!r} names no module")
+        plugins.append(plugin)
     order = [Origin.BUILTIN, Origin.PLUGIN]
     yield from sorted(plugins, key=lambda p: (order.index(p.origin), p.kind, p.name, p.distribution or ""))
+
+
+class _AnyGroup(str):
+    """Equal to the name of each group: a scan for one of them reads every distribution, and one scan finds all."""
+
+    def __eq__(self, group: object) -> bool:
+        return group in KINDS
+
+    __hash__ = str.__hash__
+
+
+@cache
+def _identity(distribution: importlib.metadata.Distribution | None) -> tuple[str | None, str | None]:
+    """Name and version; kept, for each is read from all of the metadata, and a distribution can have many plugins."""
+    return (distribution.name, distribution.version) if distribution else (None, None)
 
 
 def _edit() -> Plugin:

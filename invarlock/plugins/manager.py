@@ -9,20 +9,22 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pluggy
 
 from invarlock import hookspecs
 from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
-from invarlock.core.plain import plain
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.distributed.process_group import PeerError
+from invarlock.plugins.adapter import Adapter, DefaultAdapter
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks
-from invarlock.plugins.classes import Guard, ModelAdapter, OptionNotTakenError
+from invarlock.plugins.classes import Guard, OptionNotTakenError
 from invarlock.plugins.construction import construct
+from invarlock.plugins.contributions import Contribution, Documents, add_contributions
 from invarlock.plugins.faults import Faults, Threads
 from invarlock.plugins.observation import Observation, taps_of
 from invarlock.plugins.plugin import Kind, Origin, Plugin, Status
@@ -54,8 +56,9 @@ class PluginManager:
         self.faults = Faults()
         """Of wrappers and threads while guards were asked; whoever folds a verdict takes them."""
         self._threads = Threads(self.faults)
+        self._commands: list[Contribution] = []
         # Registered first, so called last: pluggy calls the most recently registered plugin first.
-        self._defaults = _DefaultAdapter()
+        self._defaults = DefaultAdapter()
         self._pluggy.register(self._defaults, "defaults")
         for plugin in catalog.plugins:
             self._register(plugin)
@@ -70,7 +73,7 @@ class PluginManager:
     def add(self, modules: Sequence[str], blocked: frozenset[str] = frozenset()) -> None:
         """Load what ``plugins:`` of a configuration names."""
         for name in modules:
-            known = self.catalog.named(name)
+            known = [plugin for plugin in self.catalog.named(name) if not plugin.is_own_hooks]
             if name in blocked:
                 log.warning("plugins: %s is blocked by -p no:%s", name, name)
             elif known:
@@ -138,15 +141,45 @@ class PluginManager:
         if faults := self.faults.take():
             raise PluginError("; ".join(f"{fault.source}: {fault.message}" for fault in faults))
 
-    # -- commands ------------------------------------------------------------------------------------------------------
+    # -- commands, exporters, report formats ---------------------------------------------------------------------------
 
     def add_commands(self, subparsers: Any) -> None:
-        for plugin, hook in self._each("invarlock_add_commands"):
+        """Let each plugin add its commands, built-ins first: a name that is taken is an error of the later one."""
+        for plugin, hook in self._built_ins_first("invarlock_add_commands"):
+            known = set(subparsers.choices)
             try:
                 with self._answering(plugin, "invarlock_add_commands"):
                     hook(subparsers=subparsers)
             except InvarlockError as error:
                 self._unsound(plugin, one_line(error))
+            added = [name for name in subparsers.choices if name not in known]
+            self._commands += [Contribution(Kind.COMMAND, name, plugin) for name in added]
+
+    def exporters(self) -> dict[str, Contribution]:
+        """Formats of a saved model by name, as ``output.format`` has them; PluginError where a plugin fails."""
+        return self._contributed(Kind.EXPORTER, "invarlock_exporters")
+
+    def report_formats(self) -> dict[str, Contribution]:
+        """Formats of a report by name, as ``report --format`` has them; PluginError where a plugin fails."""
+        return self._contributed(Kind.REPORT_FORMAT, "invarlock_report_formats")
+
+    def _contributed(self, kind: Kind, hook: str) -> dict[str, Contribution]:
+        found: dict[str, Contribution] = {}
+        for plugin, ask in self._built_ins_first(hook):
+            with self._answering(plugin, hook):
+                for returned in ask():
+                    add_contributions(found, kind, plugin, returned)
+        return found
+
+    def brought(self) -> list[Plugin]:
+        """What plugins bring besides themselves, as a plugin each; of a failed hook a warning is logged."""
+        found = [*self._commands, *(Contribution(Kind.PROVIDER, each.name, each.label) for each in self._providers())]
+        for collect in (self.exporters, self.report_formats):
+            try:
+                found += collect().values()
+            except InvarlockError as error:
+                log.warning("%s", one_line(error))
+        return [each.of(plugin) for each in found for plugin in self.catalog.plugins if plugin.label == each.plugin]
 
     def _unsound(self, label: str, what: str) -> None:
         """A plugin that failed while the command line was read: listed so, and told to whoever asked for it."""
@@ -156,6 +189,28 @@ class PluginManager:
                 if plugin.origin is not Origin.LOCAL:
                     return
         log.warning("%s", what)
+
+    # -- documents -----------------------------------------------------------------------------------------------------
+
+    def documents(self, dataset: Any) -> Documents:
+        """The text of a dataset, of the first plugin that owns its provider.
+
+        :raises UsageError: nobody owns it, with the nearest name; or the provider cannot read it.
+        :raises PluginError: the provider failed.
+        """
+        for plugin, hook in self._each("invarlock_documents"):
+            asking = partial(self._answering, plugin, "invarlock_documents")
+            with asking():
+                returned = hook(dataset=dataset)
+            if returned is not None:
+                return Documents(plugin, returned, asking)
+        known = [plugin.name for plugin in self._providers()]
+        hint = nearest(dataset.provider, known) or f"; known are generated, {', '.join(known)}"
+        raise UsageError(f"dataset.provider: there is no provider {dataset.provider!r}{hint}")
+
+    def _providers(self) -> list[Plugin]:
+        ready = (plugin for plugin in self.catalog.plugins if plugin.status is Status.READY)
+        return [plugin for plugin in ready if "invarlock_documents" in plugin.hooks]
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -173,7 +228,7 @@ class PluginManager:
                     raise UsageError(f"adapter {adapter}: model.id: {error}") from error
             if model is None:
                 raise UsageError(f"adapter {adapter}: model.id: it does not load {model_id}; try model.adapter: auto")
-            return model, Adapter(self, plugin)
+            return model, Adapter(plugin, self._ask_adapter)
         return self._ask_every_adapter(model_id, device, options)
 
     def _ask_every_adapter(self, model_id: str, device: str, options: Mapping[str, Any]) -> tuple[Any, Adapter]:
@@ -196,7 +251,7 @@ class PluginManager:
             else:
                 with self._answering(plugin.label, "load_model"):
                     if model is not None:
-                        return model, Adapter(self, plugin)
+                        return model, Adapter(plugin, self._ask_adapter)
                 reasons.append(f"{plugin.name} does not own it")
         raise UsageError(f"model.id: no adapter loads {model_id} ({'; '.join(reasons)})")
 
@@ -204,6 +259,12 @@ class PluginManager:
         # A copy: what one adapter changes of the options is nothing that the next one may see.
         load = self._only("invarlock_load_model", plugin.instance)
         return load(model_id=model_id, device=device, options=dict(options))
+
+    def _ask_adapter(self, plugin: Plugin, hook: str, /, **arguments: Any) -> Any:
+        # The default is registered first, so an adapter that implements the hook is asked before it.
+        caller = self._only(hook, plugin.instance, self._defaults)
+        with self._answering(plugin.label, hook, plugin.file):
+            return caller(**arguments)
 
     # -- guards --------------------------------------------------------------------------------------------------------
 
@@ -324,6 +385,9 @@ class PluginManager:
         for instance in self._in_call_order(hook):
             yield self._pluggy.get_name(instance) or repr(instance), self._only(hook, instance)
 
+    def _built_ins_first(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
+        return list(self._each(hook))[::-1]
+
     def _in_call_order(self, hook: str) -> list[Any]:
         implementations = reversed(getattr(self._pluggy.hook, hook).get_hookimpls())
         return [implementation.plugin for implementation in implementations if not implementation.wrapper]
@@ -332,49 +396,3 @@ class PluginManager:
 def _wraps(plugin: Any, hook: str) -> bool:
     marks = hook_marks(getattr(plugin, hook, None))
     return marks is not None and bool(marks.get("wrapper"))
-
-
-class _DefaultAdapter(ModelAdapter):
-    """Answers the hooks that an adapter in the form of a module leaves out."""
-
-    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> None:
-        return None
-
-
-class Adapter:
-    """The adapter that loaded a model, as guards and the pipeline see it, whatever its form; each guard has a copy.
-
-    Attributes beyond the methods of ``ModelAdapter`` are those of the plugin itself.
-    """
-
-    def __init__(self, manager: PluginManager, plugin: Plugin) -> None:
-        self._manager = manager
-        self._plugin = plugin
-        self.name = plugin.name
-
-    def load_tokenizer(self, model_id: str, **options: Any) -> Any:
-        return self._call("invarlock_load_tokenizer", model_id=model_id, options=options)
-
-    def describe(self, model: Any) -> dict[str, Any]:
-        description = self._call("invarlock_describe", model=model)
-        if not isinstance(description, Mapping):
-            raise PluginError(f"adapter {self.name}: describe returned {type(description).__name__}, not a dict")
-        described: dict[str, Any] = plain(description)
-        return described
-
-    def snapshot(self, model: Any) -> Any:
-        return self._call("invarlock_snapshot", model=model)
-
-    def restore(self, model: Any, snapshot: Any) -> None:
-        self._call("invarlock_restore", model=model, snapshot=snapshot)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._plugin.instance, name)
-
-    def _call(self, hook: str, **arguments: Any) -> Any:
-        # The default is registered first, so an adapter that implements the hook is asked before it.
-        caller = self._manager._only(hook, self._plugin.instance, self._manager._defaults)
-        with self._manager._answering(self._plugin.label, hook, self._plugin.file):
-            return caller(**arguments)

@@ -20,7 +20,11 @@ class Kind(StrEnum):
     EDIT = "edit"
     GUARD = "guard"
     HOOKS = "hooks"
-    """Neither loads nor judges: wrappers, commands, readers of the report."""
+    """Neither loads nor judges: wrappers, readers of the report, and modules that bring any of the following."""
+    PROVIDER = "provider"
+    EXPORTER = "exporter"
+    REPORT_FORMAT = "report format"
+    COMMAND = "command"
 
 
 class Origin(StrEnum):
@@ -41,6 +45,7 @@ class Status(StrEnum):
 
 
 GROUPS = {Kind.GUARD: "invarlock.guards", Kind.ADAPTER: "invarlock.adapters", Kind.HOOKS: "invarlock.hooks"}
+KINDS = {group: kind for kind, group in GROUPS.items()}
 BASES: dict[Kind, type] = {Kind.GUARD: Guard, Kind.ADAPTER: ModelAdapter}
 
 
@@ -64,19 +69,14 @@ class Plugin:
     """A class of the class form, or a module or object with hook implementations."""
     instance: Any = None
     """What is registered for hook calls: made from a class without options, or the module or object itself."""
+    entry_point: str | None = None
+    """Group, name and value, of an installed plugin."""
     requires: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         return f"{self.kind} {self.name}"
-
-    @property
-    def entry_point(self) -> str | None:
-        group = GROUPS.get(self.kind)
-        if group is None or self.origin is Origin.LOCAL:
-            return None
-        return f"{group}: {self.name} = {self.module}" + (f":{self.attribute}" if self.attribute else "")
 
     @property
     def file(self) -> str | None:
@@ -86,6 +86,11 @@ class Plugin:
     @property
     def is_class(self) -> bool:
         return inspect.isclass(self.factory)
+
+    @property
+    def is_own_hooks(self) -> bool:
+        """Whether it is there in any case: ``-p report`` or ``-p demo`` means a module of somebody's own."""
+        return self.origin is Origin.BUILTIN and self.kind is Kind.HOOKS
 
     @property
     def whose(self) -> str:

@@ -14,6 +14,7 @@ from invarlock.cli import streams
 from invarlock.cli.commands import new_plugin
 from invarlock.core.errors import ExitCode, UsageError, nearest
 from invarlock.plugins.checking import installed_version
+from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Plugin, Status
 
 DESCRIPTION = """\
@@ -33,6 +34,10 @@ CATEGORIES = {
     "guards": (Kind.GUARD,),
     "edits": (Kind.EDIT,),
     "hooks": (Kind.HOOKS,),
+    "providers": (Kind.PROVIDER,),
+    "exporters": (Kind.EXPORTER,),
+    "report-formats": (Kind.REPORT_FORMAT,),
+    "commands": (Kind.COMMAND,),
 }
 STATUS = {Status.READY: "✅ Ready", Status.MISSING: "⚠ Missing", Status.ERROR: "❌ Error", Status.BLOCKED: "⏸ Blocked"}
 NONE = "—"
@@ -47,7 +52,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.set_defaults(run=run, category="list", json=False, verbose=False, explain=None, only=None)
     categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
     for category in CATEGORIES:
-        about = f"list {'all plugins' if category == 'list' else category}"
+        about = f"list {'all plugins' if category == 'list' else category.replace('-', ' ')}"
         examples = f"examples:\n  invarlock plugins {category} --only ready\n  invarlock plugins {category} --json"
         listing = categories.add_parser(category, help=about, description=DESCRIPTION, epilog=examples)
         _add_listing_options(listing)
@@ -65,7 +70,8 @@ def _add_listing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    listed = sorted(args.manager.catalog.of_kind(*CATEGORIES[args.category]), key=lambda p: (p.kind, p.name))
+    kinds = CATEGORIES[args.category]
+    listed = sorted((p for p in _all(args.manager) if p.kind in kinds), key=lambda p: (p.kind, p.name))
     if args.only:
         listed = [plugin for plugin in listed if args.only in (plugin.status, plugin.origin)]
     if args.explain:
@@ -80,6 +86,14 @@ def run(args: argparse.Namespace) -> int:
         if args.verbose:
             print("\n" + "\n\n".join(_details(plugin) for plugin in listed))
     return ExitCode.ACCEPTED
+
+
+def _all(manager: PluginManager) -> list[Plugin]:
+    """Plugins, and what they bring; one that brings something of its own name is listed as that."""
+    brought = manager.brought()
+    same = {(plugin.name, plugin.module) for plugin in brought}
+    plugins = [p for p in manager.catalog.plugins if p.kind is not Kind.HOOKS or (p.name, p.module) not in same]
+    return [*plugins, *brought]
 
 
 def _category(args: argparse.Namespace) -> str:
