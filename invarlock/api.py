@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from invarlock.distributed.process_group import Ranks as Ranks
     from invarlock.evaluation.taps import Tap as Tap
     from invarlock.evaluation.taps import attached as attached
+    from invarlock.exporters.exporter import Exporter as Exporter
     from invarlock.models.facts import context_of as context_of
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
@@ -60,6 +61,7 @@ _HOMES = {
     "invarlock.distributed.parallel_map": ("each",),
     "invarlock.distributed.process_group": ("Ranks",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
+    "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
     "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),

@@ -330,8 +330,8 @@ def invarlock_exporters() -> Sequence[Any] | None:
     Called when a configuration is held against the plugins, and by ``invarlock plugins``: so import what is slow to
     import when the model is saved.
 
-    :returns: a list of exporters, objects with the methods of ``invarlock.exporters.exporter.Exporter``; the ``name``
-        of each is a value of ``output.format``. All implementations are called; a name that is taken is an error.
+    :returns: a list of exporters, of classes with ``invarlock.api.Exporter`` as base; the ``name`` of each is a value
+        of ``output.format``. All implementations are called; a name that is taken is an error.
 
     On raise, or for anything but a list of objects with a ``name``: the plugin is named and nothing is run: exit
     code 3.
@@ -339,8 +339,9 @@ def invarlock_exporters() -> Sequence[Any] | None:
     Example, a format of one file::
 
         from invarlock import hookimpl
+        from invarlock.api import Exporter
 
-        class StateDict:
+        class StateDict(Exporter):
             name, streams = "state-dict", False
 
             def finish(self, folder, saved):

@@ -59,7 +59,6 @@ def test_options_of_guards_stand_beside_the_order() -> None:
         ("model: {id: here}\ndataset: {seq_len: 64, stride: 32}\n", ["dataset.stride", "seq_len"]),
         ("model: {id: here}\nedit: {plan: {group_size: 8, per_channel: false}}\n", ["edit.plan.group_size"]),
         ("model: {id: here}\nedit: {plan: {include: ['re:(']}}\n", ["run.yaml:2: edit.plan.include", "no regular"]),
-        ("model: {id: here}\noutput: {format: ggfu}\n", ["run.yaml:2: output.format", "dequantized | gguf", "mean 'gguf'"]),
         ("model: here\n", ["run.yaml:1: model", "mapping", "'here'"]),
         ("edit: {}\n", ["model", "required"]),
         ("- a\n", ["run.yaml", "mapping"]),

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from invarlock.checkpoints.checksums import digests
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.loading import load
-from invarlock.exporters import BUILT_IN, built_in, gguf
+from invarlock.exporters import compressed_tensors, dequantized, gguf, invarlock_exporters
 from invarlock.pipeline import run
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -244,7 +244,8 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(invarlock, config, 
 
 
 def test_each_format_has_the_name_that_a_configuration_knows() -> None:
-    assert [exporter.name for exporter in built_in()] == list(BUILT_IN)
+    modules = (compressed_tensors, dequantized, gguf)
+    assert [module.EXPORTER.name for module in modules] == [exporter.name for exporter in invarlock_exporters()]
 
 
 def test_all_that_belongs_to_a_model_travels_along(invarlock, config) -> None:
@@ -304,3 +305,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(config) -> None:
     assert "Traceback" not in done.stderr
     assert not Path("out").exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+STATE_DICT = (
+    "from invarlock import hookimpl\nfrom invarlock.api import Exporter\n"
+    "class StateDict(Exporter):\n name, streams = 'state-dict', False\n"
+    " def finish(self, folder, saved):\n  import torch\n  torch.save(saved.model.state_dict(), folder / 'model.pt')\n"
+    "@hookimpl\ndef invarlock_exporters(): return [StateDict()]\n"
+)
+SAVED = ("--set", "output.save_model=true", "--set", "output.format=state-dict", "--out", "out")
+
+
+def test_a_plugin_brings_a_format(invarlock, module) -> None:
+    module("state_dicts", STATE_DICT)
+    done = invarlock("run", "--demo", "-p", "state_dicts", *SAVED)
+    assert done.code == 0, done.err
+    assert torch.load("out/model/model.pt", weights_only=True)
+    assert not list(Path("out/model").glob("*.safetensors"))
+    assert "state-dict" in Path("out/model/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("torch.save(", "1 / 0; torch.save("), "hooks state_dicts: exporter: ZeroDivisionError"),
+        (("(Exporter)", ""), "hooks state_dicts: the exporter state-dict lacks"),
+        (("return [StateDict()]", "return StateDict()"), "hooks state_dicts: returned StateDict, not a list"),
+    ],
+)
+def test_a_format_that_fails_is_its_plugins_failure(invarlock, module, change: tuple[str, str], expected: str) -> None:
+    module("state_dicts", STATE_DICT.replace(*change))
+    done = invarlock("run", "--demo", "-p", "state_dicts", *SAVED)
+    assert done.code == 3, done.out
+    assert expected in done.err
+    assert not Path("out/model").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_an_unknown_format_is_named_with_the_nearest(invarlock, config, command: str) -> None:
+    done = invarlock(command, "-c", config(output={"format": "ggfu"}))
+    assert done.code == (1 if command == "doctor" else 2)
+    assert "output.format: there is no exporter 'ggfu'; did you mean 'gguf'?" in done.err + done.out

@@ -300,3 +300,30 @@ def test_a_command_that_is_there_keeps_its_name(invarlock, module) -> None:
     done = invarlock("-p", "thief", "config")
     assert done.code == 0
     assert "hooks thief: invarlock_add_commands" in done.err
+
+
+ONE_WORD = (
+    "from invarlock import hookimpl\n"
+    "class Word:\n name, suffix = 'word', '.word'\n"
+    " def render(self, runs): return ' '.join(run.report.verdict.action for run in runs)\n"
+    "@hookimpl\ndef invarlock_report_formats(): return [Word()]\n"
+)
+
+
+def test_a_plugin_brings_a_report_format(invarlock, module) -> None:
+    module("words", ONE_WORD)
+    assert invarlock("run", "--demo", "--out", "out").code == 0
+    assert invarlock("report", "-p", "words", "out", "--format", "word").out == "continue"
+    assert invarlock("report", "-p", "words", "out", "-o", "verdict.word").code == 0
+    assert Path("verdict.word").read_text() == "continue"
+    assert "did you mean 'word'?" in invarlock("report", "-p", "words", "out", "--format", "wort").err
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('x')", "raise SystemExit(0)", "return 5"])
+def test_a_report_format_that_fails_is_its_plugins_failure(invarlock, module, body: str) -> None:
+    module("words", ONE_WORD.replace("return ' '.join(run.report.verdict.action for run in runs)", body))
+    assert invarlock("run", "--demo", "--out", "out").code == 0
+    done = invarlock("report", "-p", "words", "out", "--format", "word")
+    assert done.code == 3, done.out
+    assert "word" in done.err
+    assert invarlock("report", "-p", "words", "out").code == 0

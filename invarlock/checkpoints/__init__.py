@@ -1,1 +1,1 @@
-"""What is written to disk: to the side first, then renamed into place."""
+"""Checkpoints on disk: read tensor by tensor; written to the side first, then renamed into place."""

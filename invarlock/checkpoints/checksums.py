@@ -12,7 +12,7 @@ from invarlock.core.errors import UsageError
 from invarlock.core.progress import counted
 
 SUMS = "SHA256SUMS"
-"""What ``sha256sum *.safetensors`` prints, beside the files."""
+"""Output of ``sha256sum *.safetensors``, beside the files."""
 # An asterisk says that the file was read as bytes.
 LINE = re.compile(
     r"SHA256 \((?P<bsd_name>.+)\) = (?P<bsd_digest>[0-9a-fA-F]{64})|\\?(?P<digest>[0-9a-fA-F]{64})\s+\*?(?P<name>.+)"

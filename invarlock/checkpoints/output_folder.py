@@ -34,14 +34,14 @@ ARTIFACTS = ("report.json", "report.html", "model", SIGNATURE)
 PARTIAL = ".model.partial"
 """Where a model is until it is whole."""
 JOURNALS = ".model.journals"
-"""What is whole of one that is written shard by shard."""
+"""Folder of the whole shards of an output that is written shard by shard."""
 OURS = (*ARTIFACTS, PARTIAL, JOURNALS)
-"""What makes room for the output of a run."""
+"""Folder names that make room for the output of a run."""
 
 
 @contextmanager
 def unwritable_said(path: Path) -> Iterator[None]:
-    """What the system says of a disk that is full, or of a folder that may not be written to, as one line.
+    """Turn complaints of the system about a full disk, or a folder that may not be written to, into one line.
 
     :raises UsageError: in place of an ``OSError``.
     """

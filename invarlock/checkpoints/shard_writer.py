@@ -48,7 +48,7 @@ class ShardedOutput:
         self._own = json.loads(own.read_text(encoding="utf-8"))["shards"] if own.is_file() else {}
 
     def notes(self, file: str) -> Any | None:
-        """What was noted with a shard, or None if it is not whole yet."""
+        """Notes kept with a shard, or None if it is not whole yet."""
         return self._done[file]["notes"] if self._is_whole(file, self._done) else None
 
     def write(self, file: str, tensors: Mapping[str, Tensor], notes: Any) -> None:

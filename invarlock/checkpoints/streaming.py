@@ -14,7 +14,7 @@ from invarlock.core.errors import NotStreamedError, UsageError
 from invarlock.core.lazy import LazyTensor, LazyWeights, tied
 
 Edit = Callable[[str, Tensor], Tensor]
-"""What is made of a weight as it is read, given the name of the parameter; it may work in place."""
+"""Function of the name of a parameter and its weight as read, which makes the edited weight; it may work in place."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Part:
         return {self.parameters[0]: read(self.stored[0])}
 
     def store(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is stored of the parameters, by name."""
+        """Tensors to store for the parameters, by name."""
         return {self.stored[0]: weights[self.parameters[0]]}
 
 

@@ -70,7 +70,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """What libraries read when they are imported: no network unless allowed, no bars but on a terminal.
+    """Set what libraries read when they are imported: no network unless allowed, no bars but on a terminal.
 
     :raises UsageError: there is no working directory, without which they cannot be imported.
     """

@@ -107,7 +107,7 @@ _mask: set[signal.Signals | int] = set()
 
 
 def _before_fork() -> None:
-    """What a child gets before it has forgotten the command waits, lest it be taken for the command's."""
+    """Hold back signals for a child until it has forgotten the command, lest they be taken for the command's."""
     global _mask
     _mask = signal.pthread_sigmask(signal.SIG_BLOCK, _taken())
 

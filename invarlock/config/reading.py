@@ -41,7 +41,7 @@ OTHERWISE = (
     r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?0[0-9]+|[-+]?[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?|"
     r"[-+]?0x[0-9a-fA-F_]+"
 )
-"""What one of YAML 1.1 and 1.2 reads as a truth value or a number, and the other as something else."""
+"""Scalars that one of YAML 1.1 and 1.2 reads as a truth value or a number, and the other as something else."""
 
 
 class _Loader(yaml.SafeLoader):

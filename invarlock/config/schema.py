@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
-from invarlock.exporters import BUILT_IN
 from invarlock.quantization.scheme import Plan
 
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
@@ -138,9 +137,9 @@ class OutputConfig:
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
     format: Annotated[
-        Literal[*BUILT_IN],  # type: ignore[valid-type]  # names that only a run knows
-        "Format of the saved model: packed codes for vLLM and transformers; its own layout and data type; or Q8_0 "
-        "blocks for llama.cpp (bitwidth 8, group_size 32).",
+        str,
+        "Format of the saved model: compressed-tensors, packed codes for vLLM and transformers; dequantized, its own "
+        "layout and data type; gguf, Q8_0 blocks for llama.cpp (bitwidth 8, group_size 32); or a plugin's.",
     ] = "compressed-tensors"
 
 

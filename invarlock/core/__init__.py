@@ -1,1 +1,1 @@
-"""What plugins and the pipeline share: the class form of a plugin, results, errors. Imports no torch."""
+"""Errors, results, plain data and progress, which everything else shares. Needs no torch but for ``lazy``."""

@@ -17,7 +17,7 @@ LONGEST = 4_000
 
 
 class ExitCode(IntEnum):
-    """What a process of ``invarlock`` ends with; the man pages and the README hold the same table."""
+    """Exit status of a process of ``invarlock``; the man pages and the README hold the same table."""
 
     ACCEPTED = 0
     """The edit was accepted; with ``--strict``, without a warning."""

@@ -29,7 +29,7 @@ def showing(shown: Shown) -> Iterator[None]:
 
 
 class Tally:
-    """What is done of a total, in whatever thread, told to whom the stage shows it that this was made in."""
+    """Progress towards a total, from any thread, told to whoever shows the stage in which this was made."""
 
     def __init__(self, total: int, wrapped: Callable[[Shown], Shown] = lambda shown: shown) -> None:
         self.total, self.done = total, 0

@@ -1,4 +1,4 @@
-"""What guards say, ordered by severity, and the fold from many results to one verdict."""
+"""Results of guards, ordered by severity, and the fold from many results to one verdict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from invarlock.core.plain import (
 
 
 class Action(StrEnum):
-    """What is to be done with an edit, from harmless to grave."""
+    """Treatment of an edit, from harmless to grave."""
 
     CONTINUE = "continue"
     WARN = "warn"
@@ -201,7 +201,7 @@ class Verdict:
     findings: tuple[Finding, ...]
     """What was folded, guards first."""
     reasons: tuple[str, ...]
-    """What objected, the most severe first."""
+    """Findings that object, the most severe first."""
     exit_code: int
     # Added for the report.
     rests_on: str = ""

@@ -1,4 +1,4 @@
-"""What plugins add to a report: plain data, checked where it comes in."""
+"""Sections that plugins add to a report: plain data, checked where it comes in."""
 
 from __future__ import annotations
 

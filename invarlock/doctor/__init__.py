@@ -1,1 +1,1 @@
-"""What stands in the way of a run, found before one is started."""
+"""Obstacles to a run, found before one is started."""

@@ -1,4 +1,4 @@
-"""What was found, and what to do about it."""
+"""Findings, and the remedy of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration asks for, against this machine: guards, output, memory, disk, model, edit, text, hub.
+"""The needs of a configuration, against this machine: guards, output, memory, disk, model, edit, text, hub.
 
 No weights are loaded.
 """
@@ -95,7 +95,7 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
     try:
         targets = targets_of(config, opened)
         baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
-        if export := export_of(config):
+        if export := export_of(config, manager):
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
         yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")

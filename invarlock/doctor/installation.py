@@ -16,7 +16,7 @@ from invarlock.plugins.plugin import OWN_DISTRIBUTION, Plugin
 from invarlock.plugins.plugin import Status as PluginStatus
 
 NAMED = ("torch", "transformers")
-"""What a reader wants to know the versions of."""
+"""Distributions whose versions a reader of the findings needs."""
 
 
 def plugins(found: Catalog) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices(wanted: str) -> Iterator[Finding]:
-    """What a model can run on.
+    """Devices that a model can run on.
 
     :param wanted: ``model.device`` of a configuration.
     """

@@ -15,7 +15,7 @@ RELATIVE = 1e-9
 LONGEST = 400
 
 ABSENT: Final = object()
-"""What the one side lacks."""
+"""Stands for a value that one side lacks."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What follows from a report's own windows, findings and configuration, computed again."""
+"""Figures that follow from a report's own windows, findings and configuration, computed again."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 
 
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """What was folded, against what the guards, the metric and the predictions say."""
+    """The folded findings, against the guards, the metric and the predictions."""
     expected = [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
     outputs = {"primary metric": report.metrics.primary, "predictions": report.metrics.predictions}
     expected += [Finding(name, each.action, each.message) for name, each in outputs.items() if each]
@@ -125,7 +125,7 @@ def guards(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 
 
 def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """What was done to each weight, against the plan or, of a comparison, against its own words."""
+    """The change of each weight, against the plan or, of a comparison, against its own words."""
     for place, weight in enumerate(report.edit.modules):
         where = f"edit.modules[{place}]"
         found = _compared(weight) if report.edit.is_comparison else _planned(weight, report, config)
@@ -208,7 +208,7 @@ def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 
 
 def passes(report: Report) -> tuple[PassResult, PassResult] | None:
-    """What the two passes measured, or None where outputs were not.
+    """Results of the two passes, or None where outputs were not measured.
 
     :raises UsageError: the windows are none.
     """

@@ -71,7 +71,7 @@ def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:
 
 
 def _mismatches(error: Exception) -> list[str]:
-    """What the library says, a line for each file; the digests, which it prints as bytes, are left out."""
+    """The library's complaint, a line for each file; the digests, which it prints as bytes, are left out."""
     text = str(error)
     if not text.startswith(MISMATCH):
         return [one_line(error)]

@@ -34,7 +34,7 @@ RECOMPUTED: dict[str, Callable[[Report, RunConfig], Iterator[Disagreement]]] = {
 
 @dataclass
 class Verification:
-    """What was checked, what was not and why, and where something disagrees."""
+    """Checks that were made, those that were not and why, and disagreements."""
 
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
@@ -88,5 +88,5 @@ def verify(run: Run, public_key: str | None = None) -> Verification:
 
 
 def _beside(folder: Path) -> list[str]:
-    """What lies in a run's folder and stands in no report."""
+    """Files in a run's folder that stand in no report."""
     return sorted(path.name for path in folder.iterdir() if path.name not in (REPORT, "model", SIGNATURE))

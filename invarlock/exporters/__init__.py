@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from invarlock.exporters.exporter import Exporter
-
-BUILT_IN = {
-    "compressed-tensors": "compressed_tensors",
-    "dequantized": "dequantized",
-    "gguf": "gguf",
-}
-"""Where each format's ``EXPORTER`` is: by name, for a configuration is checked without torch."""
+from invarlock import hookimpl
 
 
-def built_in() -> tuple[Exporter, ...]:
-    return tuple(import_module(f"{__name__}.{module}").EXPORTER for module in BUILT_IN.values())
+class BuiltIn:
+    """An exporter that is ``EXPORTER`` of a module here, which is imported once more than its name is asked for."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self._module = name, module
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(f"{__name__}.{self._module}").EXPORTER, attribute)
+
+
+@hookimpl
+def invarlock_exporters() -> list[BuiltIn]:
+    return [
+        BuiltIn("compressed-tensors", "compressed_tensors"),
+        BuiltIn("dequantized", "dequantized"),
+        BuiltIn("gguf", "gguf"),
+    ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    # A plugin derives from the protocol, and can be listed without torch.
+    import torch
+    from torch import Tensor
 
-from invarlock.quantization.rounding import QuantizationParameters
-from invarlock.quantization.scheme import Plan
-from invarlock.quantization.selection import WeightTarget
+    from invarlock.quantization.rounding import QuantizationParameters
+    from invarlock.quantization.scheme import Plan
+    from invarlock.quantization.selection import WeightTarget
 
 
 @dataclass(frozen=True)

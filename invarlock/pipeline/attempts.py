@@ -34,14 +34,14 @@ class Edited:
     model: torch.nn.Module
     watched: Watched
     description: Mapping[str, Any]
-    """What guards get to know of the edit: its name, its plan, and what it did to each weight."""
+    """The edit as guards see it: its name, its plan, and what it did to each weight."""
     modules: Sequence[Any] = ()
-    """What it did to each weight, as the report has it."""
+    """Its effect on each weight, as the report has it."""
     bitwidth: int | None = None
     baseline_weights: Mapping[str, torch.Tensor] | None = None
     """The baseline's parameters by name, read from disk one at a time."""
     findings: Sequence[Finding] = ()
-    """What was found besides."""
+    """Findings of the edit itself, besides those of guards and outputs."""
     unreadable: bool = False
     """Whether the model cannot be run over the baseline's windows."""
 

@@ -112,7 +112,7 @@ def _compare(
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is left of the baseline once its model has gone."""
+    """Facts of the baseline that stay once its model has gone."""
 
     fingerprint: str
     weights: Mapping[str, torch.Tensor]
@@ -289,7 +289,7 @@ def _report(guarding: Guarding, judgement: Judgement, edit: _Subject) -> dict[st
 
 
 def families(changes: Iterable[ChangedWeight | EditedWeight]) -> list[dict[str, Any]]:
-    """What was changed, summed by family: how many weights of each were changed in which way.
+    """Changes summed by family: how many weights of each were changed in which way.
 
     A family is the same weight of every layer: a name with its numbers left out.
     """

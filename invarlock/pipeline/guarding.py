@@ -83,7 +83,7 @@ class Guarding:
         return prepared
 
     def _asked(self, slot: GuardSlot, ask: Callable[[], Found]) -> list[Found]:
-        """What each process that asks a guard is told: all where it shares its work or the model is spread."""
+        """Answers of a guard in each process that asks it: all where it shares its work or the model is spread."""
         ranks = self.session.ranks
         if self.baseline.view:
             return ranks.gather(ask())
@@ -167,7 +167,7 @@ class Guarding:
         return fold([*said, *findings, *found], strict=self.strict)
 
     def _context(self, edited: Edited, metric: MetricResult | None, number: int) -> dict[str, Any]:
-        """What every guard gets to know; ``baseline`` and ``edited`` are None where no outputs were measured."""
+        """The context of ``validate``; ``baseline`` and ``edited`` are None where no outputs were measured."""
         tokenizer = self.baseline.tokenizer
         return {
             "baseline": metric and {"kind": metric.kind, "value": metric.baseline},

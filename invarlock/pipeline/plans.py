@@ -10,11 +10,15 @@ from typing import Any
 from torch import nn
 
 from invarlock.config.schema import RunConfig, as_keys
-from invarlock.core.errors import UsageError
-from invarlock.exporters import built_in
+from invarlock.core.errors import PluginError, UsageError, nearest
+from invarlock.exporters.exporter import Exporter
 from invarlock.exporters.saving import Export
+from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
+
+EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
+EXPORTER_BASE = "invarlock.api.Exporter"
 
 
 def plans_of(config: RunConfig) -> list[Plan]:
@@ -29,12 +33,23 @@ def targets_of(config: RunConfig, model: nn.Module) -> list[WeightTarget]:
         return select_targets(model, config.edit.plan)
 
 
-def export_of(config: RunConfig) -> Export | None:
-    """How an accepted model is saved, if it is."""
+def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
+    """How an accepted model is saved, if it is.
+
+    :raises UsageError: no exporter has the name that ``output.format`` gives, whether a model is saved or not.
+    :raises PluginError: the exporter lacks something.
+    """
+    name = config.output.format
+    known = plugins.exporters(name)
+    if name not in known:
+        hint = nearest(name, list(known)) or f"; known are {', '.join(known)}"
+        raise UsageError(f"output.format: there is no exporter {name!r}{hint}")
     if not config.output.save_model:
         return None
-    exporter = next(exporter for exporter in built_in() if exporter.name == config.output.format)
-    return Export(exporter, config.edit.plan, config.model.id)
+    found = known[name]
+    if lacking := [member for member in EXPORTER_MEMBERS if not hasattr(found.value, member)]:
+        raise PluginError(f"{found.plugin}: the exporter {name} lacks {lacking[0]}; derive it from {EXPORTER_BASE}")
+    return Export(found.value, config.edit.plan, config.model.id)
 
 
 def check(export: Export, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> None:

@@ -53,7 +53,7 @@ def run(
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
     config, ranks = session.config, session.ranks
     plans = plans_of(config)
-    export = export_of(config)
+    export = export_of(config, session.plugins)
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)

@@ -37,7 +37,7 @@ WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What became of the model: fingerprints, and whether the baseline came back (None when the edit was kept)."""
+    """Fate of the model: fingerprints, and whether the baseline came back (None when the edit was kept)."""
 
     before: str
     after: str
@@ -121,7 +121,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 
 def rests_on(config: RunConfig) -> str:
-    """What was measured, where outputs were."""
+    """Outputs that the verdict rests on, where any were measured."""
     dataset = config.dataset
     source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
     return f"{dataset.preview_n} + {dataset.final_n} {source}"

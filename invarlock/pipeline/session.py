@@ -36,7 +36,7 @@ WindowPair = tuple[Windows, Windows]
 
 @dataclass
 class Session:
-    """What the models of one run have in common: configuration, plugins, processes and clock."""
+    """Configuration, plugins, processes and clock that the models of one run have in common."""
 
     config: RunConfig
     plugins: PluginManager

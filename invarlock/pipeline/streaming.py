@@ -63,7 +63,7 @@ def run_streamed(
 
     :raises UsageError: also for a checkpoint that cannot be streamed: packed, or laid out unlike the model.
     """
-    export = export_of(config)
+    export = export_of(config, plugins)
     if export is not None and not export.exporter.streams:
         name = export.exporter.name
         raise UsageError(f"output.format: {name}: it cannot be written shard by shard; run without --stream")
@@ -234,7 +234,7 @@ class _StreamedRounding:
         return notes
 
     def _round(self, part: Part, round_: Round) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
-        """What is stored of some weights, and what was done to each of them that is in the plan."""
+        """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
         rounded = {name: round_(name, weights[name]) for name in weights.keys() & self.targets.keys()}
         results = [QuantizedWeight.of(self.targets[name], weight) for name, weight in rounded.items()]
@@ -260,7 +260,7 @@ class _StreamedRounding:
         return round_
 
     def _edit(self, plan: Plan) -> Edit:
-        """What the edited model's weights are, each time that one is read."""
+        """Function that rounds a weight of the plan, each time that one is read."""
         round_ = self._rounding(plan, measure=False)
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ log = logging.getLogger("invarlock")
 
 @dataclass(frozen=True)
 class Selection:
-    """What the command line says of plugins, read before anything is imported."""
+    """Choice of plugins on the command line, read before anything is imported."""
 
     modules: tuple[str, ...] = ()
     blocked: frozenset[str] = frozenset()

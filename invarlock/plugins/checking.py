@@ -14,7 +14,7 @@ from invarlock.plugins.plugin import BASES, Plugin, Status
 
 
 def hook_marks(function: Any) -> dict[str, Any] | None:
-    """What ``@hookimpl`` left on a function; None when it is not marked."""
+    """Marks that ``@hookimpl`` left on a function; None when it is not marked."""
     return getattr(function, "invarlock_impl", None)
 
 

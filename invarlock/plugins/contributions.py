@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from invarlock.core.errors import PluginError
@@ -25,9 +26,16 @@ class Contribution:
         return replace(plugin, name=self.name, kind=self.kind)
 
 
-def add_contributions(found: dict[str, Contribution], kind: Kind, plugin: str, returned: Any) -> None:
+Asking = Callable[[], AbstractContextManager[None]]
+"""Makes of whatever is raised while a plugin is asked that plugin's failure."""
+
+
+def add_contributions(
+    found: dict[str, Contribution], kind: Kind, plugin: str, returned: Any, asking: Asking | None = None
+) -> None:
     """Add what a plugin returned, each under its ``name``.
 
+    :param asking: None for what is built in.
     :raises PluginError: it is not a list of objects with a name, or a name is taken.
     """
     if not isinstance(returned, list | tuple):
@@ -38,7 +46,25 @@ def add_contributions(found: dict[str, Contribution], kind: Kind, plugin: str, r
             raise PluginError(
                 f"{plugin}: the {kind} {name!r} is taken, by {found[name].plugin}; give yours another name"
             )
-        found[name] = Contribution(kind, name, plugin, value)
+        found[name] = Contribution(kind, name, plugin, value if asking is None else Contained(value, asking))
+
+
+class Contained:
+    """An object that a plugin brought; whatever its attributes and methods raise is the plugin's failure."""
+
+    def __init__(self, value: Any, asking: Asking) -> None:
+        self._value, self._asking = value, asking
+
+    def __getattr__(self, name: str) -> Any:
+        with self._asking():
+            found = getattr(self._value, name, self)
+        if found is self:
+            raise AttributeError(f"{type(self._value).__name__} lacks {name}")
+        return partial(self._call, found) if callable(found) else found
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._asking():
+            return method(*args, **kwargs)
 
 
 def _name_of(value: Any, kind: Kind, plugin: str) -> str:
@@ -51,7 +77,7 @@ def _name_of(value: Any, kind: Kind, plugin: str) -> str:
 class Documents(Sequence[str]):
     """The documents of a provider; what goes wrong when one is read is the provider's failure."""
 
-    def __init__(self, plugin: str, returned: Any, asking: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, plugin: str, returned: Any, asking: Asking) -> None:
         """:raises PluginError: it is not a sequence."""
         readable = all(hasattr(returned, name) for name in ("__len__", "__getitem__"))
         if not readable or isinstance(returned, str | bytes | Mapping):

@@ -155,20 +155,27 @@ class PluginManager:
             added = [name for name in subparsers.choices if name not in known]
             self._commands += [Contribution(Kind.COMMAND, name, plugin) for name in added]
 
-    def exporters(self) -> dict[str, Contribution]:
-        """Formats of a saved model by name, as ``output.format`` has them; PluginError where a plugin fails."""
-        return self._contributed(Kind.EXPORTER, "invarlock_exporters")
+    def exporters(self, wanted: str | None = None) -> dict[str, Contribution]:
+        """Formats of a saved model by name, as ``output.format`` has them; PluginError where a plugin fails.
+
+        :param wanted: ask no more plugins once it is found.
+        """
+        return self._contributed(Kind.EXPORTER, "invarlock_exporters", wanted)
 
     def report_formats(self) -> dict[str, Contribution]:
         """Formats of a report by name, as ``report --format`` has them; PluginError where a plugin fails."""
         return self._contributed(Kind.REPORT_FORMAT, "invarlock_report_formats")
 
-    def _contributed(self, kind: Kind, hook: str) -> dict[str, Contribution]:
+    def _contributed(self, kind: Kind, hook: str, wanted: str | None = None) -> dict[str, Contribution]:
         found: dict[str, Contribution] = {}
+        built_in = {plugin.label for plugin in self.catalog.plugins if plugin.origin is Origin.BUILTIN}
         for plugin, ask in self._built_ins_first(hook):
+            asking = None if plugin in built_in else partial(self._answering, plugin, kind)
             with self._answering(plugin, hook):
                 for returned in ask():
-                    add_contributions(found, kind, plugin, returned)
+                    add_contributions(found, kind, plugin, returned, asking)
+            if wanted in found:
+                break
         return found
 
     def brought(self) -> list[Plugin]:

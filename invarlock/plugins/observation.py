@@ -1,4 +1,4 @@
-"""What a guard's taps collect during one pass, and how they failed: one guard's mistake is no other guard's."""
+"""Observations of a guard's taps during one pass, and how they failed: one guard's mistake is no other guard's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Observation:
         return {module: _Shielded(self, module, tap) for module, tap in self.wanted.items()}
 
     def results(self) -> dict[str, Any]:
-        """What each tap collected; nothing from a guard whose taps failed."""
+        """Result of each tap; nothing from a guard whose taps failed."""
         try:
             with contained():
                 return {} if self.message else {module: tap.result() for module, tap in self.wanted.items()}

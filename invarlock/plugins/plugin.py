@@ -68,7 +68,7 @@ class Plugin:
     factory: Any = None
     """A class of the class form, or a module or object with hook implementations."""
     instance: Any = None
-    """What is registered for hook calls: made from a class without options, or the module or object itself."""
+    """The object registered for hook calls: made from a class without options, or the module or object itself."""
     entry_point: str | None = None
     """Group, name and value, of an installed plugin."""
     requires: tuple[str, ...] = ()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
+from invarlock import hookimpl
+
 if TYPE_CHECKING:
     from invarlock.reporting.reading import SavedReport
 
@@ -49,3 +51,8 @@ FORMATS: Sequence[ReportFormat] = (
     ModuleFormat("sarif", ".sarif", "invarlock.reporting.sarif"),
     ModuleFormat("json", ".json", "invarlock.reporting.raw"),
 )
+
+
+@hookimpl
+def invarlock_report_formats() -> list[ReportFormat]:
+    return list(FORMATS)

@@ -1,4 +1,4 @@
-"""What authors of plugins test them with: tiny models, named damage, the real pipeline, an isolated command line.
+"""Tools to test plugins with: tiny models, named damage, the real pipeline, an isolated command line.
 
 from invarlock.testing import check_guard, damage, run_guard, tiny_model
 

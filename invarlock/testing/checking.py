@@ -1,4 +1,4 @@
-"""What every guard owes, whatever it looks at."""
+"""Promises that every guard has to keep, whatever it looks at."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Done:
     out: str
     err: str
     report: dict[str, Any] | None = None
-    """What the command wrote as ``report.json`` below the working folder, if it did."""
+    """Content of the ``report.json`` that the command wrote below the working folder, if it did."""
 
 
 @dataclass(frozen=True)

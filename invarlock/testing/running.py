@@ -32,7 +32,7 @@ from invarlock.quantization import Plan, quantize_model
 from invarlock.testing.named_edits import damage
 
 Edit = Callable[[Any], object] | str | int | None
-"""What changes the model in place, the name of an edit, bits to round to, or None for no edit."""
+"""Function that changes the model in place, the name of an edit, bits to round to, or None for no edit."""
 
 ADAPTER = "in_memory"
 
@@ -69,13 +69,13 @@ class GuardRun:
 
     @cached_property
     def windows(self) -> tuple[Windows, Windows]:
-        """What the model writes before its first edit."""
+        """Windows that the model writes before its first edit."""
         dataset = DatasetConfig(seq_len=24, preview_n=4, final_n=4)
         tokenizer = _Vocabulary(vocabulary_of(self.model))
         return make_windows(dataset, self.model, tokenizer, task=task_of(self.model))
 
     def judge(self, edit: Edit = None) -> GuardResult:
-        """What the guard says of an edit; see :func:`run_guard`."""
+        """The guard's result for an edit; see :func:`run_guard`."""
         session, slots = self._session(edit if isinstance(edit, int) else 8)
         model, adapter = session.load(ADAPTER)
         keeper = Keeper.of(Loaded.of(model, session.clock), adapter)
@@ -148,7 +148,7 @@ class _InMemory(ModelAdapter):
 
 
 class _Vocabulary:
-    """What has to be known of a tokenizer where a masked model writes its own windows: the last token is the mask."""
+    """A stand-in tokenizer with which a masked model writes its own windows: the last token is the mask."""
 
     eos_token_id: int | None = None
 

@@ -167,7 +167,7 @@ def _details(plugin: Plugin) -> str:
 
 
 def _options(plugin: Plugin) -> str | None:
-    """What a guard's section in the configuration may hold."""
+    """Options that a guard's section in the configuration may hold."""
     if plugin.kind is not Kind.GUARD or not plugin.is_class:
         return None
     parameters = inspect.signature(plugin.factory).parameters.values()

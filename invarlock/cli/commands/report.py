@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.options import path_argument
-from invarlock.core.errors import ExitCode, UsageError, one_line
+from invarlock.core.errors import ExitCode, PluginError, UsageError, nearest, one_line
 from invarlock.reporting.formats import FORMATS, TERMINAL, ReportFormat
 
 if TYPE_CHECKING:
+    from invarlock.plugins.manager import PluginManager
     from invarlock.reporting.reading import SavedReport
 
 DESCRIPTION = """\
@@ -38,8 +39,9 @@ def invarlock_add_commands(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=[each.name for each in FORMATS],
-        help="default: what the name of the output file ends in says, else terminal",
+        metavar="FORMAT",
+        help=f"{', '.join(each.name for each in FORMATS)}, or a plugin's; by default as the output file is named, "
+        "else terminal",
     )
     parser.add_argument(
         "-o", "--output", type=path_argument, metavar="FILE", help="write to a file instead of standard output"
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from invarlock.reporting.reading import SavedReport
 
     runs = [SavedReport.read(Path(path)) for path in args.reports]
-    chosen = _chosen(args.format, args.output)
+    chosen = _chosen(args.manager, args.format, args.output)
     try:
         _show(runs, chosen, args.output)
     except (RecursionError, ValueError, OverflowError) as error:
@@ -61,23 +63,32 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.ACCEPTED
 
 
-def _chosen(name: str | None, output: str | None) -> ReportFormat:
+def _chosen(manager: PluginManager, name: str | None, output: str | None) -> ReportFormat:
     """:raises UsageError: neither an option nor the file's name says which."""
     if name:
-        return next(each for each in FORMATS if each.name == name)
+        if found := next((each for each in _formats(manager) if each.name == name), None):
+            return found
+        known = [each.name for each in _formats(manager)]
+        hint = nearest(name, known) or f"; known are {', '.join(known)}"
+        raise UsageError(f"--format: there is no format {name!r}{hint}")
     if output is None:
         return TERMINAL
     suffix = Path(output).suffix.lower()
-    for each in FORMATS:
-        if each.suffix == suffix:
-            return each
-    known = ", ".join(each.suffix for each in FORMATS)
-    raise UsageError(f"-o {output}: {suffix or 'no suffix'} says no format; add --format, or use {known}")
+    if found := next((each for each in _formats(manager) if each.suffix == suffix), None):
+        return found
+    suffixes = ", ".join(each.suffix for each in _formats(manager))
+    raise UsageError(f"-o {output}: {suffix or 'no suffix'} says no format; add --format, or use {suffixes}")
+
+
+def _formats(manager: PluginManager) -> Iterator[ReportFormat]:
+    """The built-in formats, then those of plugins, which are asked for nothing that is built in."""
+    yield from FORMATS
+    yield from (found.value for found in manager.report_formats().values() if found.value not in FORMATS)
 
 
 def _show(runs: Sequence[SavedReport], chosen: ReportFormat, output: str | None) -> None:
     if output:
-        _write(Path(output), chosen.render(runs))
+        _write(Path(output), _rendered(chosen, runs))
     elif chosen is TERMINAL:
         # Here, for the console that knows the terminal's width and colours.
         from rich.console import Console
@@ -86,7 +97,14 @@ def _show(runs: Sequence[SavedReport], chosen: ReportFormat, output: str | None)
 
         print_to(Console(soft_wrap=True), runs)
     else:
-        sys.stdout.write(chosen.render(runs))
+        sys.stdout.write(_rendered(chosen, runs))
+
+
+def _rendered(chosen: ReportFormat, runs: Sequence[SavedReport]) -> str:
+    text = chosen.render(runs)
+    if not isinstance(text, str):
+        raise PluginError(f"report format {chosen.name}: render returned {type(text).__name__}, not a text")
+    return text
 
 
 def _write(path: Path, text: str) -> None:
