@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Status(StrEnum):
+class Outcome(StrEnum):
     OK = "ok"
     WARNING = "warning"
     """A run may go well all the same."""
@@ -15,8 +15,8 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Finding:
-    status: Status
+class Check:
+    status: Outcome
     subject: str
     what: str
     todo: str = ""

@@ -24,7 +24,7 @@ from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, 
 from invarlock.core.inputs import complaints_of
 from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
-from invarlock.doctor.findings import Finding, Status, size
+from invarlock.doctor.findings import Check, Outcome, size
 from invarlock.pipeline.plans import check, export_of, targets_of
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
@@ -37,29 +37,27 @@ SHARE, MORE = 1.5, 2**30
 """A run in memory takes at most so many times its weights, and so many bytes more."""
 
 
-def guards(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
+def guards(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
     """Construct the guards with their options, and find the adapter."""
     try:
         slots = manager.guard_slots(config.guards.order, config.guards.options)
         if config.model.adapter != "auto":
             manager.catalog.get(config.model.adapter, Kind.ADAPTER, "model.adapter")
     except InvarlockError as error:
-        yield Finding(
-            Status.PROBLEM, "guards", one_line(error), "correct the configuration, or install what is missing"
-        )
+        yield Check(Outcome.PROBLEM, "guards", one_line(error), "correct the configuration, or install what is missing")
     else:
-        yield Finding(Status.OK, "guards", f"{', '.join(slot.name for slot in slots)} can be constructed")
+        yield Check(Outcome.OK, "guards", f"{', '.join(slot.name for slot in slots)} can be constructed")
 
 
-def space(config: RunConfig) -> Iterator[Finding]:
+def space(config: RunConfig) -> Iterator[Check]:
     """Memory and disk, against the size of the model."""
     try:
         weights = _nbytes(config)
     except UsageError as error:
-        yield Finding(Status.PROBLEM, "memory", one_line(error), "correct model.id, or the checkpoint")
+        yield Check(Outcome.PROBLEM, "memory", one_line(error), "correct model.id, or the checkpoint")
         return
     if weights is None:
-        yield Finding(Status.NOT_CHECKED, "memory", f"the size of {config.model.id} is not known without loading it")
+        yield Check(Outcome.NOT_CHECKED, "memory", f"the size of {config.model.id} is not known without loading it")
         return
     yield _memory(config, weights)
     yield _disk(Path(tempfile.gettempdir()), weights, "the snapshot", "set TMPDIR to a larger disk, or run --stream")
@@ -68,18 +66,18 @@ def space(config: RunConfig) -> Iterator[Finding]:
     yield _disk(output, saved + 2**24, "the output", "choose another output.dir")
 
 
-def output(config: RunConfig) -> Iterator[Finding]:
+def output(config: RunConfig) -> Iterator[Check]:
     """Whether the output folder may be written to."""
     folder = Path(config.output.dir or Path("runs", "new"))
     try:
         OutputFolder(folder).check(config.model.id)
     except InvarlockError as error:
-        yield Finding(Status.PROBLEM, "output", one_line(error), "choose another output.dir, or run with --force")
+        yield Check(Outcome.PROBLEM, "output", one_line(error), "choose another output.dir, or run with --force")
     else:
-        yield Finding(Status.OK, "output", f"{absolute(folder)} can be written to")
+        yield Check(Outcome.OK, "output", f"{absolute(folder)} can be written to")
 
 
-def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
+def model(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
     """The checkpoint, the weights that are quantized, and whether there is enough text; the weights stay on disk."""
     # Devices are another finding.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu"))
@@ -88,73 +86,73 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Finding]:
         opened, adapter = session.load(config.model.id, stream=True)
     except InvarlockError as error:
         yield _unopened(config, manager, error)
-        yield Finding(Status.NOT_CHECKED, "edit", "needs the model")
-        yield _unread(session) or Finding(Status.NOT_CHECKED, "text", "needs the model")
+        yield Check(Outcome.NOT_CHECKED, "edit", "needs the model")
+        yield _unread(session) or Check(Outcome.NOT_CHECKED, "text", "needs the model")
         return
-    yield Finding(Status.OK, "model", f"{adapter.name} opens it")
+    yield Check(Outcome.OK, "model", f"{adapter.name} opens it")
     try:
         targets = targets_of(config, opened)
         baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
         if export := export_of(config, manager):
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
-        yield Finding(Status.PROBLEM, "edit", one_line(error), "correct the configuration")
-        yield _unread(session) or Finding(Status.NOT_CHECKED, "text", "needs what is said of the edit")
+        yield Check(Outcome.PROBLEM, "edit", one_line(error), "correct the configuration")
+        yield _unread(session) or Check(Outcome.NOT_CHECKED, "text", "needs what is said of the edit")
         return
-    yield Finding(Status.OK, "edit", f"{len(targets)} weights would be quantized")
+    yield Check(Outcome.OK, "edit", f"{len(targets)} weights would be quantized")
     yield _text(config, baseline, opened)
 
 
-def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) -> Finding:
+def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) -> Check:
     others = [plugin.name for plugin in manager.catalog.of_kind(Kind.ADAPTER) if plugin.origin is not Origin.BUILTIN]
     # One that cannot leave weights on disk may load it all the same.
     asked = others if config.model.adapter == "auto" else []
     if asked or isinstance(error, NotStreamedError | OptionNotTakenError):
-        return Finding(Status.NOT_CHECKED, "model", f"cannot be opened without its weights: {one_line(error)}")
-    return Finding(Status.PROBLEM, "model", one_line(error), "correct model.id, or the checkpoint")
+        return Check(Outcome.NOT_CHECKED, "model", f"cannot be opened without its weights: {one_line(error)}")
+    return Check(Outcome.PROBLEM, "model", one_line(error), "correct model.id, or the checkpoint")
 
 
-def _unread(session: Session) -> Finding | None:
+def _unread(session: Session) -> Check | None:
     """Why the provider gives no text; None where it does."""
     try:
         session.documents()
     except InvarlockError as error:
-        return Finding(Status.PROBLEM, "text", one_line(error), "correct the section dataset, or the provider")
+        return Check(Outcome.PROBLEM, "text", one_line(error), "correct the section dataset, or the provider")
     return None
 
 
-def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Finding:
+def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Check:
     dataset = config.dataset
     try:
         if dataset.is_generated:
             # Weights on disk would be read anew for each token that is written.
             check_lengths(dataset, opened)
-            return Finding(Status.OK, "text", "the baseline writes its own windows")
+            return Check(Outcome.OK, "text", "the baseline writes its own windows")
         baseline.make_windows(opened)
     except InvarlockError as error:
-        return Finding(Status.PROBLEM, "text", one_line(error), "correct the configuration, or give more text")
+        return Check(Outcome.PROBLEM, "text", one_line(error), "correct the configuration, or give more text")
     what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"
-    return Finding(Status.OK, "text", what)
+    return Check(Outcome.OK, "text", what)
 
 
-def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Finding]:
+def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Check]:
     """Whether a hub can be reached, if the configuration needs one."""
     folder = _folder(config)
     if folder is not None:
         where = "on this machine" if Path(config.model.id).exists() else f"in the cache, {folder}"
-        yield Finding(Status.OK, "hub", f"not needed: the checkpoint is {where}")
+        yield Check(Outcome.OK, "hub", f"not needed: the checkpoint is {where}")
         return
     if not allow_network:
         what = f"{config.model.id} is not on this machine, and the network is off"
-        yield Finding(Status.PROBLEM, "hub", what, "check the path; or add --allow-network to ask the hub")
+        yield Check(Outcome.PROBLEM, "hub", what, "check the path; or add --allow-network to ask the hub")
         return
     try:
         huggingface_hub.model_info(config.model.id, revision=config.model.revision)
     except Exception as error:
         # Whatever hinders it is what was asked for; its libraries raise errors of many kinds.
-        yield Finding(Status.PROBLEM, "hub", one_line(error), "check model.id, the network and your access token")
+        yield Check(Outcome.PROBLEM, "hub", one_line(error), "check model.id, the network and your access token")
     else:
-        yield Finding(Status.OK, "hub", f"{config.model.id} can be fetched")
+        yield Check(Outcome.OK, "hub", f"{config.model.id} can be fetched")
 
 
 def _folder(config: RunConfig) -> Path | None:
@@ -215,7 +213,7 @@ def _itemsize(config: RunConfig, stored: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def _memory(config: RunConfig, weights: int) -> Finding:
+def _memory(config: RunConfig, weights: int) -> Check:
     device = config.model.device
     if torch.cuda.is_available() and device.startswith(("auto", "balanced", "cuda")):
         free, where = torch.cuda.mem_get_info()[0], "of the CUDA device"
@@ -224,12 +222,12 @@ def _memory(config: RunConfig, weights: int) -> Finding:
     needed = SHARE * weights + MORE
     what = f"a run takes up to {size(needed)} ({size(weights)} of weights), {size(free)} {where} are free"
     if needed <= free:
-        return Finding(Status.OK, "memory", what)
-    return Finding(Status.PROBLEM, "memory", what, "leave the weights on disk: invarlock run --stream")
+        return Check(Outcome.OK, "memory", what)
+    return Check(Outcome.PROBLEM, "memory", what, "leave the weights on disk: invarlock run --stream")
 
 
-def _disk(folder: Path, needed: int, purpose: str, todo: str) -> Finding:
+def _disk(folder: Path, needed: int, purpose: str, todo: str) -> Check:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     what = f"{purpose} takes up to {size(needed)}, {size(free)} are free on the disk of {there}"
-    return Finding(Status.OK, "disk", what) if needed <= free else Finding(Status.PROBLEM, "disk", what, todo)
+    return Check(Outcome.OK, "disk", what) if needed <= free else Check(Outcome.PROBLEM, "disk", what, todo)

@@ -127,10 +127,7 @@ class PluginManager:
 
     @contextmanager
     def _answering(self, plugin: str, hook: str, file: str | None = None) -> Iterator[None]:
-        """Ask a plugin for what nobody can do without.
-
-        :raises PluginError: it failed, or a wrapper around it did.
-        """
+        """Ask a plugin for what nobody can do without; PluginError where it or a wrapper around it fails."""
         try:
             with self._turn(plugin):
                 yield
@@ -156,10 +153,7 @@ class PluginManager:
             self._commands += [Contribution(Kind.COMMAND, name, plugin) for name in added]
 
     def exporters(self, wanted: str | None = None) -> dict[str, Contribution]:
-        """Formats of a saved model by name, as ``output.format`` has them; PluginError where a plugin fails.
-
-        :param wanted: ask no more plugins once it is found.
-        """
+        """Formats of a saved model by name; once the wanted one is found no more plugins are asked, which may fail."""
         return self._contributed(Kind.EXPORTER, "invarlock_exporters", wanted)
 
     def report_formats(self) -> dict[str, Contribution]:

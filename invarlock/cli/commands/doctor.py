@@ -20,7 +20,7 @@ from invarlock.cli.options import (
 from invarlock.core.errors import ExitCode, UsageError, one_line
 
 if TYPE_CHECKING:
-    from invarlock.doctor.findings import Finding
+    from invarlock.doctor.findings import Check
 
 DESCRIPTION = """\
 Loads and constructs every plugin, checks versions and devices, and, of a configuration, its guards, its output folder,
@@ -58,11 +58,11 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     set_environment(args)
-    from invarlock.doctor.findings import Status
+    from invarlock.doctor.findings import Outcome
 
     with stdout_for_json_alone(args):
         findings = list(_findings(args))
-    problem = any(finding.status is Status.PROBLEM for finding in findings)
+    problem = any(finding.status is Outcome.PROBLEM for finding in findings)
     items = [dataclasses.asdict(finding) for finding in findings]
     if args.json:
         whole = {"format_version": "doctor-v1", "problem": problem, "findings": items}
@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.REJECTED if problem else ExitCode.ACCEPTED
 
 
-def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings(args: argparse.Namespace) -> Iterator[Check]:
     from invarlock.doctor import installation
-    from invarlock.doctor.findings import Finding, Status
+    from invarlock.doctor.findings import Check, Outcome
 
     versions = list(installation.versions())
     yield from versions
-    lacking = any(finding.status is Status.PROBLEM for finding in versions)
+    lacking = any(finding.status is Outcome.PROBLEM for finding in versions)
     configured = args.config is not None or args.settings
     if configured and not lacking:
         yield from _findings_of_config(args)
@@ -88,20 +88,20 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     why, todo = ("there is no configuration", "give one with -c CONFIG")
     if configured:
         why, todo = "a requirement is not met", "install what is required first"
-    yield from (Finding(Status.NOT_CHECKED, subject, why, todo) for subject in OF_CONFIG)
+    yield from (Check(Outcome.NOT_CHECKED, subject, why, todo) for subject in OF_CONFIG)
 
 
-def _findings_of_config(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings_of_config(args: argparse.Namespace) -> Iterator[Check]:
     # Only here: these import all that is required.
     from invarlock.config.loading import load
     from invarlock.doctor import inputs, installation
-    from invarlock.doctor.findings import Finding, Status
+    from invarlock.doctor.findings import Check, Outcome
 
     config = load(args.config, args.settings)
     try:
         args.manager.add(config.plugins, args.selection.blocked)
     except UsageError as error:
-        yield Finding(Status.PROBLEM, "plugins", one_line(error), "correct the module, or take it out of plugins")
+        yield Check(Outcome.PROBLEM, "plugins", one_line(error), "correct the module, or take it out of plugins")
     yield from installation.plugins(args.manager.catalog)
     yield from installation.devices(config.model.device)
     quieten_libraries(verbose=False)
@@ -112,7 +112,7 @@ def _findings_of_config(args: argparse.Namespace) -> Iterator[Finding]:
     yield from inputs.hub(config, allow_network=args.allow_network)
 
 
-def _lines(findings: list[Finding]) -> Iterator[str]:
+def _lines(findings: list[Check]) -> Iterator[str]:
     for finding in findings:
         yield f"{finding.status:<13}{finding.subject:<10}{finding.what}"
         if finding.todo:

@@ -58,7 +58,7 @@ class PartError:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class PartJudgement:
     """The errors of all parts, in the order in which they are called."""
 
     errors: Sequence[PartError]
@@ -115,14 +115,14 @@ class Reference:
             if gradient is not None and _is_finite(gradient):
                 part.gradient = _tempered(gradient.float(), _update(part))
 
-    def judge(self, model: nn.Module) -> Judgement:
+    def judge(self, model: nn.Module) -> PartJudgement:
         """Run every part of an edited model on the baseline's calls."""
         moved: dict[str, Tensor] = {}
         parts = list(self.parts.values())
         with evaluating(model):
             rotation = self._rotation(model)
             errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
-        return Judgement(errors, rotation is not None)
+        return PartJudgement(errors, rotation is not None)
 
     def _size(self, part: BaselinePart) -> int:
         return self.sizes[part.name]

@@ -12,7 +12,7 @@ from plugins_builtin.guards.figures import Suspect
 
 if TYPE_CHECKING:
     from plugins_builtin.guards.reconstruction.calls import CallRecorder
-    from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
+    from plugins_builtin.guards.reconstruction.errors import PartError, PartJudgement, Reference
 
 MOST_TOKENS = 256
 LIMIT = 1.10
@@ -151,7 +151,7 @@ class ReconstructionGuard(Guard):
             },
         }
 
-    def _action(self, judgement: Judgement, max_score: float) -> str:
+    def _action(self, judgement: PartJudgement, max_score: float) -> str:
         if any(error.failure for error in judgement.errors):
             return "abort"
         if judgement.score > max_score:
@@ -164,7 +164,7 @@ def _outputs_were_measured(context: Mapping[str, Any]) -> bool:
     return isinstance(edited, Mapping) and edited.get("ratio") is not None
 
 
-def _message(judgement: Judgement, suspects: Sequence[Suspect]) -> str:
+def _message(judgement: PartJudgement, suspects: Sequence[Suspect]) -> str:
     failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
     if failed:
         rest = len(failed) - 3

@@ -10,14 +10,14 @@ from torch import nn
 
 from invarlock.api import evaluating
 from plugins_builtin.guards.figures import Suspect
-from plugins_builtin.guards.reconstruction.errors import Judgement, PartError, Reference
+from plugins_builtin.guards.reconstruction.errors import PartError, PartJudgement, Reference
 from plugins_builtin.guards.reconstruction.leaves import leaf_errors
 
 NOISE = 1e-6
 """Nats below which a part is not suspected: rounding of half precision costs more, that of float32 less."""
 
 
-def find_suspects(reference: Reference, judgement: Judgement, model: nn.Module, most: int) -> list[Suspect]:
+def find_suspects(reference: Reference, judgement: PartJudgement, model: nn.Module, most: int) -> list[Suspect]:
     """The modules most likely damaged, best first, out of the ``most`` costliest parts.
 
     The nats of a part are shared out among the modules in it by their squared errors.
