@@ -372,7 +372,7 @@ DAEMON = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST"
 )  # fmt: skip
 def test_launchers_are_known_by_their_environment(variables: dict[str, str], node: str, monkeypatch) -> None:
     met = []
-    monkeypatch.setattr(Ranks, "_meet", lambda self, address, port: met.append((self, address)))
+    monkeypatch.setattr(Ranks, "_rendezvous", lambda self, address, port: met.append((self, address)))
     assert Ranks.join() == Ranks(0, 1)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -382,7 +382,7 @@ def test_launchers_are_known_by_their_environment(variables: dict[str, str], nod
 
 def test_runs_at_once_on_one_machine_meet_at_ports_of_their_own(monkeypatch) -> None:
     ports = []
-    monkeypatch.setattr(Ranks, "_meet", lambda self, address, port: ports.append(port))
+    monkeypatch.setattr(Ranks, "_rendezvous", lambda self, address, port: ports.append(port))
     for job, step in (("7", "0"), ("7", "1"), ("8", "0")):
         for name, value in (SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).items():
             monkeypatch.setenv(name, value)

@@ -114,7 +114,7 @@ class Streaming(Mapping[str, Tensor]):
         if not parameter:
             raise UsageError(f"model.id: {folder}: cannot be streamed, it has no tensor {names[0]}")
         if (shape := self._shape(parameter)) != tuple(empty.shape):
-            shapes = f"{shape}, and the configuration says {tuple(empty.shape)}"
+            shapes = f"{shape}, but the configuration describes {tuple(empty.shape)}"
             raise UsageError(f"model.id: {folder}: {parameter} has shape {shapes}")
         for other in others:
             if self._parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):

@@ -47,7 +47,8 @@ class Loaded:
     def settle(self) -> None:
         """Take what differs by now and is not stored as the model's own doing: it ran, and nothing else did."""
         self.state.settle()
-        now, before = Fingerprint.of(self.model, only_computed=True), self.fingerprint
+        with self.clock.stage("fingerprint"):
+            now, before = Fingerprint.of(self.model, only_computed=True), self.fingerprint
         self.recomputed.update(name for name in now.computed if now.tensors[name] != before.tensors.get(name))
 
     def differing(self, expected: Fingerprint | None = None) -> list[str]:
