@@ -25,6 +25,8 @@ from invarlock.testing import Done, Invarlocker
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEMO = demo_folder()
+DRAWING = ("test_browser", "test_endings", "test_evidence", "test_output", "test_reports", "test_run", "test_streaming")
+"""Tests of pages, and of what drawing them leaves."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,13 @@ def _isolated(invarlocker: Invarlocker, monkeypatch: pytest.MonkeyPatch) -> None
         return metadata.EntryPoints(entry for entry in found if _is_ours(entry, invarlocker)) if parameters else found
 
     monkeypatch.setattr(metadata, "entry_points", ours)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no plots but where pages are the matter: drawing takes a quarter of a short run."""
+    if request.module.__name__ not in DRAWING:
+        monkeypatch.setattr("invarlock.reporting.plots.plot.plots_of", lambda report: [])
 
 
 def _is_ours(entry: metadata.EntryPoint, invarlocker: Invarlocker) -> bool:

@@ -189,11 +189,11 @@ def test_doctor_finds_an_unknown_provider(invarlock, config, model: str) -> None
 
 
 def test_invarlock_exporters_are_known_by_name(invarlock, printed) -> None:
-    assert "state-dict | Local" in invarlock("plugins", "exporters", *printed("invarlock_exporters")).out
+    assert "state-dict         | Local" in invarlock("plugins", "exporters", *printed("invarlock_exporters")).out
 
 
 def test_invarlock_report_formats_are_known_by_name(invarlock, printed) -> None:
-    assert "word | Local" in invarlock("plugins", "report-formats", *printed("invarlock_report_formats")).out
+    assert "word     | Local" in invarlock("plugins", "report-formats", *printed("invarlock_report_formats")).out
 
 
 # The others get along with each other: one run has them all.

@@ -561,9 +561,14 @@ TAPPING = "class Tap:\n def __call__(self, module, *given): pass\n def result(se
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "run --stream", "compare --baseline checkpoint --subject checkpoint"], ids=lambda line: line[:12]
+    ("command", "order"),
+    [
+        ("run", ["invariants", "reconstruction"]),
+        ("run", ["odd"]),
+        ("run --stream", ["odd"]),
+        ("compare --baseline checkpoint --subject checkpoint", ["odd"]),
+    ],
 )
-@pytest.mark.parametrize("order", [["odd"], ["invariants", "reconstruction"]], ids=" ".join)
 def test_positions_that_a_model_scales_as_it_runs_accuse_nobody(
     invarlock, module, config, command: str, order: list[str]
 ) -> None:
