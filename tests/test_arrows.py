@@ -133,7 +133,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def members(path: Path) -> Iterator[str]:
-    """What is imported from a package, which may be a module of it."""
+    """Names imported from a package, which may be modules of it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)

@@ -199,13 +199,13 @@ class Verdict:
     strict: bool
     """Whether a warning, though accepted, ends the process with exit code 1."""
     findings: tuple[Finding, ...]
-    """What was folded, guards first."""
+    """The folded findings, guards first."""
     reasons: tuple[str, ...]
     """Findings that object, the most severe first."""
     exit_code: int
     # Added for the report.
     rests_on: str = ""
-    """What was measured: windows of text, windows that the baseline wrote, or weights alone."""
+    """The measured evidence: windows of text, windows that the baseline wrote, or weights alone."""
     suspects: tuple[SuspectedModule, ...] = ()
     """Of a rejection: the modules most likely responsible, best first."""
 

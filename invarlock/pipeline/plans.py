@@ -18,7 +18,6 @@ from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
 
 EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
-EXPORTER_BASE = "invarlock.api.Exporter"
 
 
 def plans_of(config: RunConfig) -> list[Plan]:
@@ -48,7 +47,8 @@ def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
         return None
     found = known[name]
     if lacking := [member for member in EXPORTER_MEMBERS if not hasattr(found.value, member)]:
-        raise PluginError(f"{found.plugin}: the exporter {name} lacks {lacking[0]}; derive it from {EXPORTER_BASE}")
+        problem = f"the exporter {name} lacks {lacking[0]}"
+        raise PluginError(f"{found.plugin}: {problem}; derive it from invarlock.api.Exporter")
     return Export(found.value, config.edit.plan, config.model.id)
 
 

@@ -68,6 +68,11 @@ class Session:
                 self._documents = self.plugins.documents(dataset)
         return self._documents
 
+    def take_documents(self) -> Sequence[str] | None:
+        """The text of the dataset, let go of: a corpus need not stay in memory once windows are made of it."""
+        documents, self._documents = self.documents(), None
+        return documents
+
     def load(self, model_id: str, *, stream: bool = False, spread: bool = False) -> tuple[torch.nn.Module, Adapter]:
         """Load a checkpoint as ``model`` of the configuration says.
 
@@ -165,7 +170,7 @@ class Baseline:
 
         :raises UsageError: there is too little text, or it does not fit the model.
         """
-        documents = self.session.documents()
+        documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self.reads_text else None
             return make_windows(self.session.config.dataset, model, tokenizer, task=self.task, documents=documents)

@@ -1,4 +1,4 @@
-"""What plugins bring besides themselves: documents, and what goes by a name of its own."""
+"""Contributions of plugins: documents, and objects that go by a name of their own."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class PluginManager:
         return found
 
     def brought(self) -> list[Plugin]:
-        """What plugins bring besides themselves, as a plugin each; of a failed hook a warning is logged."""
+        """Contributions of plugins, as a plugin each; a failed hook is logged as a warning."""
         found = [*self._commands, *(Contribution(Kind.PROVIDER, each.name, each.label) for each in self._providers())]
         for collect in (self.exporters, self.report_formats):
             try:

@@ -105,7 +105,7 @@ def said(guard: GuardResult) -> str:
 
 
 def reasons(report: Report) -> list[str]:
-    """What decided, and what no metric and no guard reports."""
+    """Findings that decided, and those that no metric and no guard reports."""
     shown_elsewhere = [f"{GUARD}{guard.name}" for guard in report.guards]
     if report.metrics.primary:
         shown_elsewhere += ["primary metric", "predictions"]
