@@ -97,7 +97,7 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
         yield Check(Outcome.PROBLEM, "edit", one_line(error), "correct the configuration")
-        yield _unread(session) or Check(Outcome.NOT_CHECKED, "text", "needs what is said of the edit")
+        yield _unread(session) or Check(Outcome.NOT_CHECKED, "text", "needs a sound edit")
         return
     yield Check(Outcome.OK, "edit", f"{len(targets)} weights would be quantized")
     yield _text(config, baseline, opened)
