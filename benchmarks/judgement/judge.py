@@ -7,6 +7,7 @@ An edit that raises perplexity by at most 2 % is harmless, by 10 % or more harmf
 prints, for each mode (with text, with generated windows, weights alone), how often each guard and the verdict object to
 a harmless edit, how many harmful ones they let pass, and how often the damaged module is named first. With
 ``--ablation`` it prints, from the same runs, what verdict and blame come to without each guard.
+Ctrl-C prints the tables of the edits that are done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,21 +199,30 @@ def main() -> None:
         args.text, args.label_text = _split_demo_text()
     left_out = [None, *(args.guards.split(",") if args.ablation else [])]
     scores = {mode: [Score(guard) for guard in left_out] for mode in MODES}
-    ratios = {}
-    for untied in (False, True):
-        bench = Bench.of(args, untied=untied)
-        baseline = bench.perplexity()
-        for edit in [*_chosen(bench.model, untied, args.every), bench.unread_rows()]:
-            edit(bench.model)
-            ratio = bench.perplexity() / baseline
-            ratios[edit.name] = ratio
-            harmful = not math.isfinite(ratio) or ratio >= HARMFUL
-            if harmful or ratio <= HARMLESS:
-                for mode, attempt in bench.attempts(edit):
-                    for score in scores[mode]:
-                        score.add(edit, harmful, attempt)
-            bench.snapshot.restore(bench.model)
+    ratios: dict[str, float] = {}
+    try:
+        for untied in (False, True):
+            bench = Bench.of(args, untied=untied)
+            _judge(bench, [*_chosen(bench.model, untied, args.every), bench.unread_rows()], scores, ratios)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: these are the first {len(ratios)} edits.")
     _print(args, scores, ratios)
+
+
+def _judge(bench: Bench, chosen: list[Edit], scores: dict[str, list[Score]], ratios: dict[str, float]) -> None:
+    """Add to the scores what guards and verdict say of each edit, and to the ratios the one that labels it."""
+    baseline = bench.perplexity()
+    for edit in chosen:
+        edit(bench.model)
+        ratio = bench.perplexity() / baseline
+        harmful = not math.isfinite(ratio) or ratio >= HARMFUL
+        if harmful or ratio <= HARMLESS:
+            for mode, attempt in bench.attempts(edit):
+                for score in scores[mode]:
+                    score.add(edit, harmful, attempt)
+        bench.snapshot.restore(bench.model)
+        ratios[edit.name] = ratio
+        print(f"{len(ratios)}: {edit.name}, {ratio:.4f}", file=sys.stderr, flush=True)
 
 
 def _chosen(model: Any, untied: bool, every: int) -> list[Edit]:
