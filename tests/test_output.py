@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEMO, read_report
 from forked import Forked, Forking
 
@@ -419,7 +420,8 @@ def test_a_swap_is_undone_however_often(tmp_path) -> None:
 def test_a_journal_that_cannot_be_read_is_begun_anew(tmp_path) -> None:
     from invarlock.checkpoints.shard_writer import ShardedOutput
 
-    (tmp_path / ".model.journals").mkdir()
-    for content in ("{", "[]", json.dumps({"identity": {}, "shards": []})):
-        (tmp_path / ".model.journals" / "0.json").write_text(content)
+    for content in ("{", "[]", json.dumps({"identity": {}, "size": []})):
+        ShardedOutput(tmp_path, ["one.safetensors"], {}).write("one.safetensors", {"weight": torch.ones(2)}, [])
+        (entry,) = (tmp_path / ".model.journals").iterdir()
+        entry.write_text(content)
         assert ShardedOutput(tmp_path, ["one.safetensors"], {}).notes("one.safetensors") is None

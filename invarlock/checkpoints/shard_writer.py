@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from invarlock.core.errors import UsageError
 
 @dataclass
 class ShardedOutput:
-    """Shards in a folder that is none of a checkpoint yet, with a journal of those that are whole.
+    """Shards in a folder that is none of a checkpoint yet, and beside it a journal entry for each that is whole.
 
-    Only what has the same identity is gone on with: the same input files, plan and format. Journals stay until whoever
-    writes the rest of a run's output has done so.
+    Only shards of the same identity are kept: the same input files, plan and format. Journals stay until whoever writes
+    the rest of a run's output has done so.
     """
 
     output: Path
@@ -33,23 +33,20 @@ class ShardedOutput:
     """The names of all its shards."""
     identity: Mapping[str, Any]
     rank: int = 0
-    """Of the process that writes: each has a journal of its own, and all read those of all."""
-    _done: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
-    _own: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    """Of the process that writes; the first one makes room before the others come."""
 
     def __post_init__(self) -> None:
         self.folder, self.journals = self.output / PARTIAL, self.output / JOURNALS
-        self._done = self._kept()
-        if self.rank == 0 and not (self._done and is_folder(self.folder) and is_folder(self.journals)):
+        in_place = is_folder(self.folder) and is_folder(self.journals)
+        if self.rank == 0 and not (in_place and any(map(self._entry, self.files))):
             self.discard()
         for folder in (self.folder, self.journals):
             folder.mkdir(parents=True, exist_ok=True)
-        own = self.journals / f"{self.rank}.json"
-        self._own = json.loads(own.read_text(encoding="utf-8"))["shards"] if own.is_file() else {}
 
     def notes(self, file: str) -> Any | None:
         """Notes kept with a shard, or None if it is not whole yet."""
-        return self._done[file]["notes"] if self._is_whole(file, self._done) else None
+        entry = self._entry(file)
+        return None if entry is None else entry["notes"]
 
     def write(self, file: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Write a shard to the side, rename it into place, and enter it in the journal.
@@ -62,12 +59,14 @@ class ShardedOutput:
         # On the disk before the journal says so.
         with staged.open("rb") as written:
             os.fsync(written.fileno())
-        size = staged.stat().st_size
+        entry = {
+            "identity": self.identity,
+            "size": staged.stat().st_size,
+            "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
+            "notes": notes,
+        }
         staged.replace(self.folder / file)
-        names = {name: tensor.nbytes for name, tensor in tensors.items()}
-        self._own[file] = {"size": size, "tensors": names, "notes": notes}
-        journal = json.dumps({"identity": self.identity, "shards": self._own})
-        write_text(self.journals / f"{self.rank}.json", journal)
+        write_text(self.journals / f"{file}.json", json.dumps(entry))
 
     @contextmanager
     def completed(self, target: Path) -> Iterator[Path]:
@@ -75,8 +74,8 @@ class ShardedOutput:
 
         :raises UsageError: shards are missing.
         """
-        done = self._kept()
-        if missing := [file for file in self.files if not self._is_whole(file, done)]:
+        entries = {file: entry for file in self.files if (entry := self._entry(file))}
+        if missing := [file for file in self.files if file not in entries]:
             raise UsageError(
                 f"output.dir: {self.folder} lacks {missing[0]}, which another process wrote somewhere else; give all "
                 "processes one output folder that they share"
@@ -85,7 +84,7 @@ class ShardedOutput:
             if stray.name not in self.files:
                 remove(stray)
         if list(self.files) != [SINGLE]:
-            self._write_index(done)
+            self._write_index(entries)
         yield self.folder
         self.folder.rename(target)
 
@@ -93,22 +92,18 @@ class ShardedOutput:
         for folder in (self.folder, self.journals):
             remove(folder)
 
-    def _write_index(self, done: Mapping[str, dict[str, Any]]) -> None:
-        weight_map = {name: file for file, entry in done.items() for name in entry["tensors"]}
-        total = sum(size for entry in done.values() for size in entry["tensors"].values())
+    def _write_index(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        weight_map = {name: file for file, entry in entries.items() for name in entry["tensors"]}
+        total = sum(size for entry in entries.values() for size in entry["tensors"].values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
-    def _is_whole(self, file: str, done: Mapping[str, dict[str, Any]]) -> bool:
-        path = self.folder / file
-        return file in done and path.is_file() and not path.is_symlink() and path.stat().st_size == done[file]["size"]
-
-    def _kept(self) -> dict[str, dict[str, Any]]:
-        """Shards that the journals list as whole, if all can be read and are of this identity."""
+    def _entry(self, file: str) -> dict[str, Any] | None:
+        """Journal entry of a shard that is whole and of this identity, or None."""
+        shard = self.folder / file
         try:
-            journals = [json.loads(path.read_text(encoding="utf-8")) for path in self.journals.glob("[0-9]*.json")]
-            if any(journal["identity"] != self.identity for journal in journals):
-                return {}
-            return {file: entry for journal in journals for file, entry in journal["shards"].items()}
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return {}
+            entry: dict[str, Any] = json.loads((self.journals / f"{file}.json").read_text(encoding="utf-8"))
+            whole = shard.is_file() and not shard.is_symlink() and shard.stat().st_size == entry["size"]
+            return entry if whole and entry["identity"] == self.identity else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
