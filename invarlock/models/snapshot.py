@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,7 @@ class Snapshot:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._folder = TemporaryFolder()
-        self._structure = [Structure.of(module) for module in model.modules()]
+        self._structure = Structure(model)
         self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
         for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
@@ -36,8 +35,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self, model: torch.nn.Module) -> None:
         """Restore the model bit for bit, ties included."""
-        for structure in self._structure:
-            structure.restore()
+        self._structure.restore()
         for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
             saved, part = load_file(path)["tensor"], local(tensor)
             if part.shape == saved.shape and part.dtype == saved.dtype:
@@ -77,26 +75,15 @@ class _OnDisk(Mapping[str, torch.Tensor]):
         return len(self._files)
 
 
-@dataclass(frozen=True)
 class Structure:
-    """Parameters, buffers and submodules of one module, by reference."""
+    """Parameters, buffers, submodules and mode of every module of a model, by reference."""
 
-    module: torch.nn.Module
-    training: bool
-    parameters: dict[str, Any]
-    buffers: dict[str, Any]
-    modules: dict[str, Any]
-
-    @classmethod
-    def of(cls, module: torch.nn.Module) -> Structure:
-        return cls(module, module.training, {**module._parameters}, {**module._buffers}, {**module._modules})
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._kept = [
+            (module, {name: copy(vars(module)[name]) for name in ("training", "_parameters", "_buffers", "_modules")})
+            for module in model.modules()
+        ]
 
     def restore(self) -> None:
-        self.module.training = self.training
-        for live, kept in (
-            (self.module._parameters, self.parameters),
-            (self.module._buffers, self.buffers),
-            (self.module._modules, self.modules),
-        ):
-            live.clear()
-            live.update(kept)
+        for module, kept in self._kept:
+            vars(module).update({name: copy(value) for name, value in kept.items()})

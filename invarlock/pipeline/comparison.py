@@ -199,11 +199,10 @@ class _Subject:
         """The subject as it has to stay: its files can be read again."""
         if streaming := streaming_of(model):
             return WatchingStreamed.of(model, streaming)
-        structures = [Structure.of(module) for module in model.modules()]
+        structure = Structure(model)
 
         def read_again() -> None:
-            for structure in structures:
-                structure.restore()
+            structure.restore()
             fresh, _ = self._session.load(self.subject)
             kept = dict(named_tensors(fresh))
             for name, tensor in named_tensors(model):
