@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +16,6 @@ from torch import Tensor
 
 from invarlock.checkpoints.soundness import INDEX, SINGLE, read_json
 from invarlock.core.errors import UsageError, one_line
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -62,21 +43,16 @@ class Checkpoint(Mapping[str, Tensor]):
         self._shards = {file: _Shard.open(folder / file) for file in self.files}
         self.entries: dict[str, Entry] = {}
         for file, shard in self._shards.items():
-            for name, shape, dtype in shard.entries():
+            for name in shard.handle.keys():  # noqa: SIM118 - it is no mapping
                 if name in self.entries:
                     raise _broken(folder, f"tensor {name} is in both {self.entries[name].file} and {file}")
-                self.entries[name] = Entry(file, shape, dtype)
+                tensor = shard.read(name)
+                self.entries[name] = Entry(file, tuple(tensor.shape), tensor.dtype)
         if self.files != [SINGLE]:
             _check_index(folder, self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        shard = self._shards[self.entries[name].file]
-        shard.check_unchanged()
-        try:
-            tensor: Tensor = shard.handle.get_tensor(name)
-        except SafetensorError as error:
-            raise _broken(self.folder, f"{shard.path.name}: {one_line(error)}") from error
-        return tensor
+        return self._shards[self.entries[name].file].read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -94,7 +70,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         for shard in self._shards.values():
             shard.check_unchanged()
-        return {str(shard.path.resolve()): _told_by(shard.stat) for shard in self._shards.values()}
+        return {str(shard.path.resolve()): shard.identity for shard in self._shards.values()}
 
     def fingerprint(self, edit: Mapping[str, Any] | None = None) -> str:
         """A digest of the files as they are now, by path, size, time and inode, and of what is made of them."""
@@ -109,12 +85,12 @@ class Checkpoint(Mapping[str, Tensor]):
 class _Shard:
     path: Path
     handle: Any
-    stat: os.stat_result
+    identity: list[int]
 
     @classmethod
     def open(cls, path: Path) -> _Shard:
         try:
-            return cls(path, safe_open(path, framework="pt"), path.stat())
+            return cls(path, safe_open(path, framework="pt"), _identity(path))
         except SafetensorError as error:
             raise _broken(path.parent, f"{path.name}: {one_line(error)}") from error
         except OSError as error:
@@ -125,23 +101,26 @@ class _Shard:
                 path.parent, f"{path.name} cannot be mapped, split it into shards: {one_line(error)}"
             ) from error
 
-    def entries(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        for name in self.handle.keys():  # noqa: SIM118 - it is no mapping
-            part = self.handle.get_slice(name)
-            if (dtype := DTYPES.get(part.get_dtype())) is None:
-                raise _broken(self.path.parent, f"{self.path.name}: {name} has type {part.get_dtype()}, unknown here")
-            yield name, tuple(part.get_shape()), dtype
+    def read(self, name: str) -> Tensor:
+        self.check_unchanged()
+        try:
+            tensor: Tensor = self.handle.get_tensor(name)
+        except SafetensorError as error:
+            raise _broken(self.path.parent, f"{self.path.name}: {name}: {one_line(error)}") from error
+        return tensor
 
     def check_unchanged(self) -> None:
         try:
-            now = self.path.stat()
+            now = _identity(self.path)
         except OSError as error:
-            raise _broken(self.path.parent, f"{self.path.name} went away while it was read") from error
-        if _told_by(now) != _told_by(self.stat):
+            raise _broken(self.path.parent, f"{self.path.name} disappeared while it was read") from error
+        if now != self.identity:
             raise _broken(self.path.parent, f"{self.path.name} changed while it was read")
 
 
-def _told_by(stat: os.stat_result) -> list[int]:
+def _identity(path: Path) -> list[int]:
+    """Size in bytes, time of the last change in nanoseconds, and inode of a file."""
+    stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 

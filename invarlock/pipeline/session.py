@@ -12,6 +12,7 @@ import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError
+from invarlock.core.progress import showing
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
@@ -200,7 +201,7 @@ class Baseline:
         preview, final = windows
         ranks, whole = self.session.ranks, self.sharding is Sharding.TENSOR
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
-        with self.session.clock.stage(stage) as shown:
+        with self.session.clock.stage(stage) as shown, showing(shown if whole else ranks.summed(shown)):
             measured = measure(
                 model,
                 preview if self.sees_preview else preview[:0],
@@ -210,7 +211,6 @@ class Baseline:
                 reference=reference,
                 calls=calls,
                 taps_off=taps_off,
-                on_progress=shown if whole else ranks.summed(shown),
             )
             parts = ranks.gather(dataclasses.replace(measured, record=None))
         # Under tensor parallelism all processes have measured the same.
