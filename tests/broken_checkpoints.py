@@ -89,15 +89,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dtype a number": (of_config(dtype=7), "cannot be loaded"),
     "quantization a text": (of_config(quantization_config="int4"), "quantization_config"),
     "quantization unknown": (of_config(quantization_config={"quant_method": "no_such"}), "no_such"),
-    "config a list": (written("config.json", "[]"), "holds no JSON object"),
+    "config a list": (written("config.json", "[]"), "is not a JSON object"),
     "config cut": (written("config.json", '{"model_type": "ll'), "not valid JSON"),
     "config deep": (written("config.json", DEEP), "not valid JSON"),
     "config within deep": (written("config.json", '{"a": ' + DEEP + "}"), "not valid JSON"),
     "config empty": (written("config.json", ""), "not valid JSON"),
     "config NUL": (written("config.json", "\0" * 10), "not valid JSON"),
-    "config a pointer": (written("config.json", POINTER), "a git-lfs pointer, not the file: git lfs pull"),
+    "config a pointer": (written("config.json", POINTER), "is a git-lfs pointer, not the file itself; run git lfs pull"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "weights a pointer": (written(WEIGHTS, POINTER), "a git-lfs pointer, not the file: git lfs pull"),
+    "weights a pointer": (written(WEIGHTS, POINTER), "is a git-lfs pointer, not the file itself; run git lfs pull"),
     "weights a pickle": (pickled, "a pickle, pytorch_model.bin"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor"),
     "weights cut": (truncated, "model.safetensors"),
@@ -116,7 +116,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a folder of peft": (
         lambda folder: written("adapter_config.json", '{"base_model_name_or_path": "org/base"}')(folder),
-        "an adapter on top of org/base: merge it",
+        "an adapter for org/base; merge it",
     ),
     "tokenizer cut": (written("tokenizer.json", '{"version": "1.0"'), "tokenizer"),
     "tokenizer a list": (written("tokenizer.json", "[]"), "tokenizer"),
@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer's length a text": (
         lambda folder: edit_json(folder / "tokenizer_config.json", model_max_length="long"), "tokenizer"
     ),
-    "generation settings a list": (written("generation_config.json", "[1]"), "holds no JSON object"),
+    "generation settings a list": (written("generation_config.json", "[1]"), "is not a JSON object"),
     "generation settings cut": (written("generation_config.json", "{"), "not valid JSON"),
 }  # fmt: skip
 """What was done, and a part of the line that says so."""

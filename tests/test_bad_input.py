@@ -52,7 +52,7 @@ def test_a_broken_checkpoint_is_refused_and_the_doctor_finds_it(how: str, invarl
         ({"dataset": {"provider": "local_jsonl", "path": "deep.jsonl"}}, "deep.jsonl, line 1: not JSON"),
         ({"dataset": {"provider": "local_jsonl", "path": "latin.txt"}}, "latin.txt is not UTF-8"),
         ({"model": {"id": "missing/checkpoint/here"}}, "missing/checkpoint/here does not exist"),
-        ({"model": {"id": "folder"}}, "folder: there is no config.json"),
+        ({"model": {"id": "folder"}}, "folder has no config.json"),
         ({"model": {"id": "latin.txt"}}, "model.id"),
         ({"model": {"id": "some/model"}}, "some/model) nor a cached checkpoint; check the path"),
         ({"guards": {"order": ["no_such_guard"]}}, "no_such_guard"),
@@ -194,7 +194,7 @@ def test_digests_are_matched_in_every_form(form: str, invarlock, config) -> None
     Path("copy/SHA256SUMS").write_text(form.format("0" * 64, "model.safetensors") + "\n")
     done = invarlock("run", "-c", path, "--quiet")
     assert (done.code, is_one_line(done)) == (2, True)
-    assert "SHA256SUMS has the digest of" in done.err
+    assert "does not match its digest in copy/SHA256SUMS; fetch it again" in done.err
 
 
 def test_digests_of_other_files_alone_are_reported(invarlock, config) -> None:
@@ -202,7 +202,7 @@ def test_digests_of_other_files_alone_are_reported(invarlock, config) -> None:
     Path("copy/SHA256SUMS").write_text(f"{'0' * 64}  other.safetensors\n")
     done = invarlock("run", "-c", config(model={"id": "copy"}, dataset=SMALL), "--quiet")
     assert done.code == 0
-    assert "names none of the weight files beside it" in done.err
+    assert "lists none of the weight files beside it" in done.err
 
 
 def test_a_model_in_the_cache_of_a_hub_is_found_and_streamed(tmp_path: Path, config) -> None:

@@ -446,11 +446,11 @@ BROKEN = {
     "header": (_garble_header, "model-00002-of"),
     "outside": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": "../secret.safetensors"})), "not a file of this folder"),
     "absolute": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": "/etc/passwd"})), "not a file of this folder"),
-    "missing file": (_remove_file, "is not there"),
-    "wrong file": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": names["model.embed_tokens.weight"]})), "and it is not"),
-    "unknown tensor": (lambda folder: _edit_index(folder, lambda names: names.update({"ghost": names["model.norm.weight"]})), "says that ghost is in"),
+    "missing file": (_remove_file, "does not exist"),
+    "wrong file": (lambda folder: _edit_index(folder, lambda names: names.update({"model.norm.weight": names["model.embed_tokens.weight"]})), "which does not hold it"),
+    "unknown tensor": (lambda folder: _edit_index(folder, lambda names: names.update({"ghost": names["model.norm.weight"]})), "lists ghost in"),
     "twice": (_repeat_tensor, "is in both"),
-    "no map": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "no JSON object"),
+    "no map": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "not a JSON object"),
     "no weights": (lambda folder: [path.unlink() for path in folder.glob("model*")], "model.safetensors"),
 }  # fmt: skip
 
@@ -484,7 +484,7 @@ def test_a_bit_that_flipped_is_noticed_by_a_digest(invarlock, config, sharded, s
     done = invarlock(*start, "--out", "out")
     assert done.code == 2
     assert done.err.count("\n") == 1
-    assert f"{files[1]} is not the file that {sharded / 'SHA256SUMS'} has the digest of" in done.err
+    assert f"{files[1]} does not match its digest in {sharded / 'SHA256SUMS'}" in done.err
     assert not Path("out").exists()
 
 
@@ -497,7 +497,7 @@ def test_a_model_of_ours_is_held_against_its_report(invarlock, config) -> None:
         report.write_text(json.dumps({"artifacts": {"model/model.safetensors": digest}}))
         done = invarlock(*start)
         assert done.code == code, done.err
-    assert f"{file} is not the file that {report} has the digest of" in done.err
+    assert f"{file} does not match its digest in {report}" in done.err
     report.write_text("[]")
     assert invarlock(*start).code == 0
 
@@ -511,7 +511,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(sharded) -> None:
     with pytest.raises(UsageError, match="changed while it was read"):
         checkpoint[name]
     path.unlink()
-    with pytest.raises(UsageError, match="went away"):
+    with pytest.raises(UsageError, match="disappeared"):
         checkpoint.fingerprint()
 
 

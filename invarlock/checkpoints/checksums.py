@@ -46,13 +46,13 @@ def check_weights(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
     weights = sorted(folder.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     files = [path for path in weights if path.name in known][rank::size]
     if weights and (folder / SUMS).is_file() and not rank and not any(path.name in known for path in weights):
-        log.warning("%s: names none of the weight files beside it: their digests were not checked", folder / SUMS)
+        log.warning("%s lists none of the weight files beside it: their digests were not checked", folder / SUMS)
     for path in counted(files, _size):
         source, expected = known[path.name]
         if digest_of(path) != expected:
             raise UsageError(
-                f"model.id: {path} is not the file that {folder / source} has the digest of; fetch it again, or remove "
-                "the digests if it was changed on purpose"
+                f"model.id: {path} does not match its digest in {folder / source}; fetch it again, or remove the "
+                "digests if it was changed on purpose"
             )
 
 

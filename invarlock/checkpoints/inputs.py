@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 Files = dict[str, tuple[int, int]]
 """Size in bytes and time of the last change in nanoseconds, by path below the folder."""
 
 
-@dataclass(frozen=True)
 class InputFiles:
     """A folder, or a single file, at one moment."""
 
-    checkpoint: Path
-    files: Files
-
-    @classmethod
-    def of(cls, checkpoint: Path) -> InputFiles:
-        return cls(checkpoint, dict(_files(checkpoint)))
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint, self._files = checkpoint, _files(checkpoint)
 
     def changes(self) -> list[str]:
         """A phrase for each file that appeared, vanished, or has another size or time by now."""
-        now = dict(_files(self.checkpoint))
+        before, now = self._files, _files(self._checkpoint)
         return [
-            f"{name} {'appeared' if name not in self.files else 'is gone' if name not in now else 'changed'}"
-            for name in sorted(now.keys() | self.files.keys())
-            if now.get(name) != self.files.get(name)
+            f"{name} {'appeared' if name not in before else 'is gone' if name not in now else 'changed'}"
+            for name in sorted(now.keys() | before.keys())
+            if now.get(name) != before.get(name)
         ]
 
 
-def _files(checkpoint: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    paths = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
-    for path in paths:
-        if path.is_symlink() or path.is_file():
-            # Of a link itself, too: what it points to may lie anywhere.
-            stat = path.lstat()
-            name = path.name if path == checkpoint else path.relative_to(checkpoint).as_posix()
-            yield name, (stat.st_size, stat.st_mtime_ns)
+def _files(checkpoint: Path) -> Files:
+    folder, paths = checkpoint.parent, iter([checkpoint])
+    if checkpoint.is_dir():
+        folder, paths = checkpoint, checkpoint.rglob("*")
+    # Of a link itself, too: what it points to may lie anywhere.
+    stats = {path: path.lstat() for path in paths if path.is_symlink() or path.is_file()}
+    return {path.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}

@@ -220,13 +220,3 @@ class OutputFolder:
         if any(self.path.glob(f"{JOURNALS}/*.json")):
             return "nothing was saved but whole shards, from which the same command goes on"
         return "nothing was saved"
-
-
-@contextmanager
-def claimed(output: OutputFolder | None, *model_ids: str, ranks: Ranks) -> Iterator[None]:
-    """As ``OutputFolder.claimed``, where there is one."""
-    if output is None:
-        yield
-        return
-    with output.claimed(*model_ids, ranks=ranks):
-        yield

@@ -136,7 +136,7 @@ def _files(folder: Path) -> list[str]:
         if Path(file).name != file or file in ("", ".", ".."):
             raise _broken(folder, f"{INDEX} names {file}, which is not a file of this folder")
         if not (folder / file).is_file():
-            raise _broken(folder, f"{INDEX} names {file}, which is not there")
+            raise _broken(folder, f"{INDEX} names {file}, which does not exist")
     return files
 
 
@@ -145,13 +145,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (KeyError, AttributeError) as error:
-        raise _broken(folder, f"{INDEX} holds no weight_map: {one_line(error)}") from error
+        raise _broken(folder, f"{INDEX} has no weight_map: {one_line(error)}") from error
 
 
 def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
     for name, file in _weight_map(folder).items():
         if name not in entries or entries[name].file != file:
-            raise _broken(folder, f"{INDEX} says that {name} is in {file}, and it is not")
+            raise _broken(folder, f"{INDEX} lists {name} in {file}, which does not hold it")
 
 
 def _broken(folder: Path, what: str) -> UsageError:

@@ -1,9 +1,8 @@
-"""Whether a folder or file can be a checkpoint: what is found before a library opens it."""
+"""Checks of a folder or file before a library opens it as a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ READ = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".tiktoken
 """Endings of the files that libraries look for in a folder."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTER, LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
-"""How a file begins that git-lfs left in the place of the real one, and the size that its specification allows."""
+"""Beginning of a file that git-lfs left in place of the real one, and the size that its specification allows."""
 ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
 
@@ -25,27 +24,30 @@ def check_folder(folder: Path) -> None:
 
     :raises UsageError: what is wrong, and what to do.
     """
-    for path in _read_files(folder):
+    try:
+        # A folder of that name is left alone, as libraries do.
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in READ and not path.is_dir()]
+    except OSError as error:
+        raise UsageError(f"model.id: {absolute(folder)} cannot be read: {error.strerror}") from error
+    for path in files:
         check_file(path)
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise _refused(
-            folder, f"an adapter on top of {base}: merge it into that model first (merge_and_unload of peft)"
-        )
+        raise _refused(folder, f"is an adapter for {base}; merge it into that model first (merge_and_unload of peft)")
     if (folder / GENERATION).is_file():
         # Transformers goes on without it, and then generates with other settings.
         read_json(folder / GENERATION)
     if not (folder / "config.json").is_file():
-        raise _refused(folder, "there is no config.json: not a transformers checkpoint")
+        raise _refused(folder, "has no config.json: it is not a transformers checkpoint")
     if any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise _refused(
             folder,
-            f"its weights are a pickle, {pickles[0]}, which runs code when read: convert it to safetensors",
+            f"stores its weights in a pickle, {pickles[0]}, which runs code when it is read; convert it to safetensors",
         )
-    raise _refused(folder, f"there is neither {SINGLE} nor {INDEX}")
+    raise _refused(folder, f"has neither {SINGLE} nor {INDEX}")
 
 
 def check_file(path: Path) -> None:
@@ -59,7 +61,7 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"model.id: {absolute(path)} cannot be read: {error.strerror}") from error
     if pointer:
-        raise _refused(path, "a git-lfs pointer, not the file: git lfs pull")
+        raise _refused(path, "is a git-lfs pointer, not the file itself; run git lfs pull")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,22 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise _refused(path, f"not valid JSON: {one_line(error)}") from error
+        raise _refused(path, f"is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise _refused(path, "holds no JSON object")
+        raise _refused(path, "is not a JSON object")
     return value
 
 
-def _read_files(folder: Path) -> Iterator[Path]:
-    try:
-        found = sorted(path for path in folder.iterdir() if path.suffix in READ)
-    except OSError as error:
-        raise UsageError(f"model.id: {absolute(folder)} cannot be read: {error.strerror}") from error
-    for path in found:
-        # A folder of that name is left alone, as libraries do.
-        if not path.is_dir():
-            yield path
-
-
 def _refused(path: Path, why: str) -> UsageError:
-    return UsageError(f"model.id: {absolute(path)}: {why}")
+    return UsageError(f"model.id: {absolute(path)} {why}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -42,15 +42,16 @@ class ModelState:
     def of(cls, model: nn.Module) -> ModelState:
         _put_on_hooks_of_its_own(model)
         return cls(
-            [_Namespace.of(name, owner) for name, owner in _owners(model)],
+            [_Namespace(name, owner) for name, owner in _owners(model)],
             {name: (tensor, type(tensor), tensor.requires_grad) for name, tensor in model.named_parameters()},
         )
 
     @classmethod
     def of_methods(cls, name: str, owner: Any) -> ModelState:
         """State of an object whose methods must stay, whatever else it keeps."""
-        kinds = [(kind.__name__, kind) for kind in type(owner).__mro__ if kind is not object]
-        return cls([_Namespace.of(*named, _is_code) for named in [(name, owner), *kinds] if owner is not None], {})
+        if owner is None:
+            return cls([], {})
+        return cls([_Namespace(*named, _is_code) for named in [(name, owner), *_kinds([owner])]], {})
 
     def settle(self) -> None:
         """Take numbers and tensors that differ by now as the model's own: some models keep counts while they run."""
@@ -79,14 +80,16 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
             if (configuration := vars(module).get(attribute)) is not None:
                 _collect(f"{name}.{attribute}".lstrip("."), configuration, configurations)
     yield from configurations.values()
-    objects = [*model.modules(), *(configuration for _, configuration in configurations.values())]
-    kinds = [
-        kind for kind in dict.fromkeys(kind for one in objects for kind in type(one).__mro__) if kind is not object
-    ]
-    yield from ((kind.__name__, kind) for kind in kinds)
+    yield from _kinds([*model.modules(), *(configuration for _, configuration in configurations.values())])
     for name in dict.fromkeys([*LIBRARY, *(type(module).__module__ for module in model.modules())]):
         if name in sys.modules:
             yield name, sys.modules[name]
+
+
+def _kinds(objects: Iterable[Any]) -> Iterator[tuple[str, type]]:
+    """Classes of some objects and their bases, each once, with its name."""
+    kinds = dict.fromkeys(kind for one in objects for kind in type(one).__mro__ if kind is not object)
+    return ((kind.__name__, kind) for kind in kinds)
 
 
 def _put_on_hooks_of_its_own(model: nn.Module) -> None:
@@ -108,34 +111,26 @@ def _collect(name: str, configuration: Any, found: dict[int, tuple[str, Any]]) -
         _collect(f"{name}.{attribute}", value, found)
 
 
-@dataclass
 class _Namespace:
-    """The attributes of one object as they were."""
+    """The attributes of one object as they were.
 
-    name: str
-    owner: Any
-    kept: dict[str, Any]
-    counted: Callable[[str, Any], bool]
-    """Whether an attribute is compared and restored."""
-    kind: type
-    volatile: set[str] = field(default_factory=set)
-    """Attributes that the model's own code changes while it runs."""
+    :param counted: tells of a name and a value whether that attribute is compared and restored.
+    """
 
-    @classmethod
-    def of(cls, name: str, owner: Any, counted: Callable[[str, Any], bool] | None = None) -> _Namespace:
-        counted = counted or _counted_by(owner)
-        kept = {key: _copied(value) for key, value in vars(owner).items() if counted(key, value)}
-        return cls(name, owner, kept, counted, type(owner))
+    def __init__(self, name: str, owner: Any, counted: Callable[[str, Any], bool] | None = None) -> None:
+        self.name, self.owner, self.kind = name, owner, type(owner)
+        self.counted = counted or _counted_by(owner)
+        self.kept = {name: _copied(value) for name, value in self._live().items()}
+        self.volatile: set[str] = set()
+        """Attributes that the model's own code changes while it runs."""
+
+    def _live(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.owner).items() if self.counted(name, value)}
 
     def _changed(self) -> list[str]:
-        live = {key: value for key, value in vars(self.owner).items() if self.counted(key, value)}
-        names = dict.fromkeys([*self.kept, *live])
-        return [
-            name
-            for name in names
-            if name not in self.volatile
-            and (name not in live or name not in self.kept or not _same(live[name], self.kept[name]))
-        ]
+        live, kept = self._live(), self.kept
+        same = {name for name in live.keys() & kept.keys() if _same(live[name], kept[name])}
+        return [name for name in kept | live if name not in same | self.volatile]
 
     def settle(self) -> None:
         for name in self._changed():
@@ -145,16 +140,14 @@ class _Namespace:
 
     def undo(self) -> list[str]:
         changed = self._changed()
+        for name in changed:
+            if name in self.kept:
+                _put_back(self.owner, name, self.kept[name])
+            else:
+                _delete(self.owner, name)
         if type(self.owner) is not self.kind:
             self.owner.__class__ = self.kind
             changed.append("__class__")
-        for name in changed:
-            if name == "__class__":
-                continue
-            if name not in self.kept:
-                _delete(self.owner, name)
-            else:
-                _put_back(self.owner, name, self.kept[name])
         return [f"{self.name}.{name}" for name in changed]
 
 
@@ -210,14 +203,14 @@ def _put_back(owner: Any, name: str, kept: Any) -> None:
     if isinstance(kept, dict) and type(live) is type(kept):
         live.clear()
         live.update(_copied(kept))
-    elif isinstance(owner, type | ModuleType):
+    elif isinstance(owner, type):
         setattr(owner, name, kept)
     else:
         vars(owner)[name] = _copied(kept)
 
 
 def _delete(owner: Any, name: str) -> None:
-    if isinstance(owner, type | ModuleType):
+    if isinstance(owner, type):
         delattr(owner, name)
     else:
         del vars(owner)[name]

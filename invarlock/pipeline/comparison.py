@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.output_folder import OutputFolder, claimed
+from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
@@ -83,7 +84,7 @@ def compare(
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
-    with claimed(output, config.model.id, subject, ranks=ranks):
+    with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
         return _compare(Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, output)
 

@@ -29,7 +29,7 @@ class Inputs:
         """
         if not checkpoint.exists() or checkpoint in self._before:
             return
-        self._before[checkpoint] = InputFiles.of(checkpoint)
+        self._before[checkpoint] = InputFiles(checkpoint)
         with self.clock.stage("check digests") as shown, showing(self.ranks.summed(shown)):
             check_weights(checkpoint, self.ranks.rank, self.ranks.size)
             self.ranks.gather(None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from invarlock.checkpoints.output_folder import OutputFolder, claimed
+from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
@@ -45,7 +46,7 @@ def run(
 
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
-    with claimed(output, config.model.id, ranks=ranks):
+    with output.claimed(config.model.id, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
         return _run(Session(config, plugins, on_progress, ranks), slots, strict, output)
 
