@@ -416,8 +416,8 @@ def test_hf_without_its_library_says_what_to_install(gpt2_tokenizer: Any, monkey
         ('{"txt": "a", "id": 1}\n', r"dataset\.text_field: no 'text' in \S+, line 1; did you mean 'txt'\?; .*txt, id"),
         ("{}\n", r"dataset\.text_field: no 'text' in \S+, line 1; there is nothing"),
         ('{"text": ["a"]}\n', r"dataset\.text_field: 'text' holds a list, not text"),
-        ('{"text": " "}\n\n', r"dataset: provider local_jsonl holds no text"),
-        ("", r"dataset: provider local_jsonl holds no text"),
+        ('{"text": " "}\n\n', r"dataset: provider local_jsonl returned no text"),
+        ("", r"dataset: provider local_jsonl returned no text"),
     ],
 )
 def test_a_bad_jsonl_file_is_said(tmp_path: Path, gpt2_tokenizer: Any, content: str, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,14 +58,13 @@ class Windows:
         return max(self.input_ids.shape[1], self.labels.shape[1])
 
     def __getitem__(self, rows: slice) -> Windows:
-        decoder_input_ids = None if self.decoder_input_ids is None else self.decoder_input_ids[rows]
-        return Windows(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], decoder_input_ids)
+        return Windows(**{name: tensor[rows] for name, tensor in self._tensors().items()})
 
     @classmethod
     def joined(cls, *parts: Windows) -> Windows:
         """Windows of the same layout, one after the other."""
-        columns = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(cls)}
-        return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
+        tensors = [part._tensors() for part in parts]
+        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
     def batches(self, size: int) -> Iterator[Windows]:
         """The windows in order, ``size`` at a time; the last batch may be smaller."""
@@ -73,12 +72,10 @@ class Windows:
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The keyword arguments of the model's forward, on a device."""
-        given = {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "decoder_input_ids": self.decoder_input_ids,
-        }
-        return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+        return {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "labels"}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError
-from invarlock.datasets.documents import Dataset, shuffled
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
+"""Characters that are tokenized at once."""
+
+
+class Dataset(Protocol):
+    """The section ``dataset`` of a configuration; ``seq_len`` and ``stride`` count tokens, the others say windows."""
+
+    @property
+    def provider(self) -> str: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def stride(self) -> int | None: ...
+    @property
+    def preview_n(self) -> int: ...
+    @property
+    def final_n(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def make_windows(
@@ -79,8 +97,9 @@ def _read_text(
 ) -> Tensor:
     """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
     generator = torch.Generator().manual_seed(dataset.seed)
-    tokens = _tokens(shuffled(documents, dataset, generator), tokenizer)
-    rows = list(islice(_cut(tokens, layout.text, skipped=_skipped(dataset)), wanted))
+    tokens = _tokens(_shuffled(documents, dataset, generator), tokenizer)
+    skipped = 0 if dataset.stride is None else dataset.stride - dataset.seq_len
+    rows = list(islice(_cut(tokens, layout.text, skipped=skipped), wanted))
     if len(rows) < wanted:
         raise UsageError(
             f"dataset.path: the text is enough for {len(rows)} windows of {dataset.seq_len} tokens, {wanted} are asked "
@@ -90,9 +109,15 @@ def _read_text(
     return torch.tensor(rows)[torch.randperm(wanted, generator=generator)]
 
 
-def _skipped(dataset: Dataset) -> int:
-    """Number of tokens between two windows."""
-    return 0 if dataset.stride is None else dataset.stride - dataset.seq_len
+def _shuffled(documents: Sequence[str], dataset: Dataset, generator: torch.Generator) -> Iterator[str]:
+    """Those that hold text, in an order that the generator draws; none is read before it is its turn."""
+    blank = True
+    for row in torch.randperm(len(documents), generator=generator).tolist():
+        if (text := documents[row]).strip():
+            blank = False
+            yield text
+    if blank:
+        raise UsageError(f"dataset: provider {dataset.provider} returned no text")
 
 
 def _cut(tokens: Iterator[int], length: int, *, skipped: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
-from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
+from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Rows, Tap, attached
 from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
@@ -24,6 +24,9 @@ from invarlock.models.output_head import Head, set_aside_head
 from invarlock.models.structure import find_blocks
 
 CHUNK_BYTES = 4 * 2**20
+"""Of the float32 log-probabilities that are in memory at once."""
+
+Watch = Recorder | Comparer
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +176,9 @@ def _chunks(table: Tensor, targets: Tensor, head: Head | None) -> Iterator[tuple
     for many in torch.split(scored, head.tokens) if head else (scored,):
         logits = head(_rows(table, many)) if head else table
         places = torch.arange(len(many)) if head else many
-        for rows, some in zip(*(torch.split(each, _at_once(logits)) for each in (places, many)), strict=True):
+        at_once = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+        for rows, some in zip(*(torch.split(each, at_once) for each in (places, many)), strict=True):
             yield functional.log_softmax(_rows(logits, rows).float(), dim=-1), targets[some].to(logits.device)
-
-
-def _at_once(logits: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (4 * logits.shape[1]))
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -63,20 +62,14 @@ class TokenChanges:
         return cls(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(cls)))
 
 
-class Watch(Protocol):
-    """Looks at the predictions for scored tokens, in their order, some at a time."""
-
-    def see(self, log_probs: Tensor) -> None:
-        """Take note of log-probabilities, float32 (some tokens, vocabulary), on any device."""
-
-
 @dataclass
 class Recorder:
-    """Makes a record."""
+    """Makes a record of the predictions for scored tokens, shown in their order, some at a time."""
 
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def see(self, log_probs: Tensor) -> None:
+        """Take note of log-probabilities, float32 (some tokens, vocabulary), on any device."""
         values, tokens = likeliest(log_probs, min(KEPT, log_probs.shape[1]))
         self.seen.append((tokens.int(), values))
 
@@ -86,7 +79,7 @@ class Recorder:
 
 @dataclass
 class Comparer:
-    """Compares with a record.
+    """Compares with a record, shown the same as :class:`Recorder`.
 
     Tokens that the edited model does not know, because its vocabulary is smaller, join the bucket of all others.
     """
