@@ -39,7 +39,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _files(folder)
+        index = _index(folder)
+        self.files = sorted(set(index.values())) or [SINGLE]
         self._shards = {file: _Shard.open(folder / file) for file in self.files}
         self.entries: dict[str, Entry] = {}
         for file, shard in self._shards.items():
@@ -48,8 +49,9 @@ class Checkpoint(Mapping[str, Tensor]):
                     raise _broken(folder, f"tensor {name} is in both {self.entries[name].file} and {file}")
                 tensor = shard.read(name)
                 self.entries[name] = Entry(file, tuple(tensor.shape), tensor.dtype)
-        if self.files != [SINGLE]:
-            _check_index(folder, self.entries)
+        for name, file in index.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise _broken(folder, f"{INDEX} lists {name} in {file}, which does not hold it")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._shards[self.entries[name].file].read(name)
@@ -124,34 +126,23 @@ def _identity(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _files(folder: Path) -> list[str]:
-    """The names of the shards, each a file of the folder itself."""
+def _index(folder: Path) -> dict[str, str]:
+    """The shard of each tensor, a file of the folder itself; empty where all tensors are in one file."""
     # Where there are both, transformers reads the single file.
     if (folder / SINGLE).is_file():
-        return [SINGLE]
+        return {}
     if not (folder / INDEX).is_file():
         raise _broken(folder, f"there is neither {SINGLE} nor {INDEX}")
-    files = sorted(set(_weight_map(folder).values()))
-    for file in files:
+    try:
+        index = {str(name): str(file) for name, file in read_json(folder / INDEX)["weight_map"].items()}
+    except (KeyError, AttributeError) as error:
+        raise _broken(folder, f"{INDEX} has no weight_map: {one_line(error)}") from error
+    for file in sorted(set(index.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise _broken(folder, f"{INDEX} names {file}, which is not a file of this folder")
         if not (folder / file).is_file():
             raise _broken(folder, f"{INDEX} names {file}, which does not exist")
-    return files
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    try:
-        weight_map: dict[str, str] = read_json(folder / INDEX)["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (KeyError, AttributeError) as error:
-        raise _broken(folder, f"{INDEX} has no weight_map: {one_line(error)}") from error
-
-
-def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
-    for name, file in _weight_map(folder).items():
-        if name not in entries or entries[name].file != file:
-            raise _broken(folder, f"{INDEX} lists {name} in {file}, which does not hold it")
+    return index
 
 
 def _broken(folder: Path, what: str) -> UsageError:

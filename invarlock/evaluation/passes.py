@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
-from invarlock.evaluation.taps import Rows, Tap, attached
+from invarlock.evaluation.taps import Tap, attached, first_windows
 from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.output_head import Head, set_aside_head
 from invarlock.models.structure import find_blocks
@@ -128,7 +129,7 @@ def _together(
     Progress is by blocks.
     """
     windows = Windows.joined(preview, final)
-    rows = Rows(len(preview), len(windows), windows.input_ids.shape[1])
+    of_preview = partial(first_windows, len(preview), windows.input_ids.shape)
     blocks = find_blocks(model).values()
     tally = Tally(len(blocks))
     with ExitStack() as stack:
@@ -137,7 +138,7 @@ def _together(
             stack.callback(handle.remove)
         head = stack.enter_context(set_aside_head(model))
         for wanted in taps if len(preview) else ():
-            stack.enter_context(attached(model, wanted, rows))
+            stack.enter_context(attached(model, wanted, of_preview))
         hidden = _logits(model, windows)
     head.check(hidden)
     return _score(hidden[len(preview) :], _targets(final, task), watch, head)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,42 +23,39 @@ class Tap(Protocol):
         """Return the collected result, once the pass is over."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The first windows of a larger batch, which taps see."""
+def first_windows(count: int, batch: Sequence[int], value: Any) -> Any:
+    """The part of a module's inputs or outputs that belongs to the first windows; tensors of other shapes, as they are.
 
-    first: int
-    of: int
-    length: int
-    """Tokens per window."""
+    :param batch: number of windows that pass together, and tokens per window.
+    """
+    windows, length = batch
 
-    def __call__(self, value: Any) -> Any:
-        """The part of what a module is given, or gives, that belongs to them; what has another shape, as it is."""
+    def cut(tensor: Tensor) -> Tensor:
+        size = tensor.shape[0] if tensor.ndim else 0
+        # Copies: a view would reach the windows that decide.
+        if size == windows:
+            return tensor[:count].clone()
+        # Experts take all tokens of all windows in one row.
+        return tensor[: count * length].clone() if size == windows * length else tensor
 
-        def cut(tensor: Tensor) -> Tensor:
-            size = tensor.shape[0] if tensor.ndim else 0
-            # Copies: a view would reach the windows that decide.
-            if size == self.of:
-                return tensor[: self.first].clone()
-            # Experts take all tokens of all windows in one row.
-            return tensor[: self.first * self.length].clone() if size == self.of * self.length else tensor
-
-        return tree_map_only(Tensor, cut, value)
+    return tree_map_only(Tensor, cut, value)
 
 
 @contextmanager
-def attached(model: nn.Module, taps: Mapping[str, Tap], rows: Rows | None = None) -> Iterator[None]:
+def attached(
+    model: nn.Module, taps: Mapping[str, Tap], part: Callable[[Any], Any] = lambda value: value
+) -> Iterator[None]:
     """Let taps look at modules; they are off again afterwards, whatever happens.
 
     :param taps: by module name, as in ``model.named_modules()``.
-    :param rows: show them only a part of what passes.
+    :param part: the part of a call's inputs and outputs to show them.
     :raises PluginError: the model has no module of that name.
     """
     modules = dict(model.named_modules())
     for name in taps:
         if name not in modules:
             raise PluginError(f"{type(model).__name__} has no module {name!r} to tap{nearest(name, modules)}")
-    handles = [modules[name].register_forward_hook(_hook(tap, rows), with_kwargs=True) for name, tap in taps.items()]
+    handles = [modules[name].register_forward_hook(_hook(tap, part), with_kwargs=True) for name, tap in taps.items()]
     try:
         yield
     finally:
@@ -67,11 +63,11 @@ def attached(model: nn.Module, taps: Mapping[str, Tap], rows: Rows | None = None
             handle.remove()
 
 
-def _hook(tap: Tap, rows: Rows | None) -> Any:
+def _hook(tap: Tap, part: Callable[[Any], Any]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Returns None whatever the tap returns: torch would put anything else in the output's place.
         args, output = _whole_features(module, args, output)
-        tap(module, *((args, kwargs, output) if rows is None else rows((args, kwargs, output))))
+        tap(module, *part((args, kwargs, output)))
 
     return hook
 

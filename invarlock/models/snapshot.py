@@ -27,16 +27,17 @@ class Snapshot:
     def __init__(self, model: torch.nn.Module) -> None:
         self._folder = TemporaryFolder()
         self._structure = Structure(model)
-        self._tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
+        tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}.values()
+        self._files = [(self._folder.path / f"{number}.safetensors", tensor) for number, tensor in enumerate(tensors)]
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
-        for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
+        for path, tensor in counted(self._files, lambda file: file[1].nbytes):
             save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, path)
 
     @torch.no_grad()
     def restore(self, model: torch.nn.Module) -> None:
         """Restore the model bit for bit, ties included."""
         self._structure.restore()
-        for path, tensor in counted(list(self._files()), lambda file: file[1].nbytes):
+        for path, tensor in counted(self._files, lambda file: file[1].nbytes):
             saved, part = load_file(path)["tensor"], local(tensor)
             if part.shape == saved.shape and part.dtype == saved.dtype:
                 part.copy_(saved)
@@ -48,12 +49,8 @@ class Snapshot:
 
         Weights that are spread over processes are gathered then: all have to ask for the same.
         """
-        files = {id(tensor): (path, assembler(tensor)) for path, tensor in self._files()}
+        files = {id(tensor): (path, assembler(tensor)) for path, tensor in self._files}
         return _OnDisk(self._folder, {name: files[identity] for name, identity in self._names.items()})
-
-    def _files(self) -> Iterator[tuple[Path, torch.Tensor]]:
-        for number, tensor in enumerate(self._tensors):
-            yield self._folder.path / f"{number}.safetensors", tensor
 
 
 class _OnDisk(Mapping[str, torch.Tensor]):
