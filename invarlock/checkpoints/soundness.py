@@ -43,10 +43,7 @@ def check_folder(folder: Path) -> None:
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise _refused(
-            folder,
-            f"stores its weights in a pickle, {pickles[0]}, which runs code when it is read; convert it to safetensors",
-        )
+        raise _refused(folder, f"stores weights in a pickle, {pickles[0]}, which runs code; convert it to safetensors")
     raise _refused(folder, f"has neither {SINGLE} nor {INDEX}")
 
 

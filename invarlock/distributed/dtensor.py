@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Sharding(StrEnum):
@@ -29,22 +32,18 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     return Sharding.FULLY_SHARDED if hasattr(model, "set_reshard_after_forward") else Sharding.TENSOR
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all processes; itself where it is not spread."""
-    spread: Any = tensor
-    weight: Tensor = spread.full_tensor() if is_spread(tensor) else tensor
-    return weight
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, in the same memory."""
-    spread: Any = tensor
-    part: Tensor = spread.to_local() if is_spread(tensor) else tensor
-    return part
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def assembler(tensor: Tensor) -> Callable[[Tensor], Tensor]:
@@ -53,8 +52,7 @@ def assembler(tensor: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda part: part
     from torch.distributed.tensor import DTensor
 
-    spread: Any = tensor
-    mesh, placements, shape, stride = spread.device_mesh, spread.placements, tensor.shape, tensor.stride()
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
     device = tensor.device
 
     def assemble(part: Tensor) -> Tensor:
@@ -72,8 +70,8 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
         return
     from torch.distributed.tensor import DTensor, Replicate
 
-    of: Any = parameter
     weight = whole(parameter.detach())
     yield weight
-    parts = DTensor.from_local(weight, of.device_mesh, [Replicate()] * of.device_mesh.ndim)
-    local(parameter.detach()).copy_(local(parts.redistribute(placements=of.placements)))
+    mesh = parameter.device_mesh
+    parts = DTensor.from_local(weight, mesh, [Replicate()] * mesh.ndim)
+    local(parameter.detach()).copy_(local(parts.redistribute(placements=parameter.placements)))

@@ -76,9 +76,9 @@ def _whole_features(module: nn.Module, args: tuple[Any, ...], output: Any) -> tu
     """Whole inputs and outputs of a linear layer, of which tensor parallelism leaves a process some features."""
     if not isinstance(module, nn.Linear) or not is_spread(module.weight):
         return args, output
-    weight: Any = module.weight
-    given = tuple(_gathered(value, module.in_features, weight.device_mesh) for value in args)
-    return given, _gathered(output, module.out_features, weight.device_mesh)
+    mesh = module.weight.device_mesh
+    given = tuple(_gathered(value, module.in_features, mesh) for value in args)
+    return given, _gathered(output, module.out_features, mesh)
 
 
 def _gathered(value: Any, features: int, mesh: Any) -> Any:

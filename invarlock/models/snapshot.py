@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from invarlock.core.progress import counted
 from invarlock.core.temporary import TemporaryFolder
@@ -24,7 +25,7 @@ class Snapshot:
     part.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._folder = TemporaryFolder()
         self._structure = Structure(model)
         tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}.values()
@@ -34,7 +35,7 @@ class Snapshot:
             save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, path)
 
     @torch.no_grad()
-    def restore(self, model: torch.nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Restore the model bit for bit, ties included."""
         self._structure.restore()
         for path, tensor in counted(self._files, lambda file: file[1].nbytes):
@@ -44,7 +45,7 @@ class Snapshot:
             else:
                 tensor.data = saved.to(tensor.device)
 
-    def parameters(self) -> Mapping[str, torch.Tensor]:
+    def parameters(self) -> Mapping[str, Tensor]:
         """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for.
 
         Weights that are spread over processes are gathered then: all have to ask for the same.
@@ -53,15 +54,13 @@ class Snapshot:
         return _OnDisk(self._folder, {name: files[identity] for name, identity in self._names.items()})
 
 
-class _OnDisk(Mapping[str, torch.Tensor]):
+class _OnDisk(Mapping[str, Tensor]):
     """Tensors by name, read when asked for. It holds the folder, but not the model that was saved there."""
 
-    def __init__(
-        self, folder: TemporaryFolder, files: Mapping[str, tuple[Path, Callable[[torch.Tensor], torch.Tensor]]]
-    ) -> None:
+    def __init__(self, folder: TemporaryFolder, files: Mapping[str, tuple[Path, Callable[[Tensor], Tensor]]]) -> None:
         self._folder, self._files = folder, files
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         path, assemble = self._files[name]
         return assemble(load_file(path)["tensor"])
 
@@ -75,7 +74,7 @@ class _OnDisk(Mapping[str, torch.Tensor]):
 class Structure:
     """Parameters, buffers, submodules and mode of every module of a model, by reference."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._kept = [
             (module, {name: copy(vars(module)[name]) for name in ("training", "_parameters", "_buffers", "_modules")})
             for module in model.modules()

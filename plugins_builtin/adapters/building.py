@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import UsageError
@@ -94,12 +95,10 @@ def _numbers(section: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _at_most_modules(checkpoint: Checkpoint) -> Iterator[None]:
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    count, most = 0, MODULES_PER_TENSOR * len(checkpoint) + FEW
+    numbers, most = count(1), MODULES_PER_TENSOR * len(checkpoint) + FEW
 
     def counted(module: Any, name: str, submodule: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
+        if next(numbers) > most:
             raise _disagrees(checkpoint, f"it describes more than {most} modules for {len(checkpoint)} tensors")
 
     handle = register_module_module_registration_hook(counted)

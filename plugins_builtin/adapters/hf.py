@@ -48,22 +48,19 @@ class _TransformersAdapter(ModelAdapter):
         :raises UsageError: when there is no such checkpoint, or it is broken, incomplete or pickled.
         """
         options = {"trust_remote_code": False, **kwargs}
-        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
-            return self._load(model_id, device, options)
-
-    def _load(self, model_id: str, device: str, options: dict[str, Any]) -> Any:
-        import transformers
-
         streamed, wanted = options.pop("stream", False), options.pop("parallel", None)
-        loader = getattr(transformers, self.auto_class_for(model_id, options))
-        if streamed or is_here(model_id):
-            # Before transformers reads what an index names, wherever it is, or builds what the configuration says.
-            checkpoint = _checked(folder_of(model_id, options), loader, options)
-        if streamed:
-            return _streamed(checkpoint, loader, device, options)
-        parallel = _parallel(model_id, device, wanted, options)
-        options = {"dtype": "auto", "use_safetensors": True, **options, **parallel, **_dequantized(model_id, options)}
-        return load_checkpoint(loader, model_id, device, **options)
+        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
+            import transformers
+
+            loader = getattr(transformers, self.auto_class_for(model_id, options))
+            if streamed or is_here(model_id):
+                # Before transformers reads what an index names, wherever it is, or builds what the configuration says.
+                checkpoint = _checked(folder_of(model_id, options), loader, options)
+            if streamed:
+                return _streamed(checkpoint, loader, device, options)
+            settings = {**_parallel(model_id, device, wanted, options), **_dequantized(model_id, options)}
+            options = {"dtype": "auto", "use_safetensors": True, **options, **settings}
+            return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
         return self.auto_class
@@ -145,10 +142,7 @@ def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
 
 
 def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoint:
-    """The tensors of a checkpoint whose configuration fits them.
-
-    :raises UsageError: it is none, or the configuration describes another model.
-    """
+    """The tensors of a checkpoint, once its configuration is known to fit them."""
     # Only here: torch is slow to import.
     from invarlock.api import Checkpoint
 
@@ -169,10 +163,7 @@ def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any
 
 
 def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
-    """The method that packed the weights, or an empty string.
-
-    :raises UsageError: the method is unknown, or a package that unpacks it is not installed.
-    """
+    """The method that packed the weights, once it is known that it can be undone; empty where they are not packed."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     packing = read_config(model_id, options).get("quantization_config")
@@ -190,12 +181,8 @@ def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
 
 
 def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that let transformers dequantize packed weights while loading; empty for any other checkpoint.
-
-    :raises UsageError: a package that unpacks the weights is not installed.
-    """
-    method = _check_unpackable(model_id, options)
-    if method != "compressed-tensors":
+    """Options that let transformers dequantize packed weights while loading; empty for any other checkpoint."""
+    if _check_unpackable(model_id, options) != "compressed-tensors":
         return {}
     config = _config_of(model_id, options)
     config.quantization_config["dequantize"] = True
@@ -245,12 +232,10 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
         if all(ranks.gather(fits)):
             return {}
     refusal = _indivisible(model_id, options, ranks.size)
-    if wanted == "auto":
-        wanted = "fully_sharded" if refusal else "tensor"
     if wanted == "tensor" and refusal:
         raise UsageError(f"model.parallel: tensor: {refusal}; set it to fully_sharded")
-    spread = DistributedConfig(tp_size=ranks.size) if wanted == "tensor" else DistributedConfig(fsdp_size=ranks.size)
-    return {"distributed_config": spread}
+    dimension = "fsdp_size" if refusal or wanted == "fully_sharded" else "tp_size"
+    return {"distributed_config": DistributedConfig(**{dimension: ranks.size})}
 
 
 def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
@@ -284,10 +269,7 @@ def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | 
 
 
 def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping[str, Any]) -> Any:
-    """A model whose weights stay in its safetensors files.
-
-    :raises UsageError: they are packed, or not laid out as the model has them.
-    """
+    """A model whose weights stay in its safetensors files."""
     import torch
     import transformers
     from accelerate import init_empty_weights
@@ -317,10 +299,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
 
 
 def _unpacked(model: Any, model_id: str) -> Any:
-    """The model with dequantized weights and no quantization config, so that it can be moved, edited and saved.
-
-    :raises UsageError: transformers cannot turn its codes into weights.
-    """
+    """The model with dequantized weights and no quantization config, so that it can be moved, edited and saved."""
     from torch import Tensor
     from torch.nn import Parameter
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,9 @@ def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:
         return _cached_config(model_id, options).parent
     from huggingface_hub import snapshot_download
 
-    _check_hub_id(model_id)
-    try:
-        patterns = [f"*{ending}" for ending in READ]
+    patterns = [f"*{ending}" for ending in READ]
+    with _sought_on_hub(model_id):
         return Path(snapshot_download(model_id, revision=options.get("revision"), allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise _not_here(model_id, error) from error
 
 
 def is_here(model_id: str) -> bool:
@@ -63,25 +61,22 @@ def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
     from transformers.utils import cached_file
 
-    _check_hub_id(model_id)
-    try:
+    with _sought_on_hub(model_id):
         return Path(str(cached_file(model_id, "config.json", revision=options.get("revision"))))
-    except (OSError, ValueError) as error:
-        raise _not_here(model_id, error) from error
 
 
-def _check_hub_id(model_id: str) -> None:
+@contextmanager
+def _sought_on_hub(model_id: str) -> Iterator[None]:
     if not is_hub_id(model_id):
         raise UsageError(f"model.id: {absolute(model_id)} does not exist; give a checkpoint folder or an id on a hub")
-
-
-def _not_here(model_id: str, error: Exception) -> UsageError:
-    todo = "check the path, or add --allow-network to download it"
-    if not _offline():
-        todo = f"the hub does not have it either: {one_line(error)}"
-    return UsageError(
-        f"model.id: {model_id} is neither a local directory ({absolute(model_id)}) nor a cached checkpoint; {todo}"
-    )
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        todo = "check the path, or add --allow-network to download it"
+        if not _offline():
+            todo = f"the hub does not have it either: {one_line(error)}"
+        where = f"neither a local directory ({absolute(model_id)}) nor a cached checkpoint"
+        raise UsageError(f"model.id: {model_id} is {where}; {todo}") from error
 
 
 def _offline() -> bool:
