@@ -25,11 +25,8 @@ class Claim:
     folder: Path
     made: list[Path] = field(default_factory=list)
     """Folders that were made for it, the innermost first; those that are empty in the end go."""
-    _handle: int | None = None
-
-    @property
-    def is_held(self) -> bool:
-        return self._handle is not None
+    handle: int | None = None
+    """Of the locked file; None while the folder is not held."""
 
     def take(self) -> None:
         """Make the folder if it is missing, and lock it.
@@ -37,20 +34,20 @@ class Claim:
         :raises UsageError: another run holds it.
         :raises OSError: it cannot be written to.
         """
-        while self._handle is None:
+        while self.handle is None:
             self.made += make_folder(self.folder)
-            self._handle = _locked(self.folder / LOCK)
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, _myself().encode())
+            self.handle = _locked(self.folder / LOCK)
+        os.ftruncate(self.handle, 0)
+        os.write(self.handle, _myself().encode())
 
     def release(self) -> None:
-        if self._handle is None:
+        if self.handle is None:
             return
         with suppress(OSError):
             # While it is locked: whoever opened it already finds another file in its place, or none.
             (self.folder / LOCK).unlink()
-        unlock(self._handle)
-        self._handle = None
+        unlock(self.handle)
+        self.handle = None
         with suppress(OSError):
             for folder in self.made:
                 folder.rmdir()

@@ -157,7 +157,7 @@ class OutputFolder:
 
     def release(self) -> None:
         """Leave the folder to others, without what is not whole."""
-        if self._claim.is_held:
+        if self._claim.handle is not None:
             self._sweep()
             self._claim.release()
 

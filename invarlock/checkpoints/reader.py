@@ -41,20 +41,21 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = folder
         index = _index(folder)
         self.files = sorted(set(index.values())) or [SINGLE]
-        self._shards = {file: _Shard.open(folder / file) for file in self.files}
+        self._handles = {file: _opened(folder / file) for file in self.files}
+        self._identities = {file: _identity(folder / file) for file in self.files}
         self.entries: dict[str, Entry] = {}
-        for file, shard in self._shards.items():
-            for name in shard.handle.keys():  # noqa: SIM118 - it is no mapping
+        for file, handle in self._handles.items():
+            for name in handle.keys():  # noqa: SIM118 - it is no mapping
                 if name in self.entries:
                     raise _broken(folder, f"tensor {name} is in both {self.entries[name].file} and {file}")
-                tensor = shard.read(name)
+                tensor = self._read(file, name)
                 self.entries[name] = Entry(file, tuple(tensor.shape), tensor.dtype)
         for name, file in index.items():
             if name not in self.entries or self.entries[name].file != file:
                 raise _broken(folder, f"{INDEX} lists {name} in {file}, which does not hold it")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._shards[self.entries[name].file].read(name)
+        return self._read(self.entries[name].file, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -70,9 +71,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
         :raises UsageError: a file changed since it was opened.
         """
-        for shard in self._shards.values():
-            shard.check_unchanged()
-        return {str(shard.path.resolve()): shard.identity for shard in self._shards.values()}
+        for file in self.files:
+            self._check_unchanged(file)
+        return {str((self.folder / file).resolve()): identity for file, identity in self._identities.items()}
 
     def fingerprint(self, edit: Mapping[str, Any] | None = None) -> str:
         """A digest of the files as they are now, by path, size, time and inode, and of what is made of them."""
@@ -82,42 +83,33 @@ class Checkpoint(Mapping[str, Tensor]):
     def names_in(self, file: str) -> list[str]:
         return [name for name, entry in self.entries.items() if entry.file == file]
 
-
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    handle: Any
-    identity: list[int]
-
-    @classmethod
-    def open(cls, path: Path) -> _Shard:
+    def _read(self, file: str, name: str) -> Tensor:
+        self._check_unchanged(file)
         try:
-            return cls(path, safe_open(path, framework="pt"), _identity(path))
+            tensor: Tensor = self._handles[file].get_tensor(name)
         except SafetensorError as error:
-            raise _broken(path.parent, f"{path.name}: {one_line(error)}") from error
-        except OSError as error:
-            raise _broken(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
-        except RuntimeError as error:
-            # Torch maps the file, and the system may refuse one that is larger than its memory.
-            raise _broken(
-                path.parent, f"{path.name} cannot be mapped, split it into shards: {one_line(error)}"
-            ) from error
-
-    def read(self, name: str) -> Tensor:
-        self.check_unchanged()
-        try:
-            tensor: Tensor = self.handle.get_tensor(name)
-        except SafetensorError as error:
-            raise _broken(self.path.parent, f"{self.path.name}: {name}: {one_line(error)}") from error
+            raise _broken(self.folder, f"{file}: {name}: {one_line(error)}") from error
         return tensor
 
-    def check_unchanged(self) -> None:
+    def _check_unchanged(self, file: str) -> None:
         try:
-            now = _identity(self.path)
+            now = _identity(self.folder / file)
         except OSError as error:
-            raise _broken(self.path.parent, f"{self.path.name} disappeared while it was read") from error
-        if now != self.identity:
-            raise _broken(self.path.parent, f"{self.path.name} changed while it was read")
+            raise _broken(self.folder, f"{file} disappeared while it was read") from error
+        if now != self._identities[file]:
+            raise _broken(self.folder, f"{file} changed while it was read")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _broken(path.parent, f"{path.name}: {one_line(error)}") from error
+    except OSError as error:
+        raise _broken(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:
+        # Torch maps the file, and the system may refuse one that is larger than its memory.
+        raise _broken(path.parent, f"{path.name} cannot be mapped, split it into shards: {one_line(error)}") from error
 
 
 def _identity(path: Path) -> list[int]:

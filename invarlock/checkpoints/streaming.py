@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from invarlock.checkpoints.reader import Checkpoint
 from invarlock.core.errors import NotStreamedError, UsageError
-from invarlock.core.lazy import LazyTensor, LazyWeights, tied
+from invarlock.core.lazy import LazyTensor, LazyWeights, ReadWeights, tied
 
 Edit = Callable[[str, Tensor], Tensor]
 """Function of the name of a parameter and its weight as read, which makes the edited weight; it may work in place."""
@@ -35,11 +35,8 @@ class Part:
         return {self.stored[0]: weights[self.parameters[0]]}
 
 
-class Streaming(Mapping[str, Tensor]):
-    """A checkpoint and what is made of its weights: nothing for the baseline, the edit for the edited model.
-
-    As a mapping it is the unedited parameters, by every name that the model has for each.
-    """
+class Streaming:
+    """A checkpoint and what is made of its weights: nothing for the baseline, the edit for the edited model."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
@@ -49,36 +46,28 @@ class Streaming(Mapping[str, Tensor]):
         """By which of its names each parameter is stored, by every name that the model has for it."""
         self.left_out: set[str] = set()
         """Tensors of the checkpoint that are a tied parameter once more."""
-        self._parts = {name: part for part in parts for name in part.parameters}
-        self._holding = {stored: part for part in self._parts.values() for stored in part.stored}
+        self.parts = {name: part for part in parts for name in part.parameters}
+        """The part of the checkpoint that each parameter is in, by the name in ``stored``."""
+        self._holding = {stored: part for part in self.parts.values() for stored in part.stored}
         self._dtypes: dict[str, torch.dtype] = {}
         parameters: dict[str, LazyTensor] = {}
         for names, empty in tied(model):
             parameters |= dict.fromkeys(names, self._place(names, empty))
         for name, buffer in model.named_buffers():
-            if name in self._parts:
+            if name in self.parts:
                 buffer.copy_(self._load(name))
         buffers = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
         self._weights = LazyWeights(parameters, buffers)
         self.undo(model)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._load(self.stored[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+    def unedited(self) -> Mapping[str, Tensor]:
+        """The parameters as they are stored, by every name that the model has for each."""
+        return ReadWeights(self.stored, lambda name: self._load(self.stored[name]))
 
     def read(self, stored: str) -> Tensor:
         """A tensor of the checkpoint in memory of its own, of the type that the unedited model has it in."""
         tensor = self.checkpoint[stored]
         return tensor.to(self.device, self._dtypes.get(stored, tensor.dtype), copy=True)
-
-    def part_of(self, parameter: str) -> Part:
-        """How a parameter is stored, by the name in ``stored``."""
-        return self._parts[parameter]
 
     def parts_in(self, file: str) -> list[Part]:
         """All that a shard holds, or holds some of, but for what is left out; what is no parameter, too."""
@@ -102,7 +91,7 @@ class Streaming(Mapping[str, Tensor]):
         self.edit = self._in_force = edit
 
     def _load(self, parameter: str) -> Tensor:
-        return self._parts[parameter].load(self.read)[parameter]
+        return self.parts[parameter].load(self.read)[parameter]
 
     def _place(self, names: Sequence[str], empty: Tensor) -> LazyTensor:
         """Take in a parameter, by all its names.
@@ -110,19 +99,19 @@ class Streaming(Mapping[str, Tensor]):
         :param empty: what stands for it yet, of the shape and type that it shall have.
         """
         folder = self.checkpoint.folder
-        parameter, *others = [name for name in names if name in self._parts] or [""]
+        parameter, *others = [name for name in names if name in self.parts] or [""]
         if not parameter:
             raise UsageError(f"model.id: {folder}: cannot be streamed, it has no tensor {names[0]}")
         if (shape := self._shape(parameter)) != tuple(empty.shape):
             shapes = f"{shape}, but the configuration describes {tuple(empty.shape)}"
             raise UsageError(f"model.id: {folder}: {parameter} has shape {shapes}")
         for other in others:
-            if self._parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):
+            if self.parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):
                 differ = f"{other} and {parameter} are tied, and differ"
                 raise NotStreamedError(f"model.id: {folder}: cannot be streamed, {differ}")
-            self.left_out |= set(self._parts[other].stored)
+            self.left_out |= set(self.parts[other].stored)
         self.stored |= dict.fromkeys(names, parameter)
-        self._dtypes |= dict.fromkeys(self._parts[parameter].stored, empty.dtype)
+        self._dtypes |= dict.fromkeys(self.parts[parameter].stored, empty.dtype)
 
         def read() -> Tensor:
             weight = self._load(parameter)
@@ -132,7 +121,7 @@ class Streaming(Mapping[str, Tensor]):
 
     def _shape(self, parameter: str) -> tuple[int, ...]:
         entries = self.checkpoint.entries
-        made = self._parts[parameter].load(lambda name: torch.empty(entries[name].shape, device="meta"))
+        made = self.parts[parameter].load(lambda name: torch.empty(entries[name].shape, device="meta"))
         return tuple(made[parameter].shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,22 @@ def _written(arguments: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str,
     for place in arguments:
         if place.is_write:
             yield from (isinstance(entry, LazyTensor) for entry in tree_leaves(given.get(place.name)))
+
+
+class ReadWeights(Mapping[str, Tensor]):
+    """Weights by name, each read when it is asked for."""
+
+    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class LazyWeights:

@@ -160,12 +160,12 @@ class Ranks:
         if count < self.size:
             raise UsageError(f"dataset.final_n: {count} windows cannot be shared by {self.size} processes; start fewer")
         each = (count + ahead) / self.size
-        # At least one for everybody.
-        ends = [
-            max(rank + 1, min(count - self.size + rank + 1, round(each * (rank + 1)) - ahead))
-            for rank in range(self.size)
-        ]
-        return slice(ends[self.rank - 1] if self.rank else 0, ends[self.rank])
+
+        def end(ranks: int) -> int:
+            # At least one for everybody.
+            return max(ranks, min(count - self.size + ranks, round(each * ranks) - ahead))
+
+        return slice(end(self.rank) if self.rank else 0, end(self.rank + 1))
 
     def part(self, sizes: Sequence[int]) -> slice:
         """This process's part of things side by side, each of so many bytes: about as many as any other's."""

@@ -14,6 +14,8 @@ from invarlock.core.errors import UsageError
 from invarlock.models.facts import LOGITS_BYTES
 from invarlock.models.structure import output_head
 
+UNMEASURED = "model.id: its outputs cannot be measured while it is streamed"
+
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -40,9 +42,7 @@ class Head:
         :raises UsageError: it differs from the input of the head.
         """
         if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
-            raise UsageError(
-                "model.id: its outputs cannot be measured while it is streamed: it changes its head's logits"
-            )
+            raise UsageError(f"{UNMEASURED}: it changes its head's logits")
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def set_aside_head(model: nn.Module) -> Iterator[Head]:
     """
     module = output_head(model)
     if not isinstance(module, nn.Linear):
-        raise UsageError("model.id: its outputs cannot be measured while it is streamed: it has no linear output head")
+        raise UsageError(f"{UNMEASURED}: it has no linear output head")
     # Cloned, because any operation on streamed weights reads them.
     head = Head(module.weight.clone(), None if module.bias is None else module.bias.clone(), [])
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from invarlock.core.lazy import ReadWeights
 from invarlock.core.progress import counted
 from invarlock.core.temporary import TemporaryFolder
 from invarlock.distributed.dtensor import assembler, local
@@ -29,17 +29,17 @@ class Snapshot:
         self._folder = TemporaryFolder()
         self._structure = Structure(model)
         tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}.values()
-        self._files = [(self._folder.path / f"{number}.safetensors", tensor) for number, tensor in enumerate(tensors)]
+        self._files = [(f"{number}.safetensors", tensor) for number, tensor in enumerate(tensors)]
         self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
-        for path, tensor in counted(self._files, lambda file: file[1].nbytes):
-            save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, path)
+        for file, tensor in counted(self._files, lambda entry: entry[1].nbytes):
+            save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, self._folder.path / file)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
         """Restore the model bit for bit, ties included."""
         self._structure.restore()
-        for path, tensor in counted(self._files, lambda file: file[1].nbytes):
-            saved, part = load_file(path)["tensor"], local(tensor)
+        for file, tensor in counted(self._files, lambda entry: entry[1].nbytes):
+            saved, part = load_file(self._folder.path / file)["tensor"], local(tensor)
             if part.shape == saved.shape and part.dtype == saved.dtype:
                 part.copy_(saved)
             else:
@@ -50,25 +50,15 @@ class Snapshot:
 
         Weights that are spread over processes are gathered then: all have to ask for the same.
         """
-        files = {id(tensor): (path, assembler(tensor)) for path, tensor in self._files}
-        return _OnDisk(self._folder, {name: files[identity] for name, identity in self._names.items()})
+        # Not self, which would hold the model that was saved.
+        folder, names = self._folder, self._names
+        files = {id(tensor): (file, assembler(tensor)) for file, tensor in self._files}
 
+        def read(name: str) -> Tensor:
+            file, assemble = files[names[name]]
+            return assemble(load_file(folder.path / file)["tensor"])
 
-class _OnDisk(Mapping[str, Tensor]):
-    """Tensors by name, read when asked for. It holds the folder, but not the model that was saved there."""
-
-    def __init__(self, folder: TemporaryFolder, files: Mapping[str, tuple[Path, Callable[[Tensor], Tensor]]]) -> None:
-        self._folder, self._files = folder, files
-
-    def __getitem__(self, name: str) -> Tensor:
-        path, assemble = self._files[name]
-        return assemble(load_file(path)["tensor"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        return ReadWeights(names, read)
 
 
 class Structure:

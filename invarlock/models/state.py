@@ -143,8 +143,10 @@ class _Namespace:
         for name in changed:
             if name in self.kept:
                 _put_back(self.owner, name, self.kept[name])
+            elif isinstance(self.owner, type):
+                delattr(self.owner, name)
             else:
-                _delete(self.owner, name)
+                del vars(self.owner)[name]
         if type(self.owner) is not self.kind:
             self.owner.__class__ = self.kind
             changed.append("__class__")
@@ -207,13 +209,6 @@ def _put_back(owner: Any, name: str, kept: Any) -> None:
         setattr(owner, name, kept)
     else:
         vars(owner)[name] = _copied(kept)
-
-
-def _delete(owner: Any, name: str) -> None:
-    if isinstance(owner, type):
-        delattr(owner, name)
-    else:
-        del vars(owner)[name]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

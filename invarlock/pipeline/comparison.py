@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -133,7 +132,7 @@ def _prepare_baseline(
     weights: Mapping[str, torch.Tensor]
     watched: Watched
     if streaming:
-        weights, watched = MappingProxyType(streaming), WatchingStreamed.of(model, streaming)
+        weights, watched = streaming.unedited(), WatchingStreamed.of(model, streaming)
     else:
         with session.clock.stage("snapshot"):
             snapshot = Snapshot(model)

@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -173,7 +172,7 @@ class _StreamedRounding:
             },
             modules,
             plan.bitwidth,
-            MappingProxyType(self.streaming),
+            self.streaming.unedited(),
         )
 
     def undo(self) -> WatchingStreamed:
@@ -274,7 +273,7 @@ class _StreamedRounding:
 def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:
     """Codes are stored of a weight that is a tensor of the checkpoint, and of no other."""
     for target in targets:
-        if export.exporter.stores_codes and streaming.part_of(streaming.stored[target.parameter_name]).converts:
+        if export.exporter.stores_codes and streaming.parts[streaming.stored[target.parameter_name]].converts:
             raise UsageError(
                 f"output.format: {export.exporter.name}: {target.name} is made of tensors that are stored otherwise; "
                 "run without --stream, or set output.format to dequantized"

@@ -206,14 +206,14 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     unloaded = sorted(loading["missing_keys"])
     if unloaded:
         raise UsageError(f"model.id: {shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
-    model = _unpacked(model, model_id)
-    if "distributed_config" in options:
-        if hasattr(model, "set_reshard_after_forward"):
-            # By default the outermost weights stay gathered, and the model would not be what it was.
-            model.set_reshard_after_forward(True)
-        return model.eval()
+    model = _unpacked(model, model_id).eval()
+    if hasattr(model, "set_reshard_after_forward"):
+        # By default the outermost weights stay gathered, and the model would not be what it was.
+        model.set_reshard_after_forward(True)
+    if "distributed_config" in options or device == BALANCED:
+        return model
     try:
-        return model.eval() if device == BALANCED else model.eval().to(_resolve(device))
+        return model.to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
 
@@ -249,10 +249,8 @@ def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) 
     stored = sum(path.stat().st_size for path in Path(model_id).glob("*.safetensors"))
     if options.get("dtype") == "float32" and read_config(model_id, options).get("dtype") in ("bfloat16", "float16"):
         stored *= 2
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // sharing
+    on_device = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_device else psutil.virtual_memory().available // sharing
     return bool(stored * MARGIN < free)
 
 
