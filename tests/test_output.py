@@ -308,9 +308,9 @@ def test_a_signal_ends_a_run_with_its_status_and_nothing_left(paused, number, mo
 
 def test_an_interrupt_says_what_had_been_saved(forking, config) -> None:
     program = (
-        "import os\nfrom invarlock.checkpoints import output_folder\nswap = output_folder.swap\n"
+        "import os\nfrom invarlock.checkpoints import swapping\nswap = swapping.swap\n"
         "def swap_and_interrupt(*given):\n    swap(*given)\n    os.kill(os.getpid(), 15)\n    os.getpid()\n"
-        "output_folder.swap = swap_and_interrupt"
+        "swapping.swap = swap_and_interrupt"
     )
     arguments = ("run", "-c", config(output={"save_model": True}, **FEW), "--out", "out", "-q")
     process = forking.start(*arguments, program=program)

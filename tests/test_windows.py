@@ -412,7 +412,7 @@ def test_hf_without_its_library_says_what_to_install(gpt2_tokenizer: Any, monkey
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text": \n', r"dataset\.path: \S+/a\.jsonl, line 2: not JSON: Expecting value"),
-        ('{"text": "a"}\n\n["a"]\n', r"dataset\.path: \S+, line 3: a list; one object a line is expected"),
+        ('{"text": "a"}\n\n["a"]\n', r"dataset\.path: \S+, line 3: a list; one object per line is expected"),
         ('{"txt": "a", "id": 1}\n', r"dataset\.text_field: no 'text' in \S+, line 1; did you mean 'txt'\?; .*txt, id"),
         ("{}\n", r"dataset\.text_field: no 'text' in \S+, line 1; there is nothing"),
         ('{"text": ["a"]}\n', r"dataset\.text_field: 'text' holds a list, not text"),

@@ -1,4 +1,4 @@
-"""SHA-256 digests of files: of what was written, and whether what is read is still that."""
+"""SHA-256 digests of files: of those that were written, and checks of those that are read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger("invarlock")
 
 
 def digests(folder: Path, name: str) -> dict[str, str]:
-    """Of every file below a folder, by its path there, under the name that the folder will have."""
+    """Digests of all files below a folder, by their paths there, under the name that the folder will have."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {f"{name}/{path.relative_to(folder).as_posix()}": digest_of(path) for path in counted(files, _size)}
 
 
 def digest_of(path: Path) -> str:
-    """In hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -61,7 +61,7 @@ def _size(path: Path) -> int:
 
 
 def _known(folder: Path) -> dict[str, tuple[str, str]]:
-    """By the name of a file, where its digest is from, and the digest."""
+    """Where the digest of a file is from, and the digest, by the name of the file."""
     known: dict[str, tuple[str, str]] = {}
     if (folder / "report.json").is_file():
         known |= {name: ("report.json", digest) for name, digest in _of_report(folder / "report.json").items()}
@@ -74,7 +74,7 @@ def _known(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _of_report(path: Path) -> dict[str, str]:
-    """Of the model that a run of ours has saved beside its report; nothing of a file that is no such report."""
+    """Digests of the model that a run saved beside its report; none from a file that is no such report."""
     try:
         artifacts = json.loads(path.read_text(encoding="utf-8"))["artifacts"]
         return {name.removeprefix("model/"): str(digest) for name, digest in artifacts.items()}

@@ -13,18 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from invarlock.checkpoints import swapping
 from invarlock.checkpoints.claiming import LOCK, Claim
-from invarlock.checkpoints.swapping import (
-    NEW,
-    is_folder,
-    is_swapped,
-    is_there,
-    new_staging,
-    remove,
-    stagings,
-    swap,
-    undo,
-)
+from invarlock.checkpoints.swapping import is_folder, is_there
 from invarlock.core.errors import UsageError, one_line
 from invarlock.distributed.process_group import ALONE, Ranks
 
@@ -54,8 +45,7 @@ def unwritable_said(path: Path) -> Iterator[None]:
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target`` that becomes ``target`` when the block ends well, and else vanishes."""
-    if not target.parent.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".invarlock.", suffix=".partial", dir=target.parent))
     try:
         yield staged
@@ -167,7 +157,7 @@ class OutputFolder:
             raise UsageError(
                 f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
             )
-        for name in (*OURS, *(path.name for path in stagings(folder))):
+        for name in (*OURS, *(path.name for path in swapping.stagings(folder))):
             artifact = (folder / name).resolve()
             if checkpoint.exists() and (checkpoint == artifact or artifact in checkpoint.parents):
                 raise UsageError(f"output.dir: {self.path / name} is, or holds, the input {model_id}; choose another")
@@ -190,22 +180,22 @@ class OutputFolder:
     @contextmanager
     def replaced(self) -> Iterator[Path]:
         """An empty folder whose files take the place of an earlier run's when the block ends well, and else vanish."""
-        staging = new_staging(self.path)
+        staging = swapping.new_staging(self.path)
         try:
-            yield staging / NEW
-            let_read(staging / NEW)
-            swap(staging, self.path, OURS)
+            yield staging / swapping.NEW
+            let_read(staging / swapping.NEW)
+            swapping.swap(staging, self.path, OURS)
         finally:
-            self.saved = is_swapped(staging)
+            self.saved = swapping.is_swapped(staging)
             self._sweep()
 
     def _sweep(self) -> None:
         """Remove what is not whole, of this process or of one that was killed, but for shards to go on with."""
-        for staging in stagings(self.path):
+        for staging in swapping.stagings(self.path):
             if is_folder(staging):
-                undo(staging, self.path, OURS)
-                self._keep_shards(staging / NEW / "model")
-            remove(staging)
+                swapping.undo(staging, self.path, OURS)
+                self._keep_shards(staging / swapping.NEW / "model")
+            swapping.remove(staging)
 
     def _keep_shards(self, model: Path) -> None:
         if is_folder(model) and is_folder(self.path / JOURNALS) and not is_there(self.path / PARTIAL):

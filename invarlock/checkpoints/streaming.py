@@ -87,17 +87,14 @@ class Streaming:
         self._weights.settle(model)
 
     def put(self, edit: Edit | None) -> None:
-        """Let the model be edited so from now on, or the baseline again."""
+        """Let the model be edited by this from now on, or, given None, be the baseline again."""
         self.edit = self._in_force = edit
 
     def _load(self, parameter: str) -> Tensor:
         return self.parts[parameter].load(self.read)[parameter]
 
     def _place(self, names: Sequence[str], empty: Tensor) -> LazyTensor:
-        """Take in a parameter, by all its names.
-
-        :param empty: what stands for it yet, of the shape and type that it shall have.
-        """
+        """Take in a parameter, by all its names; ``empty`` has the shape and type that it shall have."""
         folder = self.checkpoint.folder
         parameter, *others = [name for name in names if name in self.parts] or [""]
         if not parameter:
@@ -142,6 +139,6 @@ def attach(
 
 
 def streaming_of(model: nn.Module) -> Streaming | None:
-    """Where a model's weights are read from, if they are on disk."""
+    """Source of a model's weights, if they are on disk; else None."""
     streaming = getattr(model, "streaming", None)
     return streaming if isinstance(streaming, Streaming) else None

@@ -110,7 +110,7 @@ def _read_text(
 
 
 def _shuffled(documents: Sequence[str], dataset: Dataset, generator: torch.Generator) -> Iterator[str]:
-    """Those that hold text, in an order that the generator draws; none is read before it is its turn."""
+    """Documents that hold text, in an order that the generator draws; none is read before its turn."""
     blank = True
     for row in torch.randperm(len(documents), generator=generator).tolist():
         if (text := documents[row]).strip():

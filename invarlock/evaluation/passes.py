@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,19 +15,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from invarlock.core.errors import UsageError
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached, first_windows
-from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
-from invarlock.models.output_head import Head, set_aside_head
-from invarlock.models.structure import find_blocks
+from invarlock.models.facts import LOGITS_BYTES, Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.structure import find_blocks, output_head
 
 CHUNK_BYTES = 4 * 2**20
 """Of the float32 log-probabilities that are in memory at once."""
 
+UNMEASURED = "model.id: its outputs cannot be measured while it is streamed"
+
+Taps = Iterable[Mapping[str, Tap]]
+"""Of each guard, by module name."""
 Watch = Recorder | Comparer
+Scores = tuple[Tensor, Tensor]
+"""Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +72,7 @@ def measure(
     final: Windows,
     *,
     task: Task,
-    taps: Iterable[Mapping[str, Tap]] = (),
+    taps: Taps = (),
     reference: TokenRecord | None = None,
     calls: int = 0,
     taps_off: Callable[[], object] = lambda: None,
@@ -78,7 +84,7 @@ def measure(
     The model is in evaluation mode meanwhile, without gradients. Losses come from its logits in float32, a few tokens
     at a time. A model that gives NaN is measured, not refused.
 
-    :param taps: taps of each guard for the preview windows, by module name.
+    :param taps: for the preview windows.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
     :param calls: lowest number of runs on final windows, the last batch again and unscored if need be:
         processes that a model's weights are spread over have to run it together.
@@ -116,18 +122,8 @@ def _batches(model: nn.Module, windows: Windows, tally: Tally) -> Iterator[Windo
         tally.add(len(batch))
 
 
-def _together(
-    model: nn.Module,
-    preview: Windows,
-    final: Windows,
-    task: Task,
-    taps: Iterable[Mapping[str, Tap]],
-    watch: Watch,
-) -> tuple[Tensor, Tensor]:
-    """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit.
-
-    Progress is by blocks.
-    """
+def _together(model: nn.Module, preview: Windows, final: Windows, task: Task, taps: Taps, watch: Watch) -> Scores:
+    """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit."""
     windows = Windows.joined(preview, final)
     of_preview = partial(first_windows, len(preview), windows.input_ids.shape)
     blocks = find_blocks(model).values()
@@ -136,12 +132,56 @@ def _together(
         for block in blocks:
             handle = block.register_forward_hook(lambda *_: tally.add(1))
             stack.callback(handle.remove)
-        head = stack.enter_context(set_aside_head(model))
+        head = stack.enter_context(_head_set_aside(model))
         for wanted in taps if len(preview) else ():
             stack.enter_context(attached(model, wanted, of_preview))
         hidden = _logits(model, windows)
     head.check(hidden)
     return _score(hidden[len(preview) :], _targets(final, task), watch, head)
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """A linear head with its weights in memory: (vocabulary, features) and, if it has one, (vocabulary,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    given: list[Tensor]
+    """Hidden states that the model passed to its head, one tensor per call."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) of hidden states (tokens, features)."""
+        return functional.linear(hidden, self.weight, self.bias)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens whose logits take ``LOGITS_BYTES`` in float32."""
+        return max(1, LOGITS_BYTES // (4 * len(self.weight)))
+
+    def check(self, instead: Tensor) -> None:
+        """Refuse a model that changes the logits of its head: its output in place of them is not the head's input."""
+        if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
+            raise UsageError(f"{UNMEASURED}: it changes its head's logits")
+
+
+@contextmanager
+def _head_set_aside(model: nn.Module) -> Iterator[_Head]:
+    """Let the model output the input of its linear head in place of logits."""
+    module = output_head(model)
+    if not isinstance(module, nn.Linear):
+        raise UsageError(f"{UNMEASURED}: it has no linear output head")
+    # Cloned, because any operation on streamed weights reads them.
+    head = _Head(module.weight.clone(), None if module.bias is None else module.bias.clone(), [])
+
+    def unchanged(hidden: Tensor) -> Tensor:
+        head.given.append(hidden)
+        return hidden
+
+    module.forward = unchanged  # type: ignore[method-assign, assignment]
+    try:
+        yield head
+    finally:
+        del module.forward
 
 
 def _logits(model: nn.Module, batch: Windows) -> Tensor:
@@ -155,11 +195,8 @@ def _targets(batch: Windows, task: Task) -> Tensor:
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 
 
-def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None = None) -> tuple[Tensor, Tensor]:
-    """Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU.
-
-    :param head: the head, where hidden states are given in place of logits.
-    """
+def _score(logits: Tensor, targets: Tensor, watch: Watch, head: _Head | None = None) -> Scores:
+    """Scores of a batch from its logits, or from hidden states where there is a head to make logits of them."""
     scored = targets != UNSCORED
     found = []
     for log_probs, wanted in _chunks(logits.flatten(0, 1), targets.flatten(), head):
@@ -171,7 +208,7 @@ def _score(logits: Tensor, targets: Tensor, watch: Watch, head: Head | None = No
     return losses.sum(dim=1), scored.sum(dim=1)
 
 
-def _chunks(table: Tensor, targets: Tensor, head: Head | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(table: Tensor, targets: Tensor, head: _Head | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities in float32 (tokens, vocabulary) and targets (tokens,), a few scored tokens at a time."""
     scored = (targets != UNSCORED).nonzero().squeeze(1)
     for many in torch.split(scored, head.tokens) if head else (scored,):

@@ -64,7 +64,7 @@ class TokenChanges:
 
 @dataclass
 class Recorder:
-    """Makes a record of the predictions for scored tokens, shown in their order, some at a time."""
+    """Record in the making, of predictions for scored tokens that are shown in their order, some at a time."""
 
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ class Recorder:
 
 @dataclass
 class Comparer:
-    """Compares with a record, shown the same as :class:`Recorder`.
+    """Comparison with a record, shown predictions as :class:`Recorder` is.
 
     Tokens that the edited model does not know, because its vocabulary is smaller, join the bucket of all others.
     """

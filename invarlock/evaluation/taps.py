@@ -14,7 +14,7 @@ from invarlock.distributed.dtensor import is_spread
 
 
 class Tap(Protocol):
-    """Looks at one module, call by call, and keeps what it needs: sums rather than tensors."""
+    """Observer of one module, call by call, that keeps what it needs: sums rather than tensors."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Take note of one call of the module; what is returned is ignored, and nothing may be changed."""

@@ -53,30 +53,24 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> list[Part]:
     :param model: with empty weights.
     :raises UsageError: a conversion does not fit the checkpoint, or cannot be undone.
     """
+    from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        apply_renamings,
-        dot_natural_key,
-        rename_source_key,
-    )
 
     mapping, wanted = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
     of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     plain: list[Part] = []
     collected: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     # In the order that conversions rely on.
-    for stored in sorted(checkpoint, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
+    for stored in sorted(checkpoint, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
         if name not in wanted and stored in wanted:
             name, pattern = stored, None
         if name in wanted and pattern is None:
             plain.append(Part((name,), (stored,)))
         elif name in wanted:
-            collected[name].append((stored, pattern, apply_renamings(stored, renamings)))
+            collected[name].append((stored, pattern, loading.apply_renamings(stored, renamings)))
     converted = (
         _converted(model, checkpoint, of_pattern[tensors[0][1]], name, tensors) for name, tensors in collected.items()
     )

@@ -67,10 +67,7 @@ class HF_GGUF_Adapter(ModelAdapter):
 
 
 def _check_stated(path: Path) -> None:
-    """Check a file's metadata against its tensors, before any layer is built.
-
-    :raises UsageError: the metadata counts more layers than are stored, or has a size of 0.
-    """
+    """Check that metadata counts no more layers than are stored, and has no size of 0, before any layer is built."""
     import gguf
 
     reader = gguf.GGUFReader(path)

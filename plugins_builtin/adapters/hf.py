@@ -33,7 +33,7 @@ MARGIN = 1.2
 
 
 class _TransformersAdapter(ModelAdapter):
-    """Loads safetensors only; a pickled checkpoint is refused."""
+    """Loader of safetensors; a pickled checkpoint is refused."""
 
     architecture_suffixes: ClassVar[tuple[str, ...]]
     """Endings of the architecture names that this adapter owns under ``adapter: auto``."""
@@ -67,9 +67,7 @@ class _TransformersAdapter(ModelAdapter):
 
     @hookimpl
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
-        if not self.owns(model_id, options):
-            return None
-        return self.load_model(model_id, device, **options)
+        return self.load_model(model_id, device, **options) if self.owns(model_id, options) else None
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
         names = architectures(model_id, options)
@@ -239,10 +237,7 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
 
 
 def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
-    """Whether the weights in a folder's safetensors files fit on a device, with room for activations.
-
-    :param sharing: number of processes that share this machine's memory.
-    """
+    """Whether a checkpoint fits on a device with room for activations; ``sharing`` processes share the memory."""
     import psutil
     import torch
 

@@ -1,4 +1,4 @@
-"""The held-out text of the demo model, one chapter a document."""
+"""The held-out text of the demo model, one document per chapter."""
 
 from __future__ import annotations
 

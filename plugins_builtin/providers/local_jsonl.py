@@ -1,4 +1,4 @@
-"""A file with one JSON object a line, a document each."""
+"""A file with one JSON object per line, each a document."""
 
 from __future__ import annotations
 

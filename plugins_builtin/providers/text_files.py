@@ -1,4 +1,4 @@
-"""Files of text: read whole, or as JSON with one object a line."""
+"""Files of text: read whole, or as JSON with one object per line."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _value(line: str, where: str, field: str) -> Any:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-        raise UsageError(f"dataset.path: {where}: not JSON: {problem}; one object a line is expected") from None
+        raise UsageError(f"dataset.path: {where}: not JSON: {problem}; one object per line is expected") from None
     if not isinstance(record, dict):
-        raise UsageError(f"dataset.path: {where}: a {type(record).__name__}; one object a line is expected")
+        raise UsageError(f"dataset.path: {where}: a {type(record).__name__}; one object per line is expected")
     if field not in record:
         raise no_field(field, list(record), where)
     return record[field]
