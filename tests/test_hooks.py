@@ -176,7 +176,7 @@ def test_an_unknown_provider_is_found_before_a_model_is_loaded(invarlock, config
     path = config(model={"id": "./gone"}, dataset={"provider": "minne"})
     done = invarlock("run", "-c", path, "-p", "mine", *streaming, "--out", "out")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "dataset.provider: there is no provider 'minne'; did you mean 'mine'?" in done.err
+    assert "dataset.provider: unknown provider 'minne'; did you mean 'mine'?" in done.err
     assert "known are generated, demo, hf," in small_run(dataset__provider="qqqq").err
 
 

@@ -26,6 +26,7 @@ from invarlock.core.errors import (
     located,
     nearest,
     one_line,
+    unknown,
 )
 from invarlock.plugins.checking import check, hook_marks
 from invarlock.plugins.classes import Guard, ModelAdapter
@@ -124,12 +125,10 @@ class Catalog:
 
         :raises UsageError: when there is none, with the nearest name.
         """
-        found = self.named(name, kind)
-        if not found:
-            known = [plugin.name for plugin in self.of_kind(kind)]
-            hint = nearest(name, known) or f"; known are {', '.join(sorted(known))}"
-            raise UsageError(f"{where}: there is no {kind} {name!r}{hint}")
-        return found[0]
+        for plugin in self.named(name, kind):
+            return plugin
+        known = sorted(plugin.name for plugin in self.of_kind(kind))
+        raise UsageError(f"{where}: {unknown(kind, name, known)}")
 
     def get(self, name: str, kind: Kind, where: str) -> Plugin:
         """The plugin of a name and kind.
@@ -201,7 +200,7 @@ def _block(plugins: list[Plugin], installed: list[Plugin], selection: Selection)
         # Blocking what is not there keeps one command line good for several machines, but a typo must be seen.
         hint = nearest(name, known)
         if hint:
-            raise UsageError(f"-p no:{name}: there is no plugin {name!r}{hint}")
+            raise UsageError(f"-p no:{name}: unknown plugin {name!r}{hint}")
     for plugin in plugins:
         if plugin.name in selection.blocked:
             plugin.fail(f"blocked by -p no:{plugin.name}", Status.BLOCKED)
@@ -252,8 +251,7 @@ def _import_local(name: str, known: Iterable[str]) -> ModuleType:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            hint = nearest(name, known)
-            raise UsageError(f"-p {name}: there is no plugin and no module of that name{hint}") from None
+            raise UsageError(f"-p {name}: unknown plugin or module{nearest(name, known)}") from None
         raise
     if (shadowed := _shadowed(name, module)) is not None:
         raise UsageError(f"-p {name}: {_origin_of(module)} has the name of {shadowed}; rename that file")

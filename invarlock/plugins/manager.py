@@ -15,7 +15,7 @@ from typing import Any
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
+from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, one_line, unknown
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.distributed.process_group import PeerError
@@ -205,9 +205,8 @@ class PluginManager:
                 returned = hook(dataset=dataset)
             if returned is not None:
                 return Documents(plugin, returned, asking)
-        known = [plugin.name for plugin in self._providers()]
-        hint = nearest(dataset.provider, known) or f"; known are generated, {', '.join(known)}"
-        raise UsageError(f"dataset.provider: there is no provider {dataset.provider!r}{hint}")
+        known = ["generated", *(plugin.name for plugin in self._providers())]
+        raise UsageError(f"dataset.provider: {unknown('provider', dataset.provider, known)}")
 
     def _providers(self) -> list[Plugin]:
         ready = (plugin for plugin in self.catalog.plugins if plugin.status is Status.READY)
@@ -275,9 +274,7 @@ class PluginManager:
         :raises UsageError: for an unknown guard or option, with the nearest one.
         """
         for name in options:
-            if not self.catalog.named(name, Kind.GUARD):
-                known = [plugin.name for plugin in self.catalog.of_kind(Kind.GUARD)]
-                raise UsageError(f"guards.{name}: there is no guard {name!r}{nearest(name, known)}")
+            self.catalog.find(name, Kind.GUARD, f"guards.{name}")
             if name not in order:
                 log.warning("guards.%s: has options, but is not in guards.order: the guard is skipped", name)
         slots = []

@@ -12,7 +12,7 @@ from typing import Any
 from invarlock import hookimpl
 from invarlock.cli import streams
 from invarlock.cli.commands import new_plugin
-from invarlock.core.errors import ExitCode, UsageError, nearest_or_all
+from invarlock.core.errors import ExitCode, UsageError, unknown
 from invarlock.plugins.checking import installed_version
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Plugin, Status
@@ -103,8 +103,7 @@ def _category(args: argparse.Namespace) -> str:
 def _explained(name: str, listed: list[Plugin]) -> list[Plugin]:
     found = [plugin for plugin in listed if plugin.name == name]
     if not found:
-        known = [plugin.name for plugin in listed]
-        raise UsageError(f"--explain: there is no plugin {name!r} here{nearest_or_all(name, known)}")
+        raise UsageError(f"--explain: {unknown('plugin', name, [plugin.name for plugin in listed])}")
     return found
 
 
