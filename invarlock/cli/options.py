@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
-    Judging = Callable[[argparse.Namespace, Ranks], tuple[RunResult, Path]]
-
 Report = dict[str, Any]
 
 log = logging.getLogger("invarlock")
@@ -61,12 +59,6 @@ def add_setting_option(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
     )  # fmt: skip
-
-
-def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys that options other than ``--set`` set."""
-    given = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def set_environment(args: argparse.Namespace) -> None:
@@ -130,10 +122,15 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
     return output
 
 
-def judge_together(args: argparse.Namespace, judge: Judging) -> int:
+def judge_together(
+    args: argparse.Namespace, name: str, config: str | None, own: dict[str, Any], judge: Callable[..., RunResult]
+) -> int:
     """Judge with the other processes of the run, if there are any; the first one prints.
 
-    :param judge: returns what was found and the folder that the report is in.
+    :param name: of the run, and of its folder unless one is configured.
+    :param config: the path of the configuration; None for an empty one.
+    :param own: the configuration keys that options of this command alone set.
+    :param judge: called with ``args`` and the configuration, and by name with what each pipeline takes.
     :returns: the exit code of the verdict.
     """
     set_environment(args)
@@ -143,12 +140,36 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     temporary.sweep()
     with joined_ranks() as ranks, args.manager.watching_threads():
         with stdout_for_json_alone(args):
-            result, folder = judge(args, ranks)
+            result, folder = _judged(args, name, config, own, judge, ranks)
         if ranks.is_first:
             _show_surely(result.report, folder, args)
         # Launchers end all when one has ended with another status than 0, as after a rejection.
         ranks.gather(None)
     return result.verdict.exit_code
+
+
+def _judged(
+    args: argparse.Namespace,
+    name: str,
+    path: str | None,
+    own: dict[str, Any],
+    judge: Callable[..., RunResult],
+    ranks: Ranks,
+) -> tuple[RunResult, Path]:
+    from invarlock.config.loading import load
+
+    shared = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
+    config = load(path, args.settings, {key: value for key, value in shared.items() if value is not None} | own)
+    args.manager.add(config.plugins, args.selection.blocked)
+
+    # Only now: a mistake in the configuration is reported without waiting for torch.
+    from invarlock.cli import progress
+
+    quieten_libraries(verbose=args.verbose)
+    output = output_of(args, config.output.dir, name, ranks)
+    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
+        result = judge(args, config, output=output, strict=args.strict, ranks=ranks, on_progress=on_progress)
+    return result, output.path
 
 
 def _show_surely(report: Report, folder: Path, args: argparse.Namespace) -> None:
