@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -88,10 +87,20 @@ class Catalog:
         return catalog
 
     def add_local(self, name: str, installed: Iterable[Plugin] = ()) -> list[Plugin]:
-        """Import a module that somebody named, and take what it holds as plugins."""
-        with _importing(name):
-            module = _import_local(name, [plugin.name for plugin in installed])
-            added = list(_local_plugins(name, module))
+        """Import a module that somebody named, and take what it holds as plugins.
+
+        :raises UsageError: it does not import, holds no plugin, or one whose name is taken.
+        :raises PluginError: it would have ended the process.
+        """
+        try:
+            with contained():
+                module = _import_local(name, [plugin.name for plugin in installed])
+                added = list(_local_plugins(name, module))
+        except UsageError:
+            raise
+        except Exception as error:
+            failure: type[InvarlockError] = PluginError if isinstance(error, EscapedError) else UsageError
+            raise failure(f"-p {name}: does not import: {located(error)}") from error
         if not added:
             raise UsageError(
                 f"-p {name}: {_origin_of(module)} has no hook implementations and no classes derived from Guard or "
@@ -219,23 +228,6 @@ def _load(plugin: Plugin) -> None:
         check(plugin)
 
 
-@contextmanager
-def _importing(name: str) -> Iterator[None]:
-    """Import a module that somebody named in the block.
-
-    :raises UsageError: it raises an exception.
-    :raises PluginError: it would have ended the process.
-    """
-    try:
-        with contained():
-            yield
-    except UsageError:
-        raise
-    except Exception as error:
-        failure: type[InvarlockError] = PluginError if isinstance(error, EscapedError) else UsageError
-        raise failure(f"-p {name}: does not import: {located(error)}") from error
-
-
 def _import_local(name: str, known: Iterable[str]) -> ModuleType:
     """Import a module that somebody named.
 
@@ -282,8 +274,7 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
             yield Plugin(value.name or attribute, kind, Origin.LOCAL, name, attribute, factory=value)
     if any(attribute.startswith("invarlock_") for attribute in vars(module)):
         plugin = Plugin(name, Kind.HOOKS, Origin.LOCAL, name, factory=module)
-        judges = any(_is_plain_hook(module, hook) for hook in ("invarlock_prepare", "invarlock_validate"))
-        if judges:
+        if any(_is_plain_hook(module, hook) for hook in ("invarlock_prepare", "invarlock_validate")):
             plugin.kind = Kind.GUARD
         elif _is_plain_hook(module, "invarlock_load_model"):
             plugin.kind = Kind.ADAPTER
@@ -292,4 +283,4 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
 
 def _is_plain_hook(owner: Any, name: str) -> bool:
     marks = hook_marks(getattr(owner, name, None))
-    return marks is not None and not marks.get("wrapper") and not marks.get("hookwrapper")
+    return bool(marks) and not (marks.get("wrapper") or marks.get("hookwrapper"))

@@ -295,41 +295,38 @@ class PluginManager:
         return any(implementation.plugin is not slot.instance or not default for implementation in implementations)
 
     def observe(self, slot: GuardSlot, model: Any, adapter: Adapter) -> Observation:
-        hook = self._only("invarlock_observe", slot.instance)
         observation = Observation()
         try:
-            with self._turn(slot.plugin.label):
-                wanted = hook(
-                    model=model, adapter=copy.copy(adapter), policy=copy.deepcopy(slot.policy), guard=slot.name
-                )
-                observation.wanted = taps_of(wanted)
-            unknown = observation.wanted.keys() - dict(model.named_modules()).keys()
-            if unknown:
-                raise PluginError(f"the model has no module {', '.join(sorted(unknown))}")
+            with self._asking(slot, "invarlock_observe", adapter) as ask:
+                observation.wanted = taps_of(ask(model=model, policy=copy.deepcopy(slot.policy)))
+            missing = observation.wanted.keys() - dict(model.named_modules()).keys()
+            if missing:
+                raise PluginError(f"the model has no module {', '.join(sorted(missing))}")
         except Exception as error:
             observation.wanted = {}
             observation.fail("observe", error)
         return observation
 
     def prepare(self, slot: GuardSlot, model: Any, adapter: Adapter, calib: Any) -> PrepareResult:
-        hook = self._only("invarlock_prepare", slot.instance)
         try:
-            with self._turn(slot.plugin.label):
-                policy = copy.deepcopy(slot.policy)
-                returned = hook(model=model, adapter=copy.copy(adapter), calib=calib, policy=policy, guard=slot.name)
-                return PrepareResult.from_plugin(returned)
+            with self._asking(slot, "invarlock_prepare", adapter) as ask:
+                return PrepareResult.from_plugin(ask(model=model, calib=calib, policy=copy.deepcopy(slot.policy)))
         except Exception as error:
             return PrepareResult.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
 
     def validate(self, slot: GuardSlot, model: Any, adapter: Adapter, context: Mapping[str, Any]) -> GuardResult:
-        hook = self._only("invarlock_validate", slot.instance)
         try:
-            with self._turn(slot.plugin.label):
+            with self._asking(slot, "invarlock_validate", adapter) as ask:
                 own = {**context, "policy": copy.deepcopy(slot.policy)}
-                returned = hook(model=model, adapter=copy.copy(adapter), context=own, guard=slot.name)
-                return GuardResult.from_plugin(slot.name, returned)
+                return GuardResult.from_plugin(slot.name, ask(model=model, context=own))
         except Exception as error:
             return GuardResult.failed(slot.name, located(error, slot.plugin.file), traceback.format_exc())
+
+    @contextmanager
+    def _asking(self, slot: GuardSlot, hook: str, adapter: Adapter) -> Iterator[Callable[..., Any]]:
+        """A hook of one guard, to be called and its answer read in the block: reading can call the guard's code."""
+        with self._turn(slot.plugin.label):
+            yield partial(self._only(hook, slot.instance), adapter=copy.copy(adapter), guard=slot.name)
 
     # -- the report ----------------------------------------------------------------------------------------------------
 
@@ -392,5 +389,4 @@ class PluginManager:
 
 
 def _wraps(plugin: Any, hook: str) -> bool:
-    marks = hook_marks(getattr(plugin, hook, None))
-    return marks is not None and bool(marks.get("wrapper"))
+    return bool(hook_marks(getattr(plugin, hook, None)).get("wrapper"))
