@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -20,7 +21,7 @@ ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 def console() -> NoReturn:
     """End this process with what ``main`` returns, whatever plugins have left running and whoever reads the output."""
-    started = leaving.now()
+    started = time.time()
     streams.take(aside="--json" in sys.argv)
     try:
         code = main()

@@ -28,7 +28,7 @@ log = logging.getLogger("invarlock")
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
-    """How to set keys, where the output goes, and how much is said."""
+    """Add options that set keys, place the output, and choose how much is printed."""
     add_setting_option(parser)
     parser.add_argument("--device", help="same as --set model.device=DEVICE")
     parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")

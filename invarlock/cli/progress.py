@@ -26,11 +26,11 @@ BYTES_FROM = 1_000_000
 """A total from here on is one of bytes: there are never so many windows or weights."""
 
 LOADING = ("Loading weights", "Converting and de-quantizing")
-"""How the bars of transformers begin that are shown as one of ours."""
+"""Beginnings of the bars of transformers that are shown as one of ours."""
 
 
 class _Amount(ProgressColumn):
-    """How many of how many; of bytes, with their rate."""
+    """Done and total; of bytes, with their rate."""
 
     def render(self, task: Task) -> Text:
         if (task.total or 0) < BYTES_FROM:

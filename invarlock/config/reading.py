@@ -92,7 +92,7 @@ for _tag, (_pattern, _) in SCALARS.items():
 
 @dataclass
 class Source:
-    """Where each key of a configuration was written, for the error that names it."""
+    """Values of a configuration, and the place of each key for the error that names it."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def read_setting(setting: str, key: str, text: str, source: Source) -> Any:
 
 
 def kind(value: Any) -> str:
-    """How a value is called in a message."""
+    """Name of a value in a message."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):

@@ -70,7 +70,7 @@ class DatasetConfig(_Section):
 
     @property
     def is_generated(self) -> bool:
-        """Whether the baseline writes its own text."""
+        """True if the baseline writes its own text."""
         return self.provider == GENERATED
 
 

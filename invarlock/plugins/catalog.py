@@ -1,4 +1,4 @@
-"""Which plugins there are: entry points, modules named with ``-p``, and the one edit; each with its state."""
+"""Catalog of plugins: entry points, modules named with ``-p``, and the one edit; each with its state."""
 
 from __future__ import annotations
 

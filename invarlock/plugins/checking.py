@@ -1,4 +1,4 @@
-"""Whether an imported plugin can be used: its requirements, its constructor, and the form of its hooks."""
+"""Checks of an imported plugin: its requirements, its constructor, and the form of its hooks."""
 
 from __future__ import annotations
 

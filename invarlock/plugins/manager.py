@@ -42,7 +42,7 @@ class GuardSlot:
     instance: Any
     policy: Mapping[str, Any]
     shares_work: bool
-    """Whether all processes of a run ask it (``Guard.shares_work``)."""
+    """As ``Guard.shares_work``: all processes of a run ask it."""
 
 
 class PluginManager:
@@ -289,7 +289,7 @@ class PluginManager:
         return slots
 
     def watches(self, slot: GuardSlot) -> bool:
-        """Whether a guard, or a wrapper around it, has an ``observe`` of its own."""
+        """True if a guard, or a wrapper around it, has an ``observe`` of its own."""
         implementations = self._only("invarlock_observe", slot.instance).get_hookimpls()
         default = getattr(getattr(slot.instance, "observe", None), "__func__", None) is Guard.observe
         return any(implementation.plugin is not slot.instance or not default for implementation in implementations)

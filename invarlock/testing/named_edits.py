@@ -29,7 +29,7 @@ class Edit:
     module: str | None = None
     """The module that was damaged, where it is one."""
     untied: bool = False
-    """Whether it needs a baseline whose output head is not tied to the embedding."""
+    """It needs a baseline whose output head is not tied to the embedding."""
 
     def __call__(self, model: nn.Module) -> None:
         """Apply it; the seed is the name's."""
