@@ -59,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """Parse and dispatch.
-
-    The ``-p`` options are read before anything is imported, so that a broken plugin can always be turned off.
-    """
+    # Values of -p are read before anything is imported, so that a broken plugin can always be turned off.
     autoload = not _is_on("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD")
     selection = Selection.of(read_plugin_options(arguments), autoload=autoload)
     with streams.aside():

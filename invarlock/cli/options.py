@@ -22,28 +22,23 @@ if TYPE_CHECKING:
     from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
-Report = dict[str, Any]
-
 log = logging.getLogger("invarlock")
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """Add options that set keys, place the output, and choose how much is printed."""
     add_setting_option(parser)
-    parser.add_argument("--device", help="same as --set model.device=DEVICE")
-    parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
-    parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
-    parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
-    parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
-    parser.add_argument(
-        "--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
-    parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings"
-    )
+    add = parser.add_argument
+    add("--device", help="same as --set model.device=DEVICE")
+    add("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
+    add("--seed", type=int, help="same as --set dataset.seed=SEED")
+    add("--strict", action="store_true", help="a warning makes the exit status 1")
+    add("--force", action="store_true", help="replace the output of an earlier run in the same folder")
+    add("--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file")
+    add("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
+    add("--allow-network", action="store_true", help="let hub clients fetch models and data")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
+    add("-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings")
 
 
 def path_argument(text: str) -> str:
@@ -138,7 +133,7 @@ def judge_together(
     from invarlock.distributed.process_group import joined_ranks
 
     temporary.sweep()
-    with joined_ranks() as ranks, args.manager.watching_threads():
+    with joined_ranks() as ranks, args.manager.threads.watched():
         with stdout_for_json_alone(args):
             result, folder = _judged(args, name, config, own, judge, ranks)
         if ranks.is_first:
@@ -172,7 +167,7 @@ def _judged(
     return result, output.path
 
 
-def _show_surely(report: Report, folder: Path, args: argparse.Namespace) -> None:
+def _show_surely(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     """Print a report that is written: if that fails, its verdict stands all the same."""
     try:
         show(report, folder, args)
@@ -186,7 +181,7 @@ def stdout_for_json_alone(args: argparse.Namespace) -> AbstractContextManager[ob
     return redirect_stdout(sys.stderr) if args.json else nullcontext()
 
 
-def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
+def show(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     """Print a report as the options ask for it."""
     from rich.console import Console
 

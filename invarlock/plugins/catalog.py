@@ -229,10 +229,7 @@ def _load(plugin: Plugin) -> None:
 
 
 def _import_local(name: str, known: Iterable[str]) -> ModuleType:
-    """Import a module that somebody named.
-
-    :raises UsageError: it is not there, does not import, or is another one than that of the working folder.
-    """
+    """Import a module that somebody named; UsageError if it is not there, or another one than the working folder's."""
     if not re.fullmatch(r"\w+(\.\w+)*", name) or name.endswith(".py"):
         stem = Path(name.removesuffix(".py")).name
         raise UsageError(f"-p {name}: takes the name of a module, not a path; from its folder: -p {stem}")

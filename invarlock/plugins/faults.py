@@ -128,7 +128,7 @@ class Threads:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take note of threads that fail while the block runs."""
+        """Take each thread that fails while the block runs as a fault of the plugin that started it."""
         before, threading.excepthook = threading.excepthook, self._failed
         try:
             yield

@@ -7,7 +7,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ class PluginManager:
         trace_calls(self._pluggy)
         self.faults = Faults()
         """Of wrappers and threads while guards were asked; whoever folds a verdict takes them."""
-        self._threads = Threads(self.faults)
+        self.threads = Threads(self.faults)
         self._commands: list[Contribution] = []
         # Registered first, so called last: pluggy calls the most recently registered plugin first.
         self._defaults = DefaultAdapter()
@@ -107,10 +107,6 @@ class PluginManager:
                     around = self.faults.accountable(name, caller.name, implementation.function)
                     implementation.function = around  # type: ignore[misc]
 
-    def watching_threads(self) -> AbstractContextManager[None]:
-        """Meanwhile a thread that fails is a fault of the plugin that started it."""
-        return self._threads.watched()
-
     @contextmanager
     def _turn(self, plugin: str) -> Iterator[None]:
         """Ask a plugin in the block: what leaves it is an ``Exception``, or Ctrl-C.
@@ -119,7 +115,7 @@ class PluginManager:
         """
         folder = os.open(".", os.O_RDONLY)
         try:
-            with self._threads.of(plugin), contained():
+            with self.threads.of(plugin), contained():
                 yield
         finally:
             os.fchdir(folder)
@@ -233,11 +229,9 @@ class PluginManager:
 
     def _ask_every_adapter(self, model_id: str, device: str, options: Mapping[str, Any]) -> tuple[Any, Adapter]:
         reasons = []
-        by_instance = {id(plugin.instance): plugin for plugin in self.catalog.of_kind(Kind.ADAPTER)}
-        for instance in self._in_call_order("invarlock_load_model"):
-            if id(instance) not in by_instance:
-                continue
-            plugin = by_instance[id(instance)]
+        adapters = {id(plugin.instance): plugin for plugin in self.catalog.of_kind(Kind.ADAPTER)}
+        called = [id(instance) for instance in self._in_call_order("invarlock_load_model")]
+        for plugin in [adapters[instance] for instance in called if instance in adapters]:
             try:
                 with self._turn(plugin.label):
                     model = self._loaded_by(plugin, model_id, device, options)
