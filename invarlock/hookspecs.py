@@ -1,15 +1,19 @@
-"""Every hook of InvarLock: when it is called, what it gets, what it returns.
+"""Every hook of InvarLock: when it is called, its arguments and its result.
 
 A plugin implements any of these with ``@invarlock.hookimpl``, on functions of a module or methods of an object, and may
 take any subset of a hook's arguments, by name. An implementation with ``wrapper=True`` runs around the others: it takes
 the same arguments, yields once, gets the result from the yield and returns it. A wrapper that fails, does not yield or
 loses the result is named and ends with exit code 3; what it wraps keeps its result.
 
-Each example below is a whole plugin: put into a file ``mine.py``, it works with ``-p mine``. A guard is run if it
-stands in ``guards.order``, an adapter if ``model.adapter`` names it or, with ``auto``, if it owns ``model.id``. A guard
-that counts the weights that a model has lost::
+Unless a hook states otherwise: a ``model`` must not be changed; ``adapter`` is the one that loaded it, an object with
+the methods of ``ModelAdapter``; ``policy`` holds the guard's options, as in the configuration; a ``report`` is a copy
+of plain values, as ``report.json`` holds them, and changes of it are lost. Implementations are called from the last
+registered to the first, plugins before built-ins, ``trylast`` last: all of them, or until one returns a result. When
+one raises, its plugin is named, the baseline restored, nothing saved; exit code 3, or 2 for a ``UsageError``.
 
-    from invarlock import hookimpl
+Each example, with ``from invarlock import hookimpl`` above it, is a whole plugin: put into a file ``mine.py``, it works
+with ``-p mine``. A guard is run if it stands in ``guards.order``, an adapter if ``model.adapter`` names it or, with
+``auto``, if it owns ``model.id``. A guard that counts the weights that a model has lost::
 
     @hookimpl
     def invarlock_validate(model):
@@ -19,38 +23,30 @@ that counts the weights that a model has lost::
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
-if TYPE_CHECKING:
-    import argparse
-
 hookspec = pluggy.HookspecMarker("invarlock")
+Options = Mapping[str, Any]
 
-# -- loading a model: asked of one adapter after the other, plugins before built-ins, trylast last --------------------
 
-
+# -- a model: the adapter that loads it is asked for all the rest ------------------------------------------------------
 @hookspec(firstresult=True)
-def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any]) -> Any:
+def invarlock_load_model(model_id: str, device: str, options: Options) -> Any:
     """Load a model.
 
-    Called once a run. With ``model.adapter: NAME`` only that adapter is asked; with ``auto`` one after the other.
-
+    :called: once per run: on the adapter that ``model.adapter`` names, with ``auto`` on one after the other.
     :param model_id: ``model.id`` of the configuration: a path or an id on a hub.
     :param device: ``model.device``: "auto", "cpu", "cuda", "cuda:1", "mps".
-    :param options: ``dtype``, ``trust_remote_code`` and ``revision`` of the configuration, and ``stream``, true where
-        weights shall stay on disk.
-    :returns: a ``torch.nn.Module``, or None from an adapter that does not own the id.
-        Stops at the first non-None result.
-
-    On raise: an adapter asked for by name ends the run (exit code 3, or 2 for a ``UsageError`` or an ``OSError``);
-    with ``auto`` a ``UsageError`` ends it too, and any other exception is said and the next adapter asked.
+    :param options: ``dtype``, ``trust_remote_code``, ``revision``, and ``stream``: true where weights stay on disk.
+    :returns: a ``torch.nn.Module``, or None for an id that is not the adapter's. Stops at the first non-None result.
+    :raises: an adapter asked for by name ends the run (exit code 3, or 2 for a ``UsageError`` or an ``OSError``); with
+        ``auto`` a ``UsageError`` ends it too, and any other exception is logged and the next adapter asked.
 
     Example, an adapter for ids such as ``folder:path/to/checkpoint``::
-
-        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_load_model(model_id):
@@ -62,22 +58,17 @@ def invarlock_load_model(model_id: str, device: str, options: Mapping[str, Any])
 
 
 @hookspec(firstresult=True)
-def invarlock_load_tokenizer(model_id: str, options: Mapping[str, Any]) -> Any:
+def invarlock_load_tokenizer(model_id: str, options: Options) -> Any:
     """Load the model's own tokenizer.
 
-    Called of the adapter that loaded the model: once a run, if text has to become windows or the model is to be saved;
-    in a comparison for each checkpoint.
-
+    :called: once per run, or per checkpoint of a comparison, if text has to become windows or the model is to be saved.
     :param model_id: ``model.id``.
     :param options: ``trust_remote_code`` and ``revision``.
-    :returns: a tokenizer as those of transformers; None leaves it to transformers' ``AutoTokenizer``.
-        Stops at the first non-None result.
-
-    On raise: the adapter is named and the run ends before anything is measured: exit code 3, or 2 for a ``UsageError``.
+    :returns: a tokenizer like those of transformers; None: use ``AutoTokenizer``. Stops at the first non-None result.
+    :raises: the run ends before anything is measured.
 
     Example, an adapter whose tokenizer lies in a folder of its own::
 
-        from invarlock import hookimpl
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         @hookimpl
@@ -94,17 +85,13 @@ def invarlock_load_tokenizer(model_id: str, options: Mapping[str, Any]) -> Any:
 def invarlock_describe(model: Any) -> dict[str, Any] | None:
     """Describe the model for guards and the report.
 
-    Called once, after loading, of the adapter that loaded the model.
-
+    :called: once, after loading.
     :param model: the loaded model.
-    :returns: a dict of plain values: model_type, model_class, n_layer, n_head, ...; None leaves it to the default,
-        which reads the model's ``config``. Stops at the first non-None result.
+    :returns: a dict of plain values: model_type, model_class, n_layer, n_head, ...; None: use the default, which reads
+        the model's ``config``. Stops at the first non-None result.
+    :raises: the run ends before anything is measured.
 
-    On raise: the adapter is named and the run ends before anything is measured: exit code 3.
-
-    Example, a wrapper that adds to what the adapter of any model tells::
-
-        from invarlock import hookimpl
+    Example, a wrapper that adds to the description of any adapter::
 
         @hookimpl(wrapper=True)
         def invarlock_describe(model):
@@ -115,19 +102,16 @@ def invarlock_describe(model: Any) -> dict[str, Any] | None:
 
 @hookspec(firstresult=True)
 def invarlock_snapshot(model: Any) -> Any:
-    """Keep what is needed to bring the model back bit for bit.
+    """Keep all that is needed to restore the model bit for bit.
 
-    Called once a run, before the first guard sees the model.
-
+    :called: once per run, before the first guard sees the model.
     :param model: the baseline.
-    :returns: anything; it is handed to ``invarlock_restore`` as it is. None leaves both to the default, which writes
-        each tensor to a temporary folder. Stops at the first non-None result.
-
-    On raise: the adapter is named and the run ends before the edit: exit code 3.
+    :returns: anything; it is handed to ``invarlock_restore`` as it is. None: let the default do both, with a temporary
+        folder of tensors. Stops at the first non-None result.
+    :raises: the run ends before the edit.
 
     Example, an adapter that keeps the baseline in memory::
 
-        from invarlock import hookimpl
         from transformers import AutoModelForCausalLM
 
         @hookimpl
@@ -147,21 +131,18 @@ def invarlock_snapshot(model: Any) -> Any:
 
 @hookspec(firstresult=True)
 def invarlock_restore(model: Any, snapshot: Any) -> Any:
-    """Bring the model back to what it was at ``invarlock_snapshot``.
+    """Restore the model to its state at ``invarlock_snapshot``.
 
-    Called after a rollback, an abort, an exception or Ctrl-C, and to undo what a guard changed. The pipeline compares
-    fingerprints afterwards: a baseline that did not come back bit for bit is an error of the adapter.
+    :called: after a rollback, an abort, an exception or Ctrl-C, and to undo what a guard changed. The pipeline compares
+        fingerprints afterwards: a baseline that is not restored bit for bit is an error of the adapter.
+    :param model: the model to restore, in place.
+    :param snapshot: the result of ``invarlock_snapshot``.
+    :returns: True when it was restored; None: use the default. Stops at the first non-None result.
+    :raises: the run ends.
 
-    :param model: the model to bring back, in place.
-    :param snapshot: what ``invarlock_snapshot`` returned.
-    :returns: True when it was restored; None leaves it to the default. Stops at the first non-None result.
-
-    On raise: the run ends with exit code 3 and nothing is saved.
-
-    Example, a wrapper that says when the baseline is back::
+    Example, a wrapper that reports when the baseline is restored::
 
         import sys
-        from invarlock import hookimpl
 
         @hookimpl(wrapper=True)
         def invarlock_restore():
@@ -171,37 +152,28 @@ def invarlock_restore(model: Any, snapshot: Any) -> Any:
     """
 
 
-# -- judging an edit: one guard at a time, in the order of guards.order ------------------------------------------------
-
-
+# -- judging an edit: each guard in the order of guards.order; a call reaches this guard and every wrapper -------------
 @hookspec(firstresult=True)
-def invarlock_observe(model: Any, adapter: Any, policy: Mapping[str, Any], guard: str) -> Mapping[str, Any] | None:
+def invarlock_observe(model: Any, adapter: Any, policy: Options, guard: str) -> Mapping[str, Any] | None:
     """Ask for the inputs and outputs of modules.
 
-    Called for each guard before each of the two forward passes, the baseline's and the edited model's.
-
-    :param model: the model as it will be run; it must not be changed.
-    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
-    :param policy: the guard's options, as in the configuration.
-    :param guard: the name of the guard that is asked.
-    :returns: a tap for each module name to look at: a callable ``tap(module, args, kwargs, output)`` with a method
-        ``result()``. It is called for the preview windows, and must change nothing. None asks for nothing.
-        Stops at the first non-None result.
-
-    On raise, or for anything but taps by module name: an error of that guard, which counts as abort.
+    :called: before each of the two forward passes, the baseline's and the edited model's.
+    :param model: the model as it will be run.
+    :param adapter: the model's adapter.
+    :param policy: the guard's options.
+    :param guard: the guard's name, for wrappers.
+    :returns: a tap for each module name, or None: a callable ``tap(module, args, kwargs, output)`` with a method
+        ``result()``, called for the preview windows; it must change nothing. Stops at the first non-None result.
+    :raises: an error of that guard, which counts as abort; so is anything but taps by module name.
 
     Example, a guard that looks at the largest output of each MLP block::
 
-        from invarlock import hookimpl
-
-        class Largest:
-            value = 0.0
-
+        class Largest(list):
             def __call__(self, module, args, kwargs, output):
-                self.value = max(self.value, output.abs().max().item())
+                self.append(output.abs().max().item())
 
             def result(self):
-                return self.value
+                return max(self)
 
         @hookimpl
         def invarlock_observe(model):
@@ -216,28 +188,19 @@ def invarlock_observe(model: Any, adapter: Any, policy: Mapping[str, Any], guard
 
 
 @hookspec(firstresult=True)
-def invarlock_prepare(
-    model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any], guard: str
-) -> Mapping[str, Any] | None:
-    """Look at the baseline, before the edit.
+def invarlock_prepare(model: Any, adapter: Any, calib: Any, policy: Options, guard: str) -> Mapping[str, Any] | None:
+    """Look at the baseline.
 
-    Called for each guard, in the order of ``guards.order``, as a call of its own that reaches this guard and every
-    wrapper.
-
-    :param model: the baseline; it must not be changed.
-    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
+    :called: before the edit.
+    :param model: the baseline. Whatever of it ``invarlock_validate`` needs has to be copied: the edit is in place.
+    :param adapter: the model's adapter.
     :param calib: the preview windows: an iterable of batches, dicts of ``input_ids`` and ``attention_mask``.
-    :param policy: the guard's options, as in the configuration.
-    :param guard: the name of the guard that is asked; of use to wrappers.
+    :param policy: the guard's options.
+    :param guard: the guard's name, for wrappers.
     :returns: a dict with ``ready``, True or False; None counts as ready. Stops at the first non-None result.
-        What is kept of the model for ``invarlock_validate`` has to be a copy: the edit happens in place.
+    :raises: abort before the edit, once the others are prepared; so for any ``ready`` but True.
 
-    On raise, with ``ready: False``, or where ``ready`` is neither True nor False: abort before the edit. The other
-    guards are still prepared.
-
-    Example, a guard that compares the norm of each parameter with what it was::
-
-        from invarlock import hookimpl
+    Example, a guard that compares the norm of each parameter with the baseline's::
 
         norms = {}
 
@@ -257,31 +220,24 @@ def invarlock_prepare(
 def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], guard: str) -> Mapping[str, Any] | None:
     """Judge the edited model.
 
-    Called for each guard, in the order of ``guards.order``, as a call of its own that reaches this guard and every
-    wrapper. All guards are called, whatever one of them says, unless ``guards.fail_fast`` is set.
-
-    :param model: the edited model; it must not be changed.
-    :param adapter: the adapter that loaded it, as an object with the methods of ``ModelAdapter``.
+    :called: after the edit: on all guards, whatever one of them says, unless ``guards.fail_fast`` is set.
+    :param model: the edited model. A change of it, of its modules' hooks and attributes, of its configuration or its
+        tokenizer is undone and named, as an error of the guard.
+    :param adapter: the model's adapter.
     :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the plan and what it did to each
         module), ``limit`` (``eval.max_pm_ratio``, the largest ratio of the metric to accept), ``policy``,
         ``observations`` (what the taps collected before and after), ``attempt``, ``device``, ``rank``.
-    :param guard: the name of the guard that is asked; of use to wrappers.
-    :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``,
-        ``metrics`` (a dict of figures) and ``warnings`` (a list of texts). An edit that did not pass is one to warn of,
-        to roll back or to abort; "continue" goes with ``passed`` False only where ``metrics["measured"]`` is False,
-        too: then the guard says neither. Stops at the first non-None result.
-
-    On raise, without ``passed``, with an unknown or a contradicting action, or where ``metrics`` hold what is no data:
-    an error of that guard, which counts as abort; the traceback is in the report. What is too long for a report is cut,
-    with a warning that says so: lists to 10,000 entries, tensors of more than 1,000 numbers to their shape.
-
-    A change of the model, of what hangs on its modules (hooks, attributes), of its configuration or its tokenizer is an
-    error of the guard, too: it is undone and named.
+    :param guard: the guard's name, for wrappers.
+    :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``, ``metrics``
+        (a dict of figures), ``warnings`` (a list of texts). "continue" goes with ``passed`` False only where
+        ``metrics["measured"]`` is False, too: then the guard has no opinion. Lists are cut to 10,000 entries, tensors
+        of more than 1,000 numbers to their shape, with a warning. Stops at the first non-None result.
+    :raises: an error of that guard, which counts as abort, with the traceback in the report; so for a result without
+        ``passed``, an unknown or a contradicting action, or ``metrics`` that hold what is no data.
 
     Example, a timer around every guard::
 
         import sys, time
-        from invarlock import hookimpl
 
         @hookimpl(wrapper=True)
         def invarlock_validate(guard):
@@ -292,28 +248,22 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     """
 
 
-# -- what a run reads and writes: plugins are asked before built-ins ---------------------------------------------------
-
-
+# -- a run: its text, its formats, its report, and commands beside it --------------------------------------------------
 @hookspec(firstresult=True)
 def invarlock_documents(dataset: Any) -> Sequence[str] | None:
     """Give the text that a model is measured on.
 
-    Called once a run, before a model is loaded, unless ``dataset.provider`` is ``generated``; of one plugin after the
-    other. A provider goes by the name of its plugin: other names are not listed, and none is near a misspelled one.
-
+    :called: once per run, before a model is loaded, unless ``dataset.provider`` is ``generated``; plugins before
+        built-ins. A provider goes by the name of its plugin: other names are neither listed nor suggested for a typo.
     :param dataset: the section ``dataset`` of the configuration: ``provider``, ``path``, ``name``, ``text_field``,
         ``split`` and ``seed`` are for providers to read; it must not be changed.
-    :returns: the documents, a list of texts or another sequence, which is read no further than needed and in an order
-        of the run's own; None from a plugin that does not own ``dataset.provider``. Stops at the first non-None result.
-
-    On raise, or for what is not a sequence of texts: the provider is named and nothing is measured: exit code 3, or 2
-    for a ``UsageError``.
+    :returns: a sequence of texts, which is read no further than needed and in an order of the run's own; None unless
+        ``dataset.provider`` is the plugin's. Stops at the first non-None result.
+    :raises: the run ends before anything is measured; so for anything but a sequence of texts.
 
     Example, ``dataset.provider: mine``, which reads each file of the folder ``dataset.path`` as a document::
 
         from pathlib import Path
-        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_documents(dataset):
@@ -327,18 +277,12 @@ def invarlock_documents(dataset: Any) -> Sequence[str] | None:
 def invarlock_exporters() -> Sequence[Any] | None:
     """Add formats in which an accepted model can be saved.
 
-    Called when a configuration is held against the plugins, and by ``invarlock plugins``: so import what is slow to
-    import when the model is saved.
-
-    :returns: a list of exporters, of classes with ``invarlock.api.Exporter`` as base; the ``name`` of each is a value
-        of ``output.format``. All implementations are called; a name that is taken is an error.
-
-    On raise, or for anything but a list of objects with a ``name``: the plugin is named and nothing is run: exit
-    code 3.
+    :called: by ``invarlock plugins``, and before a run: so import what is slow to import when the model is saved.
+    :returns: exporters, of classes with ``invarlock.api.Exporter`` as base; ``name`` is a value of ``output.format``.
+    :raises: nothing is run; so for a name that is taken, or anything but a list of objects with a ``name``.
 
     Example, a format of one file::
 
-        from invarlock import hookimpl
         from invarlock.api import Exporter
 
         class StateDict(Exporter):
@@ -358,18 +302,12 @@ def invarlock_exporters() -> Sequence[Any] | None:
 def invarlock_report_formats() -> Sequence[Any] | None:
     """Add formats in which a report can be shown.
 
-    Called by ``invarlock report`` and ``invarlock plugins``: so import what is slow to import when a report is
-    rendered.
-
-    :returns: a list of formats: objects with ``name``, which ``invarlock report --format`` takes, ``suffix`` of such
-        files, and ``render``, which makes a text of one report or several. All implementations are called; a name that
-        is taken is an error.
-
-    On raise, or for anything but a list of objects with a ``name``: the plugin is named: exit code 3.
+    :called: by ``invarlock report`` and ``invarlock plugins``: so import what is slow to import in ``render``.
+    :returns: objects with ``name``, for ``invarlock report --format``, ``suffix`` of such files, and ``render``, which
+        makes a text of one report or several.
+    :raises: nothing is shown; so for a name that is taken, or anything but a list of objects with a ``name``.
 
     Example, the verdict in one word::
-
-        from invarlock import hookimpl
 
         class Word:
             name, suffix = "word", ".txt"
@@ -383,25 +321,17 @@ def invarlock_report_formats() -> Sequence[Any] | None:
     """
 
 
-# -- the command line, attempts and the report -------------------------------------------------------------------------
-
-
 @hookspec
 def invarlock_add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add commands to ``invarlock``.
 
-    Called when the parser is built, of plugins in the form of a module or an object: a class has no instance yet. The
-    built-in commands are there before, and keep their names.
-
-    :param subparsers: add a parser to it and set ``run``, a function of the parsed arguments that returns an exit
-        code: ``parser.set_defaults(run=run)``.
+    :called: when the parser is built, on plugins in the form of a module or an object: a class has no instance yet. The
+        built-in commands are there before, and keep their names.
+    :param subparsers: add a parser to it, with ``set_defaults(run=run)``: ``run(args)`` returns an exit code.
     :returns: nothing.
-
-    On raise: the plugin is named, and the commands of the others are there all the same.
+    :raises: the plugin is named, and the commands of the others are there all the same.
 
     Example, the command ``invarlock -p mine hello``::
-
-        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_add_commands(subparsers):
@@ -413,26 +343,19 @@ def invarlock_add_commands(subparsers: argparse._SubParsersAction[argparse.Argum
 def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
     """Look at one attempt of the edit, as soon as its verdict is known.
 
-    Called once for each attempt of a run, and once in a comparison, by the first process: after all guards were asked
-    and the verdict was folded, before a rejected edit is undone and the next attempt begins. An abort before the edit,
-    when a guard was not ready, is an attempt, too.
-
+    :called: by the first process for each attempt of a run, and once in a comparison: after the verdict, before a
+        rejected edit is undone and the next attempt begins. An abort because a guard was not ready is an attempt, too.
     :param attempt: its number, counted from 1.
-    :param report: plain values, as ``report.json`` would hold them: ``bitwidth``, ``modules`` (what was done to each
-        weight), and the sections ``guards``, ``metrics`` and ``verdict``. A copy: changes reach no later stage.
-    :returns: nothing; all implementations are called, the last registered first.
+    :param report: ``bitwidth``, ``modules`` (what was done to each weight), ``guards``, ``metrics`` and ``verdict``.
+    :returns: nothing.
+    :raises: no further attempt is made.
 
-    On raise: the plugin is named, the baseline restored, no further attempt made, nothing saved; exit code 3.
-
-    Example, a line of JSON for each attempt::
-
-        import json
-        from invarlock import hookimpl
+    Example, a line for each attempt::
 
         @hookimpl
         def invarlock_attempt_finished(attempt, report):
-            with open("attempts.jsonl", "a") as log:
-                print(json.dumps({"attempt": attempt, "verdict": report["verdict"]["action"]}), file=log)
+            with open("attempts.txt", "a") as log:
+                print(attempt, report["verdict"]["action"], file=log)
     """
 
 
@@ -440,20 +363,15 @@ def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
 def invarlock_run_finished(report: dict[str, Any]) -> dict[str, Any] | None:
     """Look at the report of a run, and add to it.
 
-    Called once a run, after the report exists and before it is written. The model was judged by then: a change of it,
-    of its configuration or of its tokenizer ends the run with exit code 3, and nothing is saved.
-
-    :param report: a copy of the report as ``report.json`` will hold it. Keys that are put below ``report["extra"]`` are
-        taken over; no other change is.
-    :returns: a dict of plain values that go below ``extra``, or None. All implementations are called, the last
-        registered first.
-
-    On raise: the plugin is named, the baseline restored, and nothing is written; exit code 3.
+    :called: once per run, before the report is written. The model was judged by then: a change of it, of its
+        configuration or of its tokenizer ends the run with exit code 3, and nothing is saved.
+    :param report: keys that are put below ``report["extra"]`` are taken over; no other change is.
+    :returns: a dict of plain values that go below ``extra``, or None.
+    :raises: nothing is written.
 
     Example, the number of a ticket::
 
         import os
-        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_run_finished():
@@ -465,20 +383,14 @@ def invarlock_run_finished(report: dict[str, Any]) -> dict[str, Any] | None:
 def invarlock_report_sections(report: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Add sections to the report, which every rendering of it shows.
 
-    Called once a run, after ``invarlock_run_finished`` and before anything is written. The sections are kept in
-    ``report["sections"]``, so that ``invarlock report`` shows them later without the plugin.
-
-    :param report: a copy of the report as ``report.json`` will hold it, to be read.
-    :returns: a list of sections, dicts of plain values: ``title`` and, of one's choice, ``text``, and a table as
-        ``columns`` (names) and ``rows`` (lists of as many cells: text, numbers, None). No markup: it would be shown as
-        it stands. None adds nothing; all implementations are called, the last registered first.
-
-    On raise, or for a section that is not of that form: the plugin is named, the baseline restored, and nothing is
-    written; exit code 3.
+    :called: once per run, after ``invarlock_run_finished`` and before anything is written. The sections are kept in
+        ``report["sections"]``, so that ``invarlock report`` shows them later without the plugin.
+    :param report: the whole report, to be read.
+    :returns: a list of sections, or None: dicts of plain values: ``title`` and, optionally, ``text``, and a table as
+        ``columns`` (names) and ``rows`` (lists of as many cells: text, numbers, None). Markup is shown as it stands.
+    :raises: nothing is written; so for a section that is not of that form.
 
     Example, the time of each guard as a table::
-
-        from invarlock import hookimpl
 
         @hookimpl
         def invarlock_report_sections(report):

@@ -55,7 +55,7 @@ def _hook_sections() -> Iterator[str]:
 
 
 def _prose(docstring: str) -> str:
-    """A docstring as Markdown: fields become lists, ``code`` becomes `code`, indented examples become blocks."""
+    """A docstring as Markdown: fields become lists, ``code`` becomes `code`, indented examples become whole plugins."""
     lines, in_code = [], False
     for line in docstring.splitlines():
         code = line.startswith("    ") and (in_code or (bool(lines) and lines[-1] == ""))
@@ -65,7 +65,7 @@ def _prose(docstring: str) -> str:
             lines += ["```", ""]
             in_code = False
         if code and not in_code:
-            lines.append("```python")
+            lines += ["```python", "from invarlock import hookimpl", *_blank_unless_import(line)]
             in_code = True
         if in_code:
             lines.append(line.removeprefix("    "))
@@ -74,11 +74,17 @@ def _prose(docstring: str) -> str:
     return "\n".join([*lines, "```"] if in_code else lines)
 
 
+def _blank_unless_import(line: str) -> list[str]:
+    """The line between the imports of an example and its code, where the example imports nothing else."""
+    return [] if line.strip().startswith(("from ", "import ")) else [""]
+
+
 def _field(line: str) -> str:
-    for start, shown in ((":param ", "- "), (":returns:", "- returns:")):
-        if line.startswith(start):
-            name, _, rest = line.removeprefix(start).partition(": ")
-            return f"- `{name}`: {rest}" if start == ":param " else shown + line.removeprefix(start)
+    if line.startswith(":param "):
+        name, _, rest = line.removeprefix(":param ").partition(": ")
+        return f"- `{name}`: {rest}"
+    if line.startswith((":called:", ":returns:", ":raises:")):
+        return f"- {line.removeprefix(':')}"
     return f"  {line.strip()}" if line.startswith("    ") else line
 
 

@@ -87,7 +87,7 @@ def test_a_plugin_that_lacks_a_distribution_is_a_warning(invarlock, site) -> Non
     [
         ({"guards": {"order": ["invariant"]}}, "guards", "did you mean 'invariants'?"),
         ({"guards": {"order": ["spectral"], "spectral": {"sigm": 1}}}, "guards", "no such option"),
-        ({"plugins": ["nowhere_to_be_found"]}, "plugins", "there is no plugin and no module"),
+        ({"plugins": ["nowhere_to_be_found"]}, "plugins", "unknown plugin or module"),
         ({"dataset": {"provider": "demo", "seq_len": 256, "final_n": 9000}}, "text", "lower dataset.preview_n"),
         ({"dataset": {"provider": "local_jsonl", "path": "nowhere.jsonl"}}, "text", "nowhere.jsonl does not exist"),
         ({"model": {"id": str(DEMO / "checkpoint"), "device": "cuda:93"}}, "devices", "cuda:93"),

@@ -345,4 +345,4 @@ def test_a_format_that_fails_is_its_plugins_failure(invarlock, module, change: t
 def test_an_unknown_format_is_named_with_the_nearest(invarlock, config, command: str) -> None:
     done = invarlock(command, "-c", config(output={"format": "ggfu"}))
     assert done.code == (1 if command == "doctor" else 2)
-    assert "output.format: there is no exporter 'ggfu'; did you mean 'gguf'?" in done.err + done.out
+    assert "output.format: unknown exporter 'ggfu'; did you mean 'gguf'?" in done.err + done.out

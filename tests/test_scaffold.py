@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from projects import lay_editable
 
-from invarlock.scaffold import TEMPLATES
+from invarlock.plugins.plugin import GROUPS
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "plugins"
 
@@ -19,18 +19,18 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "plugins"
 @pytest.fixture
 def packages(invarlocker) -> dict[str, Path]:
     """A new package of each kind, installed as ``pip install -e`` would."""
-    for kind in TEMPLATES:
+    for kind in GROUPS:
         done = invarlocker.run("plugins", "new", kind, f"my_{kind}", "--dir", "src")
         assert done.code == 0, done.err
-    return {kind: lay_editable(Path("src", f"my_{kind}"), invarlocker.site) for kind in TEMPLATES}
+    return {kind: lay_editable(Path("src", f"my_{kind}"), invarlocker.site) for kind in GROUPS}
 
 
 def test_the_plugins_of_new_packages_are_ready(invarlocker, packages) -> None:
     items = json.loads(invarlocker.run("plugins", "--only", "ready", "--json").out)["items"]
     mine = {item["kind"]: item for item in items if item["name"].startswith("my_")}
-    assert mine.keys() == TEMPLATES.keys()
+    assert mine.keys() == GROUPS.keys()
     for kind, item in mine.items():
-        assert item["entry_point"].startswith(f"{TEMPLATES[kind]}: my_{kind} = my_{kind}.{kind}")
+        assert item["entry_point"].startswith(f"{GROUPS[kind]}: my_{kind} = my_{kind}.{kind}")
         assert item["distribution"] == f"invarlock-my-{kind}"
 
 
@@ -46,7 +46,7 @@ def test_the_tests_of_new_packages_and_of_the_examples_pass(invarlocker, package
     assert "37 passed" in done.stdout
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("kind", GROUPS)
 def test_a_new_package_is_in_good_style_and_whole(invarlocker, packages, kind: str) -> None:
     files = {path.relative_to(packages[kind]).as_posix() for path in packages[kind].rglob("*") if path.is_file()}
     name = f"my_{kind}"

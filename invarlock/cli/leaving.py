@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from typing import NoReturn
 
 from invarlock.cli import streams
-
-
-def now() -> float:
-    """Seconds since the epoch, as the system counts them for processes."""
-    return time.time()
 
 
 def leave(code: int, started: float) -> NoReturn:
@@ -20,7 +14,8 @@ def leave(code: int, started: float) -> NoReturn:
 
     After a run nothing that was registered with ``atexit`` is called: it could change the status, or never end.
 
-    :param started: when this command began: an older child is somebody else's, whose shell became this process.
+    :param started: when this command began, in seconds since the epoch: an older child is somebody else's, whose shell
+        became this process.
     """
     streams.flush()
     if "torch" not in sys.modules:

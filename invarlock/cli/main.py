@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -20,7 +21,7 @@ ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 def console() -> NoReturn:
     """End this process with what ``main`` returns, whatever plugins have left running and whoever reads the output."""
-    started = leaving.now()
+    started = time.time()
     streams.take(aside="--json" in sys.argv)
     try:
         code = main()
@@ -58,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """Parse and dispatch.
-
-    The ``-p`` options are read before anything is imported, so that a broken plugin can always be turned off.
-    """
+    # Values of -p are read before anything is imported, so that a broken plugin can always be turned off.
     autoload = not _is_on("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD")
     selection = Selection.of(read_plugin_options(arguments), autoload=autoload)
     with streams.aside():

@@ -22,30 +22,23 @@ if TYPE_CHECKING:
     from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
-    Judging = Callable[[argparse.Namespace, Ranks], tuple[RunResult, Path]]
-
-Report = dict[str, Any]
-
 log = logging.getLogger("invarlock")
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
-    """How to set keys, where the output goes, and how much is said."""
+    """Add options that set keys, place the output, and choose how much is printed."""
     add_setting_option(parser)
-    parser.add_argument("--device", help="same as --set model.device=DEVICE")
-    parser.add_argument("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
-    parser.add_argument("--seed", type=int, help="same as --set dataset.seed=SEED")
-    parser.add_argument("--strict", action="store_true", help="a warning makes the exit status 1")
-    parser.add_argument("--force", action="store_true", help="replace the output of an earlier run in the same folder")
-    parser.add_argument(
-        "--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
-    parser.add_argument("--allow-network", action="store_true", help="let hub clients fetch models and data")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings"
-    )
+    add = parser.add_argument
+    add("--device", help="same as --set model.device=DEVICE")
+    add("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
+    add("--seed", type=int, help="same as --set dataset.seed=SEED")
+    add("--strict", action="store_true", help="a warning makes the exit status 1")
+    add("--force", action="store_true", help="replace the output of an earlier run in the same folder")
+    add("--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file")
+    add("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
+    add("--allow-network", action="store_true", help="let hub clients fetch models and data")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
+    add("-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings")
 
 
 def path_argument(text: str) -> str:
@@ -61,12 +54,6 @@ def add_setting_option(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="set a configuration key, for example edit.plan.bitwidth=4; goes before the file",
     )  # fmt: skip
-
-
-def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys that options other than ``--set`` set."""
-    given = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def set_environment(args: argparse.Namespace) -> None:
@@ -130,10 +117,15 @@ def output_of(args: argparse.Namespace, configured: str | None, name: str, ranks
     return output
 
 
-def judge_together(args: argparse.Namespace, judge: Judging) -> int:
+def judge_together(
+    args: argparse.Namespace, name: str, config: str | None, own: dict[str, Any], judge: Callable[..., RunResult]
+) -> int:
     """Judge with the other processes of the run, if there are any; the first one prints.
 
-    :param judge: returns what was found and the folder that the report is in.
+    :param name: of the run, and of its folder unless one is configured.
+    :param config: the path of the configuration; None for an empty one.
+    :param own: the configuration keys that options of this command alone set.
+    :param judge: called with ``args`` and the configuration, and by name with what each pipeline takes.
     :returns: the exit code of the verdict.
     """
     set_environment(args)
@@ -141,9 +133,9 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     from invarlock.distributed.process_group import joined_ranks
 
     temporary.sweep()
-    with joined_ranks() as ranks, args.manager.watching_threads():
+    with joined_ranks() as ranks, args.manager.threads.watched():
         with stdout_for_json_alone(args):
-            result, folder = judge(args, ranks)
+            result, folder = _judged(args, name, config, own, judge, ranks)
         if ranks.is_first:
             _show_surely(result.report, folder, args)
         # Launchers end all when one has ended with another status than 0, as after a rejection.
@@ -151,7 +143,31 @@ def judge_together(args: argparse.Namespace, judge: Judging) -> int:
     return result.verdict.exit_code
 
 
-def _show_surely(report: Report, folder: Path, args: argparse.Namespace) -> None:
+def _judged(
+    args: argparse.Namespace,
+    name: str,
+    path: str | None,
+    own: dict[str, Any],
+    judge: Callable[..., RunResult],
+    ranks: Ranks,
+) -> tuple[RunResult, Path]:
+    from invarlock.config.loading import load
+
+    shared = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
+    config = load(path, args.settings, {key: value for key, value in shared.items() if value is not None} | own)
+    args.manager.add(config.plugins, args.selection.blocked)
+
+    # Only now: a mistake in the configuration is reported without waiting for torch.
+    from invarlock.cli import progress
+
+    quieten_libraries(verbose=args.verbose)
+    output = output_of(args, config.output.dir, name, ranks)
+    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
+        result = judge(args, config, output=output, strict=args.strict, ranks=ranks, on_progress=on_progress)
+    return result, output.path
+
+
+def _show_surely(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     """Print a report that is written: if that fails, its verdict stands all the same."""
     try:
         show(report, folder, args)
@@ -165,7 +181,7 @@ def stdout_for_json_alone(args: argparse.Namespace) -> AbstractContextManager[ob
     return redirect_stdout(sys.stderr) if args.json else nullcontext()
 
 
-def show(report: Report, folder: Path, args: argparse.Namespace) -> None:
+def show(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     """Print a report as the options ask for it."""
     from rich.console import Console
 

@@ -7,35 +7,24 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import rich.progress as rich
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 BYTES_FROM = 1_000_000
 """A total from here on is one of bytes: there are never so many windows or weights."""
 
 LOADING = ("Loading weights", "Converting and de-quantizing")
-"""How the bars of transformers begin that are shown as one of ours."""
+"""Beginnings of the bars of transformers that are shown as one of ours."""
 
 
-class _Amount(ProgressColumn):
-    """How many of how many; of bytes, with their rate."""
+class _Amount(rich.ProgressColumn):
+    """Done and total; of bytes, with their rate."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: rich.Task) -> Text:
         if (task.total or 0) < BYTES_FROM:
-            return MofNCompleteColumn().render(task)
-        return Text.assemble(DownloadColumn().render(task), " ", TransferSpeedColumn().render(task))
+            return rich.MofNCompleteColumn().render(task)
+        return Text.assemble(rich.DownloadColumn().render(task), " ", rich.TransferSpeedColumn().render(task))
 
 
 @contextmanager
@@ -44,10 +33,10 @@ def bars(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     if not (shown and sys.stderr.isatty()):
         yield lambda stage, done, total: None
         return
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), _Amount(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
+    columns = (rich.TextColumn("{task.description:<14}"), rich.BarColumn(), _Amount(), rich.TimeRemainingColumn())
+    tasks: dict[str, rich.TaskID] = {}
     latest: dict[str, int] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

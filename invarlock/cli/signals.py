@@ -20,7 +20,7 @@ STATUS = {
     signal.SIGHUP: ExitCode.HUNG_UP,
 }
 GRACE = 5.0
-"""How many seconds a command has to end by itself. Containers are killed 10 s after SIGTERM, jobs of Slurm after 30."""
+"""Seconds that a command has to end by itself. Containers are killed 10 s after SIGTERM, jobs of Slurm after 30."""
 
 _output: OutputFolder | None = None
 

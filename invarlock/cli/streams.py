@@ -42,7 +42,7 @@ class _Forgiving(io.RawIOBase):
 
 
 _result: tuple[TextIO, _Forgiving] | None = None
-"""Where the result of the command goes, if that is not what ``sys.stdout`` is by now."""
+"""Stream for the result of the command, if that is not what ``sys.stdout`` is by now."""
 
 
 def take(*, aside: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from invarlock.config.reading import DEPTH, Source, kind, read_file, read_setting
-from invarlock.config.schema import PATHS, Key, RunConfig, as_keys, keys
+from invarlock.config.schema import PATHS, RunConfig, as_keys, keys
 from invarlock.core.errors import UsageError, nearest
 from invarlock.core.paths import PathError, given
 from invarlock.quantization.scheme import PlanError
@@ -112,19 +112,14 @@ def _explain(error: Any, source: Source) -> UsageError:
 
 def _nearest_key(key: str) -> str:
     """The nearest known key of the same section, else the nearest of all."""
-    parent, _, name = key.rpartition(".")
+    parent, dot, name = key.rpartition(".")
+    section = parent + dot
     known = [entry.path for entry in keys()]
-    siblings = {
-        path.removeprefix(f"{parent}." if parent else "").split(".")[0] for path in known if _is_below(path, parent)
-    }
+    siblings = {path.removeprefix(section).split(".")[0] for path in known if path.startswith(section)}
     elsewhere = [path for path in known if path.rpartition(".")[2] == name]
     return nearest(name, siblings) or (
         f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known are {', '.join(sorted(siblings))}"
     )
-
-
-def _is_below(path: str, parent: str) -> bool:
-    return not parent or path.startswith(f"{parent}.")
 
 
 def _check_across_keys(config: RunConfig, source: Source) -> None:
@@ -138,7 +133,7 @@ def _check_across_keys(config: RunConfig, source: Source) -> None:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the configuration file, with each key's sentence, for editors."""
     schema = TypeAdapter(RunConfig).json_schema()
-    sentences = {entry.path: entry for entry in keys()}
+    sentences = {entry.path: entry.sentence for entry in keys()}
     _describe(schema, schema, "", sentences)
     guards = schema["$defs"]["GuardsConfig"]
     guards["additionalProperties"] = guards["properties"].pop("options")["additionalProperties"]
@@ -146,9 +141,9 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **anchors}
 
 
-def _describe(section: dict[str, Any], schema: dict[str, Any], prefix: str, sentences: Mapping[str, Key]) -> None:
+def _describe(section: dict[str, Any], schema: dict[str, Any], prefix: str, sentences: Mapping[str, str]) -> None:
     for name, entry in section["properties"].items():
         if "$ref" in entry:
             _describe(schema["$defs"][entry["$ref"].rpartition("/")[2]], schema, f"{prefix}{name}.", sentences)
         elif prefix + name in sentences:
-            entry["description"] = sentences[prefix + name].sentence
+            entry["description"] = sentences[prefix + name]

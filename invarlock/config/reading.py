@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -50,17 +50,6 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own, which must not be shared
 
 
-for _tag, _pattern in (
-    (MERGE, "<<"),
-    (f"{TAG}null", NULL),
-    (f"{TAG}bool", BOOL),
-    (f"{TAG}int", INT),
-    (f"{TAG}float", FLOAT),
-    (AMBIGUOUS, OTHERWISE),
-):
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
-
-
 def _integer(text: str) -> int:
     if len(text) > DIGITS:
         raise ValueError(f"a number of {len(text)} digits is too large")
@@ -81,19 +70,29 @@ def _text(text: str) -> str:
     return text
 
 
+def _ambiguous(text: str) -> NoReturn:
+    remedy = f"quote it if it is text ('{text}'), else write true, false or a plain decimal number"
+    raise ValueError(f"readers of YAML disagree about {text}: {remedy}")
+
+
 SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     f"{TAG}null": (NULL, lambda text: None),
     f"{TAG}bool": (BOOL, lambda text: text.lower() == "true"),
     f"{TAG}int": (INT, _integer),
     f"{TAG}float": (f"{FLOAT}|{INT}", _number),
-    f"{TAG}str": (r"(?s:.*)", _text),
     MERGE: ("<<", _text),
+    AMBIGUOUS: (OTHERWISE, _ambiguous),
+    f"{TAG}str": (r"(?s:.*)", _text),
 }
+"""Pattern and reader by tag; a plain scalar has the tag of the first pattern that it matches."""
+
+for _tag, (_pattern, _) in SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), None)
 
 
 @dataclass
 class Source:
-    """Where each key of a configuration was written, for the error that names it."""
+    """Values of a configuration, and the place of each key for the error that names it."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +141,7 @@ def read_setting(setting: str, key: str, text: str, source: Source) -> Any:
 
 
 def kind(value: Any) -> str:
-    """How a value is called in a message."""
+    """Name of a value in a message."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
@@ -233,9 +232,6 @@ class _Reader:
             raise UsageError(f"{self.place_of(node)}: {parent or 'configuration'}: a key: {error}") from None
 
     def _scalar(self, node: yaml.ScalarNode, key: str) -> Any:
-        if node.tag == AMBIGUOUS:
-            remedy = f"quote it if it is text ('{node.value}'), else write true, false or a plain decimal number"
-            raise self.source.error(key, f"readers of YAML disagree about {node.value}: {remedy}")
         if node.tag not in SCALARS:
             raise self._tag_error(node, key)
         pattern, read = SCALARS[node.tag]

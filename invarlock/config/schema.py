@@ -17,20 +17,22 @@ from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
 from invarlock.quantization.scheme import Plan
 
-FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 GENERATED = "generated"
 """The one provider that is no plugin: the baseline writes its own windows."""
 PATHS = ("model.id", "dataset.path", "output.dir")
 """Keys whose values are paths, or ids on a hub: ``invarlock.core.paths`` has the rule."""
 
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+class _Section:
+    """Data class whose unknown keys pydantic refuses."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
     id: Annotated[str, MinLen(1), "Folder or file of the checkpoint, or an id on a hub."]
     adapter: Annotated[str, "Adapter that loads it; auto asks every adapter, the generic one last."] = "auto"
     device: Annotated[
@@ -48,9 +50,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class DatasetConfig(_Section):
     provider: Annotated[
         str,
         "Where the text comes from: local_jsonl, local_text, demo, hf, or a provider of a plugin; generated: the "
@@ -70,32 +70,26 @@ class DatasetConfig:
 
     @property
     def is_generated(self) -> bool:
-        """Whether the baseline writes its own text."""
+        """True if the baseline writes its own text."""
         return self.provider == GENERATED
 
 
 @dataclass(frozen=True)
-class RetryConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class RetryConfig(_Section):
     max_attempts: Annotated[
         int, Ge(1), Le(7), "Attempts after a rollback: each next one quantizes with one more bit, up to 8."
     ] = 1
 
 
 @dataclass(frozen=True)
-class EditConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class EditConfig(_Section):
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
     plan: Plan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
 
 
 @dataclass(frozen=True)
-class GuardsConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class GuardsConfig(_Section):
     order: Annotated[tuple[str, ...], "Guards to run, in this order; a name listed twice runs twice."] = (
         "invariants",
         "reconstruction",
@@ -109,9 +103,7 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
-class MetricConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class MetricConfig(_Section):
     kind: Annotated[
         Literal["auto", "perplexity", "masked_perplexity", "target_perplexity"],
         "Primary metric; auto takes the one that the model's task calls for.",
@@ -121,9 +113,7 @@ class MetricConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class EvalConfig(_Section):
     metric: MetricConfig = field(default_factory=MetricConfig)
     max_pm_ratio: Annotated[
         float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."
@@ -131,9 +121,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
-
+class OutputConfig(_Section):
     dir: Annotated[str | None, "Folder of the report; by default runs/NAME-TIME, new for each run."] = None
     save_model: Annotated[bool, "Whether an accepted model is saved, to DIR/model."] = False
     format: Annotated[
@@ -144,10 +132,8 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Section):
     """One run. Every section but ``model`` has defaults."""
-
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
 
     model: ModelConfig
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -89,9 +89,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def nearest_or_all(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, else all of them."""
-    return nearest(name, known) or f"; known are {', '.join(known)}"
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
+    """Message about an unknown name, with the nearest known one, else with all of them."""
+    return f"unknown {kind} {name!r}" + (nearest(name, known) or f"; known are {', '.join(known)}")
 
 
 def one_line(error: BaseException) -> str:

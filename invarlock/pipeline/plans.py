@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from invarlock.config.schema import RunConfig, as_keys
-from invarlock.core.errors import PluginError, UsageError, nearest_or_all
+from invarlock.core.errors import PluginError, UsageError, unknown
 from invarlock.exporters.exporter import Exporter
 from invarlock.exporters.saving import Export
 from invarlock.plugins.manager import PluginManager
@@ -41,7 +41,7 @@ def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
     name = config.output.format
     known = plugins.exporters(name)
     if name not in known:
-        raise UsageError(f"output.format: there is no exporter {name!r}{nearest_or_all(name, list(known))}")
+        raise UsageError(f"output.format: {unknown('exporter', name, known)}")
     if not config.output.save_model:
         return None
     found = known[name]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from invarlock.core.errors import PluginError
 from invarlock.core.plain import plain
 from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.plugin import Plugin
 
-
-class Ask(Protocol):
-    """A hook called on one adapter."""
-
-    def __call__(self, plugin: Plugin, hook: str, /, **arguments: Any) -> Any: ...
+Ask = Callable[..., Any]
+"""Calls a hook on one adapter: a plugin, the hook's name, and its arguments by name."""
 
 
 class DefaultAdapter(ModelAdapter):

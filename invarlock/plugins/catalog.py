@@ -1,4 +1,4 @@
-"""Which plugins there are: entry points, modules named with ``-p``, and the one edit; each with its state."""
+"""Catalog of plugins: entry points, modules named with ``-p``, and the one edit; each with its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from invarlock.core.errors import (
     located,
     nearest,
     one_line,
+    unknown,
 )
 from invarlock.plugins.checking import check, hook_marks
 from invarlock.plugins.classes import Guard, ModelAdapter
@@ -87,10 +87,20 @@ class Catalog:
         return catalog
 
     def add_local(self, name: str, installed: Iterable[Plugin] = ()) -> list[Plugin]:
-        """Import a module that somebody named, and take what it holds as plugins."""
-        with _importing(name):
-            module = _import_local(name, [plugin.name for plugin in installed])
-            added = list(_local_plugins(name, module))
+        """Import a module that somebody named, and take what it holds as plugins.
+
+        :raises UsageError: it does not import, holds no plugin, or one whose name is taken.
+        :raises PluginError: it would have ended the process.
+        """
+        try:
+            with contained():
+                module = _import_local(name, [plugin.name for plugin in installed])
+                added = list(_local_plugins(name, module))
+        except UsageError:
+            raise
+        except Exception as error:
+            failure: type[InvarlockError] = PluginError if isinstance(error, EscapedError) else UsageError
+            raise failure(f"-p {name}: does not import: {located(error)}") from error
         if not added:
             raise UsageError(
                 f"-p {name}: {_origin_of(module)} has no hook implementations and no classes derived from Guard or "
@@ -124,12 +134,10 @@ class Catalog:
 
         :raises UsageError: when there is none, with the nearest name.
         """
-        found = self.named(name, kind)
-        if not found:
-            known = [plugin.name for plugin in self.of_kind(kind)]
-            hint = nearest(name, known) or f"; known are {', '.join(sorted(known))}"
-            raise UsageError(f"{where}: there is no {kind} {name!r}{hint}")
-        return found[0]
+        for plugin in self.named(name, kind):
+            return plugin
+        known = sorted(plugin.name for plugin in self.of_kind(kind))
+        raise UsageError(f"{where}: {unknown(kind, name, known)}")
 
     def get(self, name: str, kind: Kind, where: str) -> Plugin:
         """The plugin of a name and kind.
@@ -201,7 +209,7 @@ def _block(plugins: list[Plugin], installed: list[Plugin], selection: Selection)
         # Blocking what is not there keeps one command line good for several machines, but a typo must be seen.
         hint = nearest(name, known)
         if hint:
-            raise UsageError(f"-p no:{name}: there is no plugin {name!r}{hint}")
+            raise UsageError(f"-p no:{name}: unknown plugin {name!r}{hint}")
     for plugin in plugins:
         if plugin.name in selection.blocked:
             plugin.fail(f"blocked by -p no:{plugin.name}", Status.BLOCKED)
@@ -220,28 +228,8 @@ def _load(plugin: Plugin) -> None:
         check(plugin)
 
 
-@contextmanager
-def _importing(name: str) -> Iterator[None]:
-    """Import a module that somebody named in the block.
-
-    :raises UsageError: it raises an exception.
-    :raises PluginError: it would have ended the process.
-    """
-    try:
-        with contained():
-            yield
-    except UsageError:
-        raise
-    except Exception as error:
-        failure: type[InvarlockError] = PluginError if isinstance(error, EscapedError) else UsageError
-        raise failure(f"-p {name}: does not import: {located(error)}") from error
-
-
 def _import_local(name: str, known: Iterable[str]) -> ModuleType:
-    """Import a module that somebody named.
-
-    :raises UsageError: it is not there, does not import, or is another one than that of the working folder.
-    """
+    """Import a module that somebody named; UsageError if it is not there, or another one than the working folder's."""
     if not re.fullmatch(r"\w+(\.\w+)*", name) or name.endswith(".py"):
         stem = Path(name.removesuffix(".py")).name
         raise UsageError(f"-p {name}: takes the name of a module, not a path; from its folder: -p {stem}")
@@ -252,8 +240,7 @@ def _import_local(name: str, known: Iterable[str]) -> ModuleType:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            hint = nearest(name, known)
-            raise UsageError(f"-p {name}: there is no plugin and no module of that name{hint}") from None
+            raise UsageError(f"-p {name}: unknown plugin or module{nearest(name, known)}") from None
         raise
     if (shadowed := _shadowed(name, module)) is not None:
         raise UsageError(f"-p {name}: {_origin_of(module)} has the name of {shadowed}; rename that file")
@@ -284,8 +271,7 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
             yield Plugin(value.name or attribute, kind, Origin.LOCAL, name, attribute, factory=value)
     if any(attribute.startswith("invarlock_") for attribute in vars(module)):
         plugin = Plugin(name, Kind.HOOKS, Origin.LOCAL, name, factory=module)
-        judges = any(_is_plain_hook(module, hook) for hook in ("invarlock_prepare", "invarlock_validate"))
-        if judges:
+        if any(_is_plain_hook(module, hook) for hook in ("invarlock_prepare", "invarlock_validate")):
             plugin.kind = Kind.GUARD
         elif _is_plain_hook(module, "invarlock_load_model"):
             plugin.kind = Kind.ADAPTER
@@ -294,4 +280,4 @@ def _local_plugins(name: str, module: ModuleType) -> Iterator[Plugin]:
 
 def _is_plain_hook(owner: Any, name: str) -> bool:
     marks = hook_marks(getattr(owner, name, None))
-    return marks is not None and not marks.get("wrapper") and not marks.get("hookwrapper")
+    return bool(marks) and not (marks.get("wrapper") or marks.get("hookwrapper"))

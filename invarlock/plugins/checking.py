@@ -1,4 +1,4 @@
-"""Whether an imported plugin can be used: its requirements, its constructor, and the form of its hooks."""
+"""Checks of an imported plugin: its requirements, its constructor, and the form of its hooks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from invarlock.core.errors import contained, located, nearest, one_line
 from invarlock.plugins.plugin import BASES, Plugin, Status
 
 
-def hook_marks(function: Any) -> dict[str, Any] | None:
-    """Marks that ``@hookimpl`` left on a function; None when it is not marked."""
-    return getattr(function, "invarlock_impl", None)
+def hook_marks(function: Any) -> dict[str, Any]:
+    """Marks that ``@hookimpl`` left on a function; none where it is not marked."""
+    marks = getattr(function, "invarlock_impl", None)
+    return marks if isinstance(marks, dict) else {}
 
 
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("invarlock_"))
@@ -55,7 +56,7 @@ def _check_hooks(plugin: Plugin) -> None:
     candidates = {
         name: getattr(plugin.instance, name) for name in dir(plugin.instance) if name.startswith("invarlock_")
     }
-    marked = {name for name, value in candidates.items() if hook_marks(value) is not None}
+    marked = {name for name, value in candidates.items() if hook_marks(value)}
     for name in sorted(candidates):
         if name in marked and name not in HOOKS:
             plugin.fail(f"unknown hook {name!r}{nearest(name, HOOKS)}")
@@ -71,7 +72,7 @@ def _check_hooks(plugin: Plugin) -> None:
 
 def _check_form(plugin: Plugin, hook: str, function: Any) -> None:
     """A wrapper yields, and nothing else does."""
-    marks = hook_marks(function) or {}
+    marks = hook_marks(function)
     if marks.get("hookwrapper"):
         plugin.fail(f"{hook}: hookwrapper=True is the old form; take wrapper=True, and return the result")
     elif marks.get("wrapper") and not inspect.isgeneratorfunction(function):

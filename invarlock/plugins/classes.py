@@ -34,7 +34,7 @@ class Guard(ABC):
     """Distributions that the guard needs; one that is not installed makes its status "missing"."""
 
     shares_work: ClassVar[bool] = False
-    """Whether all processes of a run ask the guard, and not the first one alone; what it does in ``invarlock.api.each``
+    """True: all processes of a run ask the guard, and not the first one alone; what it does in ``invarlock.api.each``
     is shared among them. For guards that look at weights, and at nothing else: in all processes but the first there are
     no ``observations``, and all have to say the same."""
 

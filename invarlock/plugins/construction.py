@@ -16,12 +16,11 @@ def construct(plugin: Plugin, options: Mapping[str, Any]) -> Any:
 
     :raises UsageError: an option that the guard does not take, or of another type than its constructor states.
     """
-    if not plugin.is_class:
-        plugin.require_ready()
-        return plugin.instance
     # A class with required options is listed as broken, since it cannot be constructed without them; here it may be.
     if not plugin.options_missing:
         plugin.require_ready()
+    if not plugin.is_class:
+        return plugin.instance
     _check_names(plugin, options)
     _check_types(plugin, options)
     try:

@@ -112,7 +112,7 @@ def _recovered(running: Generator[None, Any, Any], error: BaseException, fault: 
 
 
 def _lost(result: Any, returned: Any) -> bool:
-    """Whether a wrapper returned nothing where there was something, or no mapping where there was one."""
+    """True if a wrapper returned nothing in place of something, or no mapping in place of one."""
     if isinstance(result, Mapping):
         return not isinstance(returned, Mapping)
     return result is not None and returned is None
@@ -128,7 +128,7 @@ class Threads:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take note of threads that fail while the block runs."""
+        """Take each thread that fails while the block runs as a fault of the plugin that started it."""
         before, threading.excepthook = threading.excepthook, self._failed
         try:
             yield

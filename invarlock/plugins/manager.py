@@ -7,7 +7,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, nearest, one_line
+from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, one_line, unknown
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.distributed.process_group import PeerError
@@ -42,7 +42,7 @@ class GuardSlot:
     instance: Any
     policy: Mapping[str, Any]
     shares_work: bool
-    """Whether all processes of a run ask it (``Guard.shares_work``)."""
+    """As ``Guard.shares_work``: all processes of a run ask it."""
 
 
 class PluginManager:
@@ -55,7 +55,7 @@ class PluginManager:
         trace_calls(self._pluggy)
         self.faults = Faults()
         """Of wrappers and threads while guards were asked; whoever folds a verdict takes them."""
-        self._threads = Threads(self.faults)
+        self.threads = Threads(self.faults)
         self._commands: list[Contribution] = []
         # Registered first, so called last: pluggy calls the most recently registered plugin first.
         self._defaults = DefaultAdapter()
@@ -107,10 +107,6 @@ class PluginManager:
                     around = self.faults.accountable(name, caller.name, implementation.function)
                     implementation.function = around  # type: ignore[misc]
 
-    def watching_threads(self) -> AbstractContextManager[None]:
-        """Meanwhile a thread that fails is a fault of the plugin that started it."""
-        return self._threads.watched()
-
     @contextmanager
     def _turn(self, plugin: str) -> Iterator[None]:
         """Ask a plugin in the block: what leaves it is an ``Exception``, or Ctrl-C.
@@ -119,7 +115,7 @@ class PluginManager:
         """
         folder = os.open(".", os.O_RDONLY)
         try:
-            with self._threads.of(plugin), contained():
+            with self.threads.of(plugin), contained():
                 yield
         finally:
             os.fchdir(folder)
@@ -205,9 +201,8 @@ class PluginManager:
                 returned = hook(dataset=dataset)
             if returned is not None:
                 return Documents(plugin, returned, asking)
-        known = [plugin.name for plugin in self._providers()]
-        hint = nearest(dataset.provider, known) or f"; known are generated, {', '.join(known)}"
-        raise UsageError(f"dataset.provider: there is no provider {dataset.provider!r}{hint}")
+        known = ["generated", *(plugin.name for plugin in self._providers())]
+        raise UsageError(f"dataset.provider: {unknown('provider', dataset.provider, known)}")
 
     def _providers(self) -> list[Plugin]:
         ready = (plugin for plugin in self.catalog.plugins if plugin.status is Status.READY)
@@ -234,11 +229,9 @@ class PluginManager:
 
     def _ask_every_adapter(self, model_id: str, device: str, options: Mapping[str, Any]) -> tuple[Any, Adapter]:
         reasons = []
-        by_instance = {id(plugin.instance): plugin for plugin in self.catalog.of_kind(Kind.ADAPTER)}
-        for instance in self._in_call_order("invarlock_load_model"):
-            if id(instance) not in by_instance:
-                continue
-            plugin = by_instance[id(instance)]
+        adapters = {id(plugin.instance): plugin for plugin in self.catalog.of_kind(Kind.ADAPTER)}
+        called = [id(instance) for instance in self._in_call_order("invarlock_load_model")]
+        for plugin in [adapters[instance] for instance in called if instance in adapters]:
             try:
                 with self._turn(plugin.label):
                     model = self._loaded_by(plugin, model_id, device, options)
@@ -275,9 +268,7 @@ class PluginManager:
         :raises UsageError: for an unknown guard or option, with the nearest one.
         """
         for name in options:
-            if not self.catalog.named(name, Kind.GUARD):
-                known = [plugin.name for plugin in self.catalog.of_kind(Kind.GUARD)]
-                raise UsageError(f"guards.{name}: there is no guard {name!r}{nearest(name, known)}")
+            self.catalog.find(name, Kind.GUARD, f"guards.{name}")
             if name not in order:
                 log.warning("guards.%s: has options, but is not in guards.order: the guard is skipped", name)
         slots = []
@@ -292,47 +283,44 @@ class PluginManager:
         return slots
 
     def watches(self, slot: GuardSlot) -> bool:
-        """Whether a guard, or a wrapper around it, has an ``observe`` of its own."""
+        """True if a guard, or a wrapper around it, has an ``observe`` of its own."""
         implementations = self._only("invarlock_observe", slot.instance).get_hookimpls()
         default = getattr(getattr(slot.instance, "observe", None), "__func__", None) is Guard.observe
         return any(implementation.plugin is not slot.instance or not default for implementation in implementations)
 
     def observe(self, slot: GuardSlot, model: Any, adapter: Adapter) -> Observation:
-        hook = self._only("invarlock_observe", slot.instance)
         observation = Observation()
         try:
-            with self._turn(slot.plugin.label):
-                wanted = hook(
-                    model=model, adapter=copy.copy(adapter), policy=copy.deepcopy(slot.policy), guard=slot.name
-                )
-                observation.wanted = taps_of(wanted)
-            unknown = observation.wanted.keys() - dict(model.named_modules()).keys()
-            if unknown:
-                raise PluginError(f"the model has no module {', '.join(sorted(unknown))}")
+            with self._asking(slot, "invarlock_observe", adapter) as ask:
+                observation.wanted = taps_of(ask(model=model, policy=copy.deepcopy(slot.policy)))
+            missing = observation.wanted.keys() - dict(model.named_modules()).keys()
+            if missing:
+                raise PluginError(f"the model has no module {', '.join(sorted(missing))}")
         except Exception as error:
             observation.wanted = {}
             observation.fail("observe", error)
         return observation
 
     def prepare(self, slot: GuardSlot, model: Any, adapter: Adapter, calib: Any) -> PrepareResult:
-        hook = self._only("invarlock_prepare", slot.instance)
         try:
-            with self._turn(slot.plugin.label):
-                policy = copy.deepcopy(slot.policy)
-                returned = hook(model=model, adapter=copy.copy(adapter), calib=calib, policy=policy, guard=slot.name)
-                return PrepareResult.from_plugin(returned)
+            with self._asking(slot, "invarlock_prepare", adapter) as ask:
+                return PrepareResult.from_plugin(ask(model=model, calib=calib, policy=copy.deepcopy(slot.policy)))
         except Exception as error:
             return PrepareResult.failed(f"prepare: {located(error, slot.plugin.file)}", traceback.format_exc())
 
     def validate(self, slot: GuardSlot, model: Any, adapter: Adapter, context: Mapping[str, Any]) -> GuardResult:
-        hook = self._only("invarlock_validate", slot.instance)
         try:
-            with self._turn(slot.plugin.label):
+            with self._asking(slot, "invarlock_validate", adapter) as ask:
                 own = {**context, "policy": copy.deepcopy(slot.policy)}
-                returned = hook(model=model, adapter=copy.copy(adapter), context=own, guard=slot.name)
-                return GuardResult.from_plugin(slot.name, returned)
+                return GuardResult.from_plugin(slot.name, ask(model=model, context=own))
         except Exception as error:
             return GuardResult.failed(slot.name, located(error, slot.plugin.file), traceback.format_exc())
+
+    @contextmanager
+    def _asking(self, slot: GuardSlot, hook: str, adapter: Adapter) -> Iterator[Callable[..., Any]]:
+        """A hook of one guard, to be called and its answer read in the block: reading can call the guard's code."""
+        with self._turn(slot.plugin.label):
+            yield partial(self._only(hook, slot.instance), adapter=copy.copy(adapter), guard=slot.name)
 
     # -- the report ----------------------------------------------------------------------------------------------------
 
@@ -395,5 +383,4 @@ class PluginManager:
 
 
 def _wraps(plugin: Any, hook: str) -> bool:
-    marks = hook_marks(getattr(plugin, hook, None))
-    return marks is not None and bool(marks.get("wrapper"))
+    return bool(hook_marks(getattr(plugin, hook, None)).get("wrapper"))

@@ -17,8 +17,8 @@ OWN_DISTRIBUTION = "invarlock"
 
 class Kind(StrEnum):
     ADAPTER = "adapter"
-    EDIT = "edit"
     GUARD = "guard"
+    EDIT = "edit"
     HOOKS = "hooks"
     """Neither loads nor judges: wrappers, readers of the report, and modules that bring any of the following."""
     PROVIDER = "provider"
@@ -64,7 +64,7 @@ class Plugin:
     error: str | None = None
     trace: str | None = None
     ended_process: bool = False
-    """Whether its code raised ``SystemExit`` or the like."""
+    """Its code raised ``SystemExit`` or the like."""
     factory: Any = None
     """A class of the class form, or a module or object with hook implementations."""
     instance: Any = None
@@ -80,7 +80,7 @@ class Plugin:
 
     @property
     def file(self) -> str | None:
-        """Where its source is, to tell where it failed."""
+        """Its source file, for the place of a failure."""
         return getattr(sys.modules.get(self.module), "__file__", None)
 
     @property
@@ -89,7 +89,7 @@ class Plugin:
 
     @property
     def is_own_hooks(self) -> bool:
-        """Whether it is there in any case: ``-p report`` or ``-p demo`` means a module of somebody's own."""
+        """True for hooks that are built in: ``-p report`` or ``-p demo`` means a module of somebody's own."""
         return self.origin is Origin.BUILTIN and self.kind is Kind.HOOKS
 
     @property
@@ -100,7 +100,7 @@ class Plugin:
 
     @property
     def options_missing(self) -> bool:
-        """Whether all that keeps a class from being ready are options that only a configuration can give."""
+        """True if a class lacks nothing but options, which only a configuration can give."""
         derived = self.is_class and issubclass(self.factory, Guard | ModelAdapter)
         return derived and self.instance is None and self.status is Status.ERROR
 

@@ -14,15 +14,15 @@ from invarlock import __version__
 from invarlock.checkpoints.output_folder import staged_folder
 from invarlock.core.errors import UsageError, one_line
 from invarlock.plugins.catalog import Catalog
-from invarlock.scaffold import TEMPLATES
+from invarlock.plugins.plugin import GROUPS, Kind
 
 NAME = re.compile("[A-Za-z]([A-Za-z0-9_]*[A-Za-z0-9])?")
 
 
-def write_package(kind: str, name: str, parent: Path, catalog: Catalog) -> Path:
+def write_package(kind: Kind, name: str, parent: Path, catalog: Catalog) -> Path:
     """Write a package whose tests pass and whose plugin is ready once it is installed.
 
-    :param kind: one of ``TEMPLATES``.
+    :param kind: one that has an entry point group.
     :param name: of the plugin, of its module and of the new folder below ``parent``.
     :param catalog: the plugins that there are, whose names are taken.
     :returns: the new folder.
@@ -54,7 +54,7 @@ def _check(name: str, folder: Path, catalog: Catalog) -> None:
         raise UsageError(f"plugins new: there is a module {name!r} already, which would be hidden; choose another name")
 
 
-def _files(kind: str, name: str) -> dict[str, str]:
+def _files(kind: Kind, name: str) -> dict[str, str]:
     """The text of each file by its path in the package."""
     templates = Environment(
         loader=PackageLoader("invarlock.scaffold"), undefined=StrictUndefined, keep_trailing_newline=True,
@@ -63,7 +63,7 @@ def _files(kind: str, name: str) -> dict[str, str]:
     values = {
         "kind": kind,
         "name": name,
-        "group": TEMPLATES[kind],
+        "group": GROUPS[kind],
         "class_name": _class_name(name, kind.capitalize()),
         "distribution": f"invarlock-{name.replace('_', '-').lower()}",
         "version": __version__,

@@ -18,32 +18,19 @@ if TYPE_CHECKING:
     from invarlock.testing.running import run_guard
 
 _MODULES = {
-    "ARCHITECTURES": "architectures",
-    "Done": "invarlocker",
-    "Edit": "named_edits",
-    "Invarlocker": "invarlocker",
-    "check_guard": "checking",
-    "damage": "named_edits",
-    "edits": "named_edits",
-    "run_guard": "running",
-    "tiny_model": "architectures",
+    "architectures": ("ARCHITECTURES", "tiny_model"),
+    "checking": ("check_guard",),
+    "invarlocker": ("Done", "Invarlocker"),
+    "named_edits": ("Edit", "damage", "edits"),
+    "running": ("run_guard",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "ARCHITECTURES",
-    "Done",
-    "Edit",
-    "Invarlocker",
-    "check_guard",
-    "damage",
-    "edits",
-    "run_guard",
-    "tiny_model",
-]
+__all__ = ["ARCHITECTURES", "Done", "Edit", "Invarlocker", "check_guard", "damage", "edits", "run_guard", "tiny_model"]
 
 
 def __getattr__(name: str) -> Any:
     # Only on demand: pytest imports this package in every project where InvarLock is installed.
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 
-from invarlock.core.errors import UsageError, nearest
+from invarlock.core.errors import UsageError, unknown
 
 VOCABULARY = 96
+
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+UNTIED = SIZE | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+EXPERTS = UNTIED | {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def llama(**changes: Any) -> transformers.LlamaForCausalLM:
     """Untied."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    }
-    return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**config | changes))
+    return _build(transformers.LlamaForCausalLM, UNTIED | {"intermediate_size": 48} | changes)
 
 
 def llama_tied(**changes: Any) -> transformers.LlamaForCausalLM:
@@ -35,88 +35,36 @@ def llama_tied(**changes: Any) -> transformers.LlamaForCausalLM:
 
 def gpt2(**changes: Any) -> transformers.GPT2LMHeadModel:
     """Tied, with Conv1D (in, out) instead of Linear."""
-    config = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-    special = {"bos_token_id": 0, "eos_token_id": 0}
-    return _build(transformers.GPT2LMHeadModel, transformers.GPT2Config(**config | special | changes))
+    size = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return _build(transformers.GPT2LMHeadModel, size | {"bos_token_id": 0, "eos_token_id": 0} | changes)
 
 
 def bert(**changes: Any) -> transformers.BertForMaskedLM:
     """Tied, masked language model."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-    }
-    return _build(transformers.BertForMaskedLM, transformers.BertConfig(**config | changes))
+    return _build(transformers.BertForMaskedLM, SIZE | {"intermediate_size": 48} | changes)
 
 
 def t5(**changes: Any) -> transformers.T5ForConditionalGeneration:
     """Encoder and decoder, one embedding shared by both and by the output head, whatever the config says."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-    }
-    return _build(transformers.T5ForConditionalGeneration, transformers.T5Config(**config | changes))
+    size = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return _build(transformers.T5ForConditionalGeneration, size | {"decoder_start_token_id": 0} | changes)
 
 
 def mixtral(**changes: Any) -> transformers.MixtralForCausalLM:
     """Fused experts (expert, out, in) and a router."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    }
-    return _build(transformers.MixtralForCausalLM, transformers.MixtralConfig(**config | changes))
+    return _build(transformers.MixtralForCausalLM, EXPERTS | changes)
 
 
 def gpt_oss(**changes: Any) -> transformers.GptOssForCausalLM:
     """Fused experts (expert, in, out), with biases, and a router."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig(**config | changes))
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    special = {"head_dim": 8, "pad_token_id": 0, "eos_token_id": 0, "rope_parameters": rope}
+    return _build(transformers.GptOssForCausalLM, EXPERTS | special | changes)
 
 
 def opt(**changes: Any) -> transformers.OPTForCausalLM:
     """Tied, with fc1 and fc2 right in the block."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "word_embed_proj_dim": 32,
-    }
-    return _build(transformers.OPTForCausalLM, transformers.OPTConfig(**config | changes))
+    return _build(transformers.OPTForCausalLM, SIZE | {"ffn_dim": 48, "word_embed_proj_dim": 32} | changes)
 
 
 ARCHITECTURES: dict[str, Callable[..., Any]] = {
@@ -132,15 +80,14 @@ def tiny_model(architecture: str = "llama", **changes: Any) -> Any:
     :raises UsageError: there is no such architecture.
     """
     if architecture not in ARCHITECTURES:
-        known = nearest(architecture, ARCHITECTURES) or f"; there is {', '.join(ARCHITECTURES)}"
-        raise UsageError(f"tiny_model: no architecture {architecture!r}{known}")
+        raise UsageError(f"tiny_model: {unknown('architecture', architecture, ARCHITECTURES)}")
     return ARCHITECTURES[architecture](**changes)
 
 
-def _build(model_class: Any, config: transformers.PretrainedConfig) -> Any:
+def _build(model_class: Any, config: Mapping[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = model_class(model_class.config_class(**config)).eval()
         # Transformers starts some of them, such as routers, as zeros; random ones show more.
         for parameter in model.parameters():
             if parameter.ndim > 1:

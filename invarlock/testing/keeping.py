@@ -15,7 +15,7 @@ MOST_OBJECTS = 100_000
 
 
 def live_weights(guard: Any, model: torch.nn.Module) -> Iterator[str]:
-    """Where tensors in the memory of a model's weights hang on a guard, as in ``self.before['lm_head.weight']``.
+    """Paths from a guard to tensors in the memory of a model's weights, such as ``self.before['lm_head.weight']``.
 
     :param guard: an instance, or a module with hook functions.
     """

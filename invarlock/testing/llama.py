@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ ModelEdit = Callable[[Any, torch.Generator], Any]
 
 
 def is_llama(model: Any) -> bool:
-    """Whether the parts are there, under the names that a Llama has for them."""
+    """True if the parts are there, under the names that a Llama has for them."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return False
@@ -80,30 +81,33 @@ def _flip_signs(model: Any, seed: torch.Generator) -> None:
         layer.mlp.down_proj.weight.mul_(signs)
 
 
-def _readers(layer: Any) -> list[tuple[Any, list[nn.Linear]]]:
-    """Each norm of a layer with the projections that read it."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-        (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
-    ]
+def _norms(model: Any) -> Iterator[tuple[Any, list[nn.Linear]]]:
+    """Each norm of the layers with the projections that read it."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]
 
 
 def _rescale_norms(model: Any, seed: torch.Generator) -> None:
-    for layer in model.model.layers:
-        for norm, readers in _readers(layer):
-            factor = torch.exp(0.5 * torch.randn(norm.weight.shape, generator=seed))
-            norm.weight.mul_(factor)
-            for reader in readers:
-                reader.weight.div_(factor)
+    for norm, readers in _norms(model):
+        factor = torch.exp(0.5 * torch.randn(norm.weight.shape, generator=seed))
+        norm.weight.mul_(factor)
+        for reader in readers:
+            reader.weight.div_(factor)
 
 
 def _fold_norms(model: Any, seed: torch.Generator) -> None:
+    for norm, readers in _norms(model):
+        for reader in readers:
+            reader.weight.mul_(norm.weight)
+        norm.weight.fill_(1)
+
+
+def _writers(model: Any) -> Iterator[nn.Linear]:
+    """The projections that add to the residual stream."""
     for layer in model.model.layers:
-        for norm, readers in _readers(layer):
-            for reader in readers:
-                reader.weight.mul_(norm.weight)
-            norm.weight.fill_(1)
+        yield from (layer.self_attn.o_proj, layer.mlp.down_proj)
 
 
 def _permute_residual(model: Any, seed: torch.Generator) -> None:
@@ -111,14 +115,12 @@ def _permute_residual(model: Any, seed: torch.Generator) -> None:
     model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, order])
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         model.lm_head.weight.copy_(model.lm_head.weight[:, order])
-    model.model.norm.weight.copy_(model.model.norm.weight[order])
-    for layer in model.model.layers:
-        for norm, readers in _readers(layer):
-            norm.weight.copy_(norm.weight[order])
-            for reader in readers:
-                reader.weight.copy_(reader.weight[:, order])
-        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            writer.weight.copy_(writer.weight[order])
+    for norm, readers in [(model.model.norm, []), *_norms(model)]:
+        norm.weight.copy_(norm.weight[order])
+        for reader in readers:
+            reader.weight.copy_(reader.weight[:, order])
+    for writer in _writers(model):
+        writer.weight.copy_(writer.weight[order])
 
 
 def _rotate_residual(model: Any, seed: torch.Generator) -> None:
@@ -127,14 +129,10 @@ def _rotate_residual(model: Any, seed: torch.Generator) -> None:
     model.lm_head.weight.mul_(model.model.norm.weight)
     model.model.norm.weight.fill_(1)
     rotation = _orthogonal(model.config.hidden_size, seed, model.lm_head.weight.dtype)
-    for reader in (model.model.embed_tokens, model.lm_head):
+    for reader in [model.model.embed_tokens, model.lm_head, *chain(*(readers for _, readers in _norms(model)))]:
         reader.weight.copy_(reader.weight @ rotation)
-    for layer in model.model.layers:
-        for _, readers in _readers(layer):
-            for reader in readers:
-                reader.weight.copy_(reader.weight @ rotation)
-        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            writer.weight.copy_(rotation.T @ writer.weight)
+    for writer in _writers(model):
+        writer.weight.copy_(rotation.T @ writer.weight)
 
 
 def _untie(model: Any, seed: torch.Generator) -> None:
@@ -161,9 +159,8 @@ NEEDS_UNTIED = frozenset({"residual stream rotated"})
 
 
 def _halve_norms(model: Any, seed: torch.Generator) -> None:
-    for layer in model.model.layers:
-        for norm, _ in _readers(layer):
-            norm.weight.mul_(0.5)
+    for norm, _ in _norms(model):
+        norm.weight.mul_(0.5)
 
 
 def _middle(model: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.core.errors import UsageError, nearest
+from invarlock.core.errors import UsageError, nearest, unknown
 from invarlock.quantization import Plan, Role, WeightLayout, WeightTarget, find_weights, quantize_model
 from invarlock.testing.llama import LAYER_DAMAGES, NEEDS_UNTIED, PRESERVING, ModelEdit, is_llama
 from invarlock.testing.weights import ROW_DAMAGES, WEIGHT_DAMAGES, WeightDamage
@@ -29,7 +29,7 @@ class Edit:
     module: str | None = None
     """The module that was damaged, where it is one."""
     untied: bool = False
-    """Whether it needs a baseline whose output head is not tied to the embedding."""
+    """It needs a baseline whose output head is not tied to the embedding."""
 
     def __call__(self, model: nn.Module) -> None:
         """Apply it; the seed is the name's."""
@@ -63,9 +63,8 @@ def damage(model: nn.Module, name: str, module: str | None = None) -> Edit:
         return _of_weight(f"{target.name} {name}", target, WEIGHT_DAMAGES[name])
     named = {edit.name: edit for edit in edits(model)}
     if name not in named:
-        known = [*WEIGHT_DAMAGES, *named]
-        hint = nearest(name, known) or f"; there is {', '.join(known)}"
-        raise UsageError(f"damage: no edit {name!r} of {type(model).__name__}{hint}")
+        kind = f"edit of {type(model).__name__}"
+        raise UsageError(f"damage: {unknown(kind, name, [*WEIGHT_DAMAGES, *named])}")
     if module:
         raise UsageError(f"damage: {name!r} is not of one module; of {module} there is {', '.join(WEIGHT_DAMAGES)}")
     return named[name]

@@ -12,7 +12,7 @@ from typing import Any
 from invarlock import hookimpl
 from invarlock.cli import streams
 from invarlock.cli.commands import new_plugin
-from invarlock.core.errors import ExitCode, UsageError, nearest_or_all
+from invarlock.core.errors import ExitCode, UsageError, unknown
 from invarlock.plugins.checking import installed_version
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Plugin, Status
@@ -28,17 +28,14 @@ examples:
   invarlock plugins list --json
   invarlock plugins new guard my_guard"""
 
-CATEGORIES = {
-    "list": tuple(Kind),
-    "adapters": (Kind.ADAPTER,),
-    "guards": (Kind.GUARD,),
-    "edits": (Kind.EDIT,),
-    "hooks": (Kind.HOOKS,),
-    "providers": (Kind.PROVIDER,),
-    "exporters": (Kind.EXPORTER,),
-    "report-formats": (Kind.REPORT_FORMAT,),
-    "commands": (Kind.COMMAND,),
-}
+ALL = "list"
+CATEGORIES = {ALL: tuple(Kind)} | {f"{kind.replace(' ', '-').removesuffix('s')}s": (kind,) for kind in Kind}
+"""Kinds of plugins by the name of the list that shows them: each kind has a list of its own, named in the plural."""
+SHOWN = (
+    "name", "kind", "origin", "status", "module", "entry_point", "distribution", "version", "requires", "hooks",
+    "error",
+)  # fmt: skip
+"""Fields of a plugin in the JSON output, ``plugins-v1``."""
 STATUS = {Status.READY: "✅ Ready", Status.MISSING: "⚠ Missing", Status.ERROR: "❌ Error", Status.BLOCKED: "⏸ Blocked"}
 NONE = "—"
 
@@ -49,10 +46,10 @@ def invarlock_add_commands(subparsers: Any) -> None:
         "plugins", help="list plugins, or write the package of a new one", description=DESCRIPTION, epilog=EPILOG
     )
     _add_listing_options(parser)
-    parser.set_defaults(run=run, category="list", json=False, verbose=False, explain=None, only=None)
+    parser.set_defaults(run=run, category=ALL, json=False, verbose=False, explain=None, only=None)
     categories = parser.add_subparsers(title="commands, by default list", metavar="COMMAND")
     for category in CATEGORIES:
-        about = f"list {'all plugins' if category == 'list' else category.replace('-', ' ')}"
+        about = f"list {'all plugins' if category == ALL else category.replace('-', ' ')}"
         examples = f"examples:\n  invarlock plugins {category} --only ready\n  invarlock plugins {category} --json"
         listing = categories.add_parser(category, help=about, description=DESCRIPTION, epilog=examples)
         _add_listing_options(listing)
@@ -77,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if args.explain:
         listed = _explained(args.explain, listed)
     if args.json:
-        whole = {"format_version": "plugins-v1", "category": _category(args), "items": [*map(_item, listed)]}
+        category = "all" if args.category == ALL else args.category
+        items = [{field: getattr(plugin, field) for field in SHOWN} for plugin in listed]
+        whole = {"format_version": "plugins-v1", "category": category, "items": items}
         print(json.dumps(whole, indent=2), file=streams.result())
     elif args.explain:
         print("\n\n".join(_details(plugin) for plugin in listed))
@@ -96,32 +95,11 @@ def _all(manager: PluginManager) -> list[Plugin]:
     return [*plugins, *brought]
 
 
-def _category(args: argparse.Namespace) -> str:
-    return "all" if args.category == "list" else str(args.category)
-
-
 def _explained(name: str, listed: list[Plugin]) -> list[Plugin]:
     found = [plugin for plugin in listed if plugin.name == name]
     if not found:
-        known = [plugin.name for plugin in listed]
-        raise UsageError(f"--explain: there is no plugin {name!r} here{nearest_or_all(name, known)}")
+        raise UsageError(f"--explain: {unknown('plugin', name, [plugin.name for plugin in listed])}")
     return found
-
-
-def _item(plugin: Plugin) -> dict[str, Any]:
-    return {
-        "name": plugin.name,
-        "kind": plugin.kind,
-        "origin": plugin.origin,
-        "status": plugin.status,
-        "module": plugin.module,
-        "entry_point": plugin.entry_point,
-        "distribution": plugin.distribution,
-        "version": plugin.version,
-        "requires": list(plugin.requires),
-        "hooks": list(plugin.hooks),
-        "error": plugin.error,
-    }
 
 
 def _row(plugin: Plugin) -> list[str]:

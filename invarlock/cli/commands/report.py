@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.options import path_argument
-from invarlock.core.errors import ExitCode, PluginError, UsageError, nearest_or_all, one_line
+from invarlock.core.errors import ExitCode, PluginError, UsageError, one_line, unknown
 from invarlock.reporting.formats import FORMATS, TERMINAL, ReportFormat
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _chosen(manager: PluginManager, name: str | None, output: str | None) -> Rep
         if found := next((each for each in _formats(manager) if each.name == name), None):
             return found
         known = [each.name for each in _formats(manager)]
-        raise UsageError(f"--format: there is no format {name!r}{nearest_or_all(name, known)}")
+        raise UsageError(f"--format: {unknown('format', name, known)}")
     if output is None:
         return TERMINAL
     suffix = Path(output).suffix.lower()

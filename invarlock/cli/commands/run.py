@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.commands.config import keys_text
-from invarlock.cli.options import (
-    add_judging_options,
-    judge_together,
-    output_of,
-    overrides,
-    path_argument,
-    quieten_libraries,
-)
+from invarlock.cli.options import add_judging_options, judge_together, path_argument
 
 if TYPE_CHECKING:
-    from invarlock.distributed.process_group import Ranks
+    from invarlock.config.schema import RunConfig
     from invarlock.pipeline import RunResult
 
 DESCRIPTION = """\
@@ -57,36 +50,18 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return judge_together(args, _judge)
+    if args.demo:
+        demo = demo_folder()
+        return judge_together(args, "demo", str(demo / "config.yaml"), {"model.id": str(demo / "checkpoint")}, _judge)
+    return judge_together(args, Path(args.config).stem, args.config, {}, _judge)
 
 
-def _judge(args: argparse.Namespace, ranks: Ranks) -> tuple[RunResult, Path]:
-    from invarlock.config.loading import load
-
-    config = load(_config_path(args), args.settings, overrides(args) | _demo_model(args))
-    args.manager.add(config.plugins, args.selection.blocked)
-
-    # Only now: a mistake in the configuration is said without waiting for torch.
+def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
+    # Only here: torch is slow to import.
     from invarlock import pipeline
-    from invarlock.cli import progress
 
-    quieten_libraries(verbose=args.verbose)
-    name = "demo" if args.demo else Path(args.config).stem
     run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
-    folder = output_of(args, config.output.dir, name, ranks)
-    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
-        result = run_pipeline(
-            config, args.manager, output=folder, strict=args.strict, ranks=ranks, on_progress=on_progress
-        )
-    return result, folder.path
-
-
-def _config_path(args: argparse.Namespace) -> str:
-    return str(demo_folder() / "config.yaml") if args.demo else args.config
-
-
-def _demo_model(args: argparse.Namespace) -> dict[str, str]:
-    return {"model.id": str(demo_folder() / "checkpoint")} if args.demo else {}
+    return run_pipeline(config, args.manager, **shared)
 
 
 def demo_folder() -> Path:

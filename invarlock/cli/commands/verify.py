@@ -40,22 +40,13 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify", help="check a report, its files and its signature", description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("folder", type=path_argument, metavar="RUN", help="the folder of a run or a comparison")
-    parser.add_argument(
-        "--public-key", type=path_argument, metavar="KEY", help="check the signature with this key, a PEM file"
-    )
-    parser.add_argument(
-        "--baseline", type=path_argument, metavar="DIR", help="measure the checkpoint before the edit again"
-    )
-    parser.add_argument(
-        "--subject",
-        type=path_argument,
-        metavar="DIR",
-        help="measure the edited checkpoint again; with --baseline, by default RUN/model",
-    )
-    parser.add_argument(
-        "--dataset", type=path_argument, metavar="FILE.jsonl", help="where the text is, if not where the report says"
-    )
+    add_path = partial(parser.add_argument, type=path_argument)
+    add_path("folder", metavar="RUN", help="the folder of a run or a comparison")
+    add_path("--public-key", metavar="KEY", help="check the signature with this key, a PEM file")
+    add_path("--baseline", metavar="DIR", help="measure the checkpoint before the edit again")
+    remeasured = "measure the edited checkpoint again; with --baseline, by default RUN/model"
+    add_path("--subject", metavar="DIR", help=remeasured)
+    add_path("--dataset", metavar="FILE.jsonl", help="where the text is, if not where the report says")
     parser.add_argument("--device", help="measure on this device instead of the report's")
     # The network cannot be allowed.
     parser.set_defaults(run=run, allow_network=False, quiet=False, judges=True)
