@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
-from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
@@ -39,9 +39,7 @@ class CompressedTensors(Exporter):
                 )
         return None
 
-    def store(
-        self, name: str, weight: Tensor, plan: Plan, parameters: QuantizationParameters | None
-    ) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         if parameters is None:
             return {name: weight}
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

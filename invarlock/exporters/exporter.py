@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from invarlock.quantization.rounding import QuantizationParameters
+    from invarlock.quantization.rounding import RoundedWeight
     from invarlock.quantization.scheme import Plan
     from invarlock.quantization.selection import WeightTarget
 
@@ -24,7 +24,7 @@ class SavedModel:
     model: Any
     tokenizer: Any
     plan: Plan
-    quantized: Mapping[str, QuantizationParameters | None]
+    quantized: Mapping[str, RoundedWeight | None]
     """By the name of the parameter, where codes are stored; None of a weight that was stored on the way."""
 
 
@@ -48,9 +48,7 @@ class Exporter(Protocol):
         """Why the format cannot hold what a plan makes of a model, fields of the plan in backquotes; None if it can."""
         return None
 
-    def store(
-        self, name: str, weight: Tensor, plan: Plan, parameters: QuantizationParameters | None
-    ) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         """Tensors that are stored of one weight, by name.
 
         :param parameters: of a quantized weight, if the format stores codes.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
-from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
@@ -217,7 +217,7 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
     return tensor.cpu().contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
 
 
-def _blocks(rounded: Tensor, parameters: QuantizationParameters) -> Tensor:
+def _blocks(rounded: Tensor, parameters: RoundedWeight) -> Tensor:
     """Rows of Q8_0 blocks as bytes: for each block its float16 scale, then 32 codes."""
     scales = parameters.scales.unsqueeze(-1)
     codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)

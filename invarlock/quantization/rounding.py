@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invarlock.core.results import EditedWeight
 from invarlock.quantization.scheme import PlanError, Scheme
 
 BLOCK = 1 << 22
@@ -48,66 +49,31 @@ class WeightLayout(StrEnum):
     """Conv1d and Conv2d: all axes but the first are one input axis."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFigures:
-    """What rounding did to one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
-
-    bits: int
-    parameters: int
-    """How many numbers the weight holds."""
-    relative_error: float | None
-    """``||w - q|| / ||w||`` in the Frobenius norm, 0 for a weight of zeros; None if it was not measured."""
-    sqnr_db: float | None
-    """``10 log10(||w||^2 / ||w - q||^2)``; None if it was not measured or there is no error."""
-    clipped_share: float
-    """The share of the parameters that ``clamp_ratio`` changed."""
-    non_finite_rows: int
-    """Output channels with NaN or Inf."""
-
-
 @dataclass(frozen=True)
-class QuantizationParameters:
-    """Scales and zero points of a weight: (out, groups), (out, 1) or, where all of a matrix has one, (1, 1).
+class RoundedWeight:
+    """What rounding did to a weight, and the scales and zero points of its codes.
 
-    Fused experts have a third axis, in front. The values of a row with NaN or Inf mean nothing.
+    These are (out, groups), (out, 1) or, where all of a matrix has one, (1, 1). Fused experts have a third axis, in
+    front. The values of a row with NaN or Inf mean nothing.
     """
 
+    effect: EditedWeight
+    """Without a name and a role, which a weight by itself has not."""
     scales: Tensor
     """In the dtype that they were rounded to."""
     zero_points: Tensor | None
     """Whole numbers, float32; None where zero is in the middle of the grid."""
 
     def codes(self, rounded: Tensor) -> Tensor:
-        """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape."""
+        """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape.
+
+        They are not kept from the rounding: those of all weights would take half as much memory as a 16-bit model.
+        """
         # In float32: in 16 bits the quotient can be off by a code.
         codes = (rounded.float().reshape(*self.scales.shape, -1) / self.scales.float().unsqueeze(-1)).round_()
         if self.zero_points is not None:
             codes.add_(self.zero_points.unsqueeze(-1))
         return codes.to(torch.int8).view(rounded.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundedWeight(WeightFigures):
-    """The figures of a weight, and the grids that its numbers lie on."""
-
-    grids: Sequence[Sequence[Sequence[_Grid]]]
-    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
-    scale_dtype: torch.dtype
-
-    def quantization_parameters(self) -> QuantizationParameters:
-        """Scales and zero points in one piece; made on demand, for most weights are not stored as codes."""
-        zero = self.grids[0][0][0].zero
-        return QuantizationParameters(
-            self._joined(lambda grid: grid.scale).to(self.scale_dtype),
-            None if zero is None else self._joined(lambda grid: grid.zero),
-        )
-
-    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
-        matrices = [
-            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
-            for rows in self.grids
-        ]
-        return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
 
 
 class Workspace:
@@ -161,7 +127,7 @@ def fake_quantize_(
             rounder.matrix_(matrix)
         if layout is WeightLayout.CONV and matrices[0].data_ptr() != target.data_ptr():
             target.copy_(matrices[0].view(target.shape))
-    return rounder.result(weight.numel())
+    return rounder.result(weight)
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
@@ -253,6 +219,7 @@ class _Rounder:
     workspace: Workspace
     scale_dtype: torch.dtype
     grids: list[list[list[_Grid]]] = field(default_factory=list)
+    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     signal: float = 0.0
     noise: float = 0.0
     clipped: int = 0
@@ -265,17 +232,28 @@ class _Rounder:
         together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
         self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
 
-    def result(self, parameters: int) -> RoundedWeight:
-        return RoundedWeight(
+    def result(self, weight: Tensor) -> RoundedWeight:
+        effect = EditedWeight(
+            change="quantized",
             bits=self.scheme.bitwidth,
-            parameters=parameters,
+            parameters=weight.numel(),
             relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
             sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
-            clipped_share=self.clipped / max(parameters, 1),
+            clipped_share=self.clipped / max(weight.numel(), 1),
             non_finite_rows=self.non_finite_rows,
-            grids=self.grids,
-            scale_dtype=self.scale_dtype,
+            device=str(weight.device),
         )
+        zero_points = None if self.scheme.symmetric else self._joined(lambda grid: grid.zero)
+        return RoundedWeight(effect, self._joined(lambda grid: grid.scale).to(self.scale_dtype), zero_points)
+
+    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
+        if not self.grids:
+            return torch.empty(0)
+        matrices = [
+            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
+            for rows in self.grids
+        ]
+        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
     def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         """Round rows that share no scale with rows elsewhere."""
