@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,29 @@ def not_measured(why: str) -> dict[str, Any]:
     }
 
 
-def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
+def measured(
+    message: str, warnings: Sequence[str], metrics: Mapping[str, Any], unmeasured: Sequence[str]
+) -> dict[str, Any]:
+    """The result of a guard that warns at most.
+
+    :param unmeasured: names of what could not be compared.
+    """
+    return {
+        "passed": True,
+        "action": "warn" if warnings else "continue",
+        "message": message,
+        "warnings": warnings,
+        "metrics": {"measured": True, "not_measured": unmeasured[:TOP], **metrics},
+    }
+
+
+def not_finite(what: str, found: Iterable[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
     """The abort for NaN or Inf that the baseline has not.
 
-    :param modules: modules that hold it, in the order in which the model computes; empty if they are not known.
+    :param found: modules that hold it, in the order in which the model computes; empty if they are not known.
     :param before: stronger suspects.
     """
+    modules = list(dict.fromkeys(found))
     some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return {
         "passed": False,
@@ -58,7 +75,7 @@ def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequenc
         "warnings": [],
         "metrics": {
             "measured": True,
-            "non_finite": list(modules[:TOP]),
+            "non_finite": modules[:TOP],
             # The first in order is the likeliest source of the others.
             "suspects": suspects(
                 [*before, *(Suspect(name, 1 / rank, evidence) for rank, name in enumerate(modules, start=1))]

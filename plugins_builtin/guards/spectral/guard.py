@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard, each
-from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
+from plugins_builtin.guards.figures import (
+    TOP,
+    Suspect,
+    measured,
+    not_finite,
+    not_measured,
+    quantile,
+    rounded,
+    suspects,
+)
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
@@ -99,8 +108,8 @@ class SpectralGuard(Guard):
         self._baseline: dict[str, Spectrum | None] | None = None
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        measured = each(_spectra, _alike(_weights(model, self._families)))
-        self._baseline = {name: spectrum for found in measured for name, spectrum in found}
+        found = each(_spectra, _alike(_weights(model, self._families)))
+        self._baseline = {name: spectrum for of_batch in found for name, spectrum in of_batch}
         finite = [entry for entry in self._baseline.values() if entry]
         return {
             "ready": True,
@@ -114,10 +123,10 @@ class SpectralGuard(Guard):
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before = {name: entry for name, entry in self._baseline.items() if entry}
         weights = list(_weights(model, self._families))
-        measured = each(lambda alike: self._moves(alike, before), _alike(weights))
-        moves = {matrix.name: (matrix, move) for found in measured for matrix, move in found}
+        found = each(lambda alike: self._moves(alike, before), _alike(weights))
+        moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
-            return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
+            return not_finite("weights", broken, "its weights hold NaN or Inf")
         if not moves:
             return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
@@ -157,21 +166,15 @@ class SpectralGuard(Guard):
         for move in moves:
             families[move.matrix.family].append(move)
         warnings = [*self._beyond_caps(moves), *_replaced(moves), *self._drifts(families)]
-        return {
-            "passed": True,
-            "action": "warn" if warnings else "continue",
-            "message": "; ".join(warnings)
-            or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}",
-            "warnings": warnings,
-            "metrics": {
-                "measured": True,
-                "matrices": len(moves),
-                "not_measured": list(unmeasured[:TOP]),
-                "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
-                "modules": [move.metrics for move in moves[:TOP]],
-                "suspects": suspects(move.suspect for move in moves if move.score > 0),
-            },
+        message = "; ".join(warnings)
+        message = message or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}"
+        metrics = {
+            "matrices": len(moves),
+            "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
+            "modules": [move.metrics for move in moves[:TOP]],
+            "suspects": suspects(move.suspect for move in moves if move.score > 0),
         }
+        return measured(message, warnings, metrics, unmeasured)
 
     def _beyond_caps(self, moves: Sequence[_Move]) -> list[str]:
         beyond = [move for move in moves if move.beyond > 1]
