@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import count
-from threading import Lock
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
@@ -17,8 +16,23 @@ from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quant
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
 
-Progress = Callable[[int, int, str], object]
-"""Told after each weight how many are done, of how many, and its name; from the thread of its device, one at a time."""
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounding of weights of a model that are on one device, as ``fake_quantize_`` does it."""
+
+    plan: Plan
+    measure: bool = True
+    scale_dtype: torch.dtype | None = None
+    workspace: Workspace = field(default_factory=Workspace)
+
+    def __call__(self, target: WeightTarget, weight: Tensor) -> RoundedWeight:
+        """Round the weight of a target in place, wherever it was read from."""
+        layout, measure, workspace, scale_dtype = target.layout, self.measure, self.workspace, self.scale_dtype
+        rounded = fake_quantize_(
+            weight, self.plan, layout=layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
+        )
+        return replace(rounded, effect=replace(rounded.effect, name=target.name, role=target.role.value))
 
 
 def quantize_model(
@@ -28,7 +42,6 @@ def quantize_model(
     measure: bool = True,
     parameters: dict[str, RoundedWeight | None] | None = None,
     scale_dtype: torch.dtype | None = None,
-    on_progress: Progress | None = None,
 ) -> list[EditedWeight]:
     """Round the weights that a plan selects, in place.
 
@@ -44,39 +57,17 @@ def quantize_model(
         if reason := unfit(target.parameter, target.layout):
             raise PlanError(f"{target.name} {reason}")
 
-    done, telling = count(1), Lock()
+    tally = Tally(len(targets))
 
     def round_all(of_one_device: Sequence[WeightTarget]) -> list[EditedWeight]:
-        workspace = Workspace()
-        results = []
+        rounding, results = Rounding(plan, measure, scale_dtype), []
         for target in of_one_device:
             with gathered(target.parameter) as weight:
-                rounded = round_target_(
-                    target, weight, plan, measure=measure, workspace=workspace, scale_dtype=scale_dtype
-                )
+                rounded = rounding(target, weight)
             results.append(rounded.effect)
             if parameters is not None:
                 parameters[target.parameter_name] = rounded
-            if on_progress is not None:
-                # Counted and told in one step, or another device could tell a higher number in between.
-                with telling:
-                    on_progress(next(done), len(targets), target.name)
+            tally.add(1)
         return results
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)
-
-
-def round_target_(
-    target: WeightTarget,
-    weight: Tensor,
-    plan: Plan,
-    *,
-    measure: bool,
-    workspace: Workspace,
-    scale_dtype: torch.dtype | None,
-) -> RoundedWeight:
-    """Round the weight of a target, read from wherever it is, as ``fake_quantize_`` does; the effect has its name."""
-    rounded = fake_quantize_(
-        weight, plan, layout=target.layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
-    )
-    return replace(rounded, effect=replace(rounded.effect, name=target.name, role=target.role.value))

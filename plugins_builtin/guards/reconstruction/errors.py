@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import counted, evaluating, find_blocks, one_line
+from plugins_builtin.guards.activations import are_finite
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
 from plugins_builtin.guards.reconstruction.embedding_rows import EmbeddingRows
 from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
@@ -101,7 +102,7 @@ class Reference:
     def _add(self, name: str, module: nn.Module, call: Call, is_block: bool, backward: _Backward, seed: int) -> None:
         with observe_leaves(module) as leaves:
             output, streams = call.run_with_graph(module)
-        if not _is_finite(output):
+        if not are_finite(output):
             raise ValueError("the baseline gives NaN or infinity")
         kept = output.detach()
         rows = {} if is_block or name in self.tail else EmbeddingRows.of_embeddings(module)
@@ -112,7 +113,7 @@ class Reference:
         else:
             gradient = backward.reaching(part, self.parts)
             backward.carry(part, output, streams, gradient)
-            if gradient is not None and _is_finite(gradient):
+            if gradient is not None and are_finite(gradient):
                 part.gradient = _tempered(gradient.float(), _update(part))
 
     def judge(self, model: nn.Module) -> PartJudgement:
@@ -121,11 +122,10 @@ class Reference:
         parts = list(self.parts.values())
         with evaluating(model):
             rotation = self._rotation(model)
-            errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
+            errors = [
+                self._error(part, model, moved, rotation) for part in counted(parts, lambda part: self.sizes[part.name])
+            ]
         return PartJudgement(errors, rotation is not None)
-
-    def _size(self, part: BaselinePart) -> int:
-        return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
         """Orthogonal matrix by which the edited model rotates all hidden states; None if it does not.
@@ -162,7 +162,7 @@ class Reference:
             difference = output - part.output.float()
         except CANNOT_RUN as error:
             return PartError(part.name, math.inf, math.inf, f"cannot be run: {one_line(error)}")
-        if not _is_finite(difference):
+        if not are_finite(difference):
             return PartError(part.name, math.inf, math.inf, "gives NaN or infinity")
         if part.name in self.tail:
             moved[part.name] = difference
@@ -258,12 +258,6 @@ def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:
     return [
         name for name, part in parts.items() if any(id(parameter) not in measured for parameter in part.parameters())
     ]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether the extremes are finite; ``isfinite`` would take thirty times as long."""
-    low, high = torch.aminmax(tensor.detach())
-    return bool(low.isfinite() & high.isfinite())
 
 
 def _factor(tensor: Tensor, output: Tensor) -> float | None:

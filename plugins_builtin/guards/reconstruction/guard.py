@@ -99,16 +99,16 @@ class ReconstructionGuard(Guard):
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, random_tokens, record
         from plugins_builtin.guards.reconstruction.errors import Reference
 
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
         try:
             if not calls and batch is not None:
-                calls = record_batch(model, batch, self.tokens)
+                calls = record(model, batch["input_ids"][:1, : self.tokens])
             elif not calls:
-                calls = record_random(model, self.random_tokens, self.seed)
+                calls = record(model, random_tokens(model, self.random_tokens, self.seed))
             self._reference = Reference(model, calls, seed=self.seed)
         except CANNOT_RUN as error:
             self._unmeasured = one_line(error)
