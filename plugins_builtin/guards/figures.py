@@ -84,6 +84,12 @@ def not_finite(what: str, found: Iterable[str], evidence: str, before: Sequence[
     }
 
 
+def first_few(findings: Sequence[str]) -> str:
+    """Findings in one line, the first three in full."""
+    rest = len(findings) - 3
+    return "; ".join(findings[:3]) + (f"; and {rest} more" if rest > 0 else "")
+
+
 def rounded(value: float | None) -> float | None:
     """Four significant digits; None for what was not measured or is not a finite number."""
     if value is None or not math.isfinite(value):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import Guard, UsageError, one_line
-from plugins_builtin.guards.figures import Suspect
+from plugins_builtin.guards.figures import Suspect, first_few
 
 if TYPE_CHECKING:
     from plugins_builtin.guards.reconstruction.calls import CallRecorder
@@ -167,8 +167,7 @@ def _outputs_were_measured(context: Mapping[str, Any]) -> bool:
 def _message(judgement: PartJudgement, suspects: Sequence[Suspect]) -> str:
     failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
     if failed:
-        rest = len(failed) - 3
-        return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
+        return first_few(failed)
     estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
     if suspects:
         return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"
