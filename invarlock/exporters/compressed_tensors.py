@@ -53,11 +53,16 @@ class CompressedTensors(Exporter):
 
     def finish(self, folder: Path, saved: SavedModel) -> None:
         """Say in ``config.json`` which weights are packed, and how."""
-        from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+        plan = saved.plan
+        strategy = "group" if plan.group_size else "channel" if plan.per_channel else "tensor"
+        weights = QuantizationArgs(
+            num_bits=plan.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=plan.group_size
+        )
         linear = (name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear))
         described = QuantizationConfig(
-            config_groups={"group_0": _library_scheme(saved.plan)},
+            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
             format="pack-quantized",
             quantization_status="compressed",
             ignore=[name for name in linear if f"{name}.weight" not in saved.quantized],
@@ -69,15 +74,3 @@ class CompressedTensors(Exporter):
 
 
 EXPORTER = CompressedTensors()
-
-
-def _library_scheme(plan: Plan) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    strategy = "group" if plan.group_size else "channel" if plan.per_channel else "tensor"
-    return QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(
-            num_bits=plan.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=plan.group_size
-        ),
-    )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from invarlock.quantization.scheme import Plan, PlanError, Scheme
 
 if TYPE_CHECKING:
-    from invarlock.models.structure import Role
     from invarlock.quantization.model import quantize_model
     from invarlock.quantization.rounding import RoundedWeight, WeightLayout, Workspace, fake_quantize_
     from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "PlanError",
-    "Role",
     "RoundedWeight",
     "Scheme",
     "WeightLayout",

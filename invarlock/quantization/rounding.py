@@ -16,7 +16,7 @@ everything else is float32, and the product is rounded to the dtype of the weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -39,7 +39,7 @@ Clip = tuple[float, float]
 
 
 class WeightLayout(StrEnum):
-    """What the axes of a weight mean."""
+    """Meaning of the axes of a weight."""
 
     OUT_IN = "(..., out, in)"
     """Linear, Embedding, and fused experts as Mixtral has them: (expert, out, in)."""
@@ -47,6 +47,12 @@ class WeightLayout(StrEnum):
     """The Conv1D of GPT-2, and fused experts as GPT-OSS has them: (expert, in, out)."""
     CONV = "(out, in, ...)"
     """Conv1d and Conv2d: all axes but the first are one input axis."""
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """A weight as (..., out, in): a view, but for a convolution in channels_last, which has none: a copy."""
+        if self is WeightLayout.CONV:
+            return weight.flatten(1)
+        return weight if self is WeightLayout.OUT_IN else weight.mT
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,11 @@ def fake_quantize_(
     rounder = _Rounder(scheme, measure, workspace or Workspace(), scale_dtype or weight.dtype)
     if weight.numel():
         target = weight.detach()
-        matrices = _matrices(target, layout)
-        for matrix in matrices:
+        matrices = layout.matrices(target)
+        for matrix in matrices.unbind() if matrices.ndim == 3 else (matrices,):
             rounder.matrix_(matrix)
-        if layout is WeightLayout.CONV and matrices[0].data_ptr() != target.data_ptr():
-            target.copy_(matrices[0].view(target.shape))
+        if matrices.data_ptr() != target.data_ptr():
+            target.copy_(matrices.view(target.shape))
     return rounder.result(weight)
 
 
@@ -229,7 +235,7 @@ class _Rounder:
         """Round a matrix (out, in) in place."""
         clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
         at_once = _rows_at_once(matrix)
-        together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
+        together = torch.split(matrix, at_once) if self.scheme.per_channel else (matrix,)
         self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
 
     def result(self, weight: Tensor) -> RoundedWeight:
@@ -265,7 +271,7 @@ class _Rounder:
                 of_finite = self._finite_rows_(rows, finite, at_once, clip)
                 return grids if self.scheme.per_channel else of_finite or grids
         for part, grid in zip(parts, grids, strict=True):
-            for block in _blocks(part, at_once):
+            for block in torch.split(part, at_once):
                 self._block_(block, grid, clip)
         return grids
 
@@ -301,21 +307,9 @@ class _Rounder:
         return block.clamp_(low, high)
 
 
-def _matrices(weight: Tensor, layout: WeightLayout) -> Sequence[Tensor]:
-    """The matrices (out, in) of a weight: views, but for a convolution in channels_last, which has none: a copy."""
-    if layout is WeightLayout.CONV:
-        return (weight.flatten(1),)
-    matrices = weight if layout is WeightLayout.OUT_IN else weight.mT
-    return matrices.unbind() if matrices.ndim == 3 else (matrices,)
-
-
 def _finite_rows(rows: Tensor) -> Tensor:
     """Which rows hold neither NaN nor Inf."""
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
-
-
-def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
-    return (part,) if part.shape[0] <= at_once else torch.split(part, at_once)
 
 
 def _rows_at_once(matrix: Tensor) -> int:

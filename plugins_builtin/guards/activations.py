@@ -45,9 +45,10 @@ class Sample:
     """Collects ``size`` tokens of what passes, call by call."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self._draw = _start(size, seed)
+        self._size, self._seed = size, seed
         self._rows: Tensor | None = None
         self._calls = self._tokens = 0
+        self._sampled_calls: tuple[int, ...] = ()
 
     def add(self, activations: Tensor) -> None:
         """Let the activations of one call pass: (..., features)."""
@@ -56,24 +57,41 @@ class Sample:
         self._tokens += len(rows)
         if self._calls > CALLS:
             return
-        self._draw = _after(self._draw, len(rows))
-        taken = rows.index_select(0, self._draw.take.to(rows.device))
-        if self._rows is None:
-            self._rows = taken
-        else:
-            self._rows = torch.cat([self._rows.index_select(0, self._draw.keep.to(rows.device)), taken])
+        self._sampled_calls = (*self._sampled_calls, len(rows))
+        stay, come = (places.to(rows.device) for places in _draw(self._size, self._seed, self._sampled_calls))
+        taken = rows.index_select(0, come)
+        self._rows = taken if self._rows is None else torch.cat([self._rows.index_select(0, stay), taken])
 
     def result(self) -> Sampled | None:
         """The sample; None where nothing passed."""
         return None if self._rows is None else Sampled(self._rows, self._calls, self._tokens)
 
 
+# All samples of a pass draw alike, so a few entries serve them all.
+@lru_cache(maxsize=64)
+def _draw(size: int, seed: int, calls: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Places of what is in a sample after calls of so many tokens: in the sample before the last call, and in that."""
+    keys = torch.cat(
+        [
+            torch.rand(tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + call), dtype=torch.float64)
+            for call, tokens in enumerate(calls)
+        ]
+    )
+    earlier = sum(calls[:-1])
+    before, after = (_smallest(some, size) for some in (keys[:earlier], keys))
+    return torch.isin(before, after).nonzero().flatten(), after[after >= earlier] - earlier
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    return keys.topk(min(count, len(keys)), largest=False).indices.sort().values
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Samples of one tap in one pass; None where no tensor of the kind passed."""
+    """Samples of one tap in one pass."""
 
-    inputs: Sampled | None
-    outputs: Sampled | None
+    samples: Mapping[Kind, Sampled | None]
+    """None, or no entry, where no tensor of the kind passed."""
     all_finite: bool
     """Whether all that went in was finite, sampled or not; True if that was not looked at."""
     order: int
@@ -103,9 +121,8 @@ class SamplingTap:
         self._tokens, self._seed, self._budget, self._order = tokens, seed, budget, order
         self._wants_outputs, self._thorough = outputs, thorough
         self._placed = -1
-        self._inputs: Sample | None = None
-        self._outputs: Sample | None = None
-        self._finite: Tensor | None = None
+        self._samples: dict[Kind, Sample] = {}
+        self._finite = torch.tensor(True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         entering = _first_tensor((args, kwargs))
@@ -114,22 +131,17 @@ class SamplingTap:
             self._placed = next(self._order)
             widest = max((tensor.shape[-1] for tensor in (entering, leaving) if tensor is not None), default=1)
             size = min(self._tokens, max(8, self._budget // widest))
-            self._inputs, self._outputs = Sample(size, self._seed), Sample(size, self._seed)
-        if leaving is not None and self._outputs:
-            self._outputs.add(leaving)
-        if entering is not None and self._inputs:
-            self._inputs.add(entering)
+            self._samples = {"inputs": Sample(size, self._seed), "outputs": Sample(size, self._seed)}
+        if leaving is not None:
+            self._samples["outputs"].add(leaving)
+        if entering is not None:
+            self._samples["inputs"].add(entering)
             if self._thorough:
-                finite = are_finite(entering)
-                self._finite = finite if self._finite is None else self._finite & finite
+                self._finite = self._finite & are_finite(entering)
 
     def result(self) -> Seen:
-        return Seen(
-            self._inputs.result() if self._inputs else None,
-            self._outputs.result() if self._outputs else None,
-            self._finite is None or bool(self._finite),
-            self._placed,
-        )
+        samples = {kind: sample.result() for kind, sample in self._samples.items()}
+        return Seen(samples, bool(self._finite), self._placed)
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ class SeenPlace:
         return None
 
     def _samples(self, kind: Kind) -> tuple[Sampled | None, Sampled | None]:
-        return getattr(self.before, kind), getattr(self.after, kind)
+        return self.before.samples.get(kind), self.after.samples.get(kind)
 
 
 def seen_places(context: Mapping[str, Any], places: Mapping[str, Place], compared: Kind) -> list[SeenPlace]:
@@ -180,39 +192,9 @@ def seen_places(context: Mapping[str, Any], places: Mapping[str, Place], compare
     both = [
         SeenPlace(places[name], before[name], seen, compared)
         for name, seen in after.items()
-        if name in before and getattr(seen, compared)
+        if name in before and seen.samples.get(compared)
     ]
     return sorted(both, key=lambda seen: seen.after.order)
-
-
-@dataclass(frozen=True, eq=False)
-class _Draw:
-    """Tokens in a sample after some calls."""
-
-    size: int
-    seed: int
-    keys: Tensor
-    keep: Tensor
-    """Places in the sample before the last call of what stays in it."""
-    take: Tensor
-    """Places in the last call of what comes into it."""
-    calls: int = 0
-
-
-@lru_cache(maxsize=64)
-def _start(size: int, seed: int) -> _Draw:
-    nothing = torch.empty(0, dtype=torch.long)
-    return _Draw(size, seed, torch.empty(0, dtype=torch.float64), nothing, nothing)
-
-
-# All samples of a pass draw alike, one after the other, so a few entries serve them all.
-@lru_cache(maxsize=64)
-def _after(draw: _Draw, tokens: int) -> _Draw:
-    generator = torch.Generator().manual_seed(draw.seed * 1_000_003 + draw.calls)
-    keys = torch.cat([draw.keys, torch.rand(tokens, generator=generator, dtype=torch.float64)])
-    kept = keys.topk(min(draw.size, len(keys)), largest=False).indices.sort().values
-    keep, take = kept[kept < len(draw.keys)], kept[kept >= len(draw.keys)] - len(draw.keys)
-    return _Draw(draw.size, draw.seed, keys[kept], keep, take, draw.calls + 1)
 
 
 def are_finite(tensor: Tensor) -> Tensor:

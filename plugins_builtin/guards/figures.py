@@ -97,6 +97,11 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.4g}")
 
 
+def ratio(value: float, of: float) -> float:
+    """Their quotient; infinite where all that there is was nothing before, and 0 where it still is nothing."""
+    return value / of if of else math.inf if value else 0.0
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """One of the values: the largest for a share of 1, and for less, of more than one value, never the largest."""
     return sorted(values)[int(share * (len(values) - 1))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from invarlock.api import UsageError, nearest
@@ -18,7 +19,7 @@ def family_of(role: str) -> str:
     return _FAMILY_OF_ROLE.get(role, "other")
 
 
-def refuse(options: Mapping[str, Any], retired: Mapping[str, str], accepted: Iterable[str]) -> None:
+def refuse(guard: type, options: Mapping[str, Any], retired: Mapping[str, str]) -> None:
     """Refuse options that a guard does not take, with the replacement or the nearest name.
 
     :param retired: advice for each option of InvarLock 0.3 that is gone, by name.
@@ -26,7 +27,7 @@ def refuse(options: Mapping[str, Any], retired: Mapping[str, str], accepted: Ite
     for name in options:
         if name in retired:
             raise UsageError(f"{name}: {retired[name]}")
-        known = list(accepted)
+        known = [option for option in inspect.signature(guard).parameters if option != "unknown"]
         raise UsageError(f"{name}: the guard has no such option{nearest(name, known)}; it takes {', '.join(known)}")
 
 

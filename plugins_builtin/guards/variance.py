@@ -16,6 +16,7 @@ from plugins_builtin.guards.figures import (
     not_finite,
     not_measured,
     quantile,
+    ratio,
     rounded,
     suspects,
 )
@@ -99,7 +100,7 @@ class VarianceGuard(Guard):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        refuse(unknown, self.RETIRED, ("deadband", "scope", "min_gain", "max_calib", "seed"))
+        refuse(type(self), unknown, self.RETIRED)
         self._deadband = number("deadband", deadband, 0)
         self._families = families_in(scope)
         self._min_gain = number("min_gain", min_gain, 0, 1)
@@ -223,8 +224,7 @@ class _Output:
 
 
 def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    size, error = float(before.norm()), float((after - before).norm())
-    return error / size if size else math.inf if error else 0.0
+    return ratio(float((after - before).norm()), float(before.norm()))
 
 
 def _not_finite(seen: Sequence[SeenPlace], outputs: Sequence[_Output]) -> dict[str, Any]:

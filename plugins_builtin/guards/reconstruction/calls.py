@@ -135,7 +135,10 @@ class Call:
         with torch.enable_grad():
             # Copies, for a module that adds to its input in place.
             output = self.run(module, {id(tensor): leaf.clone() for tensor, leaf in streams})
-        return first_tensor(output), streams
+        first = next(tensors_in(output), None)
+        if first is None:
+            raise ValueError(f"the output is a {type(output).__name__} without a tensor")
+        return first, streams
 
 
 def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -143,16 +146,6 @@ def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     by_name = [kwargs.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds", "input", "x")]
     candidates = [*args[:1], *by_name, *args[1:], *kwargs.values()]
     return next((value for value in candidates if isinstance(value, Tensor) and value.ndim > 0), None)
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The tensor that a module puts out, or the first of several.
-
-    :raises ValueError: there is none.
-    """
-    for tensor in tensors_in(value):
-        return tensor
-    raise ValueError(f"the output is a {type(value).__name__} without a tensor")
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from invarlock.api import counted, evaluating, find_blocks, one_line
 from plugins_builtin.guards.activations import are_finite
+from plugins_builtin.guards.figures import ratio
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
 from plugins_builtin.guards.reconstruction.embedding_rows import EmbeddingRows
 from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
@@ -166,7 +167,7 @@ class Reference:
             return PartError(part.name, math.inf, math.inf, "gives NaN or infinity")
         if part.name in self.tail:
             moved[part.name] = difference
-        relative = _ratio(difference, _update(part))
+        relative = ratio(float(difference.norm()), float(_update(part).norm()))
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
     def _inputs(self, part: BaselinePart, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
@@ -314,9 +315,3 @@ def _update(part: BaselinePart) -> Tensor:
     if part.is_block and leading is not None and leading.shape == output.shape:
         return output - leading.to(output.device).float()
     return output
-
-
-def _ratio(difference: Tensor, of: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(of))
-    length = float(torch.linalg.vector_norm(difference))
-    return length / size if size else 0.0 if length == 0 else math.inf

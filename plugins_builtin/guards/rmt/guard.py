@@ -75,8 +75,7 @@ class RMTGuard(Guard):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        names = ("epsilon_default", "epsilon_by_family", "margin", "deadband", "tokens", "seed")
-        refuse(unknown, self.RETIRED, names)
+        refuse(type(self), unknown, self.RETIRED)
         default = number("epsilon_default", epsilon_default, 0)
         self._epsilon = by_family("epsilon_by_family", epsilon_by_family or {}, default, 0)
         self._margin = number("margin", margin, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from plugins_builtin.guards.figures import (
     not_finite,
     not_measured,
     quantile,
+    ratio,
     rounded,
     suspects,
 )
@@ -97,7 +97,7 @@ class SpectralGuard(Guard):
         row_cap: float = 0.9,
         **unknown: Any,
     ) -> None:
-        refuse(unknown, self.RETIRED, ("scope", "family_caps", "max_caps", "deadband", "sigma_quantile", "row_cap"))
+        refuse(type(self), unknown, self.RETIRED)
         self._families = families_in(scope)
         # Above 2, what negating a matrix comes to, a cap can only be a κ of InvarLock 0.3.
         self._caps = by_family("family_caps", family_caps or {}, 0.2, 0, 2)
@@ -139,23 +139,21 @@ class SpectralGuard(Guard):
         """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
         from plugins_builtin.guards.spectral.singular import changes
 
-        pairs = [
-            (matrix, values)
-            for matrix, values in alike.read()
-            if matrix.name in before and before[matrix.name].shape == values.shape
-        ]
-        matrices, numbers = [matrix for matrix, _ in pairs], [values for _, values in pairs]
-        old = [before[matrix.name] for matrix in matrices]
-        found = changes(numbers, old)
+        matrices, numbers = {}, []
+        for matrix, values in alike.read():
+            if matrix.name in before and before[matrix.name].shape == values.shape:
+                matrices[matrix] = before[matrix.name]
+                numbers.append(values)
+        found = changes(numbers, list(matrices.values()))
         return [
-            (matrix, self._move(matrix, spectrum.size, change) if change else None)
-            for matrix, spectrum, change in zip(matrices, old, found, strict=True)
+            (matrix, self._move(matrix, old.size, change) if change else None)
+            for (matrix, old), change in zip(matrices.items(), found, strict=True)
         ]
 
     def _move(self, matrix: _Matrix, before: Size, change: Change) -> _Move:
         lines = change.rows, change.columns
         rows, columns = (int((line > self._row_cap).sum()) for line in lines)
-        sigma = change.after.sigma / before.sigma - 1 if before.sigma else math.inf if change.after.sigma else 0.0
+        sigma = ratio(change.after.sigma - before.sigma, before.sigma)
         cap = max(self._caps[matrix.family], 1e-9)
         beyond = max(change.relative, abs(sigma)) / cap
         replaced = max(float(line.max()) for line in lines) / max(self._row_cap, 1e-9) if rows or columns else 0.0
@@ -227,14 +225,6 @@ class _Weight:
     shape: tuple[int, int]
 
     @property
-    def device(self) -> torch.device:
-        return self.parameter.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.parameter.nbytes
-
-    @property
     def is_fused(self) -> bool:
         return self.parameter.numel() != self.shape[0] * self.shape[1]
 
@@ -252,11 +242,11 @@ class _Alike:
 
     @property
     def device(self) -> torch.device:
-        return self.weights[0].device
+        return self.weights[0].parameter.device
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights)
+        return sum(weight.parameter.nbytes for weight in self.weights)
 
     def read(self) -> Iterator[tuple[_Matrix, torch.Tensor]]:
         for weight in self.weights:
@@ -328,9 +318,9 @@ def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
     """Batches of weights whose matrices have one shape, type and device."""
     together: dict[Any, list[_Weight]] = defaultdict(list)
     for weight in weights:
-        group = together[weight.shape, weight.parameter.dtype, weight.device]
+        group = together[weight.shape, weight.parameter.dtype, weight.parameter.device]
         group.append(weight)
-        if len(group) == AT_ONCE or len(group) * weight.nbytes >= BYTES_AT_ONCE:
+        if len(group) == AT_ONCE or len(group) * weight.parameter.nbytes >= BYTES_AT_ONCE:
             yield _Alike([*group])
             group.clear()
     yield from (_Alike(group) for group in together.values() if group)
@@ -349,7 +339,8 @@ def _leading_values(
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
     from plugins_builtin.guards.spectral.singular import leading_values
 
-    def values(weight: _Weight) -> dict[str, Any] | None:
+    def values(alike: _Alike) -> dict[str, Any] | None:
+        (weight,) = alike.weights
         old = baseline.get(weight.parameter_name)
         if old is None or old.numel() != weight.parameter.numel():
             return None
@@ -362,7 +353,7 @@ def _leading_values(
     whole = {
         weight.module: weight for weight in weights if not weight.is_fused and weight.parameter.numel() <= MOST_NUMBERS
     }
-    shown = [whole[move.matrix.module] for move in moves if move.matrix.module in whole]
+    shown = [_Alike([whole[move.matrix.module]]) for move in moves if move.matrix.module in whole]
     return [found for found in each(values, shown) if found]
 
 

@@ -31,6 +31,8 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
+from plugins_builtin.guards.figures import ratio
+
 PROBES = 8
 STILL = 0.02
 """A singular value that has moved by no more than this counts as where it was."""
@@ -191,8 +193,7 @@ class Moved:
         sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
         old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
         rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
-        before = self.before.size.frobenius
-        relative = self.distance / before if before else math.inf if self.distance else 0.0
+        relative = ratio(self.distance, self.before.size.frobenius)
         row_norms, columns = self._norm_changes()
         return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
 
