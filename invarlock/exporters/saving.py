@@ -20,7 +20,7 @@ from invarlock.quantization.scheme import Plan
 
 @dataclass
 class Export:
-    """How a model is saved, if it is accepted."""
+    """The way in which a model is saved, if it is accepted."""
 
     exporter: Exporter
     plan: Plan

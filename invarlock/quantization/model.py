@@ -28,9 +28,13 @@ class Rounding:
 
     def __call__(self, target: WeightTarget, weight: Tensor) -> RoundedWeight:
         """Round the weight of a target in place, wherever it was read from."""
-        layout, measure, workspace, scale_dtype = target.layout, self.measure, self.workspace, self.scale_dtype
         rounded = fake_quantize_(
-            weight, self.plan, layout=layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
+            weight,
+            self.plan,
+            layout=target.layout,
+            measure=self.measure,
+            workspace=self.workspace,
+            scale_dtype=self.scale_dtype,
         )
         return replace(rounded, effect=replace(rounded.effect, name=target.name, role=target.role.value))
 

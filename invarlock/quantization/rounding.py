@@ -57,7 +57,7 @@ class WeightLayout(StrEnum):
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """What rounding did to a weight, and the scales and zero points of its codes.
+    """The effect of rounding on a weight, and the scales and zero points of its codes.
 
     These are (out, groups), (out, 1) or, where all of a matrix has one, (1, 1). Fused experts have a third axis, in
     front. The values of a row with NaN or Inf mean nothing.
@@ -137,7 +137,7 @@ def fake_quantize_(
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
-    """Why ``fake_quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
+    """The reason why ``fake_quantize_`` cannot take a weight, to follow its name in a sentence, or None."""
     if weight.is_meta:
         return (
             "is offloaded or not loaded (device meta), so there is nothing to quantize; load the whole model onto its "
@@ -162,7 +162,7 @@ class _Grid:
     lowest: int
     highest: int
     finite: bool
-    """Whether the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
+    """True if the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
 
     @classmethod
     def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None, dtype: torch.dtype) -> _Grid:
@@ -206,12 +206,9 @@ class _Grid:
 
 @cache
 def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
-    """The smallest and the largest scale.
-
-    An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero, and no code
-    times its scale may overflow.
-    """
+    """The smallest and the largest scale: no code times its scale may overflow."""
     limits = torch.finfo(dtype)
+    # An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero.
     smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     return smallest, limits.max / 2 ** (bitwidth - 1)
 
@@ -268,18 +265,14 @@ class _Rounder:
         if clip or not all(grid.finite for grid in grids):
             finite = _finite_rows(rows)
             if not finite.all():
-                of_finite = self._finite_rows_(rows, finite, at_once, clip)
-                return grids if self.scheme.per_channel else of_finite or grids
+                kept = rows[finite]
+                self.non_finite_rows += len(rows) - len(kept)
+                of_finite = self._rows_(kept, at_once, clip) if len(kept) else grids
+                rows[finite] = kept
+                return grids if self.scheme.per_channel else of_finite
         for part, grid in zip(parts, grids, strict=True):
             for block in torch.split(part, at_once):
                 self._block_(block, grid, clip)
-        return grids
-
-    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
-        kept = rows[finite]
-        self.non_finite_rows += len(rows) - len(kept)
-        grids = self._rows_(kept, at_once, clip) if len(kept) else []
-        rows[finite] = kept
         return grids
 
     def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
@@ -308,12 +301,11 @@ class _Rounder:
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
-    """Which rows hold neither NaN nor Inf."""
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    """How many rows make a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
+    """Number of rows in a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
     elements = BLOCK if matrix.dtype == torch.float32 else min(BLOCK, matrix.numel() // 4)
     return max(1, elements // matrix.shape[1])
 

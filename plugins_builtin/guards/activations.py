@@ -9,9 +9,10 @@ neither does the time: some dozens of tokens tell no more for coming from more w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,7 @@ class Sampled:
         return bool(are_finite(self.rows))
 
     def comparable(self, other: Sampled) -> bool:
-        """Whether both are of the same tokens, with the same features."""
+        """Compare the tokens that both are of, and their features."""
         return (self.rows.shape, self.calls, self.tokens) == (other.rows.shape, other.calls, other.tokens)
 
 
@@ -93,50 +94,45 @@ class Seen:
     samples: Mapping[Kind, Sampled | None]
     """None, or no entry, where no tensor of the kind passed."""
     all_finite: bool
-    """Whether all that went in was finite, sampled or not; True if that was not looked at."""
+    """False if anything that went in was not finite, sampled or not; True if that was not looked at."""
     order: int
     """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
 
 
+@dataclass(eq=False)
 class SamplingTap:
-    """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens.
+    """Samples what goes into a module and what comes out of it: the first floating tensor of each, the same tokens."""
 
-    :param tokens: number of tokens to keep.
-    :param order: a counter that the taps of a pass share.
-    :param budget: largest number of values to keep of either; with many features fewer tokens are kept, down to 8.
-    :param outputs: whether to sample what comes out, too.
-    :param thorough: whether to look for NaN and infinity in all that goes in.
-    """
+    tokens: int
+    """Number of tokens to keep."""
+    seed: int
+    order: Iterator[int]
+    """A counter that the taps of a pass share."""
+    budget: int
+    """Largest number of values to keep of either; with many features fewer tokens are kept, down to 8."""
+    outputs: bool
+    """True to sample what comes out, too."""
+    thorough: bool
+    """True to look for NaN and infinity in all that goes in."""
 
-    def __init__(
-        self,
-        tokens: int,
-        seed: int,
-        order: Iterator[int],
-        *,
-        budget: int = 1 << 20,
-        outputs: bool = False,
-        thorough: bool = False,
-    ) -> None:
-        self._tokens, self._seed, self._budget, self._order = tokens, seed, budget, order
-        self._wants_outputs, self._thorough = outputs, thorough
+    def __post_init__(self) -> None:
         self._placed = -1
         self._samples: dict[Kind, Sample] = {}
         self._finite = torch.tensor(True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         entering = _first_tensor((args, kwargs))
-        leaving = _first_tensor(output) if self._wants_outputs else None
+        leaving = _first_tensor(output) if self.outputs else None
         if self._placed < 0:
-            self._placed = next(self._order)
+            self._placed = next(self.order)
             widest = max((tensor.shape[-1] for tensor in (entering, leaving) if tensor is not None), default=1)
-            size = min(self._tokens, max(8, self._budget // widest))
-            self._samples = {"inputs": Sample(size, self._seed), "outputs": Sample(size, self._seed)}
+            size = min(self.tokens, max(8, self.budget // widest))
+            self._samples = {"inputs": Sample(size, self.seed), "outputs": Sample(size, self.seed)}
         if leaving is not None:
             self._samples["outputs"].add(leaving)
         if entering is not None:
             self._samples["inputs"].add(entering)
-            if self._thorough:
+            if self.thorough:
                 self._finite = self._finite & are_finite(entering)
 
     def result(self) -> Seen:
@@ -153,6 +149,14 @@ class Place:
     blamed: str
     """The module that is suspected where the samples differ."""
     is_head: bool = False
+
+
+def taps(
+    places: Iterable[Place], tokens: int, seed: int, *, budget: int = 1 << 20, outputs: bool = False
+) -> dict[str, SamplingTap]:
+    """Taps that sample places, the output head thoroughly; arguments are those of ``SamplingTap``."""
+    order = count()
+    return {place.name: SamplingTap(tokens, seed, order, budget, outputs, place.is_head) for place in places}
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,10 +47,7 @@ def not_measured(why: str) -> dict[str, Any]:
 def measured(
     message: str, warnings: Sequence[str], metrics: Mapping[str, Any], unmeasured: Sequence[str]
 ) -> dict[str, Any]:
-    """The result of a guard that warns at most.
-
-    :param unmeasured: names of what could not be compared.
-    """
+    """The result of a guard that warns at most; ``unmeasured`` are names of what could not be compared."""
     return {
         "passed": True,
         "action": "warn" if warnings else "continue",
@@ -100,8 +97,3 @@ def rounded(value: float | None) -> float | None:
 def ratio(value: float, of: float) -> float:
     """Their quotient; infinite where all that there is was nothing before, and 0 where it still is nothing."""
     return value / of if of else math.inf if value else 0.0
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """One of the values: the largest for a share of 1, and for less, of more than one value, never the largest."""
-    return sorted(values)[int(share * (len(values) - 1))]

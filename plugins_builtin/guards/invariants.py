@@ -40,19 +40,10 @@ class _Tensor:
         tensor = tensor.detach().view(shape)
         if not tensor.is_floating_point() or not tensor.numel():
             return cls(shape, dtype, True, 0, 0, False)
-        if tensor.ndim < 2:
-            finite = bool(tensor.isfinite().all())
-            return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
-        return cls(
-            shape=shape,
-            dtype=dtype,
-            finite=bool(low.isfinite() & high.isfinite()),
-            constant_rows=_constant_rows(tensor),
-            constant_columns=_constant_rows(tensor.mT),
-            zero=bool((low == 0) & (high == 0)),
-        )
+        rows, columns = (_constant_rows(tensor), _constant_rows(tensor.mT)) if tensor.ndim > 1 else (0, 0)
+        return cls(shape, dtype, bool(low.isfinite() & high.isfinite()), rows, columns, bool((low == 0) & (high == 0)))
 
 
 def _constant_rows(matrices: torch.Tensor) -> int:
@@ -266,7 +257,7 @@ def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two values of a configuration are the same; a file may have held a number in single precision."""
+    # A file may have held a number in single precision.
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     return bool(one == other)

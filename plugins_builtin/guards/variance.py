@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard
-from plugins_builtin.guards.figures import (
-    TOP,
-    Suspect,
-    measured,
-    not_finite,
-    not_measured,
-    quantile,
-    ratio,
-    rounded,
-    suspects,
-)
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
 from plugins_builtin.guards.options import families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
@@ -109,14 +99,11 @@ class VarianceGuard(Guard):
         self._places: dict[str, Place] = {}
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
-        from plugins_builtin.guards.activations import SamplingTap
+        from plugins_builtin.guards.activations import taps
 
         self._places = {place.name: place for place in _places(model)}
-        order, budget = itertools.count(), NUMBERS // max(1, 2 * len(self._places))
-        return {
-            name: SamplingTap(self._tokens, self._seed, order, budget=budget, outputs=True, thorough=place.is_head)
-            for name, place in self._places.items()
-        }
+        budget = NUMBERS // max(1, 2 * len(self._places))
+        return taps(self._places.values(), self._tokens, self._seed, budget=budget, outputs=True)
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         from plugins_builtin.guards.activations import seen_places
@@ -140,7 +127,7 @@ class VarianceGuard(Guard):
         metrics = {
             "outputs": len(outputs),
             "last": last.metrics,
-            "median_error": rounded(quantile([output.error for output in outputs], 0.5)),
+            "median_error": rounded(median_low(output.error for output in outputs)),
             "modules": [output.metrics for output in told[:TOP] if output.jump],
             "proposal": self._proposal(told[:TOP]),
             "suspects": suspects(output.suspect for output in told if output.jump > 0),

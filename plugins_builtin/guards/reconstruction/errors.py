@@ -65,7 +65,7 @@ class PartJudgement:
 
     errors: Sequence[PartError]
     rotated: bool
-    """Whether the edited model's hidden states are the baseline's in another basis, and were compared in that."""
+    """True if the edited model's hidden states are the baseline's in another basis, and were compared in that."""
 
     @property
     def score(self) -> float:
@@ -82,7 +82,7 @@ class Reference:
         """
         self.parts: dict[str, BaselinePart] = {}
         self.unmeasured = dict.fromkeys(_uncalled(model, calls.keys()), "not called")
-        self.sizes = {name: _nbytes(model.get_submodule(name)) for name in calls}
+        self.sizes = {name: sum(each.nbytes for each in model.get_submodule(name).parameters()) for name in calls}
         blocks = find_blocks(model)
         last = max((place for place, name in enumerate(calls) if name in blocks), default=-1)
         self.tail = tuple(name for place, name in enumerate(calls) if place > last)
@@ -246,10 +246,6 @@ def _carried(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> Sequ
     except RuntimeError:
         # It works in place, or its kernels have no gradient: its residual connection is taken for the whole of it.
         return [gradient if leaf is leaves[0] and leaf.shape == gradient.shape else None for leaf in leaves]
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:

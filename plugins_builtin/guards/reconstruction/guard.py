@@ -122,7 +122,7 @@ class ReconstructionGuard(Guard):
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        outputs_decide = _outputs_were_measured(context)
+        outputs_decide = (context.get("edited") or {}).get("ratio") is not None
         if self._reference is None:
             action = "warn" if outputs_decide else "abort"
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
@@ -157,11 +157,6 @@ class ReconstructionGuard(Guard):
         if judgement.score > max_score:
             return "rollback"
         return "warn" if judgement.score > self.warn_score else "continue"
-
-
-def _outputs_were_measured(context: Mapping[str, Any]) -> bool:
-    edited = context.get("edited")
-    return isinstance(edited, Mapping) and edited.get("ratio") is not None
 
 
 def _message(judgement: PartJudgement, suspects: Sequence[Suspect]) -> str:

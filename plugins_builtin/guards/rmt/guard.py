@@ -85,14 +85,10 @@ class RMTGuard(Guard):
         self._places: dict[str, Place] = {}
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
-        from plugins_builtin.guards.activations import SamplingTap
+        from plugins_builtin.guards.activations import taps
 
-        order = itertools.count()
         self._places = {place.name: place for place in _places(model)}
-        return {
-            name: SamplingTap(self._tokens, self._seed, order, thorough=place.is_head)
-            for name, place in self._places.items()
-        }
+        return taps(self._places.values(), self._tokens, self._seed)
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         from plugins_builtin.guards.activations import seen_places
@@ -125,9 +121,9 @@ class RMTGuard(Guard):
         ranked = sorted(changes, key=lambda change: -change.beyond)
         deciding = next((change for change in changes if change.place.is_head), ranked[0])
         first = max(changes, key=lambda change: change.jump)
-        warnings = []
+        message = deciding.evidence
         if deciding.beyond > 1:
-            warnings.append(f"{deciding.evidence}; the change is largest after {first.place.blamed}")
+            message += f"; the change is largest after {first.place.blamed}"
         metrics = {
             "places": len(changes),
             "beyond_epsilon": sum(change.beyond > 1 for change in changes),
@@ -141,7 +137,7 @@ class RMTGuard(Guard):
         }
         compared = {change.place for change in changes}
         unmeasured = [each.place.name for each in seen if each.place not in compared]
-        return measured("; ".join(warnings) or deciding.evidence, warnings, metrics, unmeasured)
+        return measured(message, [message] if deciding.beyond > 1 else [], metrics, unmeasured)
 
 
 @dataclass(frozen=True)
@@ -203,9 +199,7 @@ def _places(model: Any) -> list[Place]:
 
 
 def _common(names: Sequence[str]) -> str:
-    """The module that all of them are in, or the one itself."""
-    if not names:
-        return ""
+    """The module that all of them are in, or the one itself; empty for none."""
     parts = [name.split(".") for name in names]
     shared = itertools.takewhile(lambda entries: len(set(entries)) == 1, zip(*parts, strict=False))
     return ".".join(entries[0] for entries in shared)

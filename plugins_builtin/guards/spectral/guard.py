@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard, each
-from plugins_builtin.guards.figures import (
-    TOP,
-    Suspect,
-    measured,
-    not_finite,
-    not_measured,
-    quantile,
-    ratio,
-    rounded,
-    suspects,
-)
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
@@ -170,7 +161,9 @@ class SpectralGuard(Guard):
             "matrices": len(moves),
             "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
             "modules": [move.metrics for move in moves[:TOP]],
-            "suspects": suspects(move.suspect for move in moves if move.score > 0),
+            "suspects": suspects(
+                Suspect(move.matrix.module, move.score, move.evidence) for move in moves if move.score > 0
+            ),
         }
         return measured(message, warnings, metrics, unmeasured)
 
@@ -189,14 +182,16 @@ class SpectralGuard(Guard):
         ]
 
     def _drift(self, moves: Sequence[_Move]) -> float:
-        return quantile([abs(move.sigma_change) for move in moves], self._sigma_quantile)
+        changes = sorted(abs(move.sigma_change) for move in moves)
+        # The largest for a quantile of 1, and for less, of more than one matrix, never the largest.
+        return changes[int(self._sigma_quantile * (len(changes) - 1))]
 
     def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
         """Figures of a family, each beside its limit; a relative change of 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
             "matrices": len(moves),
-            "median_change": rounded(quantile(changes, 0.5)),
+            "median_change": rounded(median_low(changes)),
             "largest_change": rounded(max(changes)),
             "cap": self._caps[family],
             "sigma_drift": rounded(self._drift(moves)),
@@ -282,10 +277,6 @@ class _Move:
     @property
     def replaced(self) -> str:
         return _counted(self.rows_replaced, self.columns_replaced)
-
-    @property
-    def suspect(self) -> Suspect:
-        return Suspect(self.matrix.module, self.score, self.evidence)
 
     @property
     def metrics(self) -> dict[str, Any]:

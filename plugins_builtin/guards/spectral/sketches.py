@@ -134,19 +134,12 @@ class Sketched:
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
         parts = torch.split(block, _rows_at_once(self.matrix), dim=1)
-        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self._blocks(), strict=True)))
+        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self.blocks(), strict=True)))
 
     def gram(self, block: Tensor) -> Tensor:
         """``block Wᵀ W``."""
         # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
-        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self._blocks()))
-
-    def times(self, block: Tensor) -> Tensor:
-        """``W blockᵀ``."""
-        return torch.cat([rows @ block.T for rows in self._blocks()])
-
-    def whole(self) -> Tensor:
-        return self.matrix.float() * self.scale
+        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self.blocks()))
 
     def size(self, sigma: float) -> Size:
         return Size(sigma / self.scale, self.frobenius / self.scale)
@@ -155,7 +148,7 @@ class Sketched:
         rows, columns = self.norms
         return Spectrum(self.size(sigma), self.sketch.cpu(), (rows.cpu(), columns.cpu()), leading.cpu(), self.scale)
 
-    def _blocks(self) -> Iterator[Tensor]:
+    def blocks(self) -> Iterator[Tensor]:
         return _blocks(self.matrix, self.scale)
 
 
@@ -186,7 +179,7 @@ class Moved:
 
     @property
     def is_searched(self) -> bool:
-        """Whether sigma may have moved so far that it has to be found anew."""
+        """True if sigma may have moved so far that it has to be found anew."""
         return self.bound > STILL * self.before.size.sigma
 
     def change(self, sigma: float | None) -> Change:
