@@ -11,7 +11,8 @@ from activation_guards import BUILDERS, on, tokens
 from torch import nn
 
 from invarlock.core.errors import UsageError
-from invarlock.quantization import Role, find_weights
+from invarlock.models.structure import Role
+from invarlock.quantization import find_weights
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
 from plugins_builtin.guards.activations import Sample

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import showing
 from invarlock.quantization import Plan, Scheme, WeightLayout, Workspace, fake_quantize_, quantize_model
 from invarlock.testing import architectures
 
@@ -98,7 +99,7 @@ def test_equals_the_reference(bitwidth: int, symmetric: bool, granularity: dict,
 def test_codes_scales_and_zero_points_make_the_rounded_weight(scale_dtype, symmetric, granularity, dtype) -> None:
     result = random(12, 40, dtype=dtype)
     scheme = Scheme(bitwidth=5, symmetric=symmetric, clamp_ratio=0.05, **granularity)
-    parameters = fake_quantize_(result, scheme, scale_dtype=scale_dtype).quantization_parameters()
+    parameters = fake_quantize_(result, scheme, scale_dtype=scale_dtype)
     codes = parameters.codes(result)
     assert parameters.scales.dtype == (scale_dtype or dtype)
     assert codes.dtype == torch.int8
@@ -115,8 +116,8 @@ def test_scales_of_finite_rows_do_not_know_of_the_others(granularity: dict) -> N
     sound = weight[1:].clone()
     weight[0, 3] = math.nan
     scheme = Scheme(bitwidth=4, **granularity)
-    scales = fake_quantize_(weight, scheme).quantization_parameters().scales
-    expected = fake_quantize_(sound, scheme).quantization_parameters().scales
+    scales = fake_quantize_(weight, scheme).scales
+    expected = fake_quantize_(sound, scheme).scales
     assert torch.equal(scales[-len(expected) :], expected)
 
 
@@ -153,7 +154,7 @@ def test_a_weight_of_many_blocks_equals_the_reference(granularity: dict, dtype: 
     scheme = Scheme(bitwidth=4, **granularity | ({"group_size": 1000} if "group_size" in granularity else {}))
     weight = random(2300, 2050, dtype=dtype)
     result = weight.clone()
-    figures = fake_quantize_(result, scheme)
+    figures = fake_quantize_(result, scheme).effect
     assert torch.equal(result, reference(weight, scheme))
     error = (weight.double() - result.double()).norm() / weight.double().norm()
     assert figures.relative_error == pytest.approx(float(error), rel=1e-4)
@@ -181,7 +182,7 @@ def test_rows_that_are_not_finite_are_left_and_counted(granularity: dict, symmet
     weight = random(8, 40, dtype=dtype)
     weight[0, 3], weight[5, 39], weight[6, 1] = math.nan, math.inf, -math.inf
     result, sound = weight.clone(), weight[[1, 2, 3, 4, 7]]
-    figures, alone = fake_quantize_(result, scheme), fake_quantize_(sound, scheme)
+    figures, alone = fake_quantize_(result, scheme).effect, fake_quantize_(sound, scheme).effect
     assert figures.non_finite_rows == 3
     bits = torch.int32 if dtype is torch.float32 else torch.int16
     assert torch.equal(result[[0, 5, 6]].view(bits), weight[[0, 5, 6]].view(bits))
@@ -189,14 +190,14 @@ def test_rows_that_are_not_finite_are_left_and_counted(granularity: dict, symmet
     assert figures.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
     assert figures.clipped_share * 8 == pytest.approx(alone.clipped_share * 5)
     transposed = weight.T.contiguous()
-    assert fake_quantize_(transposed, scheme, layout=WeightLayout.IN_OUT).non_finite_rows == 3
+    assert fake_quantize_(transposed, scheme, layout=WeightLayout.IN_OUT).effect.non_finite_rows == 3
     assert torch.equal(transposed.T[[1, 2, 3, 4, 7]], sound)
 
 
 @pytest.mark.parametrize("clamp_ratio", [0.0, 0.2])
 def test_a_weight_without_finite_rows_is_left_alone(clamp_ratio: float) -> None:
     weight = torch.full((3, 4), math.nan)
-    figures = fake_quantize_(weight, Scheme(clamp_ratio=clamp_ratio))
+    figures = fake_quantize_(weight, Scheme(clamp_ratio=clamp_ratio)).effect
     assert weight.isnan().all()
     assert (figures.non_finite_rows, figures.relative_error, figures.sqnr_db) == (3, 0.0, None)
 
@@ -249,7 +250,7 @@ def test_clamp_clips_to_quantiles_of_the_matrix(granularity: dict, clamp_ratio: 
     scheme = Scheme(bitwidth=4, clamp_ratio=clamp_ratio, **granularity)
     weight = random(12, 41, dtype=dtype)
     result = weight.clone()
-    figures = fake_quantize_(result, scheme)
+    figures = fake_quantize_(result, scheme).effect
     assert torch.equal(result, reference(weight, scheme))
     low, high = np.quantile(weight.double().numpy(), [clamp_ratio / 2, 1 - clamp_ratio / 2])
     outside = (weight.double() < low) | (weight.double() > high)
@@ -264,7 +265,7 @@ def test_clamp_clips_to_quantiles_of_the_matrix(granularity: dict, clamp_ratio: 
 def test_clamp_takes_more_numbers_than_torch_quantile(dtype: torch.dtype) -> None:
     weight = torch.randn(4100, 4100, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert weight.numel() > 2**24
-    figures = fake_quantize_(weight, Scheme(clamp_ratio=0.1), measure=False)
+    figures = fake_quantize_(weight, Scheme(clamp_ratio=0.1), measure=False).effect
     # 16-bit numbers come in steps: all those that equal a quantile stay.
     assert figures.clipped_share == pytest.approx(0.1, abs=1e-6 if dtype is torch.float32 else 2e-3)
     assert float(weight.abs().amax()) == pytest.approx(1.6449, rel=0.01)
@@ -324,14 +325,14 @@ def test_the_output_axis_is_where_the_module_has_it(scheme: Scheme, dtype: torch
 def test_figures_are_those_of_what_is_in_the_weight(dtype: torch.dtype) -> None:
     weight = random(12, 40, dtype=dtype)
     result, silent = weight.clone(), weight.clone()
-    figures = fake_quantize_(result, Scheme(bitwidth=6), workspace=Workspace())
+    figures = fake_quantize_(result, Scheme(bitwidth=6), workspace=Workspace()).effect
     signal, noise = weight.double().square().sum(), (weight.double() - result.double()).square().sum()
     assert figures.parameters == 480
     assert figures.relative_error == pytest.approx(float((noise / signal).sqrt()), rel=1e-5)
     assert figures.sqnr_db == pytest.approx(float(10 * (signal / noise).log10()), rel=1e-5)
     assert (figures.clipped_share, figures.non_finite_rows) == (0.0, 0)
 
-    unmeasured = fake_quantize_(silent, Scheme(bitwidth=6), measure=False)
+    unmeasured = fake_quantize_(silent, Scheme(bitwidth=6), measure=False).effect
     assert torch.equal(silent, result)
     assert (unmeasured.relative_error, unmeasured.sqnr_db) == (None, None)
 
@@ -340,17 +341,17 @@ def test_figures_are_those_of_what_is_in_the_weight(dtype: torch.dtype) -> None:
 def test_figures_do_not_overflow_or_vanish_in_float32(size: float) -> None:
     weight = random(12, 40)
     usual, unusual = (
-        fake_quantize_(weight.clone(), Scheme(bitwidth=6)),
-        fake_quantize_(weight * size, Scheme(bitwidth=6)),
+        fake_quantize_(weight.clone(), Scheme(bitwidth=6)).effect,
+        fake_quantize_(weight * size, Scheme(bitwidth=6)).effect,
     )
     assert unusual.relative_error == pytest.approx(usual.relative_error, rel=1e-3)
     assert unusual.sqnr_db == pytest.approx(usual.sqnr_db, rel=1e-3)
 
 
 def test_figures_of_zeros_and_of_nothing() -> None:
-    figures = fake_quantize_(torch.zeros(3, 4), Scheme())
+    figures = fake_quantize_(torch.zeros(3, 4), Scheme()).effect
     assert (figures.relative_error, figures.sqnr_db) == (0.0, None)
-    assert fake_quantize_(torch.empty(0, 4), Scheme()).parameters == 0
+    assert fake_quantize_(torch.empty(0, 4), Scheme()).effect.parameters == 0
 
 
 @pytest.mark.parametrize(
@@ -394,18 +395,19 @@ def test_scheme_and_plan_import_no_torch() -> None:
 
 def test_a_model_is_quantized_in_its_order_with_a_result_for_each_weight() -> None:
     model, untouched = architectures.llama(), architectures.llama()
-    told: list[tuple[int, int, str]] = []
+    told: list[tuple[int, int]] = []
     plan = Plan(bitwidth=4)
-    results = quantize_model(model, plan, on_progress=lambda *progress: told.append(progress))
+    with showing(lambda *progress: told.append(progress)):
+        results = quantize_model(model, plan)
     names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
     assert [result.name for result in results] == names
-    assert told == [(done, 6, name) for done, name in enumerate(names, start=1)]
+    assert told == [(done, 6) for done in range(1, 7)]
     for name, before in untouched.state_dict().items():
         module = name.removesuffix(".weight")
         assert torch.equal(model.state_dict()[name], reference(before, plan) if module in names else before)
     first = results[0]
     assert (first.bits, first.device, first.role) == (4, "cpu", "ffn")
-    assert (first.parameter_name, first.parameters) == (f"{names[0]}.weight", 48 * 32)
+    assert first.parameters == 48 * 32
     assert 0 < first.relative_error < 0.2
 
 
@@ -435,14 +437,15 @@ def test_devices_work_side_by_side_and_results_and_progress_keep_the_order() -> 
     told: list[tuple[int, int]] = []
     told_by: set[int] = set()
 
-    def on_progress(done: int, total: int, name: str) -> None:
+    def shown(done: int, total: int) -> None:
         # The first device dawdles until the other one would have overtaken it.
         if done == 1:
             time.sleep(0.2)
         told.append((done, total))
         told_by.add(threading.get_ident())
 
-    results = quantize_model(model, Plan(), on_progress=on_progress)
+    with showing(shown):
+        results = quantize_model(model, Plan())
     assert told == [(done, 6) for done in range(1, 7)]
     assert len(told_by) == 2
     assert [result.device for result in results] == ["cpu", "cpu:1", "cpu"] * 2

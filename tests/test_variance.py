@@ -11,7 +11,8 @@ from activation_guards import BUILDERS, observe, on, tokens
 from torch import nn
 
 from invarlock.core.errors import UsageError
-from invarlock.quantization import Role, find_weights
+from invarlock.models.structure import Role
+from invarlock.quantization import find_weights
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
 from plugins_builtin.guards.variance import VarianceGuard
@@ -204,7 +205,7 @@ def test_the_same_numbers_every_time(demo, text) -> None:
 def test_memory_does_not_grow_with_the_windows(demo, text) -> None:
     def held(batches):
         seen = observe(VarianceGuard(), demo, batches)
-        return sum(entry.inputs.rows.numel() + entry.outputs.rows.numel() for entry in seen.values() if entry.inputs)
+        return sum(sample.rows.numel() for entry in seen.values() for sample in entry.samples.values() if sample)
 
     assert held(text) == held(text * 5)
 

@@ -1,4 +1,4 @@
-"""Results of guards, ordered by severity, and the fold from many results to one verdict."""
+"""Results of edits and guards, and the fold from many results, ordered by severity, to one verdict."""
 
 from __future__ import annotations
 
@@ -37,6 +37,34 @@ class Action(StrEnum):
     @property
     def accepted(self) -> bool:
         return self.severity <= Action.WARN.severity
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedWeight:
+    """The effect of an edit on one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
+
+    name: str = ""
+    """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
+    role: str = ""
+    change: str
+    """``quantized``; of a comparison ``unchanged``, ``a grid of ...`` (an inferred scheme), ``changed`` or ``not in the
+    baseline``."""
+    bits: int | None = None
+    parameters: int
+    """Number of weights in it."""
+    relative_error: float | None = None
+    """``||w - q|| / ||w||`` in the Frobenius norm, 0 for a weight of zeros; None if not measured or not finite."""
+    sqnr_db: float | None = None
+    """``10 log10(||w||^2 / ||w - q||^2)``; None if it was not measured or there is no error."""
+    clipped_share: float | None = None
+    """Share of the parameters that ``clamp_ratio`` changed."""
+    non_finite_rows: int | None = None
+    """Output channels with NaN or Inf."""
+    device: str
+
+    @property
+    def is_changed(self) -> bool:
+        return self.change != "unchanged"
 
 
 @dataclass(frozen=True)

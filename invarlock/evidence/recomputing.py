@@ -14,7 +14,7 @@ import numpy as np
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.plain import OWN, plain
-from invarlock.core.results import Action, Finding, Verdict, contradiction, fold
+from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
 from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_figures, limits_of, window_p95
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
@@ -26,7 +26,7 @@ from invarlock.pipeline.plans import plans_of
 from invarlock.pipeline.report_builder import WEIGHTS_ALONE, config_digest, rests_on
 from invarlock.pipeline.suspects import blame
 from invarlock.quantization.selection import SCOPE_ROLES
-from invarlock.reporting.report import EditedWeight, Report
+from invarlock.reporting.report import Report
 
 _plain = partial(plain, limits=OWN)
 

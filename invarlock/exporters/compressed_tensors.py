@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
-from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
@@ -39,9 +39,7 @@ class CompressedTensors(Exporter):
                 )
         return None
 
-    def store(
-        self, name: str, weight: Tensor, plan: Plan, parameters: QuantizationParameters | None
-    ) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         if parameters is None:
             return {name: weight}
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -55,11 +53,16 @@ class CompressedTensors(Exporter):
 
     def finish(self, folder: Path, saved: SavedModel) -> None:
         """Say in ``config.json`` which weights are packed, and how."""
-        from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+        plan = saved.plan
+        strategy = "group" if plan.group_size else "channel" if plan.per_channel else "tensor"
+        weights = QuantizationArgs(
+            num_bits=plan.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=plan.group_size
+        )
         linear = (name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear))
         described = QuantizationConfig(
-            config_groups={"group_0": _library_scheme(saved.plan)},
+            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
             format="pack-quantized",
             quantization_status="compressed",
             ignore=[name for name in linear if f"{name}.weight" not in saved.quantized],
@@ -71,15 +74,3 @@ class CompressedTensors(Exporter):
 
 
 EXPORTER = CompressedTensors()
-
-
-def _library_scheme(plan: Plan) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    strategy = "group" if plan.group_size else "channel" if plan.per_channel else "tensor"
-    return QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(
-            num_bits=plan.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=plan.group_size
-        ),
-    )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from invarlock.quantization.rounding import QuantizationParameters
+    from invarlock.quantization.rounding import RoundedWeight
     from invarlock.quantization.scheme import Plan
     from invarlock.quantization.selection import WeightTarget
 
@@ -24,7 +24,7 @@ class SavedModel:
     model: Any
     tokenizer: Any
     plan: Plan
-    quantized: Mapping[str, QuantizationParameters | None]
+    quantized: Mapping[str, RoundedWeight | None]
     """By the name of the parameter, where codes are stored; None of a weight that was stored on the way."""
 
 
@@ -34,9 +34,9 @@ class Exporter(Protocol):
     name: str
     """As ``output.format`` has it."""
     streams: bool = True
-    """Whether ``store`` says what safetensors files hold, weight by weight; otherwise ``finish`` writes all weights."""
+    """True if ``store`` says what safetensors files hold, weight by weight; otherwise ``finish`` writes all weights."""
     stores_codes: bool = False
-    """Whether ``store`` and ``finish`` need the scales and zero points of quantized weights."""
+    """True if ``store`` and ``finish`` need the scales and zero points of quantized weights."""
     scale_dtype: torch.dtype | None = None
     """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
     library: str = "transformers"
@@ -45,12 +45,10 @@ class Exporter(Protocol):
     """The call that loads it, of a model class of transformers, for the model card."""
 
     def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-        """Why the format cannot hold what a plan makes of a model, fields of the plan in backquotes; None if it can."""
+        """The reason why the format cannot hold what a plan makes of a model, or None; its fields in backquotes."""
         return None
 
-    def store(
-        self, name: str, weight: Tensor, plan: Plan, parameters: QuantizationParameters | None
-    ) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         """Tensors that are stored of one weight, by name.
 
         :param parameters: of a quantized weight, if the format stores codes.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
-from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
@@ -25,7 +25,7 @@ BLOCK = 32
 ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
 USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-"""What those who read a file of these architectures take for granted."""
+"""Taken for granted by those who read a file of these architectures."""
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 BYTES_OF_WORDS = BYTES | {"use_regex": True}
@@ -46,7 +46,7 @@ SPLITTING = {
     "qwen2": [_words(r"\p{N}"), BYTES],
     "llama-bpe": [_words(r"\p{N}{1,3}"), BYTES],
 }
-"""What llama.cpp calls the rules by which text is split before tokens are looked up: the steps of tokenizer.json.
+"""By llama.cpp's names of the rules by which text is split into words: the steps of tokenizer.json.
 
 Source: llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp."""
 
@@ -103,12 +103,11 @@ class Gguf(Exporter):
                 continue
             stem, _, suffix = name.rpartition(".")
             target = f"{names.get_name(stem)}.{suffix}"
-            heads = _heads(name, config)
             if parameters := saved.quantized.get(name):
-                blocks = _rotary_order(_blocks(tensor, parameters), heads).cpu().numpy()
+                blocks = _rotary_order(name, _blocks(tensor, parameters), config).cpu().numpy()
                 writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
             else:
-                numbers, kind = _plain(_rotary_order(tensor, heads))
+                numbers, kind = _plain(_rotary_order(name, tensor, config))
                 writer.add_tensor(target, numbers, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -192,16 +191,10 @@ def _splitting(tokenizer: Any) -> str | None:
     return name if bool(described["model"].get("ignore_merges")) == (name == "llama-bpe") else None
 
 
-def _heads(name: str, config: Any) -> int | None:
-    """Of a query or key projection of Llama: how many heads it has."""
-    if config.model_type != "llama" or ".self_attn." not in name:
-        return None
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-
-
-def _rotary_order(rows: Tensor, heads: int | None) -> Tensor:
-    """Rows in llama.cpp's order: the two halves of each head's rotary dimensions interleaved."""
-    if heads is None:
+def _rotary_order(name: str, rows: Tensor, config: Any) -> Tensor:
+    """Rows of Llama's queries and keys in llama.cpp's order: halves of each head's rotary dimensions interleaved."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2:][0])
+    if config.model_type != "llama" or ".self_attn." not in name or heads is None:
         return rows
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
@@ -217,7 +210,7 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
     return tensor.cpu().contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
 
 
-def _blocks(rounded: Tensor, parameters: QuantizationParameters) -> Tensor:
+def _blocks(rounded: Tensor, parameters: RoundedWeight) -> Tensor:
     """Rows of Q8_0 blocks as bytes: for each block its float16 scale, then 32 codes."""
     scales = parameters.scales.unsqueeze(-1)
     codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)

@@ -14,19 +14,19 @@ from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.core.progress import watched
 from invarlock.core.text import markdown
 from invarlock.exporters.exporter import Exporter, SavedModel
-from invarlock.quantization.rounding import QuantizationParameters
+from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 
 
 @dataclass
 class Export:
-    """How a model is saved, if it is accepted."""
+    """The way in which a model is saved, if it is accepted."""
 
     exporter: Exporter
     plan: Plan
     source: str
     """The id of the baseline."""
-    quantized: dict[str, QuantizationParameters | None] = field(default_factory=dict)
+    quantized: dict[str, RoundedWeight | None] = field(default_factory=dict)
     """As ``SavedModel`` has it."""
 
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from invarlock.core.results import Finding, GuardResult, Verdict
+from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.results import DivergenceResult, MetricResult
 from invarlock.pipeline.keeping import Watched
@@ -35,7 +35,7 @@ class Edited:
     watched: Watched
     description: Mapping[str, Any]
     """The edit as guards see it: its name, its plan, and what it did to each weight."""
-    modules: Sequence[Any] = ()
+    modules: Sequence[EditedWeight] = ()
     """Its effect on each weight, as the report has it."""
     bitwidth: int | None = None
     baseline_weights: Mapping[str, torch.Tensor] | None = None
@@ -65,7 +65,7 @@ class Attempt:
 
     number: int
     bitwidth: int | None
-    modules: Sequence[Any]
+    modules: Sequence[EditedWeight]
     results: list[GuardResult]
     metric: MetricResult | None
     divergence: DivergenceResult | None

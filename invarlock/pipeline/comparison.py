@@ -22,7 +22,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.results import Action, Finding
+from invarlock.core.results import Action, EditedWeight, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import Task, task_of
@@ -40,27 +40,9 @@ from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
-from invarlock.reporting.report import COMPARE, EditedWeight
+from invarlock.reporting.report import COMPARE
 
 log = logging.getLogger("invarlock")
-
-
-@dataclass(frozen=True)
-class ChangedWeight:
-    """How one weight of the subject differs from the baseline's."""
-
-    name: str
-    role: str
-    change: str
-    """``unchanged``, ``a grid of ...`` (an inferred scheme), ``changed``, or ``not in the baseline``."""
-    parameters: int
-    bits: int | None
-    relative_error: float | None
-    """None where there is nothing to compare with, or it is not finite."""
-    device: str
-    sqnr_db: None = None
-    clipped_share: None = None
-    non_finite_rows: int | None = None
 
 
 def compare(
@@ -222,7 +204,7 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
 
 def changed_weights(
     model: torch.nn.Module, before: Mapping[str, torch.Tensor], on_progress: Progress
-) -> Iterator[ChangedWeight]:
+) -> Iterator[EditedWeight]:
     """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
     targets = find_weights(model)
     for done, target in enumerate(targets, start=1):
@@ -231,10 +213,10 @@ def changed_weights(
 
 
 @torch.no_grad()
-def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> ChangedWeight:
+def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedWeight:
     weight = target.parameter.detach()
     changed = partial(
-        ChangedWeight,
+        EditedWeight,
         name=target.name,
         role=target.role.value,
         parameters=weight.numel(),
@@ -242,17 +224,17 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> Changed
     )
     old = before.get(target.parameter_name)
     if old is None or old.shape != weight.shape:
-        return changed(change="not in the baseline", bits=None, relative_error=None)
+        return changed(change="not in the baseline")
     old = old.to(weight.device)
     if torch.equal(old.float(), weight.float()):
-        return changed(change="unchanged", bits=None, relative_error=0.0)
+        return changed(change="unchanged", relative_error=0.0)
     difference = torch.linalg.vector_norm(weight.float() - old.float(), dtype=torch.float64)
     quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
     error = quotient if math.isfinite(quotient) else None
     grid = infer_grid(weight, target.layout)
     if grid is not None and infer_grid(old, target.layout) != grid:
         return changed(change=str(grid), bits=grid.bits, relative_error=error)
-    return changed(change="changed", bits=None, relative_error=error)
+    return changed(change="changed", relative_error=error)
 
 
 def _tokenizer_findings(
@@ -287,7 +269,7 @@ def _report(guarding: Guarding, judgement: Judgement, edit: _Subject) -> dict[st
     return assemble(guarding, judgement.attempts, facts, edit_name=COMPARE, plan=plan)
 
 
-def families(changes: Iterable[ChangedWeight | EditedWeight]) -> list[dict[str, Any]]:
+def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
     """Changes summed by family: how many weights of each were changed in which way.
 
     A family is the same weight of every layer: a name with its numbers left out.

@@ -105,7 +105,6 @@ class _Rounding:
                 plan,
                 parameters=export.quantized if export and export.exporter.stores_codes else None,
                 scale_dtype=scale_dtype,
-                on_progress=lambda done, total, name: self._session.on_progress("quantize", done, total),
             )
 
         def round_again() -> None:

@@ -24,7 +24,6 @@ from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import PluginManager
 from invarlock.reporting.report import (
     AttemptSection,
-    EditedWeight,
     EditSection,
     MetricsSection,
     ModelSection,
@@ -61,7 +60,7 @@ def _attempt_report(guarding: Guarding, attempt: Attempt) -> dict[str, Any]:
     parts: dict[str, Any] = plain(
         {
             "bitwidth": attempt.bitwidth,
-            "modules": _weights(attempt),
+            "modules": attempt.modules,
             "guards": _guards(guarding, attempt),
             "metrics": _metrics(guarding, attempt),
             "verdict": _verdict(guarding, attempt),
@@ -76,7 +75,7 @@ def assemble(
 ) -> dict[str, Any]:
     """The report as ``report.json`` holds it; the last attempt is the one that stands."""
     last, config = attempts[-1], guarding.config.as_dict()
-    weights = _weights(last)
+    weights = list(last.modules)
     return Report(
         invarlock_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -125,10 +124,6 @@ def rests_on(config: RunConfig) -> str:
     dataset = config.dataset
     source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
     return f"{dataset.preview_n} + {dataset.final_n} {source}"
-
-
-def _weights(attempt: Attempt) -> list[EditedWeight]:
-    return [EditedWeight.of(result) for result in attempt.modules]
 
 
 def _guards(guarding: Guarding, attempt: Attempt) -> list[GuardResult]:

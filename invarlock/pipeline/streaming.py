@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from invarlock.checkpoints.streaming import Edit, Part, Streaming, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import counted, showing
+from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Edited, RunResult
@@ -36,15 +37,11 @@ from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
 from invarlock.pipeline.session import Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
-from invarlock.quantization.model import QuantizedWeight
-from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_
+from invarlock.quantization.model import Rounding
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
 log = logging.getLogger("invarlock")
-
-Round = Callable[[str, Tensor], RoundedWeight]
-"""Rounds a weight in place, given the name of the parameter."""
 
 
 def run_streamed(
@@ -199,72 +196,62 @@ class _StreamedRounding:
         ranks.gather(None)
         return shards or make()
 
-    def _round_all(self, plan: Plan) -> list[QuantizedWeight]:
+    def _round_all(self, plan: Plan) -> list[EditedWeight]:
         """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
 
         Processes share the shards.
         """
         checkpoint, ranks = self.streaming.checkpoint, self.session.ranks
-        round_ = self._rounding(plan, measure=True)
+        rounding = self._rounding(plan, measure=True)
         files = checkpoint.files[ranks.rank :: ranks.size]
-        notes: list[dict[str, Any]] = []
+        notes: dict[str, dict[str, Any]] = {}
         for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
-            notes += self._round_shard(file, round_) if noted is None else noted
-        found = {note["parameter_name"]: note for part in ranks.gather(notes) for note in part}
-        return [QuantizedWeight(**found[target.parameter_name]) for target in self.targets.values()]
+            notes |= self._round_shard(file, rounding) if noted is None else noted
+        found = {name: note for part in ranks.gather(notes) for name, note in part.items()}
+        return [EditedWeight(**found[name]) for name in self.targets]
 
-    def _round_shard(self, file: str, round_: Round) -> list[dict[str, Any]]:
-        """One shard: what was done to each of its weights."""
+    def _round_shard(self, file: str, rounding: Rounding) -> dict[str, dict[str, Any]]:
+        """Round and write one shard; the effect on each of its weights by name, as its journal holds it."""
         entries = self.streaming.checkpoint.entries
         tensors: dict[str, Tensor] = {}
-        notes: list[dict[str, Any]] = []
+        notes: dict[str, dict[str, Any]] = {}
         for part in self.streaming.parts_in(file):
             here = [name for name in part.stored if entries[name].file == file]
             if self.targets.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
-            stored, results = self._round(part, round_)
-            notes += map(dataclasses.asdict, results)
+            stored, results = self._round(part, rounding)
+            notes |= {name: dataclasses.asdict(result) for name, result in results.items()}
             # A parameter that is stored in several files is rounded for each of them.
             tensors |= {name: stored[name] for name in here} if part.converts and self.shards else stored
         if self.shards:
             self.shards.write(file, tensors, notes)
         return notes
 
-    def _round(self, part: Part, round_: Round) -> tuple[dict[str, Tensor], list[QuantizedWeight]]:
+    def _round(self, part: Part, rounding: Rounding) -> tuple[dict[str, Tensor], dict[str, EditedWeight]]:
         """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
-        rounded = {name: round_(name, weights[name]) for name in weights.keys() & self.targets.keys()}
-        results = [QuantizedWeight.of(self.targets[name], weight) for name, weight in rounded.items()]
+        rounded = {name: rounding(self.targets[name], weights[name]) for name in weights.keys() & self.targets.keys()}
+        results = {name: weight.effect for name, weight in rounded.items()}
         if self.export is None:
             return {}, results
         stored, exporter = part.store(weights), self.export.exporter
         if not part.converts:
             ((name, weight),), (done,) = stored.items(), rounded.values()
-            parameters = done.quantization_parameters() if exporter.stores_codes else None
-            stored = exporter.store(name, weight, self.export.plan, parameters)
+            stored = exporter.store(name, weight, self.export.plan, done if exporter.stores_codes else None)
         return stored, results
 
-    def _rounding(self, plan: Plan, *, measure: bool) -> Round:
-        workspace = Workspace()
-        scale_dtype = self.export.exporter.scale_dtype if self.export else None
-
-        def round_(name: str, weight: Tensor) -> RoundedWeight:
-            layout = self.targets[name].layout
-            return fake_quantize_(
-                weight, plan, layout=layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
-            )
-
-        return round_
+    def _rounding(self, plan: Plan, *, measure: bool) -> Rounding:
+        return Rounding(plan, measure, self.export.exporter.scale_dtype if self.export else None)
 
     def _edit(self, plan: Plan) -> Edit:
         """Function that rounds a weight of the plan, each time that one is read."""
-        round_ = self._rounding(plan, measure=False)
+        rounding = self._rounding(plan, measure=False)
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:
             if parameter in self.targets:
-                round_(parameter, weight)
+                rounding(self.targets[parameter], weight)
             return weight
 
         return rounded

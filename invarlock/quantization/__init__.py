@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 from invarlock.quantization.scheme import Plan, PlanError, Scheme
 
 if TYPE_CHECKING:
-    from invarlock.models.structure import Role
-    from invarlock.quantization.model import QuantizedWeight, quantize_model
-    from invarlock.quantization.rounding import QuantizationParameters, WeightLayout, Workspace, fake_quantize_
+    from invarlock.quantization.model import quantize_model
+    from invarlock.quantization.rounding import RoundedWeight, WeightLayout, Workspace, fake_quantize_
     from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
 
 __all__ = [
     "Plan",
     "PlanError",
-    "QuantizationParameters",
-    "QuantizedWeight",
-    "Role",
+    "RoundedWeight",
     "Scheme",
     "WeightLayout",
     "WeightTarget",

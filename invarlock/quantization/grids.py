@@ -1,4 +1,4 @@
-"""Which grid a weight lies on: how somebody else quantized it, read off the numbers."""
+"""The grid that a weight lies on: how somebody else quantized it, read off the numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def infer_grid(weight: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Gr
     rounding of the weight's dtype. The scale is read off the small codes, where rounding cannot hide it: the smallest
     magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares.
     """
-    rows = _rows(weight.detach(), layout)
+    rows = layout.matrices(weight.detach()).flatten(0, -2)
     for group_size in (None, *reversed(GROUP_SIZES)):
         if group_size is not None and (rows.shape[1] <= group_size or rows.shape[1] % group_size):
             continue
@@ -52,12 +52,6 @@ def infer_grid(weight: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Gr
         if levels is not None:
             return Grid(max(2, math.ceil(math.log2(levels))), group_size)
     return None
-
-
-def _rows(weight: Tensor, layout: WeightLayout) -> Tensor:
-    if layout is WeightLayout.CONV:
-        return weight.flatten(1)
-    return (weight if layout is WeightLayout.OUT_IN else weight.mT).flatten(0, -2)
 
 
 def _levels(units: Tensor, eps: float) -> int | None:
@@ -78,7 +72,7 @@ def _levels(units: Tensor, eps: float) -> int | None:
 
 
 def _spans(units: Tensor, step: Tensor, eps: float) -> Tensor:
-    """How many levels each unit spans on the grid of about this step; 0 for one that does not lie on it."""
+    """Number of levels that each unit spans on the grid of about this step; 0 for one that does not lie on it."""
     magnitudes = units.abs()
     codes = (magnitudes / step).round_()
     small = codes <= 16

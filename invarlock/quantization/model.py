@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from itertools import count
-from threading import Lock
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from invarlock.core.progress import Tally
+from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rounding import (
-    QuantizationParameters,
-    WeightFigures,
-    Workspace,
-    fake_quantize_,
-    unfit,
-)
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
 
-Progress = Callable[[int, int, str], object]
-"""Told after each weight how many are done, of how many, and its name; from the thread of its device, one at a time."""
 
+@dataclass(frozen=True)
+class Rounding:
+    """Rounding of weights of a model that are on one device, as ``fake_quantize_`` does it."""
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizedWeight(WeightFigures):
-    """What was done to one weight of a model."""
+    plan: Plan
+    measure: bool = True
+    scale_dtype: torch.dtype | None = None
+    workspace: Workspace = field(default_factory=Workspace)
 
-    name: str
-    """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
-    parameter_name: str
-    role: str
-    device: str
-    change: str = "quantized"
-
-    @classmethod
-    def of(cls, target: WeightTarget, figures: WeightFigures) -> QuantizedWeight:
-        return cls(
-            **{field.name: getattr(figures, field.name) for field in fields(WeightFigures)},
-            name=target.name,
-            parameter_name=target.parameter_name,
-            role=target.role.value,
-            device=str(target.parameter.device),
+    def __call__(self, target: WeightTarget, weight: Tensor) -> RoundedWeight:
+        """Round the weight of a target in place, wherever it was read from."""
+        rounded = fake_quantize_(
+            weight,
+            self.plan,
+            layout=target.layout,
+            measure=self.measure,
+            workspace=self.workspace,
+            scale_dtype=self.scale_dtype,
         )
+        return replace(rounded, effect=replace(rounded.effect, name=target.name, role=target.role.value))
 
 
 def quantize_model(
@@ -53,14 +44,13 @@ def quantize_model(
     plan: Plan,
     *,
     measure: bool = True,
-    parameters: dict[str, QuantizationParameters | None] | None = None,
+    parameters: dict[str, RoundedWeight | None] | None = None,
     scale_dtype: torch.dtype | None = None,
-    on_progress: Progress | None = None,
-) -> list[QuantizedWeight]:
+) -> list[EditedWeight]:
     """Round the weights that a plan selects, in place.
 
     :param measure: whether to work out the error figures of each weight.
-    :param parameters: filled with scales and zero points by the name of the weight, for a format that stores codes.
+    :param parameters: filled with scales and zero points by the name of the parameter, for a format that stores codes.
     :param scale_dtype: as of ``fake_quantize_``.
     :returns: one result a weight, in the order of the model.
     :raises PlanError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
@@ -71,23 +61,17 @@ def quantize_model(
         if reason := unfit(target.parameter, target.layout):
             raise PlanError(f"{target.name} {reason}")
 
-    done, telling = count(1), Lock()
+    tally = Tally(len(targets))
 
-    def round_all(of_one_device: Sequence[WeightTarget]) -> list[QuantizedWeight]:
-        workspace = Workspace()
-        results = []
+    def round_all(of_one_device: Sequence[WeightTarget]) -> list[EditedWeight]:
+        rounding, results = Rounding(plan, measure, scale_dtype), []
         for target in of_one_device:
             with gathered(target.parameter) as weight:
-                rounded = fake_quantize_(
-                    weight, plan, layout=target.layout, measure=measure, workspace=workspace, scale_dtype=scale_dtype
-                )
-            results.append(QuantizedWeight.of(target, rounded))
+                rounded = rounding(target, weight)
+            results.append(rounded.effect)
             if parameters is not None:
-                parameters[target.parameter_name] = rounded.quantization_parameters()
-            if on_progress is not None:
-                # Counted and told in one step, or another device could tell a higher number in between.
-                with telling:
-                    on_progress(next(done), len(targets), target.name)
+                parameters[target.parameter_name] = rounded
+            tally.add(1)
         return results
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

@@ -16,7 +16,7 @@ everything else is float32, and the product is rounded to the dtype of the weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invarlock.core.results import EditedWeight
 from invarlock.quantization.scheme import PlanError, Scheme
 
 BLOCK = 1 << 22
@@ -38,7 +39,7 @@ Clip = tuple[float, float]
 
 
 class WeightLayout(StrEnum):
-    """What the axes of a weight mean."""
+    """Meaning of the axes of a weight."""
 
     OUT_IN = "(..., out, in)"
     """Linear, Embedding, and fused experts as Mixtral has them: (expert, out, in)."""
@@ -47,67 +48,38 @@ class WeightLayout(StrEnum):
     CONV = "(out, in, ...)"
     """Conv1d and Conv2d: all axes but the first are one input axis."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFigures:
-    """What rounding did to one weight. Rows with NaN or Inf, left as they were, are in no figure but their own."""
-
-    bits: int
-    parameters: int
-    """How many numbers the weight holds."""
-    relative_error: float | None
-    """``||w - q|| / ||w||`` in the Frobenius norm, 0 for a weight of zeros; None if it was not measured."""
-    sqnr_db: float | None
-    """``10 log10(||w||^2 / ||w - q||^2)``; None if it was not measured or there is no error."""
-    clipped_share: float
-    """The share of the parameters that ``clamp_ratio`` changed."""
-    non_finite_rows: int
-    """Output channels with NaN or Inf."""
+    def matrices(self, weight: Tensor) -> Tensor:
+        """A weight as (..., out, in): a view, but for a convolution in channels_last, which has none: a copy."""
+        if self is WeightLayout.CONV:
+            return weight.flatten(1)
+        return weight if self is WeightLayout.OUT_IN else weight.mT
 
 
 @dataclass(frozen=True)
-class QuantizationParameters:
-    """Scales and zero points of a weight: (out, groups), (out, 1) or, where all of a matrix has one, (1, 1).
+class RoundedWeight:
+    """The effect of rounding on a weight, and the scales and zero points of its codes.
 
-    Fused experts have a third axis, in front. The values of a row with NaN or Inf mean nothing.
+    These are (out, groups), (out, 1) or, where all of a matrix has one, (1, 1). Fused experts have a third axis, in
+    front. The values of a row with NaN or Inf mean nothing.
     """
 
+    effect: EditedWeight
+    """Without a name and a role, which a weight by itself has not."""
     scales: Tensor
     """In the dtype that they were rounded to."""
     zero_points: Tensor | None
     """Whole numbers, float32; None where zero is in the middle of the grid."""
 
     def codes(self, rounded: Tensor) -> Tensor:
-        """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape."""
+        """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape.
+
+        They are not kept from the rounding: those of all weights would take half as much memory as a 16-bit model.
+        """
         # In float32: in 16 bits the quotient can be off by a code.
         codes = (rounded.float().reshape(*self.scales.shape, -1) / self.scales.float().unsqueeze(-1)).round_()
         if self.zero_points is not None:
             codes.add_(self.zero_points.unsqueeze(-1))
         return codes.to(torch.int8).view(rounded.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundedWeight(WeightFigures):
-    """The figures of a weight, and the grids that its numbers lie on."""
-
-    grids: Sequence[Sequence[Sequence[_Grid]]]
-    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
-    scale_dtype: torch.dtype
-
-    def quantization_parameters(self) -> QuantizationParameters:
-        """Scales and zero points in one piece; made on demand, for most weights are not stored as codes."""
-        zero = self.grids[0][0][0].zero
-        return QuantizationParameters(
-            self._joined(lambda grid: grid.scale).to(self.scale_dtype),
-            None if zero is None else self._joined(lambda grid: grid.zero),
-        )
-
-    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
-        matrices = [
-            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
-            for rows in self.grids
-        ]
-        return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
 
 
 class Workspace:
@@ -156,16 +128,16 @@ def fake_quantize_(
     rounder = _Rounder(scheme, measure, workspace or Workspace(), scale_dtype or weight.dtype)
     if weight.numel():
         target = weight.detach()
-        matrices = _matrices(target, layout)
-        for matrix in matrices:
+        matrices = layout.matrices(target)
+        for matrix in matrices.unbind() if matrices.ndim == 3 else (matrices,):
             rounder.matrix_(matrix)
-        if layout is WeightLayout.CONV and matrices[0].data_ptr() != target.data_ptr():
-            target.copy_(matrices[0].view(target.shape))
-    return rounder.result(weight.numel())
+        if matrices.data_ptr() != target.data_ptr():
+            target.copy_(matrices.view(target.shape))
+    return rounder.result(weight)
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
-    """Why ``fake_quantize_`` cannot take a weight, as the rest of a sentence that begins with its name, or None."""
+    """The reason why ``fake_quantize_`` cannot take a weight, to follow its name in a sentence, or None."""
     if weight.is_meta:
         return (
             "is offloaded or not loaded (device meta), so there is nothing to quantize; load the whole model onto its "
@@ -190,7 +162,7 @@ class _Grid:
     lowest: int
     highest: int
     finite: bool
-    """Whether the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
+    """True if the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
 
     @classmethod
     def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None, dtype: torch.dtype) -> _Grid:
@@ -234,12 +206,9 @@ class _Grid:
 
 @cache
 def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
-    """The smallest and the largest scale.
-
-    An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero, and no code
-    times its scale may overflow.
-    """
+    """The smallest and the largest scale: no code times its scale may overflow."""
     limits = torch.finfo(dtype)
+    # An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero.
     smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     return smallest, limits.max / 2 ** (bitwidth - 1)
 
@@ -253,6 +222,7 @@ class _Rounder:
     workspace: Workspace
     scale_dtype: torch.dtype
     grids: list[list[list[_Grid]]] = field(default_factory=list)
+    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     signal: float = 0.0
     noise: float = 0.0
     clipped: int = 0
@@ -262,20 +232,31 @@ class _Rounder:
         """Round a matrix (out, in) in place."""
         clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
         at_once = _rows_at_once(matrix)
-        together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
+        together = torch.split(matrix, at_once) if self.scheme.per_channel else (matrix,)
         self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
 
-    def result(self, parameters: int) -> RoundedWeight:
-        return RoundedWeight(
+    def result(self, weight: Tensor) -> RoundedWeight:
+        effect = EditedWeight(
+            change="quantized",
             bits=self.scheme.bitwidth,
-            parameters=parameters,
+            parameters=weight.numel(),
             relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
             sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
-            clipped_share=self.clipped / max(parameters, 1),
+            clipped_share=self.clipped / max(weight.numel(), 1),
             non_finite_rows=self.non_finite_rows,
-            grids=self.grids,
-            scale_dtype=self.scale_dtype,
+            device=str(weight.device),
         )
+        zero_points = None if self.scheme.symmetric else self._joined(lambda grid: grid.zero)
+        return RoundedWeight(effect, self._joined(lambda grid: grid.scale).to(self.scale_dtype), zero_points)
+
+    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
+        if not self.grids:
+            return torch.empty(0)
+        matrices = [
+            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
+            for rows in self.grids
+        ]
+        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
     def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         """Round rows that share no scale with rows elsewhere."""
@@ -284,18 +265,14 @@ class _Rounder:
         if clip or not all(grid.finite for grid in grids):
             finite = _finite_rows(rows)
             if not finite.all():
-                of_finite = self._finite_rows_(rows, finite, at_once, clip)
-                return grids if self.scheme.per_channel else of_finite or grids
+                kept = rows[finite]
+                self.non_finite_rows += len(rows) - len(kept)
+                of_finite = self._rows_(kept, at_once, clip) if len(kept) else grids
+                rows[finite] = kept
+                return grids if self.scheme.per_channel else of_finite
         for part, grid in zip(parts, grids, strict=True):
-            for block in _blocks(part, at_once):
+            for block in torch.split(part, at_once):
                 self._block_(block, grid, clip)
-        return grids
-
-    def _finite_rows_(self, rows: Tensor, finite: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
-        kept = rows[finite]
-        self.non_finite_rows += len(rows) - len(kept)
-        grids = self._rows_(kept, at_once, clip) if len(kept) else []
-        rows[finite] = kept
         return grids
 
     def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
@@ -323,25 +300,12 @@ class _Rounder:
         return block.clamp_(low, high)
 
 
-def _matrices(weight: Tensor, layout: WeightLayout) -> Sequence[Tensor]:
-    """The matrices (out, in) of a weight: views, but for a convolution in channels_last, which has none: a copy."""
-    if layout is WeightLayout.CONV:
-        return (weight.flatten(1),)
-    matrices = weight if layout is WeightLayout.OUT_IN else weight.mT
-    return matrices.unbind() if matrices.ndim == 3 else (matrices,)
-
-
 def _finite_rows(rows: Tensor) -> Tensor:
-    """Which rows hold neither NaN nor Inf."""
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
-def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
-    return (part,) if part.shape[0] <= at_once else torch.split(part, at_once)
-
-
 def _rows_at_once(matrix: Tensor) -> int:
-    """How many rows make a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
+    """Number of rows in a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
     elements = BLOCK if matrix.dtype == torch.float32 else min(BLOCK, matrix.numel() // 4)
     return max(1, elements // matrix.shape[1])
 

@@ -1,4 +1,4 @@
-"""How numbers are rounded, and which: section ``edit.plan`` of the configuration. Imports no torch, for ``--help``."""
+"""The plan of rounding, section ``edit.plan`` of the configuration. This module imports no torch, for ``--help``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PlanError(UsageError):
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is rounded to a grid of ``2 ** bitwidth`` numbers.
+    """Rounding of a weight to a grid of ``2 ** bitwidth`` numbers.
 
     :raises PlanError: a value is outside its range, or ``group_size`` is given without ``per_channel``.
     """
@@ -56,7 +56,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan(Scheme):
-    """A scheme, and which weights of a model are rounded by it.
+    """A scheme, and the weights of a model that are rounded by it.
 
     Patterns are globs (``*.mlp.*``, case matters, ``*`` crosses dots) or ``re:`` with a regular expression that matches
     the whole name; a name is that of a module or of a parameter.
@@ -87,7 +87,7 @@ class Plan(Scheme):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of a plan, a glob or ``re:REGEX``, matches a whole name."""
+    """Match a pattern of a plan, a glob or ``re:REGEX``, against a whole name."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     return fnmatchcase(name, pattern)

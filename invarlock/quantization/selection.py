@@ -62,11 +62,15 @@ def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
         or the plan selects none.
     """
     weights = find_weights(model)
-    for key, patterns in (("include", plan.include), ("exclude", plan.exclude)):
-        for pattern in patterns:
-            _check_matches(key, pattern, weights)
     for pattern in plan.include:
-        _check_scope(pattern, plan.scope, weights)
+        matched = _matched("include", pattern, weights)
+        if not any(_may_be_included(target, plan.scope) for target in matched):
+            raise PlanError(
+                f"`include` holds {pattern!r}, which matches only weights outside of `scope` {plan.scope!r} "
+                f"(as {matched[0].name}, {matched[0].role}); set `scope` to 'all', or remove the pattern"
+            )
+    for pattern in plan.exclude:
+        _matched("exclude", pattern, weights)
     chosen = [target for target in weights if _is_wanted(target, plan)]
     if not chosen:
         raise PlanError(_nothing_selected(plan, weights))
@@ -82,7 +86,7 @@ def _is_wanted(target: WeightTarget, plan: Plan) -> bool:
 
 
 def _may_be_included(target: WeightTarget, scope: str) -> bool:
-    """Whether a pattern can include a weight: what is of no scope, such as an embedding, is only ever named."""
+    # What is of no scope, such as an embedding, is only ever named.
     return target.role in SCOPE_ROLES[scope] or target.role not in SCOPE_ROLES["all"]
 
 
@@ -90,23 +94,13 @@ def _matches_any(patterns: Sequence[str], target: WeightTarget) -> bool:
     return any(matches(pattern, name) for pattern in patterns for name in target.names)
 
 
-def _check_matches(key: str, pattern: str, weights: Sequence[WeightTarget]) -> None:
-    if any(_matches_any((pattern,), target) for target in weights):
-        return
+def _matched(key: str, pattern: str, weights: Sequence[WeightTarget]) -> list[WeightTarget]:
+    if found := [target for target in weights if _matches_any((pattern,), target)]:
+        return found
     names = [name for target in weights for name in target.names]
     last_parts = {name.rpartition(".")[2] for name in names}
     hint = nearest(pattern, names) or nearest(pattern.rpartition(".")[2], last_parts)
     raise PlanError(f"`{key}` holds {pattern!r}, which matches no weight of the model{hint}")
-
-
-def _check_scope(pattern: str, scope: str, weights: Sequence[WeightTarget]) -> None:
-    matched = [target for target in weights if _matches_any((pattern,), target)]
-    if any(_may_be_included(target, scope) for target in matched):
-        return
-    raise PlanError(
-        f"`include` holds {pattern!r}, which matches only weights outside of `scope` {scope!r} "
-        f"(as {matched[0].name}, {matched[0].role}); set `scope` to 'all', or remove the pattern"
-    )
 
 
 def _nothing_selected(plan: Plan, weights: Sequence[WeightTarget]) -> str:
@@ -150,7 +144,7 @@ def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) ->
 
 
 def _is_transposed(experts: nn.Module, model: nn.Module) -> bool:
-    """Whether fused experts are stored (expert, in, out).
+    """Tell fused experts that are stored (expert, in, out) from others.
 
     Transformers say so on the module. Where they do not, the first weight of the experts shows it: it takes in the
     hidden state, whose size is known.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final, Literal
 
 from invarlock.core.plain import OWN, Reader, plain
-from invarlock.core.results import Action, GuardResult, Verdict
+from invarlock.core.results import Action, EditedWeight, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import HARMFUL
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
@@ -38,34 +38,6 @@ class ModelSection:
     """Whether the baseline came back bit for bit; null when the edit was kept."""
     streamed: bool
     """Whether weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
-
-
-@dataclass
-class EditedWeight:
-    name: str
-    role: str
-    change: str
-    """``quantized``; of a comparison ``unchanged``, ``changed`` or the inferred grid."""
-    bits: int | None
-    parameters: int
-    relative_error: float | None
-    """Frobenius norm of the change over that of the weight."""
-    sqnr_db: float | None
-    """Signal to quantization noise, decibels."""
-    clipped_share: float | None
-    """Share of the weights that the quantile clip changed."""
-    non_finite_rows: int | None
-    """Rows with NaN or Inf; they were left as they are."""
-    device: str
-
-    @classmethod
-    def of(cls, result: Any) -> EditedWeight:
-        """:param result: of rounding or of a comparison, which may hold more than the report."""
-        return cls(*(getattr(result, entry.name) for entry in fields(cls)))
-
-    @property
-    def is_changed(self) -> bool:
-        return self.change != "unchanged"
 
 
 @dataclass
@@ -164,7 +136,7 @@ def make_json_schema() -> dict[str, Any]:
 
     schema = TypeAdapter(Report).json_schema()
     schema["required"] = list(schema["properties"])
-    for result in map(schema["$defs"].get, ("GuardResult", "Finding", "Verdict")):
+    for result in map(schema["$defs"].get, ("EditedWeight", "GuardResult", "Finding", "Verdict")):
         # Results have defaults; what is written has every key.
         result["required"] = list(result["properties"])
         for each in result["properties"].values():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import UsageError, nearest, unknown
-from invarlock.quantization import Plan, Role, WeightLayout, WeightTarget, find_weights, quantize_model
+from invarlock.models.structure import Role
+from invarlock.quantization import Plan, WeightTarget, find_weights, quantize_model
 from invarlock.testing.llama import LAYER_DAMAGES, NEEDS_UNTIED, PRESERVING, ModelEdit, is_llama
 from invarlock.testing.weights import ROW_DAMAGES, WEIGHT_DAMAGES, WeightDamage
 
@@ -130,9 +131,7 @@ def _each(model: nn.Module, change: Callable[[Tensor], Any]) -> None:
     """Change the weights of attention and feed-forward layers, each seen as (..., out, in)."""
     for target in find_weights(model):
         if target.role in (Role.ATTENTION, Role.FFN):
-            weight = target.parameter
-            seen = {WeightLayout.OUT_IN: weight, WeightLayout.IN_OUT: weight.mT, WeightLayout.CONV: weight.flatten(1)}
-            change(seen[target.layout])
+            change(target.layout.matrices(target.parameter))
 
 
 def _round_trip(dtype: torch.dtype) -> ModelEdit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,26 @@ def not_measured(why: str) -> dict[str, Any]:
     }
 
 
-def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
+def measured(
+    message: str, warnings: Sequence[str], metrics: Mapping[str, Any], unmeasured: Sequence[str]
+) -> dict[str, Any]:
+    """The result of a guard that warns at most; ``unmeasured`` are names of what could not be compared."""
+    return {
+        "passed": True,
+        "action": "warn" if warnings else "continue",
+        "message": message,
+        "warnings": warnings,
+        "metrics": {"measured": True, "not_measured": unmeasured[:TOP], **metrics},
+    }
+
+
+def not_finite(what: str, found: Iterable[str], evidence: str, before: Sequence[Suspect] = ()) -> dict[str, Any]:
     """The abort for NaN or Inf that the baseline has not.
 
-    :param modules: modules that hold it, in the order in which the model computes; empty if they are not known.
+    :param found: modules that hold it, in the order in which the model computes; empty if they are not known.
     :param before: stronger suspects.
     """
+    modules = list(dict.fromkeys(found))
     some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return {
         "passed": False,
@@ -58,13 +72,19 @@ def not_finite(what: str, modules: Sequence[str], evidence: str, before: Sequenc
         "warnings": [],
         "metrics": {
             "measured": True,
-            "non_finite": list(modules[:TOP]),
+            "non_finite": modules[:TOP],
             # The first in order is the likeliest source of the others.
             "suspects": suspects(
                 [*before, *(Suspect(name, 1 / rank, evidence) for rank, name in enumerate(modules, start=1))]
             ),
         },
     }
+
+
+def first_few(findings: Sequence[str]) -> str:
+    """Findings in one line, the first three in full."""
+    rest = len(findings) - 3
+    return "; ".join(findings[:3]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def rounded(value: float | None) -> float | None:
@@ -74,6 +94,6 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.4g}")
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """One of the values: the largest for a share of 1, and for less, of more than one value, never the largest."""
-    return sorted(values)[int(share * (len(values) - 1))]
+def ratio(value: float, of: float) -> float:
+    """Their quotient; infinite where all that there is was nothing before, and 0 where it still is nothing."""
+    return value / of if of else math.inf if value else 0.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import Guard, each
+from plugins_builtin.guards.figures import first_few
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +40,10 @@ class _Tensor:
         tensor = tensor.detach().view(shape)
         if not tensor.is_floating_point() or not tensor.numel():
             return cls(shape, dtype, True, 0, 0, False)
-        if tensor.ndim < 2:
-            finite = bool(tensor.isfinite().all())
-            return cls(shape, dtype, finite, 0, 0, not bool(tensor.any()))
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
-        return cls(
-            shape=shape,
-            dtype=dtype,
-            finite=bool(low.isfinite() & high.isfinite()),
-            constant_rows=_constant_rows(tensor),
-            constant_columns=_constant_rows(tensor.mT),
-            zero=bool((low == 0) & (high == 0)),
-        )
+        rows, columns = (_constant_rows(tensor), _constant_rows(tensor.mT)) if tensor.ndim > 1 else (0, 0)
+        return cls(shape, dtype, bool(low.isfinite() & high.isfinite()), rows, columns, bool((low == 0) & (high == 0)))
 
 
 def _constant_rows(matrices: torch.Tensor) -> int:
@@ -68,9 +60,13 @@ class _State:
     parameters: dict[str, _Tensor]
     buffers: dict[str, _Tensor]
     ties: frozenset[frozenset[str]]
-    norms: dict[str, str]
+    norms: frozenset[str]
     embedding_rows: int | None
     config: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, _Tensor]:
+        return self.parameters | self.buffers
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> _State:
@@ -84,7 +80,7 @@ class _State:
             parameters={name: found[id(parameter)] for name, parameter in parameters.items()},
             buffers={name: _Tensor.of(buffer) for name, buffer in model.named_buffers()},
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
-            norms={name: type(module).__name__ for name, module in model.named_modules() if _is_norm(module)},
+            norms=frozenset(name for name, module in model.named_modules() if _is_norm(module)),
             embedding_rows=_embedding_rows(model),
             config=_config_of(model),
         )
@@ -126,14 +122,15 @@ class InvariantsGuard(Guard):
             *_named("missing", before.parameters.keys() - after.parameters.keys()),
             *_named("new", after.parameters.keys() - before.parameters.keys()),
             *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
-            *_named("missing norm layer", before.norms.keys() - after.norms.keys()),
+            *_named("missing norm layer", before.norms - after.norms),
             *_new_shapes(before, after),
             *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
             *_too_few_embeddings(before, after, context.get("vocabulary")),
         ]
+        zeroed = {*_newly(before, after, lambda old, new: new.zero > old.zero)}
         torn, copied = _torn_ties(model, before.ties, after.ties)
         grave = [
-            *_named("norm weight zeroed", _zeroed_norms(before, after)),
+            *_named("norm weight zeroed", zeroed & {f"{norm}.weight" for norm in before.norms}),
             *_named("no longer tied, and different:", torn),
             *_named("now tied:", _new_ties(before.ties, after.ties)),
         ]
@@ -152,9 +149,8 @@ class InvariantsGuard(Guard):
         return {
             "passed": not (fatal or grave),
             "action": action,
-            "message": _summary(findings)
-            if findings
-            else f"{len(after.parameters)} parameters are sound, the structure is unchanged",
+            "message": first_few(findings)
+            or f"{len(after.parameters)} parameters are sound, the structure is unchanged",
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),
@@ -177,11 +173,6 @@ def _suspects(findings: Sequence[str], after: _State) -> list[dict[str, Any]]:
     return [{"module": module, "evidence": finding} for module, finding in found.items()]
 
 
-def _summary(findings: list[str]) -> str:
-    rest = len(findings) - 3
-    return "; ".join(findings[:3]) + (f"; and {rest} more" if rest > 0 else "")
-
-
 def _named(what: str, names: Iterable[str]) -> list[str]:
     return [f"{what} {name}" for name in sorted(names)]
 
@@ -189,16 +180,16 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 def _newly(before: _State, after: _State, worse: Any) -> list[str]:
     """Names of tensors on both sides for which a comparison of old and new holds; tied ones by their first name."""
     found: dict[int, str] = {}
-    for old, new in ((before.parameters, after.parameters), (before.buffers, after.buffers)):
-        for name, tensor in new.items():
-            if name in old and worse(old[name], tensor):
-                found.setdefault(id(tensor), name)
+    old = before.tensors
+    for name, tensor in after.tensors.items():
+        if name in old and worse(old[name], tensor):
+            found.setdefault(id(tensor), name)
     return list(found.values())
 
 
 def _new_shapes(before: _State, after: _State) -> list[str]:
-    old, new = {**before.parameters, **before.buffers}, {**after.parameters, **after.buffers}
     names = _newly(before, after, lambda old, new: old.shape != new.shape)
+    old, new = before.tensors, after.tensors
     return [f"shape of {name}: {old[name].shape} became {new[name].shape}" for name in sorted(names)]
 
 
@@ -215,15 +206,6 @@ def _new_types(before: _State, after: _State) -> list[str]:
 def _is_norm(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
-
-
-def _zeroed_norms(before: _State, after: _State) -> list[str]:
-    weights = [f"{norm}.weight" for norm in before.norms]
-    return [
-        name
-        for name in weights
-        if name in after.parameters and after.parameters[name].zero > before.parameters[name].zero
-    ]
 
 
 def _torn_ties(
@@ -275,7 +257,7 @@ def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two values of a configuration are the same; a file may have held a number in single precision."""
+    # A file may have held a number in single precision.
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     return bool(one == other)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard
-from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
 from plugins_builtin.guards.options import families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
     import torch
 
-    from plugins_builtin.guards.activations import SamplingTap, Seen
+    from plugins_builtin.guards.activations import Place, SamplingTap, SeenPlace
 
 NUMBERS = 1 << 25
 """Largest number of values in all samples of one pass: 128 MiB in float32."""
@@ -90,63 +90,50 @@ class VarianceGuard(Guard):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        refuse(unknown, self.RETIRED, ("deadband", "scope", "min_gain", "max_calib", "seed"))
+        refuse(type(self), unknown, self.RETIRED)
         self._deadband = number("deadband", deadband, 0)
         self._families = families_in(scope)
         self._min_gain = number("min_gain", min_gain, 0, 1)
         self._tokens = whole("max_calib", max_calib, 8)
         self._seed = whole("seed", seed, 0)
-        self._modules: dict[str, _Module] = {}
+        self._places: dict[str, Place] = {}
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
-        from plugins_builtin.guards.activations import SamplingTap
+        from plugins_builtin.guards.activations import taps
 
-        self._modules = _modules(model)
-        order, budget = itertools.count(), NUMBERS // max(1, 2 * len(self._modules))
-        return {
-            name: SamplingTap(
-                self._tokens, self._seed, order, budget=budget, inputs=True, outputs=True, thorough=module.is_head
-            )
-            for name, module in self._modules.items()
-        }
+        self._places = {place.name: place for place in _places(model)}
+        budget = NUMBERS // max(1, 2 * len(self._places))
+        return taps(self._places.values(), self._tokens, self._seed, budget=budget, outputs=True)
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
-        both = [name for name, seen in after.items() if name in before and seen.outputs]
-        pairs = [_SeenModule(self._modules[name], before[name], after[name]) for name in both]
-        pairs.sort(key=lambda pair: pair.after.order)
-        outputs = [_Output.of(pair) for pair in pairs if pair.comparable]
-        broken = [pair for pair in pairs if pair.broken]
-        if broken or any(pair.before.all_finite and not pair.after.all_finite for pair in pairs):
-            return _not_finite(broken, outputs)
+        from plugins_builtin.guards.activations import seen_places
+
+        seen = seen_places(context, self._places, "outputs")
+        outputs = [output for output in map(_Output.of, seen) if output]
+        if any(each.harmed for each in seen):
+            return _not_finite(seen, outputs)
         if not outputs:
             return not_measured("no outputs of the same tokens before and after")
-        return self._result(outputs, [pair.module.name for pair in pairs if not pair.comparable])
+        return self._result(outputs, seen)
 
-    def _result(self, outputs: Sequence[_Output], unmeasured: Sequence[str]) -> dict[str, Any]:
-        last = next((output for output in outputs if output.module.is_head), outputs[-1])
+    def _result(self, outputs: Sequence[_Output], seen: Sequence[SeenPlace]) -> dict[str, Any]:
+        last = next((output for output in outputs if output.place.is_head), outputs[-1])
         ranked = sorted(outputs, key=lambda output: -output.jump)
-        told = [output for output in ranked if output.module.family in self._families]
-        message = f"the output of {last.module.name} has a relative error of {last.error:.3g}"
+        told = [output for output in ranked if output.place.family in self._families]
+        message = f"the output of {last.place.name} has a relative error of {last.error:.3g}"
         if told and told[0].jump:
             message += f"; most of the error arises in {told[0].evidence}"
         warnings = [message] if last.error > self._deadband else []
-        return {
-            "passed": True,
-            "action": "warn" if warnings else "continue",
-            "message": message,
-            "warnings": warnings,
-            "metrics": {
-                "measured": True,
-                "outputs": len(outputs),
-                "not_measured": list(unmeasured[:TOP]),
-                "last": last.metrics,
-                "median_error": rounded(quantile([output.error for output in outputs], 0.5)),
-                "modules": [output.metrics for output in told[:TOP] if output.jump],
-                "proposal": self._proposal(told[:TOP]),
-                "suspects": suspects(output.suspect for output in told if output.jump > 0),
-            },
+        metrics = {
+            "outputs": len(outputs),
+            "last": last.metrics,
+            "median_error": rounded(median_low(output.error for output in outputs)),
+            "modules": [output.metrics for output in told[:TOP] if output.jump],
+            "proposal": self._proposal(told[:TOP]),
+            "suspects": suspects(output.suspect for output in told if output.jump > 0),
         }
+        compared = {output.place for output in outputs}
+        return measured(message, warnings, metrics, [each.place.name for each in seen if each.place not in compared])
 
     def _proposal(self, outputs: Sequence[_Output]) -> list[dict[str, Any]]:
         """Corrections that are worth it, the largest gain first."""
@@ -155,41 +142,11 @@ class VarianceGuard(Guard):
         return sorted(worth, key=lambda correction: -correction["predicted_gain"])
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A module that has parameters of its own."""
-
-    name: str
-    weight: str
-    """The name that its weight goes by: another one for a head that is tied to the embedding."""
-    family: str
-    is_head: bool
-
-
-@dataclass(frozen=True)
-class _SeenModule:
-    """Samples of a module on both sides."""
-
-    module: _Module
-    before: Seen
-    after: Seen
-
-    @property
-    def broken(self) -> bool:
-        before, after = self.before.outputs, self.after.outputs
-        return bool(before and after and before.finite and not after.finite)
-
-    @property
-    def comparable(self) -> bool:
-        before, after = self.before.outputs, self.after.outputs
-        return bool(before and after and before.comparable(after) and before.finite and after.finite)
-
-
 @dataclass(frozen=True, eq=False)
 class _Output:
     """The output of a module on the same tokens, (tokens, channels) in float32, and how the two sides compare."""
 
-    module: _Module
+    place: Place
     before: torch.Tensor
     after: torch.Tensor
     error: float
@@ -198,16 +155,15 @@ class _Output:
     order: int
 
     @classmethod
-    def of(cls, pair: _SeenModule) -> _Output:
-        assert pair.before.outputs
-        assert pair.after.outputs
-        before, after = pair.before.outputs.rows.float(), pair.after.outputs.rows.float()
-        if pair.module.is_head:
+    def of(cls, seen: SeenPlace) -> _Output | None:
+        rows, entered = seen.rows("outputs"), seen.rows("inputs")
+        if rows is None:
+            return None
+        before, after = rows
+        if seen.place.is_head:
             before, after = before - before.mean(dim=1, keepdim=True), after - after.mean(dim=1, keepdim=True)
-        error_in, entered = None, (pair.before.inputs, pair.after.inputs)
-        if entered[0] and entered[1] and entered[0].comparable(entered[1]):
-            error_in = _relative_error(entered[0].rows.float(), entered[1].rows.float())
-        return cls(pair.module, before, after, _relative_error(before, after), error_in, pair.after.order)
+        error_in = _relative_error(*entered) if entered else None
+        return cls(seen.place, before, after, _relative_error(before, after), error_in, seen.after.order)
 
     @property
     def jump(self) -> float:
@@ -219,17 +175,17 @@ class _Output:
     def evidence(self) -> str:
         before, after = (float(rows.var()) for rows in (self.before, self.after))
         entered = "" if self.error_in is None else f"{self.error_in:.3g} in, "
-        return f"{self.module.name}: relative error {entered}{self.error:.3g} out, variance {before:.3g} -> {after:.3g}"
+        return f"{self.place.name}: relative error {entered}{self.error:.3g} out, variance {before:.3g} -> {after:.3g}"
 
     @property
     def suspect(self) -> Suspect:
-        return Suspect(self.module.weight, self.jump, self.evidence)
+        return Suspect(self.place.blamed, self.jump, self.evidence)
 
     @property
     def metrics(self) -> dict[str, Any]:
         sides = (self.before, self.after)
         return {
-            "module": self.module.name,
+            "module": self.place.name,
             "error": rounded(self.error),
             "error_in": rounded(self.error_in),
             "jump": rounded(self.jump),
@@ -247,7 +203,7 @@ class _Output:
             return None
         gain = 1 - float((before - factors * after).square().sum()) / error
         return {
-            "module": self.module.name,
+            "module": self.place.name,
             "predicted_gain": rounded(gain),
             "channels": len(factors),
             "factors": [rounded(float(factor)) for factor in (factors.min(), factors.median(), factors.max())],
@@ -255,30 +211,28 @@ class _Output:
 
 
 def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    size, error = float(before.norm()), float((after - before).norm())
-    return error / size if size else math.inf if error else 0.0
+    return ratio(float((after - before).norm()), float(before.norm()))
 
 
-def _not_finite(broken: Sequence[_SeenModule], outputs: Sequence[_Output]) -> dict[str, Any]:
+def _not_finite(seen: Sequence[SeenPlace], outputs: Sequence[_Output]) -> dict[str, Any]:
     # What is huge somewhere overflows later. What no sample has is seen at the head alone, and may come from anywhere.
+    broken = [each for each in seen if each.broken]
     first = broken[0].after.order if broken else 0
     huge = [output.suspect for output in outputs if output.jump > HUGE and output.order < first]
-    names = list(dict.fromkeys(pair.module.weight for pair in broken))
-    return not_finite("outputs", names, "its output holds NaN or Inf", huge)
+    return not_finite("outputs", (each.place.blamed for each in broken), "its output holds NaN or Inf", huge)
 
 
-def _modules(model: Any) -> dict[str, _Module]:
-    """The modules that have parameters of their own, by name."""
+def _places(model: Any) -> Iterator[Place]:
+    """The modules that have parameters of their own; a head that is tied to the embedding is blamed by its name."""
     from invarlock.api import find_weights, output_head
+    from plugins_builtin.guards.activations import Place
 
     weights = {name: target for target in find_weights(model) for name in target.names}
     head = output_head(model)
-    found = {}
     for name, module in model.named_modules():
         parameters = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
         if not name or not parameters:
             continue
         target = next((weights[parameter] for parameter in parameters if parameter in weights), None)
         family = family_of(target.role.value) if target else "other"
-        found[name] = _Module(name, target.name if target and len(parameters) < 2 else name, family, module is head)
-    return found
+        yield Place(name, family, target.name if target and len(parameters) < 2 else name, module is head)

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from invarlock.core.results import GuardResult, Verdict
+from invarlock.core.results import EditedWeight, GuardResult, Verdict
 from invarlock.evaluation.results import Number
 from invarlock.reporting.describing import MOST_SUSPECTS
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import EditedWeight, WindowsSection
+from invarlock.reporting.report import WindowsSection
 
 MOST_POINTS = 600
 """In one plot; of more weights the most changed of each block and role are shown, and windows in groups."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 
+from invarlock.core.results import EditedWeight
 from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
 from invarlock.reporting.plots import captions, data, drawing
-from invarlock.reporting.report import EditedWeight, Report, WindowsSection
+from invarlock.reporting.report import Report, WindowsSection
 
 MOST_ROWS = 400
 """In the table below a plot."""

@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,10 @@ class Call:
         with torch.enable_grad():
             # Copies, for a module that adds to its input in place.
             output = self.run(module, {id(tensor): leaf.clone() for tensor, leaf in streams})
-        return first_tensor(output), streams
+        first = next(tensors_in(output), None)
+        if first is None:
+            raise ValueError(f"the output is a {type(output).__name__} without a tensor")
+        return first, streams
 
 
 def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -142,16 +146,6 @@ def leading_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     by_name = [kwargs.get(name) for name in ("hidden_states", "input_ids", "inputs_embeds", "input", "x")]
     candidates = [*args[:1], *by_name, *args[1:], *kwargs.values()]
     return next((value for value in candidates if isinstance(value, Tensor) and value.ndim > 0), None)
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The tensor that a module puts out, or the first of several.
-
-    :raises ValueError: there is none.
-    """
-    for tensor in tensors_in(value):
-        return tensor
-    raise ValueError(f"the output is a {type(value).__name__} without a tensor")
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -192,10 +186,10 @@ class CallRecorder:
     calls: dict[str, Call] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
 
-    def taps(self, model: nn.Module) -> dict[str, PartTap]:
-        return {name: PartTap(self, name) for name in find_parts(model)}
+    def taps(self, model: nn.Module) -> dict[str, CallTap]:
+        return {name: CallTap(partial(self._note, name)) for name in find_parts(model)}
 
-    def note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], _: Any) -> None:
         leading = leading_of(args, kwargs)
         if name in self.calls or leading is None:
             return
@@ -209,30 +203,20 @@ class CallRecorder:
 
 
 @dataclass(frozen=True)
-class PartTap:
-    """Tap that records the calls of one part; it has no result of its own."""
+class CallTap:
+    """Tap that hands each call on; it has no result of its own."""
 
-    recorder: CallRecorder
-    name: str
+    note: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], None]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        self.recorder.note(self.name, module, args, kwargs)
+        self.note(module, args, kwargs, output)
 
     def result(self) -> None:
         return None
 
 
-def record_batch(model: nn.Module, batch: Mapping[str, Tensor], tokens: int) -> dict[str, Call]:
-    """The calls of one forward pass over the beginning of a batch's first window."""
-    return _record(model, batch["input_ids"][:1, :tokens])
-
-
-def record_random(model: nn.Module, tokens: int, seed: int) -> dict[str, Call]:
-    """The calls of one forward pass over random tokens."""
-    return _record(model, random_tokens(model, tokens, seed))
-
-
-def _record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
+def record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
+    """The calls of one forward pass over tokens (1, tokens)."""
     recorder = CallRecorder(ids.shape[1])
     given = {"input_ids": ids.to(device_of(model))}
     given["attention_mask"] = torch.ones_like(given["input_ids"])

@@ -38,16 +38,13 @@ class EmbeddingRows:
     @classmethod
     def of_embeddings(cls, part: nn.Module) -> dict[str, EmbeddingRows]:
         """Rows of every embedding in a part of a model, by path."""
-        return {
-            path: cls.of(path, module.weight.detach())
-            for path, module in part.named_modules()
-            if isinstance(module, nn.Embedding)
-        }
-
-    @classmethod
-    def of(cls, path: str, weight: Tensor) -> EmbeddingRows:
-        norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1) for rows in _chunks(weight)])
-        return cls(path, norms, _projections(weight, None), _sample(weight).clone())
+        found = {}
+        for path, module in part.named_modules():
+            if isinstance(module, nn.Embedding):
+                weight = module.weight.detach()
+                norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1) for rows in _chunks(weight)])
+                found[path] = cls(path, norms, _projections(weight, None), _sample(weight).clone())
+        return found
 
     def expected_error(self, part: nn.Module, rotation: Tensor | None = None) -> float:
         """The squared relative error to expect of a row, if rows are used as often as tokens with their ids are.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.api import counted, evaluating, find_blocks, one_line
+from plugins_builtin.guards.activations import are_finite
+from plugins_builtin.guards.figures import ratio
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
 from plugins_builtin.guards.reconstruction.embedding_rows import EmbeddingRows
 from plugins_builtin.guards.reconstruction.leaves import Leaf, observe_leaves
@@ -63,7 +65,7 @@ class PartJudgement:
 
     errors: Sequence[PartError]
     rotated: bool
-    """Whether the edited model's hidden states are the baseline's in another basis, and were compared in that."""
+    """True if the edited model's hidden states are the baseline's in another basis, and were compared in that."""
 
     @property
     def score(self) -> float:
@@ -80,7 +82,7 @@ class Reference:
         """
         self.parts: dict[str, BaselinePart] = {}
         self.unmeasured = dict.fromkeys(_uncalled(model, calls.keys()), "not called")
-        self.sizes = {name: _nbytes(model.get_submodule(name)) for name in calls}
+        self.sizes = {name: sum(each.nbytes for each in model.get_submodule(name).parameters()) for name in calls}
         blocks = find_blocks(model)
         last = max((place for place, name in enumerate(calls) if name in blocks), default=-1)
         self.tail = tuple(name for place, name in enumerate(calls) if place > last)
@@ -101,7 +103,7 @@ class Reference:
     def _add(self, name: str, module: nn.Module, call: Call, is_block: bool, backward: _Backward, seed: int) -> None:
         with observe_leaves(module) as leaves:
             output, streams = call.run_with_graph(module)
-        if not _is_finite(output):
+        if not are_finite(output):
             raise ValueError("the baseline gives NaN or infinity")
         kept = output.detach()
         rows = {} if is_block or name in self.tail else EmbeddingRows.of_embeddings(module)
@@ -112,7 +114,7 @@ class Reference:
         else:
             gradient = backward.reaching(part, self.parts)
             backward.carry(part, output, streams, gradient)
-            if gradient is not None and _is_finite(gradient):
+            if gradient is not None and are_finite(gradient):
                 part.gradient = _tempered(gradient.float(), _update(part))
 
     def judge(self, model: nn.Module) -> PartJudgement:
@@ -121,11 +123,10 @@ class Reference:
         parts = list(self.parts.values())
         with evaluating(model):
             rotation = self._rotation(model)
-            errors = [self._error(part, model, moved, rotation) for part in counted(parts, self._size)]
+            errors = [
+                self._error(part, model, moved, rotation) for part in counted(parts, lambda part: self.sizes[part.name])
+            ]
         return PartJudgement(errors, rotation is not None)
-
-    def _size(self, part: BaselinePart) -> int:
-        return self.sizes[part.name]
 
     def _rotation(self, model: nn.Module) -> Tensor | None:
         """Orthogonal matrix by which the edited model rotates all hidden states; None if it does not.
@@ -162,11 +163,11 @@ class Reference:
             difference = output - part.output.float()
         except CANNOT_RUN as error:
             return PartError(part.name, math.inf, math.inf, f"cannot be run: {one_line(error)}")
-        if not _is_finite(difference):
+        if not are_finite(difference):
             return PartError(part.name, math.inf, math.inf, "gives NaN or infinity")
         if part.name in self.tail:
             moved[part.name] = difference
-        relative = _ratio(difference, _update(part))
+        relative = ratio(float(difference.norm()), float(_update(part).norm()))
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
     def _inputs(self, part: BaselinePart, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
@@ -247,10 +248,6 @@ def _carried(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> Sequ
         return [gradient if leaf is leaves[0] and leaf.shape == gradient.shape else None for leaf in leaves]
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
 def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:
     """The parts that were not called, save those whose weights all stand in others too."""
     parts = find_parts(model)
@@ -258,12 +255,6 @@ def _uncalled(model: nn.Module, called: Collection[str]) -> list[str]:
     return [
         name for name, part in parts.items() if any(id(parameter) not in measured for parameter in part.parameters())
     ]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether the extremes are finite; ``isfinite`` would take thirty times as long."""
-    low, high = torch.aminmax(tensor.detach())
-    return bool(low.isfinite() & high.isfinite())
 
 
 def _factor(tensor: Tensor, output: Tensor) -> float | None:
@@ -320,9 +311,3 @@ def _update(part: BaselinePart) -> Tensor:
     if part.is_block and leading is not None and leading.shape == output.shape:
         return output - leading.to(output.device).float()
     return output
-
-
-def _ratio(difference: Tensor, of: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(of))
-    length = float(torch.linalg.vector_norm(difference))
-    return length / size if size else 0.0 if length == 0 else math.inf

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import Guard, UsageError, one_line
-from plugins_builtin.guards.figures import Suspect
+from plugins_builtin.guards.figures import Suspect, first_few
 
 if TYPE_CHECKING:
     from plugins_builtin.guards.reconstruction.calls import CallRecorder
@@ -99,16 +99,16 @@ class ReconstructionGuard(Guard):
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record_batch, record_random
+        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, random_tokens, record
         from plugins_builtin.guards.reconstruction.errors import Reference
 
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
         try:
             if not calls and batch is not None:
-                calls = record_batch(model, batch, self.tokens)
+                calls = record(model, batch["input_ids"][:1, : self.tokens])
             elif not calls:
-                calls = record_random(model, self.random_tokens, self.seed)
+                calls = record(model, random_tokens(model, self.random_tokens, self.seed))
             self._reference = Reference(model, calls, seed=self.seed)
         except CANNOT_RUN as error:
             self._unmeasured = one_line(error)
@@ -122,7 +122,7 @@ class ReconstructionGuard(Guard):
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        outputs_decide = _outputs_were_measured(context)
+        outputs_decide = (context.get("edited") or {}).get("ratio") is not None
         if self._reference is None:
             action = "warn" if outputs_decide else "abort"
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
@@ -159,16 +159,10 @@ class ReconstructionGuard(Guard):
         return "warn" if judgement.score > self.warn_score else "continue"
 
 
-def _outputs_were_measured(context: Mapping[str, Any]) -> bool:
-    edited = context.get("edited")
-    return isinstance(edited, Mapping) and edited.get("ratio") is not None
-
-
 def _message(judgement: PartJudgement, suspects: Sequence[Suspect]) -> str:
     failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
     if failed:
-        rest = len(failed) - 3
-        return "; ".join(failed[:3]) + (f"; and {rest} more" if rest > 0 else "")
+        return first_few(failed)
     estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
     if suspects:
         return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from invarlock.api import attached
 from plugins_builtin.guards.activations import tensors_in
-from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, Cut, Kept
+from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, CallTap, Cut, Kept
 
 TOKENS = 64
 """Number of the probe's tokens that are kept at every module."""
@@ -49,29 +50,20 @@ class Leaf:
 def observe_leaves(part: nn.Module) -> Iterator[dict[str, Leaf]]:
     """Record the calls of modules with weights of their own while a part runs, by path in the part."""
     leaves: dict[str, Leaf] = {}
-    owners = (path for path, module in part.named_modules() if next(module.parameters(recurse=False), None) is not None)
     kept = Kept()
-    with attached(part, {path: _LeafTap(leaves, path, kept) for path in owners}):
-        yield leaves
 
-
-@dataclass(frozen=True)
-class _LeafTap:
-    leaves: dict[str, Leaf]
-    path: str
-    kept: Kept
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         leading = next(tensors_in((args, kwargs)), None)
-        if self.path in self.leaves or leading is None:
+        if path in leaves or leading is None:
             return
         cut = Cut.of(leading, TOKENS)
-        call = Call.of(module, args, kwargs, lambda tensor: self.kept.part(tensor, cut))
-        outputs = tuple(self.kept.part(tensor, cut) for tensor in _floats(output))
-        self.leaves[self.path] = Leaf(call, outputs, _stacks(module))
+        call = Call.of(module, args, kwargs, lambda tensor: kept.part(tensor, cut))
+        outputs = tuple(kept.part(tensor, cut) for tensor in _floats(output))
+        leaves[path] = Leaf(call, outputs, _stacks(module))
 
-    def result(self) -> None:
-        return None
+    owners = (path for path, module in part.named_modules() if next(module.parameters(recurse=False), None) is not None)
+    with attached(part, {path: CallTap(partial(note, path)) for path in owners}):
+        yield leaves
 
 
 def leaf_errors(part: nn.Module, leaves: Mapping[str, Leaf]) -> dict[str, float]:

@@ -40,10 +40,8 @@ def _of_part(reference: Reference, error: PartError, model: nn.Module, cost: str
     squared = {} if rotated else _leaf_errors(reference, error, model)
     worst = max(squared.values(), default=0.0)
     if worst == 0:
-        evidence = (
-            error.failure or f"relative error of its output {error.relative:.3g}, due to no single weight; {cost}"
-        )
-        yield Suspect(error.name, error.nats, evidence)
+        unlocated = f"relative error of its output {error.relative:.3g}, due to no single weight; {cost}"
+        yield Suspect(error.name, error.nats, error.failure or unlocated)
         return
     # One infinite error is the cause of all others, and infinity has no shares.
     shares = {key: float(math.isinf(value)) if math.isinf(worst) else value for key, value in squared.items()}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard
-from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, rounded, suspects
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, rounded, suspects
 from plugins_builtin.guards.options import by_family, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
-    import torch
-
-    from plugins_builtin.guards.activations import SamplingTap, Seen
+    from plugins_builtin.guards.activations import Place, SamplingTap, SeenPlace
     from plugins_builtin.guards.rmt.spikes import Spectra
 
 
@@ -77,115 +75,74 @@ class RMTGuard(Guard):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        names = ("epsilon_default", "epsilon_by_family", "margin", "deadband", "tokens", "seed")
-        refuse(unknown, self.RETIRED, names)
+        refuse(type(self), unknown, self.RETIRED)
         default = number("epsilon_default", epsilon_default, 0)
         self._epsilon = by_family("epsilon_by_family", epsilon_by_family or {}, default, 0)
         self._margin = number("margin", margin, 0)
         self._deadband = number("deadband", deadband, 0, 1)
         self._tokens = whole("tokens", tokens, 8)
         self._seed = whole("seed", seed, 0)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> dict[str, SamplingTap]:
-        from plugins_builtin.guards.activations import SamplingTap
+        from plugins_builtin.guards.activations import taps
 
-        order = itertools.count()
-        self._places = {place.module: place for place in _places(model)}
-        return {
-            name: SamplingTap(self._tokens, self._seed, order, inputs=True, thorough=place.is_head)
-            for name, place in self._places.items()
-        }
+        self._places = {place.name: place for place in _places(model)}
+        return taps(self._places.values(), self._tokens, self._seed)
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
-        pairs = [_SeenPlace(self._places[name], before[name], seen) for name, seen in after.items() if name in before]
-        pairs = sorted((pair for pair in pairs if pair.after.inputs), key=lambda pair: pair.after.order)
-        if any(pair.before.all_finite and not pair.after.all_finite for pair in pairs) or any(map(_broken, pairs)):
+        from plugins_builtin.guards.activations import seen_places
+
+        seen = seen_places(context, self._places, "inputs")
+        if any(each.harmed for each in seen):
             # What is not in the samples is seen at the head alone, and may come from anywhere.
-            broken = dict.fromkeys(pair.place.fed_by for pair in pairs if _broken(pair))
-            return not_finite("activations", list(broken), "its output holds NaN or Inf")
-        changes = self._changes(pair for pair in pairs if pair.comparable)
+            broken = (each.place.blamed for each in seen if each.broken)
+            return not_finite("activations", broken, "its output holds NaN or Inf")
+        changes = self._changes(seen)
         if not changes:
             return not_measured("no activations of the same tokens before and after")
-        return self._result(changes, [pair.place.module for pair in pairs if not pair.comparable])
+        return self._result(changes, seen)
 
-    def _changes(self, pairs: Iterable[_SeenPlace]) -> list[_PlaceChange]:
+    def _changes(self, seen: Sequence[SeenPlace]) -> list[_PlaceChange]:
         from plugins_builtin.guards.rmt.spikes import compare
 
         changes: list[_PlaceChange] = []
-        for pair in pairs:
-            spectra = compare(*pair.rows, margin=self._margin, deadband=self._deadband)
-            crossed = (spectra.lost + spectra.gained) / max(1, *spectra.counts)
-            most = max(spectra.turned, abs(spectra.energy_ratio - 1), crossed)
-            beyond = most / max(self._epsilon[pair.place.family], 1e-9)
-            changes.append(
-                _PlaceChange(pair.place, spectra, beyond, beyond - changes[-1].beyond if changes else beyond)
-            )
+        for place, rows in ((each.place, each.rows("inputs")) for each in seen):
+            if rows is not None:
+                spectra = compare(*rows, margin=self._margin, deadband=self._deadband)
+                crossed = (spectra.lost + spectra.gained) / max(1, *spectra.counts)
+                most = max(spectra.turned, abs(spectra.energy_ratio - 1), crossed)
+                beyond = most / max(self._epsilon[place.family], 1e-9)
+                jump = beyond - changes[-1].beyond if changes else beyond
+                changes.append(_PlaceChange(place, spectra, beyond, jump))
         return changes
 
-    def _result(self, changes: Sequence[_PlaceChange], unmeasured: Sequence[str]) -> dict[str, Any]:
+    def _result(self, changes: Sequence[_PlaceChange], seen: Sequence[SeenPlace]) -> dict[str, Any]:
         ranked = sorted(changes, key=lambda change: -change.beyond)
         deciding = next((change for change in changes if change.place.is_head), ranked[0])
         first = max(changes, key=lambda change: change.jump)
-        warnings = []
+        message = deciding.evidence
         if deciding.beyond > 1:
-            warnings.append(f"{deciding.evidence}; the change is largest after {first.place.fed_by}")
-        return {
-            "passed": True,
-            "action": "warn" if warnings else "continue",
-            "message": "; ".join(warnings) or deciding.evidence,
-            "warnings": warnings,
-            "metrics": {
-                "measured": True,
-                "places": len(changes),
-                "not_measured": list(unmeasured[:TOP]),
-                "beyond_epsilon": sum(change.beyond > 1 for change in changes),
-                "decided_by": deciding.metrics,
-                "modules": [change.metrics for change in ranked[:TOP] if change.beyond > NOTHING],
-                "suspects": suspects(
-                    Suspect(change.place.fed_by, change.jump, change.evidence)
-                    for change in changes
-                    if change.jump > NOTHING
-                ),
-            },
+            message += f"; the change is largest after {first.place.blamed}"
+        metrics = {
+            "places": len(changes),
+            "beyond_epsilon": sum(change.beyond > 1 for change in changes),
+            "decided_by": deciding.metrics,
+            "modules": [change.metrics for change in ranked[:TOP] if change.beyond > NOTHING],
+            "suspects": suspects(
+                Suspect(change.place.blamed, change.jump, change.evidence)
+                for change in changes
+                if change.jump > NOTHING
+            ),
         }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A module whose input is looked at."""
-
-    module: str
-    family: str
-    fed_by: str
-    """Common parent of the modules between the place before and this one."""
-    is_head: bool = False
-
-
-@dataclass(frozen=True)
-class _SeenPlace:
-    """Samples at a place on both sides."""
-
-    place: _Place
-    before: Seen
-    after: Seen
-
-    @property
-    def comparable(self) -> bool:
-        before = self.before.inputs
-        return before is not None and before.comparable(self.after.inputs) and before.finite
-
-    @property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.before.inputs
-        assert self.after.inputs
-        return self.before.inputs.rows, self.after.inputs.rows
+        compared = {change.place for change in changes}
+        unmeasured = [each.place.name for each in seen if each.place not in compared]
+        return measured(message, [message] if deciding.beyond > 1 else [], metrics, unmeasured)
 
 
 @dataclass(frozen=True)
 class _PlaceChange:
-    place: _Place
+    place: Place
     spectra: Spectra
     beyond: float
     """Change in units of its epsilon."""
@@ -196,14 +153,14 @@ class _PlaceChange:
     def evidence(self) -> str:
         before, after = self.spectra.counts
         return (
-            f"input of {self.place.module}: {self.spectra.turned:.1%} of the signal energy lies in lost directions, "
+            f"input of {self.place.name}: {self.spectra.turned:.1%} of the signal energy lies in lost directions, "
             f"total energy {self.spectra.energy_ratio - 1:+.1%}, {before} -> {after} directions beyond the noise edge"
         )
 
     @property
     def metrics(self) -> dict[str, Any]:
         return {
-            "module": self.place.module,
+            "module": self.place.name,
             "family": self.place.family,
             "beyond_edge": list(self.spectra.counts),
             "energy": [rounded(energy) for energy in self.spectra.energies],
@@ -215,20 +172,18 @@ class _PlaceChange:
         }
 
 
-def _broken(pair: _SeenPlace) -> bool:
-    """Whether NaN or Inf came into the sample with the edit."""
-    before, after = pair.before.inputs, pair.after.inputs
-    return bool(before and after and before.finite and not after.finite)
+def _places(model: Any) -> list[Place]:
+    """The first weight of attention, of the feed-forward and of neither in each block, and the output head.
 
-
-def _places(model: Any) -> list[_Place]:
-    """The first weight of attention, of the feed-forward and of neither in each block, and the output head."""
+    What changes there comes from the modules since the place before: the one that holds them all is blamed.
+    """
     from invarlock.api import block_of, find_weights, output_head
+    from plugins_builtin.guards.activations import Place
 
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    found: dict[tuple[str | None, str], _Place] = {}
+    found: dict[tuple[str | None, str], Place] = {}
     since = [names[first]] if first in names else []
     for target in find_weights(model):
         if target.role.value in ("router", "embedding", "head") or target.layout.name == "CONV":
@@ -236,17 +191,15 @@ def _places(model: Any) -> list[_Place]:
         name, family = names[target.module], family_of(target.role.value)
         key = block_of(modules, name), family
         if key not in found:
-            found[key] = _Place(name, family, _common(since) or name)
+            found[key] = Place(name, family, _common(since) or name)
             since = []
         since.append(name)
     head = names.get(output_head(model))
-    return [*found.values(), *([_Place(head, "embed", _common(since) or head, is_head=True)] if head else [])]
+    return [*found.values(), *([Place(head, "embed", _common(since) or head, is_head=True)] if head else [])]
 
 
 def _common(names: Sequence[str]) -> str:
-    """The module that all of them are in, or the one itself."""
-    if not names:
-        return ""
+    """The module that all of them are in, or the one itself; empty for none."""
     parts = [name.split(".") for name in names]
     shared = itertools.takewhile(lambda entries: len(set(entries)) == 1, zip(*parts, strict=False))
     return ".".join(entries[0] for entries in shared)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard, each
-from plugins_builtin.guards.figures import TOP, Suspect, not_finite, not_measured, quantile, rounded, suspects
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class SpectralGuard(Guard):
         row_cap: float = 0.9,
         **unknown: Any,
     ) -> None:
-        refuse(unknown, self.RETIRED, ("scope", "family_caps", "max_caps", "deadband", "sigma_quantile", "row_cap"))
+        refuse(type(self), unknown, self.RETIRED)
         self._families = families_in(scope)
         # Above 2, what negating a matrix comes to, a cap can only be a κ of InvarLock 0.3.
         self._caps = by_family("family_caps", family_caps or {}, 0.2, 0, 2)
@@ -99,8 +99,8 @@ class SpectralGuard(Guard):
         self._baseline: dict[str, Spectrum | None] | None = None
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        measured = each(_spectra, _alike(_weights(model, self._families)))
-        self._baseline = {name: spectrum for found in measured for name, spectrum in found}
+        found = each(_spectra, _alike(_weights(model, self._families)))
+        self._baseline = {name: spectrum for of_batch in found for name, spectrum in of_batch}
         finite = [entry for entry in self._baseline.values() if entry]
         return {
             "ready": True,
@@ -114,10 +114,10 @@ class SpectralGuard(Guard):
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before = {name: entry for name, entry in self._baseline.items() if entry}
         weights = list(_weights(model, self._families))
-        measured = each(lambda alike: self._moves(alike, before), _alike(weights))
-        moves = {matrix.name: (matrix, move) for found in measured for matrix, move in found}
+        found = each(lambda alike: self._moves(alike, before), _alike(weights))
+        moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
-            return not_finite("weights", list(dict.fromkeys(broken)), "its weights hold NaN or Inf")
+            return not_finite("weights", broken, "its weights hold NaN or Inf")
         if not moves:
             return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
@@ -130,23 +130,21 @@ class SpectralGuard(Guard):
         """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
         from plugins_builtin.guards.spectral.singular import changes
 
-        pairs = [
-            (matrix, values)
-            for matrix, values in alike.read()
-            if matrix.name in before and before[matrix.name].shape == values.shape
-        ]
-        matrices, numbers = [matrix for matrix, _ in pairs], [values for _, values in pairs]
-        old = [before[matrix.name] for matrix in matrices]
-        found = changes(numbers, old)
+        matrices, numbers = {}, []
+        for matrix, values in alike.read():
+            if matrix.name in before and before[matrix.name].shape == values.shape:
+                matrices[matrix] = before[matrix.name]
+                numbers.append(values)
+        found = changes(numbers, list(matrices.values()))
         return [
-            (matrix, self._move(matrix, spectrum.size, change) if change else None)
-            for matrix, spectrum, change in zip(matrices, old, found, strict=True)
+            (matrix, self._move(matrix, old.size, change) if change else None)
+            for (matrix, old), change in zip(matrices.items(), found, strict=True)
         ]
 
     def _move(self, matrix: _Matrix, before: Size, change: Change) -> _Move:
         lines = change.rows, change.columns
         rows, columns = (int((line > self._row_cap).sum()) for line in lines)
-        sigma = change.after.sigma / before.sigma - 1 if before.sigma else math.inf if change.after.sigma else 0.0
+        sigma = ratio(change.after.sigma - before.sigma, before.sigma)
         cap = max(self._caps[matrix.family], 1e-9)
         beyond = max(change.relative, abs(sigma)) / cap
         replaced = max(float(line.max()) for line in lines) / max(self._row_cap, 1e-9) if rows or columns else 0.0
@@ -157,21 +155,17 @@ class SpectralGuard(Guard):
         for move in moves:
             families[move.matrix.family].append(move)
         warnings = [*self._beyond_caps(moves), *_replaced(moves), *self._drifts(families)]
-        return {
-            "passed": True,
-            "action": "warn" if warnings else "continue",
-            "message": "; ".join(warnings)
-            or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}",
-            "warnings": warnings,
-            "metrics": {
-                "measured": True,
-                "matrices": len(moves),
-                "not_measured": list(unmeasured[:TOP]),
-                "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
-                "modules": [move.metrics for move in moves[:TOP]],
-                "suspects": suspects(move.suspect for move in moves if move.score > 0),
-            },
+        message = "; ".join(warnings)
+        message = message or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}"
+        metrics = {
+            "matrices": len(moves),
+            "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
+            "modules": [move.metrics for move in moves[:TOP]],
+            "suspects": suspects(
+                Suspect(move.matrix.module, move.score, move.evidence) for move in moves if move.score > 0
+            ),
         }
+        return measured(message, warnings, metrics, unmeasured)
 
     def _beyond_caps(self, moves: Sequence[_Move]) -> list[str]:
         beyond = [move for move in moves if move.beyond > 1]
@@ -188,14 +182,16 @@ class SpectralGuard(Guard):
         ]
 
     def _drift(self, moves: Sequence[_Move]) -> float:
-        return quantile([abs(move.sigma_change) for move in moves], self._sigma_quantile)
+        changes = sorted(abs(move.sigma_change) for move in moves)
+        # The largest for a quantile of 1, and for less, of more than one matrix, never the largest.
+        return changes[int(self._sigma_quantile * (len(changes) - 1))]
 
     def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
         """Figures of a family, each beside its limit; a relative change of 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
             "matrices": len(moves),
-            "median_change": rounded(quantile(changes, 0.5)),
+            "median_change": rounded(median_low(changes)),
             "largest_change": rounded(max(changes)),
             "cap": self._caps[family],
             "sigma_drift": rounded(self._drift(moves)),
@@ -224,14 +220,6 @@ class _Weight:
     shape: tuple[int, int]
 
     @property
-    def device(self) -> torch.device:
-        return self.parameter.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.parameter.nbytes
-
-    @property
     def is_fused(self) -> bool:
         return self.parameter.numel() != self.shape[0] * self.shape[1]
 
@@ -249,11 +237,11 @@ class _Alike:
 
     @property
     def device(self) -> torch.device:
-        return self.weights[0].device
+        return self.weights[0].parameter.device
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights)
+        return sum(weight.parameter.nbytes for weight in self.weights)
 
     def read(self) -> Iterator[tuple[_Matrix, torch.Tensor]]:
         for weight in self.weights:
@@ -291,10 +279,6 @@ class _Move:
         return _counted(self.rows_replaced, self.columns_replaced)
 
     @property
-    def suspect(self) -> Suspect:
-        return Suspect(self.matrix.module, self.score, self.evidence)
-
-    @property
     def metrics(self) -> dict[str, Any]:
         return {
             "module": self.matrix.name,
@@ -325,9 +309,9 @@ def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
     """Batches of weights whose matrices have one shape, type and device."""
     together: dict[Any, list[_Weight]] = defaultdict(list)
     for weight in weights:
-        group = together[weight.shape, weight.parameter.dtype, weight.device]
+        group = together[weight.shape, weight.parameter.dtype, weight.parameter.device]
         group.append(weight)
-        if len(group) == AT_ONCE or len(group) * weight.nbytes >= BYTES_AT_ONCE:
+        if len(group) == AT_ONCE or len(group) * weight.parameter.nbytes >= BYTES_AT_ONCE:
             yield _Alike([*group])
             group.clear()
     yield from (_Alike(group) for group in together.values() if group)
@@ -346,7 +330,8 @@ def _leading_values(
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
     from plugins_builtin.guards.spectral.singular import leading_values
 
-    def values(weight: _Weight) -> dict[str, Any] | None:
+    def values(alike: _Alike) -> dict[str, Any] | None:
+        (weight,) = alike.weights
         old = baseline.get(weight.parameter_name)
         if old is None or old.numel() != weight.parameter.numel():
             return None
@@ -359,7 +344,7 @@ def _leading_values(
     whole = {
         weight.module: weight for weight in weights if not weight.is_fused and weight.parameter.numel() <= MOST_NUMBERS
     }
-    shown = [whole[move.matrix.module] for move in moves if move.matrix.module in whole]
+    shown = [_Alike([whole[move.matrix.module]]) for move in moves if move.matrix.module in whole]
     return [found for found in each(values, shown) if found]
 
 

@@ -85,7 +85,8 @@ def leading_values(matrix: Tensor, count: int) -> list[float] | None:
     rows = torch.randn(count + PROBES, matrix.shape[1], generator=generator).to(matrix.device)
     for _ in range(SUBSPACE_STEPS):
         rows = _orthonormal(sketched.gram(_orthonormal(rows)))
-    values: list[float] = torch.linalg.svdvals(sketched.times(rows)).tolist()
+    images = torch.cat([block @ rows.T for block in sketched.blocks()])
+    values: list[float] = torch.linalg.svdvals(images).tolist()
     return [value / sketched.scale for value in values[:count]]
 
 
@@ -115,7 +116,8 @@ def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
 
 
 def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
-    _, values, vectors = torch.linalg.svd(torch.stack([matrix.whole() for matrix in matrices]), full_matrices=False)
+    stack = torch.stack([matrix.matrix.float() * matrix.scale for matrix in matrices])
+    _, values, vectors = torch.linalg.svd(stack, full_matrices=False)
     return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))
 
 

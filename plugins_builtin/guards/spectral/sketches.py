@@ -31,6 +31,8 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
+from plugins_builtin.guards.figures import ratio
+
 PROBES = 8
 STILL = 0.02
 """A singular value that has moved by no more than this counts as where it was."""
@@ -132,19 +134,12 @@ class Sketched:
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
         parts = torch.split(block, _rows_at_once(self.matrix), dim=1)
-        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self._blocks(), strict=True)))
+        return reduce(torch.add, (_times(part, rows) for part, rows in zip(parts, self.blocks(), strict=True)))
 
     def gram(self, block: Tensor) -> Tensor:
         """``block Wᵀ W``."""
         # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
-        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self._blocks()))
-
-    def times(self, block: Tensor) -> Tensor:
-        """``W blockᵀ``."""
-        return torch.cat([rows @ block.T for rows in self._blocks()])
-
-    def whole(self) -> Tensor:
-        return self.matrix.float() * self.scale
+        return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self.blocks()))
 
     def size(self, sigma: float) -> Size:
         return Size(sigma / self.scale, self.frobenius / self.scale)
@@ -153,7 +148,7 @@ class Sketched:
         rows, columns = self.norms
         return Spectrum(self.size(sigma), self.sketch.cpu(), (rows.cpu(), columns.cpu()), leading.cpu(), self.scale)
 
-    def _blocks(self) -> Iterator[Tensor]:
+    def blocks(self) -> Iterator[Tensor]:
         return _blocks(self.matrix, self.scale)
 
 
@@ -184,15 +179,14 @@ class Moved:
 
     @property
     def is_searched(self) -> bool:
-        """Whether sigma may have moved so far that it has to be found anew."""
+        """True if sigma may have moved so far that it has to be found anew."""
         return self.bound > STILL * self.before.size.sigma
 
     def change(self, sigma: float | None) -> Change:
         sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
         old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
         rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
-        before = self.before.size.frobenius
-        relative = self.distance / before if before else math.inf if self.distance else 0.0
+        relative = ratio(self.distance, self.before.size.frobenius)
         row_norms, columns = self._norm_changes()
         return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
 
