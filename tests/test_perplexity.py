@@ -32,6 +32,7 @@ from transformers import (
 
 import invarlock
 from invarlock.core.errors import PluginError
+from invarlock.core.progress import showing
 from invarlock.core.results import Action
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.windows import make_windows
@@ -214,7 +215,8 @@ def test_progress_counts_windows(
 ) -> None:
     monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
     heard: list[tuple[int, int]] = []
-    measure(model, *windows, task="causal", on_progress=lambda done, total: heard.append((done, total)))
+    with showing(lambda done, total: heard.append((done, total))):
+        measure(model, *windows, task="causal")
     assert heard == [(2, 8), (3, 8), (5, 8), (7, 8), (8, 8)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import showing
 from invarlock.quantization import Plan, Scheme, WeightLayout, Workspace, fake_quantize_, quantize_model
 from invarlock.testing import architectures
 
@@ -394,12 +395,13 @@ def test_scheme_and_plan_import_no_torch() -> None:
 
 def test_a_model_is_quantized_in_its_order_with_a_result_for_each_weight() -> None:
     model, untouched = architectures.llama(), architectures.llama()
-    told: list[tuple[int, int, str]] = []
+    told: list[tuple[int, int]] = []
     plan = Plan(bitwidth=4)
-    results = quantize_model(model, plan, on_progress=lambda *progress: told.append(progress))
+    with showing(lambda *progress: told.append(progress)):
+        results = quantize_model(model, plan)
     names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
     assert [result.name for result in results] == names
-    assert told == [(done, 6, name) for done, name in enumerate(names, start=1)]
+    assert told == [(done, 6) for done in range(1, 7)]
     for name, before in untouched.state_dict().items():
         module = name.removesuffix(".weight")
         assert torch.equal(model.state_dict()[name], reference(before, plan) if module in names else before)
@@ -435,14 +437,15 @@ def test_devices_work_side_by_side_and_results_and_progress_keep_the_order() -> 
     told: list[tuple[int, int]] = []
     told_by: set[int] = set()
 
-    def on_progress(done: int, total: int, name: str) -> None:
+    def shown(done: int, total: int) -> None:
         # The first device dawdles until the other one would have overtaken it.
         if done == 1:
             time.sleep(0.2)
         told.append((done, total))
         told_by.add(threading.get_ident())
 
-    results = quantize_model(model, Plan(), on_progress=on_progress)
+    with showing(shown):
+        results = quantize_model(model, Plan())
     assert told == [(done, 6) for done in range(1, 7)]
     assert len(told_by) == 2
     assert [result.device for result in results] == ["cpu", "cpu:1", "cpu"] * 2

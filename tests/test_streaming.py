@@ -26,6 +26,7 @@ from invarlock.checkpoints.checksums import digest_of, digests
 from invarlock.checkpoints.reader import Checkpoint
 from invarlock.checkpoints.shard_writer import ShardedOutput
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import showing
 from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import measure
 from invarlock.testing import architectures
@@ -183,7 +184,8 @@ def test_a_pass_reads_each_weight_once_and_measures_the_same(sharded, monkeypatc
     monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: reads.update([name]) or read(self, name))
     progress: list[tuple[int, int]] = []
     one = measure(loaded, windows[:2], windows[2:], task="causal")
-    other = measure(streamed, windows[:2], windows[2:], task="causal", on_progress=lambda *done: progress.append(done))
+    with showing(lambda *done: progress.append(done)):
+        other = measure(streamed, windows[:2], windows[2:], task="causal")
     assert other.losses == pytest.approx(one.losses, rel=1e-3)
     # It is the output head too.
     assert reads.pop("model.embed_tokens.weight") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from invarlock.core.progress import Shown
+from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord, Watch
 from invarlock.evaluation.statistics import exp, mean_per_token
@@ -66,7 +65,6 @@ def measure(
     taps: Iterable[Mapping[str, Tap]] = (),
     reference: TokenRecord | None = None,
     calls: int = 0,
-    on_progress: Shown | None = None,
     taps_off: Callable[[], object] = lambda: None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
@@ -74,7 +72,7 @@ def measure(
     Through a streamed model all of them go as one batch.
 
     The model is in evaluation mode meanwhile, without gradients. Losses come from its logits in float32, a few tokens
-    at a time. A model that gives NaN is measured, not refused.
+    at a time. A model that gives NaN is measured, not refused. Progress is in windows, or blocks of a streamed model.
 
     :param taps: taps of each guard for the preview windows, by module name.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
@@ -87,17 +85,18 @@ def measure(
     watch = Recorder() if reference is None else Comparer(reference)
     with evaluating(model):
         if is_streamed(model):
-            scores = [_together(model, preview, final, task, taps, watch, on_progress)]
+            scores = [_together(model, preview, final, task, taps, watch)]
             taps_off()
         else:
-            batches = _Batches(model, len(preview) + len(final), on_progress)
+            tally = Tally(len(preview) + len(final))
             with ExitStack() as stack:
                 for wanted in taps:
                     stack.enter_context(attached(model, wanted))
-                for batch in batches.of(preview):
+                for batch in _batches(model, preview, tally):
                     _logits(model, batch)
             taps_off()
-            scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches.of(final)]
+            batches = _batches(model, final, tally)
+            scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches]
             for _ in range(calls - len(scores)):
                 _logits(model, final[-1:])
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
@@ -106,18 +105,11 @@ def measure(
     return PassResult(losses, tokens, changes=watch.result())
 
 
-class _Batches:
+def _batches(model: nn.Module, windows: Windows, tally: Tally) -> Iterator[Windows]:
     """Batches of windows; a batch counts as done when the next one is asked for."""
-
-    def __init__(self, model: nn.Module, total: int, on_progress: Shown | None) -> None:
-        self.model, self.total, self.on_progress, self.done = model, total, on_progress, 0
-
-    def of(self, windows: Windows) -> Iterator[Windows]:
-        for batch in windows.batches(batch_size(self.model, windows.length)):
-            yield batch
-            self.done += len(batch)
-            if self.on_progress:
-                self.on_progress(self.done, self.total)
+    for batch in windows.batches(batch_size(model, windows.length)):
+        yield batch
+        tally.add(len(batch))
 
 
 def _together(
@@ -127,21 +119,15 @@ def _together(
     task: Task,
     taps: Iterable[Mapping[str, Tap]],
     watch: Watch,
-    on_progress: Shown | None,
 ) -> tuple[Tensor, Tensor]:
-    """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit.
-
-    Progress is by blocks.
-    """
+    """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit."""
     windows = Windows.joined(preview, final)
     rows = Rows(len(preview), len(windows), windows.input_ids.shape[1])
     blocks = find_blocks(model).values()
-    done = itertools.count(1)
+    tally = Tally(len(blocks))
     with ExitStack() as stack:
-        if on_progress:
-            for block in blocks:
-                handle = block.register_forward_hook(lambda *_: on_progress(next(done), len(blocks)))
-                stack.callback(handle.remove)
+        for block in blocks:
+            stack.callback(block.register_forward_hook(lambda *_: tally.add()).remove)
         head = stack.enter_context(set_aside_head(model))
         for wanted in taps if len(preview) else ():
             stack.enter_context(attached(model, wanted, rows))

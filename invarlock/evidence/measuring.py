@@ -14,12 +14,12 @@ import torch
 
 from invarlock.config.schema import Dtype, RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import Progress
 from invarlock.evaluation.passes import PassResult
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import load, unreadable_windows
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.plugins.adapter import Adapter

@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from invarlock.checkpoints.output_folder import OutputFolder, claimed
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.progress import Progress, counted
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
@@ -29,7 +30,6 @@ from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import Fingerprint, named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, WatchingStreamed
@@ -173,7 +173,8 @@ class _Subject:
         session = self._session
         self.model, adapter = load(session, self.subject, on_disk=self._guarding.windows is None)
         self._watched = self._watching(self.model)
-        changes = list(changed_weights(self.model, self.kept.weights, session.on_progress))
+        with session.clock.stage("changes"):
+            changes = changed_weights(self.model, self.kept.weights)
         findings = _tokenizer_findings(adapter, self.subject, session.trust, self.kept.vocabulary)
         if reason := unreadable_windows(self._guarding.windows, self._guarding.baseline.task, self.model):
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
@@ -221,14 +222,9 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
     return next(filter(None, (unreadable(part, model) for part in windows)), None)
 
 
-def changed_weights(
-    model: torch.nn.Module, before: Mapping[str, torch.Tensor], on_progress: Progress
-) -> Iterator[ChangedWeight]:
+def changed_weights(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> list[ChangedWeight]:
     """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
-    targets = find_weights(model)
-    for done, target in enumerate(targets, start=1):
-        yield _change(target, before)
-        on_progress("changes", done, len(targets))
+    return [_change(target, before) for target in counted(find_weights(model))]
 
 
 @torch.no_grad()

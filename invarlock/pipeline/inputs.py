@@ -7,7 +7,6 @@ from pathlib import Path
 
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
-from invarlock.core.progress import showing
 from invarlock.core.results import Action, Finding
 from invarlock.distributed.process_group import Ranks
 from invarlock.pipeline.clock import Clock
@@ -30,7 +29,7 @@ class Inputs:
         if not checkpoint.exists() or checkpoint in self._before:
             return
         self._before[checkpoint] = InputFiles.of(checkpoint)
-        with self.clock.stage("check digests") as shown, showing(self.ranks.summed(shown)):
+        with self.clock.stage("check digests"), self.ranks.progress_summed():
             check_weights(checkpoint, self.ranks.rank, self.ranks.size)
             self.ranks.gather(None)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from invarlock.checkpoints.output_folder import OutputFolder, claimed
 from invarlock.config.schema import RunConfig
+from invarlock.core.progress import Progress
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import Keeper, Loaded, Watching, fingerprint_of
@@ -104,7 +104,6 @@ class _Rounding:
                 plan,
                 parameters=export.quantized if export and export.exporter.stores_codes else None,
                 scale_dtype=scale_dtype,
-                on_progress=lambda done, total, name: self._session.on_progress("quantize", done, total),
             )
 
         def round_again() -> None:

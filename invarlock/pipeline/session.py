@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError
+from invarlock.core.progress import Progress
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
-from invarlock.distributed.process_group import Ranks
+from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import Kind
 from invarlock.models.facts import Task, batch_size, task_of
 from invarlock.models.state import ModelState
-from invarlock.pipeline.clock import Clock, Progress
+from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.inputs import Inputs
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.tokenizer import LoadedTokenizer
@@ -34,21 +36,20 @@ WindowPair = tuple[Windows, Windows]
 """Preview windows, which are the guards', and final ones, which are the metric's."""
 
 
-@dataclass
 class Session:
     """Configuration, plugins, processes and clock that the models of one run have in common."""
 
-    config: RunConfig
-    plugins: PluginManager
-    on_progress: Progress = lambda stage, done, total: None
-    ranks: Ranks = field(default_factory=Ranks)
-    clock: Clock = field(init=False)
-    inputs: Inputs = field(init=False)
-    _documents: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        self.clock = Clock(self.on_progress)
-        self.inputs = Inputs(self.ranks, self.clock)
+    def __init__(
+        self,
+        config: RunConfig,
+        plugins: PluginManager,
+        on_progress: Progress = lambda stage, done, total: None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.plugins, self.ranks = config, plugins, ranks
+        self.clock = Clock(on_progress)
+        self.inputs = Inputs(ranks, self.clock)
+        self._documents: Sequence[str] | None = None
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -198,9 +199,11 @@ class Baseline:
         :returns: what all processes measured, and this one's record of its predictions.
         """
         preview, final = windows
-        ranks, whole = self.session.ranks, self.sharding is Sharding.TENSOR
+        ranks = self.session.ranks
+        # Under tensor parallelism all processes measure the same.
+        whole = self.sharding is Sharding.TENSOR
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
-        with self.session.clock.stage(stage) as shown:
+        with self.session.clock.stage(stage), nullcontext() if whole else ranks.progress_summed():
             measured = measure(
                 model,
                 preview if self.sees_preview else preview[:0],
@@ -210,10 +213,8 @@ class Baseline:
                 reference=reference,
                 calls=calls,
                 taps_off=taps_off,
-                on_progress=shown if whole else ranks.summed(shown),
             )
             parts = ranks.gather(dataclasses.replace(measured, record=None))
-        # Under tensor parallelism all processes have measured the same.
         return PassResult.joined(parts[:1] if whole else parts), measured.record
 
     def run_alone(self, model: torch.nn.Module, windows: WindowPair) -> None:

@@ -24,11 +24,10 @@ from invarlock.checkpoints.shard_writer import ShardedOutput
 from invarlock.checkpoints.streaming import Edit, Part, Streaming, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
-from invarlock.core.progress import counted, showing
+from invarlock.core.progress import Progress, counted
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import Judgement, judge
 from invarlock.pipeline.keeping import WatchingStreamed
@@ -156,11 +155,11 @@ class _StreamedRounding:
 
     def apply(self, number: int) -> Edited:
         session, plan = self.session, self.plans[number - 1]
-        with session.clock.stage("quantize") as shown, unwritable_said(self.output.path):
+        with session.clock.stage("quantize"), unwritable_said(self.output.path):
             if self.export is not None:
                 self.export.plan = plan
                 self.shards = self._open_shards(plan)
-            with showing(session.ranks.summed(shown)):
+            with session.ranks.progress_summed():
                 modules = self._round_all(plan)
         self.streaming.put(self._edit(plan))
         return Edited(

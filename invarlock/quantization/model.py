@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import count
-from threading import Lock
 
 import torch
 from torch import nn
 
+from invarlock.core.progress import Tally
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
 from invarlock.quantization.rounding import (
@@ -21,9 +20,6 @@ from invarlock.quantization.rounding import (
 )
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
-
-Progress = Callable[[int, int, str], object]
-"""Told after each weight how many are done, of how many, and its name; from the thread of its device, one at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,6 @@ def quantize_model(
     measure: bool = True,
     parameters: dict[str, QuantizationParameters | None] | None = None,
     scale_dtype: torch.dtype | None = None,
-    on_progress: Progress | None = None,
 ) -> list[QuantizedWeight]:
     """Round the weights that a plan selects, in place.
 
@@ -71,7 +66,7 @@ def quantize_model(
         if reason := unfit(target.parameter, target.layout):
             raise PlanError(f"{target.name} {reason}")
 
-    done, telling = count(1), Lock()
+    tally = Tally(len(targets))
 
     def round_all(of_one_device: Sequence[WeightTarget]) -> list[QuantizedWeight]:
         workspace = Workspace()
@@ -84,10 +79,7 @@ def quantize_model(
             results.append(QuantizedWeight.of(target, rounded))
             if parameters is not None:
                 parameters[target.parameter_name] = rounded.quantization_parameters()
-            if on_progress is not None:
-                # Counted and told in one step, or another device could tell a higher number in between.
-                with telling:
-                    on_progress(next(done), len(targets), target.name)
+            tally.add()
         return results
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

@@ -126,7 +126,7 @@ def _apply(edit: Edit, model: torch.nn.Module, config: RunConfig, baseline: Snap
     if change is not None:
         with torch.no_grad():
             change(model)
-    changes = changed_weights(model, baseline.parameters(), lambda stage, done, total: None)
+    changes = changed_weights(model, baseline.parameters())
     return {
         "name": "compare",
         "plan": {"subject": ADAPTER},
