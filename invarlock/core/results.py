@@ -59,7 +59,7 @@ class GuardResult:
     version: str | None = None
     prepare: Mapping[str, Any] = field(default_factory=dict)
     """As ``prepare`` returned it."""
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @classmethod
     def from_plugin(cls, name: str, returned: object) -> GuardResult:

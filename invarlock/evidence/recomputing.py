@@ -21,9 +21,9 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
 from invarlock.evaluation.results import Number
 from invarlock.evidence.disagreements import Disagreement, differences
-from invarlock.pipeline.comparison import families
+from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.report_builder import WEIGHTS_ALONE, config_digest, rests_on
+from invarlock.pipeline.report_builder import config_digest, families
 from invarlock.pipeline.suspects import blame
 from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import EditedWeight, Report
@@ -96,8 +96,7 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The folded findings, against the guards, the metric and the predictions."""
     expected = [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
-    outputs = {"primary metric": report.metrics.primary, "predictions": report.metrics.predictions}
-    expected += [Finding(name, each.action, each.message) for name, each in outputs.items() if each]
+    expected += report.metrics.findings
     stored = report.verdict.findings
     beside = stored[len(expected) :] if report.edit.is_comparison else []
     others = [finding for finding in beside if not finding.is_of_guard]

@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any, Final, Literal
 
 from invarlock.core.plain import OWN, Reader, plain
-from invarlock.core.results import Action, GuardResult, Verdict
+from invarlock.core.results import Action, Finding, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import HARMFUL
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
@@ -97,6 +97,12 @@ class MetricsSection:
     primary: MetricResult | None
     predictions: DivergenceResult | None
     windows: WindowsSection | None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The voices of the outputs in the verdict, where they were measured."""
+        voices = {"primary metric": self.primary, "predictions": self.predictions}
+        return [Finding(source, each.action, each.message) for source, each in voices.items() if each]
 
 
 @dataclass
