@@ -33,7 +33,7 @@ from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
@@ -120,7 +120,9 @@ class Bench:
                     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
                 keeper = Keeper(Loaded.of(model, session.clock), adapter)
             weights_only = mode == "weights only"
-            baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+            baseline = Baseline(
+                session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None
+            )
             windows = None if weights_only else baseline.make_windows(model)
             guarding = Guarding(session, baseline, windows, plugins.guard_slots(config.guards.order, {}))
             guarding.begin(model, keeper.baseline)

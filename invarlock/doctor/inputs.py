@@ -92,7 +92,7 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
     yield Check(Outcome.OK, "model", f"{adapter.name} opens it")
     try:
         targets = targets_of(config, opened)
-        baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
+        baseline = Baseline(session, opened, adapter, wants_tokenizer=config.output.save_model)
         if export := export_of(config, manager):
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:

@@ -64,7 +64,7 @@ def measure_again(
     session = Session(_config(run, checkpoints, first, subject), plugins, on_progress)
     streamed = run.report.model.streamed
     model, adapter = load(session, first, on_disk=streamed)
-    opened = session.open(model, adapter)
+    opened = Baseline(session, model, adapter)
     again = _Again(run, verification, opened, opened.make_windows(model) if run.report.metrics.windows else None)
     if checkpoints.baseline is not None:
         again.baseline(model)

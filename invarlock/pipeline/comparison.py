@@ -9,7 +9,6 @@ import gc
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -31,33 +30,15 @@ from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
-from invarlock.pipeline.session import Session, WindowPair
+from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.grids import infer_grid
 from invarlock.quantization.selection import WeightTarget, find_weights
-from invarlock.reporting.report import COMPARE
+from invarlock.reporting.report import COMPARE, EditedWeight
 
 log = logging.getLogger("invarlock")
-
-
-@dataclass(frozen=True)
-class ChangedWeight:
-    """How one weight of the subject differs from the baseline's."""
-
-    name: str
-    role: str
-    change: str
-    """``unchanged``, ``a grid of ...`` (an inferred scheme), ``changed``, or ``not in the baseline``."""
-    parameters: int
-    bits: int | None
-    relative_error: float | None
-    """None where there is nothing to compare with, or it is not finite."""
-    device: str
-    sqnr_db: None = None
-    clipped_share: None = None
-    non_finite_rows: int | None = None
 
 
 def compare(
@@ -106,7 +87,7 @@ def _prepare_baseline(
     if not weights_only:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
-    baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     windows = None if weights_only else baseline.make_windows(model)
     weights: Mapping[str, torch.Tensor]
     watched: Watched
@@ -200,19 +181,22 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
     return next(filter(None, (unreadable(part, model) for part in windows)), None)
 
 
-def changed_weights(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> list[ChangedWeight]:
+def changed_weights(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> list[EditedWeight]:
     """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
     return [_change(target, before) for target in counted(find_weights(model))]
 
 
 @torch.no_grad()
-def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> ChangedWeight:
+def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedWeight:
     weight = target.parameter.detach()
     changed = partial(
-        ChangedWeight,
+        EditedWeight,
         name=target.name,
         role=target.role.value,
         parameters=weight.numel(),
+        sqnr_db=None,
+        clipped_share=None,
+        non_finite_rows=None,
         device=str(weight.device),
     )
     old = before.get(target.parameter_name)

@@ -18,7 +18,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_model
@@ -57,7 +57,7 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
     targets = targets_of(config, model)
-    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
         check(export, model, targets, baseline.tokenizer)
     windows = baseline.make_windows(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
-from invarlock.evaluation.results import Kind
-from invarlock.models.facts import Task, batch_size, task_of
+from invarlock.models.facts import batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.inputs import Inputs
@@ -100,60 +98,43 @@ class Session:
                 )
         return model, adapter
 
-    def open(
+
+class Baseline:
+    """Facts of a loaded baseline that stay when its weights go, and ways to run it and the edited model.
+
+    :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
+    :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
+    :raises UsageError: the tokenizer is needed, and cannot be loaded.
+    """
+
+    def __init__(
         self,
+        session: Session,
         model: torch.nn.Module,
         adapter: Adapter,
         *,
         wants_tokenizer: bool = False,
         reads_text: bool | None = None,
-    ) -> Baseline:
-        """Take a loaded baseline.
-
-        :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
-        :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
-        :raises UsageError: the tokenizer is needed, and cannot be loaded.
-        """
-        task, sharding = task_of(model), sharding_of(model)
-        view = WholeView(model) if sharding else None
+    ) -> None:
+        config = session.config
+        self.session, self.adapter = session, adapter
+        self.task, self.sharding = task_of(model), sharding_of(model)
+        self.kind = kind_of(self.task, config.eval.metric.kind)
+        self.view = WholeView(model) if self.sharding else None
+        """Of a model that is spread over the processes."""
+        self._view_state = ModelState.of(self.view.model) if self.view else None
+        self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
-            reads_text = not self.config.dataset.is_generated or task == "masked"
-        return Baseline(
-            session=self,
-            adapter=adapter,
-            task=task,
-            kind=kind_of(task, self.config.eval.metric.kind),
-            description=adapter.describe(view.model if view else model),
-            loaded_tokenizer=LoadedTokenizer(adapter, self.config.model.id, self.trust, required=reads_text)
-            if reads_text or wants_tokenizer
-            else None,
-            reads_text=reads_text,
-            sharding=sharding,
-            view=view,
-            view_state=ModelState.of(view.model) if view else None,
+            reads_text = not config.dataset.is_generated or self.task == "masked"
+        self._reads_text = reads_text
+        self._tokenizer = LoadedTokenizer(
+            adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
         )
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Facts of the baseline that stay when its weights go, and how it and the edited model are run."""
-
-    session: Session
-    adapter: Adapter
-    task: Task
-    kind: Kind
-    description: Mapping[str, Any]
-    loaded_tokenizer: LoadedTokenizer | None
-    reads_text: bool
-    sharding: Sharding | None
-    view: WholeView | None
-    """Of a model that is spread over the processes."""
-    view_state: ModelState | None
 
     @property
     def tokenizer(self) -> Any:
         """The baseline's, or None where there is none or nobody needs it."""
-        return self.loaded_tokenizer.live if self.loaded_tokenizer else None
+        return self._tokenizer.live
 
     def shown(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as guards see it."""
@@ -161,9 +142,9 @@ class Baseline:
 
     def undo(self, watched: Watched) -> list[str]:
         """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them."""
-        of_tokenizer = self.loaded_tokenizer.undo() if self.loaded_tokenizer else []
-        if self.view and self.view_state:
-            return [*self.view_state.undo(), *self.view.undo(), *of_tokenizer]
+        of_tokenizer = self._tokenizer.undo()
+        if self.view and self._view_state:
+            return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
         return [*watched.undo(), *of_tokenizer]
 
     def make_windows(self, model: torch.nn.Module) -> WindowPair:
@@ -173,7 +154,7 @@ class Baseline:
         """
         documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
-            tokenizer = self.tokenizer if self.reads_text else None
+            tokenizer = self.tokenizer if self._reads_text else None
             return make_windows(self.session.config.dataset, model, tokenizer, task=self.task, documents=documents)
 
     @property

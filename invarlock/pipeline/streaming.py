@@ -32,7 +32,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import QuantizedWeight
@@ -83,7 +83,7 @@ def _run_streamed(
     watched = WatchingStreamed.of(model, streaming)
     targets = targets_of(config, model)
     reads_text = not config.dataset.is_generated
-    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
         check(export, model, targets, baseline.tokenizer)
         _check_packable(export, streaming, targets)

@@ -45,11 +45,11 @@ class EditedWeight:
     name: str
     role: str
     change: str
-    """``quantized``; of a comparison ``unchanged``, ``changed`` or the inferred grid."""
+    """``quantized``; of a comparison ``unchanged``, ``changed``, the inferred grid, or ``not in the baseline``."""
     bits: int | None
     parameters: int
     relative_error: float | None
-    """Frobenius norm of the change over that of the weight."""
+    """Frobenius norm of the change over that of the weight; None where it is not finite, or nothing to compare with."""
     sqnr_db: float | None
     """Signal to quantization noise, decibels."""
     clipped_share: float | None
@@ -60,7 +60,7 @@ class EditedWeight:
 
     @classmethod
     def of(cls, result: Any) -> EditedWeight:
-        """:param result: of rounding or of a comparison, which may hold more than the report."""
+        """:param result: of rounding, which may hold more than the report."""
         return cls(*(getattr(result, entry.name) for entry in fields(cls)))
 
     @property

@@ -22,7 +22,7 @@ from invarlock.pipeline.comparison import changed_weights
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -79,7 +79,7 @@ class GuardRun:
         session, slots = self._session(edit if isinstance(edit, int) else 8)
         model, adapter = session.load(ADAPTER)
         keeper = Keeper(Loaded.of(model, session.clock), adapter)
-        guarding = Guarding(session, session.open(model, adapter), self.windows, slots)
+        guarding = Guarding(session, Baseline(session, model, adapter), self.windows, slots)
         try:
             guarding.begin(model, keeper.baseline)
             if not guarding.ready:
