@@ -120,9 +120,8 @@ class Bench:
                     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
                 keeper = Keeper(Loaded.of(model, session.clock), adapter)
             weights_only = mode == "weights only"
-            baseline = Baseline(
-                session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None
-            )
+            reads_text = False if weights_only else None
+            baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=reads_text)
             windows = None if weights_only else baseline.make_windows(model)
             guarding = Guarding(session, baseline, windows, plugins.guard_slots(config.guards.order, {}))
             guarding.begin(model, keeper.baseline)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +29,6 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
-from invarlock.pipeline.settings import settings_kept
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
@@ -174,7 +175,7 @@ class Guarding:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
-        besides = [*session.plugins.faults.take(), *session.inputs.changes()]
+        besides = [*session.plugins.faults.take(), *session.changed_checkpoints()]
         found = dict.fromkeys(finding for part in session.ranks.gather(besides) for finding in part)
         verdict = fold([*said, *findings, *found], strict=self.strict)
         return replace(
@@ -209,7 +210,7 @@ class Guarding:
         if changed := self.baseline.undo(watched):
             who = ", ".join(plugins.that_saw_the_end()) or "a plugin that kept it"
             raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
-        for finding in self.session.inputs.changes():
+        for finding in self.session.changed_checkpoints():
             log.warning("%s", finding.message)
 
     # -- passes --------------------------------------------------------------------------------------------------------
@@ -217,19 +218,28 @@ class Guarding:
     def _observed_pass(
         self, model: torch.nn.Module, stage: str, watched: Watched
     ) -> tuple[list[Observation], PassResult | None]:
-        """One pass over all windows: what it measured, and what the taps of each guard collect on the way."""
+        """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
+
+        :raises PluginError: a tap changed the model; whose it is cannot be told.
+        """
         observing = self.baseline.sees_preview
         observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
         windows = self.windows
         if windows is None:
             return observations, None
-        taps_off: Callable[[], None] = watched.settle
-        if strangers := self._strangers_tapping(observations):
-            taps_off = partial(self._check_taps, strangers, stage, watched)
-            if not self.baseline.sharding:
-                # What their taps change must not be taken for the model's own doing: it runs once without them.
-                self.baseline.run_alone(model, windows)
+        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
+        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
+        if strangers and not self.baseline.sharding:
+            # What their taps change must not be taken for the model's own doing: it runs once without them.
+            self.baseline.run_alone(model, windows)
+            watched.settle()
+
+        def taps_off() -> None:
+            if not strangers:
                 watched.settle()
+            elif changed := self.baseline.undo(watched):
+                raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
+
         measured, record = self.baseline.run_pass(
             model,
             windows,
@@ -251,19 +261,6 @@ class Guarding:
             observation.wanted = {}
         return observation
 
-    def _strangers_tapping(self, observations: Sequence[Observation]) -> list[str]:
-        """Guards that are not built in and have asked for taps."""
-        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
-        return [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-
-    def _check_taps(self, strangers: Sequence[str], stage: str, watched: Watched) -> None:
-        """Make sure that no tap changed the model during a pass.
-
-        :raises PluginError: one did; whose it is cannot be told.
-        """
-        if changed := self.baseline.undo(watched):
-            raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
-
     def _compare(self, edited: PassResult | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
         baseline, section = self.baseline_pass, self.config.eval
@@ -281,6 +278,21 @@ class Guarding:
         predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio)
         windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
         return MetricsSection(metric, predictions, windows)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put torch's defaults and Python's recursion limit back after the block: the next guard must not inherit them."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    depth = sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(depth)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def rests_on(config: RunConfig) -> str:

@@ -51,7 +51,6 @@ def run(
 
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
     config = session.config
-    plans = plans_of(config)
     export = export_of(config, session.plugins)
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
@@ -66,7 +65,7 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     guarding = Guarding(session, baseline, windows, slots, strict)
     try:
         guarding.begin(model, keeper.baseline)
-        return judge(guarding, _Rounding(guarding, keeper, plans, export, output), keeper.baseline)
+        return judge(guarding, _Rounding(guarding, keeper, export, output), keeper.baseline)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
         keeper.restore(check=baseline.view is None)
@@ -76,16 +75,9 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
 class _Rounding:
     """Rounding in memory, by one plan an attempt."""
 
-    def __init__(
-        self,
-        guarding: Guarding,
-        keeper: Keeper,
-        plans: Sequence[Plan],
-        export: Export | None,
-        output: OutputFolder | None,
-    ) -> None:
+    def __init__(self, guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None) -> None:
         self.name, self.model = guarding.config.edit.name, keeper.baseline.model
-        self.plans = [dataclasses.asdict(plan) for plan in plans]
+        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
         self._guarding, self._keeper, self._export, self._output = guarding, keeper, export, output
 
     def apply(self, number: int) -> Edited:

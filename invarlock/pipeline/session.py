@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from invarlock.checkpoints.checksums import check_weights
+from invarlock.checkpoints.inputs import InputFiles
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError
 from invarlock.core.progress import Progress
+from invarlock.core.results import Action, Finding
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
@@ -24,8 +27,7 @@ from invarlock.evaluation.predictions import TokenRecord
 from invarlock.models.facts import batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
-from invarlock.pipeline.inputs import Inputs
-from invarlock.pipeline.keeping import Watched
+from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -46,8 +48,9 @@ class Session:
     ) -> None:
         self.config, self.plugins, self.ranks = config, plugins, ranks
         self.clock = Clock(on_progress)
-        self.inputs = Inputs(ranks, self.clock)
         self._documents: Sequence[str] | None = None
+        self._checkpoints: dict[Path, InputFiles] = {}
+        """Each that was loaded, as it was before."""
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class Session:
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
-        self.inputs.take_note_of(Path(model_id))
+        self._take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
@@ -97,6 +100,27 @@ class Session:
                     "load the whole model onto devices"
                 )
         return model, adapter
+
+    def _take_note_of(self, checkpoint: Path) -> None:
+        """Hold the files of a checkpoint against digests that lie beside them; processes share the files.
+
+        :raises UsageError: a file is not what its digest says.
+        """
+        if not checkpoint.exists() or checkpoint in self._checkpoints:
+            return
+        self._checkpoints[checkpoint] = InputFiles.of(checkpoint)
+        with self.clock.stage("check digests"), self.ranks.progress_summed():
+            check_weights(checkpoint, self.ranks.rank, self.ranks.size)
+            self.ranks.gather(None)
+
+    def changed_checkpoints(self) -> list[Finding]:
+        """A warning for each checkpoint whose files are not what they were before it was loaded."""
+        changed = ((checkpoint, files.changes()) for checkpoint, files in self._checkpoints.items())
+        return [
+            Finding("input checkpoint", Action.WARN, f"{checkpoint} was changed during the run: {some(changes)}")
+            for checkpoint, changes in changed
+            if changes
+        ]
 
 
 class Baseline:

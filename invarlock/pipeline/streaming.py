@@ -74,7 +74,6 @@ def _run_streamed(
     session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
 ) -> RunResult:
     config = session.config
-    plans = plans_of(config)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
@@ -91,7 +90,7 @@ def _run_streamed(
     if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
     guarding = Guarding(session, baseline, windows, slots, strict)
-    rounding = _StreamedRounding(guarding, watched, targets, plans, output, export)
+    rounding = _StreamedRounding(guarding, watched, targets, output, export)
     try:
         guarding.begin(model, watched)
         return judge(guarding, rounding, watched)
@@ -110,12 +109,11 @@ class _StreamedRounding:
         guarding: Guarding,
         watched: WatchingStreamed,
         targets: Sequence[WeightTarget],
-        plans: Sequence[Plan],
         output: OutputFolder,
         export: Export | None,
     ) -> None:
         self.name, self.model = guarding.config.edit.name, watched.model
-        self.plans = [dataclasses.asdict(plan) for plan in plans]
+        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
         self.guarding, self.session = guarding, guarding.session
         self.watched, self.streaming, self.output, self.export = watched, watched.streaming, output, export
         self.targets = {self.streaming.stored[target.parameter_name]: target for target in targets}
