@@ -25,7 +25,6 @@ from invarlock.pipeline.suspects import blame
 from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import EditedWeight, Report
 
-SCOPES = {scope: {role.value for role in roles} for scope, roles in SCOPE_ROLES.items()}
 NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
 _BITS = re.compile(r"\((\d+) bits\)$")
 """In the change of a weight that lies on a grid."""
@@ -125,7 +124,7 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         found = _compared(weight) if report.edit.is_comparison else _planned(weight, report, config)
         yield from of_attributes(where, weight, found)
         if not report.edit.is_comparison and not config.edit.plan.include:
-            roles = sorted(SCOPES[config.edit.plan.scope])
+            roles = sorted(role.value for role in SCOPE_ROLES[config.edit.plan.scope])
             if weight.role not in roles:
                 yield Disagreement(f"{where}.role", weight.role, " or ".join(roles), how="expected")
     names = [weight.name for weight in report.edit.modules]

@@ -42,7 +42,7 @@ class Edited:
     findings: Sequence[Finding] = ()
     """Findings of the edit itself, besides those of guards and outputs."""
     unreadable: bool = False
-    """Whether the model cannot be run over the baseline's windows."""
+    """True where the model cannot be run over the baseline's windows."""
 
 
 class Editor(Protocol):

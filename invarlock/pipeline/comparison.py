@@ -173,7 +173,7 @@ class _Subject:
 
 
 def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:
-    """Why the subject cannot be run over the windows of a baseline of this task, or None."""
+    """The reason that the subject cannot be run over the windows of a baseline of this task, or None."""
     if windows is None:
         return None
     if (own := task_of(model)) != task:

@@ -66,7 +66,7 @@ class Guarding:
 
     @property
     def ready(self) -> bool:
-        """Whether all guards are, once they have been prepared."""
+        """True once all guards are prepared, and ready."""
         return all(prepared.ready for prepared in self.prepared)
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
@@ -149,12 +149,7 @@ class Guarding:
         )
 
     def _validate(
-        self,
-        place: int,
-        model: torch.nn.Module,
-        context: Mapping[str, Any],
-        edited: Observation,
-        watched: Watched,
+        self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation, watched: Watched
     ) -> GuardResult:
         """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self._observed[place]

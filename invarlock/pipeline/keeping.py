@@ -22,7 +22,7 @@ class Watched(Protocol):
 
     @property
     def streamed(self) -> bool:
-        """Whether its weights stay on disk."""
+        """True where its weights stay on disk."""
 
     @property
     def digest(self) -> str:

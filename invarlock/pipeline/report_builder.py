@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -88,11 +89,10 @@ def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
 
     A family is the same weight of every layer: a name with its numbers left out.
     """
-    counts: dict[str, dict[str, int]] = {}
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for change in changes:
-        family = counts.setdefault(re.sub(r"\d+", "*", change.name), {})
-        family[change.change] = family.get(change.change, 0) + 1
-    return [{"family": family, "changes": changes_of_it} for family, changes_of_it in counts.items()]
+        counts[re.sub(r"\d+", "*", change.name)][change.change] += 1
+    return [{"family": family, "changes": dict(changes_of_it)} for family, changes_of_it in counts.items()]
 
 
 def _edit(editor: Editor, last: Attempt) -> EditSection:

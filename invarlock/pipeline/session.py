@@ -183,7 +183,7 @@ class Baseline:
 
     @property
     def sees_preview(self) -> bool:
-        """Whether this process runs the preview windows: the first one does, or all where the model is spread."""
+        """True in a process that runs the preview windows: the first one, or all where the model is spread."""
         return self.session.ranks.is_first or self.sharding is not None
 
     def run_pass(
