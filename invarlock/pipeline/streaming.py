@@ -1,8 +1,8 @@
 """A run on weights that stay on disk: each is read, rounded and written by itself, whatever the size of the model.
 
-Guards and passes see a model whose weights are read when an operation needs them (``checkpoints.streaming``), before the
-edit as they are stored, after it as rounding leaves them. Nothing in memory has to be restored, and the input is only
-read. Shards are written beside the verdict's being found, under a name that is none of a checkpoint, and renamed if the
+Guards and passes see a model whose weights are read when an operation needs them (``checkpoints.streaming``), before
+the edit as they are stored, after it as rounding leaves them. Nothing in memory has to be restored, and the input is
+only read. Shards are written before the verdict is known, under a name that is none of a checkpoint, and renamed if the
 edit is accepted; a run that was cut off goes on after the last whole shard when it is started again.
 """
 
