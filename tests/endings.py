@@ -61,7 +61,7 @@ def spoilt(weight: torch.Tensor) -> None:
 
 
 def enlarged(weight: torch.Tensor) -> None:
-    """So that the loss rises by thousands of nats a token, and the ratio is no float any more."""
+    """So that the loss rises by thousands of nats per token, and the ratio is no float any more."""
     weight *= 1e5
 
 

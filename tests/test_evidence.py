@@ -552,6 +552,14 @@ def test_a_run_agrees_whatever_its_guards_did(invarlock, module, prepared: str, 
     assert done.code == 0, done.out + done.err
 
 
+def test_a_comparison_agrees_whose_guard_was_not_ready(invarlock, module, made: Path) -> None:
+    module("said", GUARD.format(prepared="{'ready': False}", body="return {}"))
+    sides = ("--baseline", BASELINE, "--subject", made / "subject", "--weights-only")
+    assert invarlock("compare", *sides, "-p", "said", "--set", "guards.order=[said]", "--out", "out").code == 1
+    done = invarlock("verify", "out")
+    assert done.code == 0, done.out + done.err
+
+
 def spoil(weight: torch.Tensor) -> None:
     weight[0] = torch.nan
 

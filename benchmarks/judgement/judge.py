@@ -33,10 +33,11 @@ from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
+from invarlock.reporting.report import COMPARE
 from invarlock.testing.named_edits import Edit, edits
 
 HARMLESS, HARMFUL = 1.02, 1.10
@@ -69,7 +70,7 @@ class Score:
     def add(self, edit: Edit, harmful: bool, attempt: Attempt) -> None:
         self.harmful += harmful
         self.harmless += not harmful
-        results = [result for result in attempt.results if result.name != self.without]
+        results = [result for result in attempt.guards if result.name != self.without]
         findings = [finding for finding in attempt.verdict.findings if finding.source != f"guard {self.without}"]
         accepted = fold(findings).accepted
         objections = {result.name: result.action is not Action.CONTINUE for result in results}
@@ -117,12 +118,14 @@ class Bench:
                 model, adapter = session.load(config.model.id)
                 if untied and model.lm_head.weight is model.model.embed_tokens.weight:
                     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-                keeper = Keeper.of(Loaded.of(model, session.clock), adapter)
+                keeper = Keeper(Loaded.of(model, session.clock), adapter)
             weights_only = mode == "weights only"
-            baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+            reads_text = False if weights_only else None
+            baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=reads_text)
             windows = None if weights_only else baseline.make_windows(model)
             guarding = Guarding(session, baseline, windows, plugins.guard_slots(config.guards.order, {}))
-            assert guarding.begin(model, keeper.baseline), [prepared.message for prepared in guarding.prepared]
+            guarding.begin(model, keeper.baseline)
+            assert guarding.ready, [prepared.message for prepared in guarding.prepared]
             all_guarding[mode] = guarding
             if label is None:
                 dataset = _label_dataset(args)
@@ -149,8 +152,7 @@ class Bench:
         return Edit(f"{tied} embedding rows that no window reads, exchanged", exchange, module)
 
     def attempts(self, edit: Edit) -> Iterator[tuple[str, Attempt]]:
-        description = {"name": "compare", "plan": {}, "modules": []}
-        edited = Edited(self.model, Gone(), description, baseline_weights=self.snapshot.parameters())
+        edited = Edited(self.model, Gone(), COMPARE, {}, baseline_weights=self.snapshot.parameters())
         for mode, guarding in self.guarding.items():
             yield mode, guarding.judge(edited)
 

@@ -13,7 +13,7 @@ from invarlock.checkpoints.reader import Checkpoint
 from invarlock.core.errors import NotStreamedError, UsageError
 from invarlock.core.lazy import LazyTensor, LazyWeights, ReadWeights, tied
 
-Edit = Callable[[str, Tensor], Tensor]
+WeightEdit = Callable[[str, Tensor], Tensor]
 """Function of the name of a parameter and its weight as read, which makes the edited weight; it may work in place."""
 
 
@@ -40,8 +40,8 @@ class Streaming:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
-        self.edit: Edit | None = None
-        self._in_force: Edit | None = None
+        self.edit: WeightEdit | None = None
+        self._in_force: WeightEdit | None = None
         self.stored: dict[str, str] = {}
         """By which of its names each parameter is stored, by every name that the model has for it."""
         self.left_out: set[str] = set()
@@ -86,7 +86,7 @@ class Streaming:
         """Take computed buffers that differ by now as the model's own doing: it ran, and nothing else did."""
         self._weights.settle(model)
 
-    def put(self, edit: Edit | None) -> None:
+    def put(self, edit: WeightEdit | None) -> None:
         """Let the model be edited by this from now on, or, given None, be the baseline again."""
         self.edit = self._in_force = edit
 

@@ -24,10 +24,8 @@ def complaints_of(what: str) -> Iterator[None]:
         yield
     except InvarlockError:
         raise
-    except Exception as error:
-        raise UsageError(f"{what}: {_told(error)}") from error
     except BaseException as error:
-        if not _is_panic(error):
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise UsageError(f"{what}: {_told(error)}") from error
 
@@ -62,7 +60,7 @@ def panics_unprinted() -> Iterator[None]:
 
 
 def _is_panic(error: BaseException | None) -> bool:
-    """Whether a library in Rust, such as tokenizers, gave up; that is no ``Exception``."""
+    """True of a library in Rust, such as tokenizers, that gave up; that is no ``Exception``."""
     return type(error).__module__ == "pyo3_runtime"
 
 

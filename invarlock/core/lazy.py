@@ -127,9 +127,8 @@ def _same(now: Tensor | None, kept: Tensor) -> bool:
 
 def tied(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     """Every parameter with all its names."""
-    names: dict[int, list[str]] = {}
-    parameters = {}
+    found: dict[int, tuple[list[str], Tensor]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        parameters[id(parameter)] = parameter
-    return ((names[identity], parameter) for identity, parameter in parameters.items())
+        names, _ = found.setdefault(id(parameter), ([], parameter))
+        names.append(name)
+    return iter(found.values())

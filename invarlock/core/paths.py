@@ -25,7 +25,7 @@ KINDS = {
 
 
 class PathError(ValueError):
-    """Why a path cannot be used; whoever catches it knows the key or the option."""
+    """A fault of a path; whoever catches it knows the key or the option."""
 
 
 def given(text: str) -> str:
@@ -69,7 +69,7 @@ def absolute(path: str | Path) -> Path:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a name could be one on a hub: ``name`` or ``owner/name``, and nothing of that name is here."""
+    """True of a name that could be one on a hub: ``name`` or ``owner/name``, and nothing of that name is here."""
     return HUB_ID.fullmatch(text) is not None and not Path(text).exists()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is kept of one value that a plugin returned."""
+    """The most that is kept of one value that a plugin returned."""
 
     characters: int
     """Of one text."""
@@ -242,7 +242,7 @@ def _entries(value: Any) -> Iterator[object]:
 
 
 def _size(value: Any) -> int | None:
-    """How many entries there are; None where only the object itself could tell."""
+    """Number of entries; None where only the object itself could tell."""
     kinds = (dict, list, tuple, set, frozenset, deque, range)
     kind = next((kind for kind in kinds if issubclass(type(value), kind)), None)
     return kind.__len__(value) if kind else None

@@ -1,4 +1,4 @@
-"""How much of a stage is done, told to whoever shows it: on the way down nobody has to pass that on."""
+"""Progress of a stage, told to whoever shows it: on the way down nobody has to pass that on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Progress = Callable[[str, int, int], object]
+"""Called with the stage, what is done of it and how much there is: bytes where it is a million or more, else things."""
 Shown = Callable[[int, int], object]
-"""Called with what is done and how much there is: bytes where it is a million or more, else things."""
+"""``Progress`` of one stage."""
 
 EVERY_SECONDS = 0.5
 
@@ -28,23 +30,28 @@ def showing(shown: Shown) -> Iterator[None]:
         _shown.reset(before)
 
 
+def shown_now() -> Shown:
+    """Whoever is told now."""
+    return _shown.get()
+
+
 class Tally:
     """Progress towards a total, from any thread, told to whoever shows the stage in which this was made."""
 
-    def __init__(self, total: int, wrapped: Callable[[Shown], Shown] = lambda shown: shown) -> None:
+    def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
-        self._shown, self._lock = wrapped(_shown.get()), threading.Lock()
+        self._shown, self._lock = shown_now(), threading.Lock()
 
-    def add(self, amount: int) -> None:
+    def add(self, amount: int = 1) -> None:
         with self._lock:
             self.done += amount
             self._shown(self.done, self.total)
 
 
-def counted(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Item]:
+def counted(items: Sequence[Item], size: Callable[[Item], int] = lambda item: 1) -> Iterator[Item]:
     """The items one by one; each counts as done when the next one is asked for.
 
-    :param size: of an item, in bytes.
+    :param size: of an item, in bytes; by default things are counted.
     """
     tally = Tally(sum(map(size, items)))
     for item in items:
@@ -55,7 +62,7 @@ def counted(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Item
 @contextmanager
 def watched(folder: Path, total: int) -> Iterator[None]:
     """Tell how many bytes lie below a folder that a library writes to, until the block ends."""
-    shown, ended = _shown.get(), threading.Event()
+    shown, ended = shown_now(), threading.Event()
 
     def watch() -> None:
         while not ended.wait(EVERY_SECONDS):

@@ -87,7 +87,7 @@ class GuardResult:
     version: str | None = None
     prepare: Mapping[str, Any] = field(default_factory=dict)
     """As ``prepare`` returned it."""
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @classmethod
     def from_plugin(cls, name: str, returned: object) -> GuardResult:
@@ -191,7 +191,7 @@ class Finding:
     action: Action
     message: str
     failed: bool = False
-    """Whether the source itself failed, so that its word cannot be relied on."""
+    """True where the source itself failed, so that its word cannot be relied on."""
 
     @classmethod
     def of_guard(cls, result: GuardResult) -> Finding:
@@ -225,7 +225,7 @@ class Verdict:
     accepted: bool
     decided_by: str
     strict: bool
-    """Whether a warning, though accepted, ends the process with exit code 1."""
+    """True where a warning, though accepted, ends the process with exit code 1."""
     findings: tuple[Finding, ...]
     """The folded findings, guards first."""
     reasons: tuple[str, ...]
@@ -261,7 +261,7 @@ def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
 
 
 def contradiction(passed: bool | None, action: Action) -> str | None:
-    """Why a guard cannot mean both, or None if it can; ``passed`` is None where it measured nothing."""
+    """The contradiction between a judgement and an action, or None; ``passed`` is None where it measured nothing."""
     if passed is None:
         return None if action is Action.CONTINUE else f"nothing was measured, and 'action' is {action.value!r}"
     if passed is action.accepted or action is Action.WARN:
@@ -309,7 +309,6 @@ def _part(returned: Mapping[Any, Any], key: str, limits: Limits, kind: type) -> 
 
 
 def _reason(hook: str, error: BaseException) -> str:
-    """Fault of a result that could not be read."""
     if isinstance(error, Unreadable):
         return str(error)
     return f"the result of {hook} raises {kind_name(as_raised(error), article=False)} when it is read"

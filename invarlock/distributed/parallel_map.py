@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from invarlock.core.errors import PluginError, located
-from invarlock.core.progress import Shown, Tally
+from invarlock.core.progress import Tally
 from invarlock.distributed.process_group import Ranks
 
 if TYPE_CHECKING:
@@ -88,12 +88,8 @@ def asked_together(guard: str, ranks: Ranks, ask: Callable[[], Found]) -> list[F
     return together.exchanged("was done", result)
 
 
-def _all_of(
-    work: Callable[[SomeWeight], Found],
-    items: Sequence[SomeWeight],
-    summed: Callable[[Shown], Shown] = lambda shown: shown,
-) -> list[Found]:
-    tally = Tally(sum(item.nbytes for item in items), summed)
+def _all_of(work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
+    tally = Tally(sum(item.nbytes for item in items))
 
     def told(item: SomeWeight) -> Found:
         found = work(item)
@@ -115,7 +111,8 @@ class _Together:
     def each(self, work: Callable[[SomeWeight], Found], items: Sequence[SomeWeight]) -> list[Found]:
         mine = items[self.ranks.part([item.nbytes for item in items])]
         try:
-            part = _Share(_all_of(work, mine, self.ranks.summed))
+            with self.ranks.progress_summed():
+                part = _Share(_all_of(work, mine))
         except Exception as error:
             part = _Share([], located(error), traceback.format_exc())
         # Another number of items is another place: a guard that sees other weights elsewhere must not go on.

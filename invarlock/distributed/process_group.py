@@ -19,7 +19,7 @@ from itertools import accumulate, count
 from typing import Any, TypeVar
 
 from invarlock.core.errors import PluginError, UsageError, one_line
-from invarlock.core.progress import Shown
+from invarlock.core.progress import Shown, showing, shown_now
 from invarlock.distributed.launchers import local_rank, rendezvous_address, started_by
 
 Found = TypeVar("Found")
@@ -127,14 +127,17 @@ class Ranks:
         """Result of the first process, on all of them; no other one calls ``make``."""
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
 
-    def summed(self, show: Shown) -> Shown:
-        """Progress of work that is shared: each process tells what is done of its part, and how large that is.
+    @contextmanager
+    def progress_summed(self) -> Iterator[None]:
+        """Let progress in the block be of work that is shared: what each process tells of its part is added up.
 
-        All have to call this in the same order.
-
-        :param show: gets the sums over all of them; of use to the first one, which shows a bar.
+        All have to enter it in the same order.
         """
-        return show if self.size == 1 else _Summed(self._store, f"invarlock/{next(self._shared)}", show)
+        if self.size == 1:
+            yield
+            return
+        with showing(_Summed(self._store, f"invarlock/{next(self._shared)}", shown_now())):
+            yield
 
     def fail(self, error: BaseException) -> None:
         """Tell the other processes, at their next exchange, that this one failed."""

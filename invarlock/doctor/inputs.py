@@ -32,7 +32,7 @@ from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container's limit of memory stands."""
+"""Folder of the files that limit a container's memory."""
 SHARE, MORE = 1.5, 2**30
 """A run in memory takes at most so many times its weights, and so many bytes more."""
 
@@ -67,7 +67,7 @@ def space(config: RunConfig) -> Iterator[Check]:
 
 
 def output(config: RunConfig) -> Iterator[Check]:
-    """Whether the output folder may be written to."""
+    """Check that the output folder can be written to."""
     folder = Path(config.output.dir or Path("runs", "new"))
     try:
         OutputFolder(folder).check(config.model.id)
@@ -92,7 +92,7 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
     yield Check(Outcome.OK, "model", f"{adapter.name} opens it")
     try:
         targets = targets_of(config, opened)
-        baseline = session.open(opened, adapter, wants_tokenizer=config.output.save_model)
+        baseline = Baseline(session, opened, adapter, wants_tokenizer=config.output.save_model)
         if export := export_of(config, manager):
             check(export, opened, targets, baseline.tokenizer)
     except InvarlockError as error:
@@ -113,7 +113,7 @@ def _unopened(config: RunConfig, manager: PluginManager, error: InvarlockError) 
 
 
 def _unread(session: Session) -> Check | None:
-    """Why the provider gives no text; None where it does."""
+    """The problem of a provider that gives no text, or None."""
     try:
         session.documents()
     except InvarlockError as error:
@@ -136,7 +136,7 @@ def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Che
 
 
 def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Check]:
-    """Whether a hub can be reached, if the configuration needs one."""
+    """Check that a hub can be reached, if the configuration needs one."""
     folder = _folder(config)
     if folder is not None:
         where = "on this machine" if Path(config.model.id).exists() else f"in the cache, {folder}"
@@ -156,7 +156,7 @@ def hub(config: RunConfig, *, allow_network: bool) -> Iterator[Check]:
 
 
 def _folder(config: RunConfig) -> Path | None:
-    """Where the checkpoint is on this machine, in a hub's cache too."""
+    """Path of the checkpoint on this machine, in a hub's cache too."""
     path = Path(config.model.id)
     if path.exists():
         return path

@@ -82,7 +82,7 @@ def measure(
     Through a streamed model all of them go as one batch.
 
     The model is in evaluation mode meanwhile, without gradients. Losses come from its logits in float32, a few tokens
-    at a time. A model that gives NaN is measured, not refused.
+    at a time. A model that gives NaN is measured, not refused. Progress is in windows, or blocks of a streamed model.
 
     :param taps: for the preview windows.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
@@ -130,8 +130,7 @@ def _together(model: nn.Module, preview: Windows, final: Windows, task: Task, ta
     tally = Tally(len(blocks))
     with ExitStack() as stack:
         for block in blocks:
-            handle = block.register_forward_hook(lambda *_: tally.add(1))
-            stack.callback(handle.remove)
+            stack.callback(block.register_forward_hook(lambda *_: tally.add()).remove)
         head = stack.enter_context(_head_set_aside(model))
         for wanted in taps if len(preview) else ():
             stack.enter_context(attached(model, wanted, of_preview))

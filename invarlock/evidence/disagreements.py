@@ -1,10 +1,10 @@
-"""Where what a report says is not what comes out again."""
+"""Disagreements of a report with what comes out again."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,15 +32,13 @@ class Disagreement:
 
 
 def differences(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
-    """Each value that differs, by its place below ``what``; both sides as JSON would hold them."""
-    if isinstance(stored, Mapping) and isinstance(found, Mapping):
-        for key in dict.fromkeys([*stored, *found]):
-            yield from differences(f"{what}.{key}", stored.get(key, ABSENT), found.get(key, ABSENT))
-    elif _is_list(stored) and _is_list(found) and len(stored) == len(found):
-        for place, (one, other) in enumerate(zip(stored, found, strict=True)):
-            yield from differences(f"{what}[{place}]", one, other)
-    elif not _agree(stored, found):
-        yield Disagreement(what, stored, found)
+    """Each value that differs, by its place below ``what``; both sides are compared as JSON would hold them."""
+    return _differing(what, plain(stored, OWN), plain(found, OWN))
+
+
+def of_attributes(what: str, stored: Any, found: Mapping[str, Any]) -> Iterator[Disagreement]:
+    """Each attribute of a part of a report that differs."""
+    return differences(what, {name: getattr(stored, name) for name in found}, found)
 
 
 def printable(text: str) -> str:
@@ -48,8 +46,15 @@ def printable(text: str) -> str:
     return json.dumps(text)[1:-1].replace('\\"', '"')
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _differing(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
+    if isinstance(stored, dict) and isinstance(found, dict):
+        for key in dict.fromkeys([*stored, *found]):
+            yield from _differing(f"{what}.{key}", stored.get(key, ABSENT), found.get(key, ABSENT))
+    elif isinstance(stored, list) and isinstance(found, list) and len(stored) == len(found):
+        for place, (one, other) in enumerate(zip(stored, found, strict=True)):
+            yield from _differing(f"{what}[{place}]", one, other)
+    elif not _agree(stored, found):
+        yield Disagreement(what, stored, found)
 
 
 def _agree(stored: Any, found: Any) -> bool:

@@ -14,7 +14,6 @@ from invarlock.checkpoints.checksums import digest_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import absolute
-from invarlock.core.plain import OWN, plain
 from invarlock.core.progress import counted
 from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, printable
 from invarlock.reporting.report import FORMAT_VERSION, Report
@@ -53,8 +52,7 @@ def read_report(run: Path) -> Report:
 
 def _absent(values: Any, report: Report) -> Iterator[str]:
     """Keys that a result has a default for, and a report has to hold."""
-    parts = {"guards": plain(report.guards, OWN), "verdict": plain(report.verdict, OWN)}
-    for name, part in parts.items():
+    for name, part in {"guards": report.guards, "verdict": report.verdict}.items():
         yield from (printable(each.what) for each in differences(name, values[name], part) if each.stored is ABSENT)
 
 

@@ -14,28 +14,27 @@ import torch
 
 from invarlock.config.schema import Dtype, RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.progress import Progress
 from invarlock.evaluation.passes import PassResult
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.comparison import load, unreadable_windows
 from invarlock.pipeline.session import Baseline, Session, WindowPair
-from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
-"""Nats a token by which a window's loss may differ, in float32 and in types of 16 bits. Processors and libraries order
-their sums in their own ways, and 16 bits round every layer's output to 8 or 11 of them. A thousandth of a nat moves a
-perplexity by one part in a thousand: far less than a limit that an edit is held against."""
+"""Nats per token by which a window's loss may differ, in float32 and in types of 16 bits. Processors and libraries
+order their sums in their own ways, and 16 bits round every layer's output to 8 or 11 of them. A thousandth of a nat
+moves a perplexity by one part in a thousand: far less than a limit that an edit is held against."""
 
 GGUF = "model.gguf"
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where the models lie, and the text; None for what is not at hand."""
+    """Paths of the models and of the text; None for what is not at hand."""
 
     baseline: str | None
     subject: str | None
@@ -62,13 +61,20 @@ def measure_again(
     if first is None:
         verification.not_checked.append("losses, measured again: give --baseline, --subject or both")
         return
-    again = _Again(run, _config(run, checkpoints, first, subject), plugins, verification, on_progress)
+    session = Session(_config(run, checkpoints, first, subject), plugins, on_progress)
+    streamed = run.report.model.streamed
+    model, adapter = load(session, first, on_disk=streamed)
+    opened = Baseline(session, model, adapter)
+    again = _Again(run, verification, opened, opened.make_windows(model) if run.report.metrics.windows else None)
     if checkpoints.baseline is not None:
-        again.baseline(checkpoints.baseline)
-        # It goes before the subject comes, and a module tree has cycles that would keep it.
+        again.baseline(model)
+    if checkpoints.baseline is not None and subject is not None:
+        # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
+        del model
         gc.collect()
+        model, _ = load(session, subject, on_disk=streamed)
     if subject is not None:
-        again.subject(subject, after_baseline=checkpoints.baseline is not None)
+        again.subject(model, subject)
     for side, given in (("baseline", checkpoints.baseline), ("edited", subject)):
         if given is None:
             verification.not_checked.append(f"losses of the {side} model, measured again: its checkpoint is not given")
@@ -113,54 +119,28 @@ def _dtype(run: Run) -> Dtype:
     return next((dtype for dtype in get_args(Dtype) if dtype == judged), run.config.model.dtype)
 
 
+@dataclass(frozen=True)
 class _Again:
-    """One session, without guards, for both sides."""
+    """Both sides, over windows of the first model, which are made with its tokenizer or by itself."""
 
-    def __init__(
-        self, run: Run, config: RunConfig, plugins: PluginManager, verification: Verification, on_progress: Progress
-    ) -> None:
-        self.run, self.verification = run, verification
-        self.session = Session(config, plugins, on_progress)
-        judged = run.report.model.description.get("dtype")
-        self.tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
-        self.stored = passes(run.report)
-        self.first: Baseline | None = None
-        """The first model: the windows are made with its tokenizer, or by itself."""
-        self.windows: WindowPair | None = None
+    run: Run
+    verification: Verification
+    first: Baseline
+    windows: WindowPair | None
+    """None where the report has no losses."""
 
-    def baseline(self, checkpoint: str) -> None:
-        model = self._loaded(checkpoint)
+    def baseline(self, model: torch.nn.Module) -> None:
         self._fingerprint("fingerprint_before", model)
-        if self.stored:
-            self._losses("baseline", self.stored[0], self._measured(model))
+        self._losses("baseline", 0, model)
 
-    def subject(self, checkpoint: str, *, after_baseline: bool) -> None:
-        model = self._load(checkpoint)[0] if after_baseline else self._loaded(checkpoint)
+    def subject(self, model: torch.nn.Module, checkpoint: str) -> None:
         # A saved model's format has tensors of its own; its files have digests.
         if self.run.report.edit.is_comparison:
             self._fingerprint("fingerprint_after", model)
-        if not self.stored:
-            return
-        assert self.first
         if reason := unreadable_windows(self.windows, self.first.task, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
-            return
-        self._losses("edited", self.stored[1], self._measured(model))
-
-    def _loaded(self, checkpoint: str) -> torch.nn.Module:
-        model, adapter = self._load(checkpoint)
-        self.first = self.session.open(model, adapter)
-        self.windows = self.first.make_windows(model) if self.stored else None
-        return model
-
-    def _load(self, checkpoint: str) -> tuple[torch.nn.Module, Adapter]:
-        return load(self.session, checkpoint, on_disk=self.run.report.model.streamed)
-
-    def _measured(self, model: torch.nn.Module) -> PassResult:
-        assert self.first
-        assert self.windows
-        measured, _ = self.first.run_pass(model, self.windows, "pass")
-        return measured
+        else:
+            self._losses("edited", 1, model)
 
     def _fingerprint(self, name: str, model: torch.nn.Module) -> None:
         stored = getattr(self.run.report.model, name)
@@ -173,30 +153,37 @@ class _Again:
             f"{what}, of the checkpoint", [Disagreement(what, stored, found, "measured")] if stored != found else []
         )
 
-    def _losses(self, side: str, stored: PassResult, found: PassResult) -> None:
-        what = f"losses of the {side} model, measured again, to {self.tolerance:g} nats a token"
-        self.verification.check(what, self._differing(side, stored, found))
+    def _losses(self, side: str, place: int, model: torch.nn.Module) -> None:
+        stored = passes(self.run.report)
+        if stored is None or self.windows is None:
+            return
+        found, _ = self.first.run_pass(model, self.windows, "pass")
+        judged = self.run.report.model.description.get("dtype")
+        tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
+        what = f"losses of the {side} model, measured again, to {tolerance:g} nats per token"
+        self.verification.check(what, _differing(side, stored[place], found, tolerance))
 
-    def _differing(self, side: str, stored_pass: PassResult, found_pass: PassResult) -> Sequence[Disagreement]:
-        """One line for all windows of a side, about the one that differs most."""
-        if not np.array_equal(stored_pass.tokens, found_pass.tokens):
-            # Every figure is a mean over tokens: with other counts it could be any.
-            return [
-                Disagreement(
-                    f"metrics.windows.tokens (beside {side})", _counted(stored_pass), _counted(found_pass), "measured"
-                )
-            ]
-        stored, found, tokens = stored_pass.losses, found_pass.losses, np.maximum(found_pass.tokens, 1)
-        with np.errstate(invalid="ignore"):
-            # Equal infinities and NaN on both sides agree; one side alone that is not finite does not.
-            same = (stored == found) | (np.isnan(stored) & np.isnan(found))
-            apart = np.where(same, 0.0, np.nan_to_num(np.abs(stored - found), nan=np.inf)) / tokens
-        beyond = int((apart > self.tolerance).sum())
-        if not beyond:
-            return []
-        worst = int(apart.argmax())
-        what = f"metrics.windows.{side}[{worst}] (as {beyond - 1} more of {len(apart)} windows; this one most)"
-        return [Disagreement(what, float(stored[worst]), float(found[worst]), "measured")]
+
+def _differing(side: str, stored_pass: PassResult, found_pass: PassResult, tolerance: float) -> Sequence[Disagreement]:
+    """One line for all windows of a side, about the one that differs most."""
+    if not np.array_equal(stored_pass.tokens, found_pass.tokens):
+        # Every figure is a mean over tokens: with other counts it could be any.
+        return [
+            Disagreement(
+                f"metrics.windows.tokens (beside {side})", _counted(stored_pass), _counted(found_pass), "measured"
+            )
+        ]
+    stored, found, tokens = stored_pass.losses, found_pass.losses, np.maximum(found_pass.tokens, 1)
+    with np.errstate(invalid="ignore"):
+        # Equal infinities and NaN on both sides agree; one side alone that is not finite does not.
+        same = (stored == found) | (np.isnan(stored) & np.isnan(found))
+        apart = np.where(same, 0.0, np.nan_to_num(np.abs(stored - found), nan=np.inf)) / tokens
+    beyond = int((apart > tolerance).sum())
+    if not beyond:
+        return []
+    worst = int(apart.argmax())
+    what = f"metrics.windows.{side}[{worst}] (as {beyond - 1} more of {len(apart)} windows; this one most)"
+    return [Disagreement(what, float(stored[worst]), float(found[worst]), "measured")]
 
 
 def _counted(measured: PassResult) -> str:

@@ -5,40 +5,34 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.plain import OWN, plain
 from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
 from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_figures, limits_of, window_p95
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
-from invarlock.evaluation.results import Number
-from invarlock.evidence.disagreements import Disagreement, differences
-from invarlock.pipeline.comparison import families
+from invarlock.evidence.disagreements import Disagreement, differences, of_attributes
+from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.report_builder import WEIGHTS_ALONE, config_digest, rests_on
+from invarlock.pipeline.report_builder import config_digest, families
 from invarlock.pipeline.suspects import blame
 from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import Report
 
-_plain = partial(plain, limits=OWN)
-
-SCOPES = {scope: {role.value for role in roles} for scope, roles in SCOPE_ROLES.items()}
 NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
 _BITS = re.compile(r"\((\d+) bits\)$")
-"""In what is said of a weight that lies on a grid."""
+"""In the change of a weight that lies on a grid."""
 
 
 def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The configuration's digest, and the plan and the guards that it asks for."""
-    yield from differences("config", report.config, _plain(config.as_dict()))
+    yield from differences("config", report.config, config.as_dict())
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
     changed = sum(weight.parameters for weight in report.edit.modules if weight.is_changed)
@@ -46,7 +40,7 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if report.edit.is_comparison:
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
-        plan = _plain({**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth})
+        plan = {**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth}
         yield from differences("edit.name", report.edit.name, config.edit.name)
         yield from differences("edit.plan", report.edit.plan, plan)
 
@@ -71,7 +65,7 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    yield from _differing("metrics.primary", stored, found)
+    yield from differences("metrics.primary", stored, found)
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -84,33 +78,32 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if not comparable or stored.limits is None or stored.flips is None:
         nothing = dataclasses.replace(measured[1], changes=NO_TOKENS)
         found = compare_predictions(measured[0], nothing, ratio=config.eval.max_pm_ratio)
-        yield from _differing("metrics.predictions", stored, found)
+        yield from differences("metrics.predictions", stored, found)
         return
     figures = {name: getattr(stored, name) for name in (*SHOWN, "margin_baseline", "margin_loss")}
     figures["window_p95"] = window_p95(*measured)
     # The limit of flips comes from margins of single tokens, which no report holds.
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
-    yield from _differing("metrics.predictions", stored, judge_figures(figures, limits))
+    yield from differences("metrics.predictions", stored, judge_figures(figures, limits))
 
 
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The folded findings, against the guards, the metric and the predictions."""
     expected = [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
-    outputs = {"primary metric": report.metrics.primary, "predictions": report.metrics.predictions}
-    expected += [Finding(name, each.action, each.message) for name, each in outputs.items() if each]
+    expected += report.metrics.findings
     stored = report.verdict.findings
     beside = stored[len(expected) :] if report.edit.is_comparison else []
     others = [finding for finding in beside if not finding.is_of_guard]
-    yield from _differing("verdict.findings", stored, [*expected, *others])
+    yield from differences("verdict.findings", stored, [*expected, *others])
 
 
 def guards(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """Whether each guard passed, against its action; and whether it was asked at all."""
+    """The judgement of each guard, against its action; a guard that was not asked has none."""
     rejected = False
     for place, guard in enumerate(report.guards):
         action, where = guard.action, f"guards[{place}]"
         failed = guard.error is not None or guard.prepare.get("ready") is False
-        yield from differences(f"{where}.action", guard.action, Action.ABORT.value if failed else guard.action)
+        yield from differences(f"{where}.action", guard.action, Action.ABORT if failed else guard.action)
         unasked = not failed and (config.guards.fail_fast and rejected if _made(report) else True)
         passed = guard.passed
         if unasked or (action is Action.CONTINUE and guard.metrics.get("measured") is False):
@@ -118,7 +111,7 @@ def guards(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         elif passed is None or contradiction(passed, action):
             passed = action.accepted
         yield from differences(f"{where}.passed", guard.passed, passed)
-        yield from differences(f"{where}.action", guard.action, Action.CONTINUE.value if unasked else guard.action)
+        yield from differences(f"{where}.action", guard.action, Action.CONTINUE if unasked else guard.action)
         rejected = rejected or not action.accepted
     if not _made(report) and not rejected:
         yield Disagreement("edit.modules", [], "weights, or a guard that was not ready", how="expected")
@@ -129,9 +122,9 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     for place, weight in enumerate(report.edit.modules):
         where = f"edit.modules[{place}]"
         found = _compared(weight) if report.edit.is_comparison else _planned(weight, report, config)
-        yield from differences(where, {name: getattr(weight, name) for name in found}, found)
+        yield from of_attributes(where, weight, found)
         if not report.edit.is_comparison and not config.edit.plan.include:
-            roles = sorted(SCOPES[config.edit.plan.scope])
+            roles = sorted(role.value for role in SCOPE_ROLES[config.edit.plan.scope])
             if weight.role not in roles:
                 yield Disagreement(f"{where}.role", weight.role, " or ".join(roles), how="expected")
     names = [weight.name for weight in report.edit.modules]
@@ -156,20 +149,14 @@ def _compared(weight: EditedWeight) -> dict[str, Any]:
 
 def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The fold: action, acceptance, what decided, reasons, exit code; the suspects, and what it rests on."""
-    stored, folded = report.verdict, folded_anew(report)
-    found = {
-        "action": folded.action.value,
-        "accepted": folded.accepted,
-        "decided_by": folded.decided_by,
-        "reasons": list(folded.reasons),
-        "exit_code": int(folded.exit_code),
-        "suspects": [] if folded.accepted else _plain(blame(report.guards)),
-    }
+    folded = folded_anew(report)
+    found = {name: getattr(folded, name) for name in ("action", "accepted", "decided_by", "reasons", "exit_code")}
+    found["suspects"] = [] if folded.accepted else blame(report.guards)
     if report.metrics.windows is not None or not report.edit.is_comparison:
         found["rests_on"] = rests_on(config)
     elif _made(report):
         found["rests_on"] = WEIGHTS_ALONE
-    yield from differences("verdict", {name: _plain(getattr(stored, name)) for name in found}, found)
+    yield from of_attributes("verdict", report.verdict, found)
 
 
 def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -178,25 +165,22 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     A rollback is the last one only where the plan has no bits left to try.
     """
     folded, last = folded_anew(report), report.attempts[-1]
-    found = {
-        "action": folded.action.value,
-        "decided_by": folded.decided_by,
-        "ratio": report.metrics.primary.ratio if report.metrics.primary else None,
-    }
-    yield from differences("attempts[-1]", {name: getattr(last, name) for name in found}, found)
+    ratio = report.metrics.primary.ratio if report.metrics.primary else None
+    expected = {"action": folded.action, "decided_by": folded.decided_by, "ratio": ratio}
+    yield from of_attributes("attempts[-1]", last, expected)
     count = len(report.attempts)
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
     earlier = [each.action for each in report.attempts[:-1]]
-    yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK.value] * (count - 1))
+    yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK] * (count - 1))
     bits: list[int | None] = [None]
     if not report.edit.is_comparison:
-        planned = [plan.bitwidth for plan in plans_of(config)]
-        bits = [*(planned if folded.action is Action.ROLLBACK else planned[:count])]
+        planned: list[int | None] = [plan.bitwidth for plan in plans_of(config)]
+        bits = planned if folded.action is Action.ROLLBACK else planned[:count]
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
 
 
 def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """Which model it was; and whether the baseline came back, against the verdict and the fingerprints."""
+    """The model, and the return of the baseline, against the verdict and the fingerprints."""
     stored, rejected = report.model, not folded_anew(report).accepted
     yield from differences("model.id", stored.id, config.model.id)
     if config.model.adapter != "auto":
@@ -217,7 +201,7 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
         return None
     try:
         tokens = np.array(windows.tokens, dtype=np.int64)
-        before, after = map(_losses, (windows.baseline, windows.edited))
+        before, after = (np.array(list(map(float, losses))) for losses in (windows.baseline, windows.edited))
     except OverflowError as error:
         raise UsageError(f"report.json: metrics.windows: {one_line(error)}") from None
     if not len(tokens) == len(before) == len(after) or not len(tokens) or tokens.min() < 0:
@@ -229,14 +213,6 @@ def folded_anew(report: Report) -> Verdict:
     return fold(report.verdict.findings, strict=report.verdict.strict)
 
 
-def _losses(stored: Sequence[Number]) -> Any:
-    return np.array([float(loss) for loss in stored], dtype=np.float64)
-
-
-def _differing(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
-    return differences(what, _plain(stored), _plain(found))
-
-
 def _made(report: Report) -> bool:
-    """Whether there was an edit to judge; there is none where a guard was not ready."""
+    """True where there was an edit to judge: there is none where a guard was not ready."""
     return bool(report.edit.modules)

@@ -48,7 +48,7 @@ class Signer:
 
 
 def signature(folder: Path, public_key: str) -> Iterator[Disagreement]:
-    """Whether the files of a folder are those that the owner of a key signed.
+    """Check that the files of a folder are those that the owner of a key signed.
 
     :raises UsageError: the key cannot be read.
     """

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
-from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.results import DivergenceResult, MetricResult
 from invarlock.pipeline.keeping import Watched
+from invarlock.reporting.report import MetricsSection
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,33 @@ class Edited:
 
     model: torch.nn.Module
     watched: Watched
-    description: Mapping[str, Any]
-    """The edit as guards see it: its name, its plan, and what it did to each weight."""
+    name: str
+    """Of the edit."""
+    plan: Mapping[str, Any]
     modules: Sequence[EditedWeight] = ()
-    """Its effect on each weight, as the report has it."""
-    bitwidth: int | None = None
+    """Its effect on each weight."""
     baseline_weights: Mapping[str, torch.Tensor] | None = None
     """The baseline's parameters by name, read from disk one at a time."""
     findings: Sequence[Finding] = ()
     """Findings of the edit itself, besides those of guards and outputs."""
     unreadable: bool = False
-    """Whether the model cannot be run over the baseline's windows."""
+    """True where the model cannot be run over the baseline's windows."""
 
 
-class Edit(Protocol):
+class Editor(Protocol):
     """A way to an edited model: rounding in memory, rounding while streaming, or another checkpoint."""
 
-    attempts: int
-    """How many there are at most."""
+    @property
+    def name(self) -> str:
+        """Of the edit."""
+
+    @property
+    def plans(self) -> Sequence[Mapping[str, Any]]:
+        """The plan of each attempt; there are no more attempts than plans."""
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model as it is left; None where it was not loaded."""
 
     def apply(self, number: int) -> Edited:
         """Make the attempt of this number, from 1, out of the baseline."""
@@ -58,16 +66,17 @@ class Edit(Protocol):
     def undo(self) -> Watched:
         """Take back an attempt that was not accepted; returns the model that is left."""
 
+    def write(self, report: dict[str, Any]) -> None:
+        """Write the report and, if it was accepted and shall be saved, the model; all processes call this."""
+
 
 @dataclass(frozen=True)
 class Attempt:
-    """One edit and what was said of it; ``modules`` is what the edit did to each weight."""
+    """One edit, and the judgement of it."""
 
     number: int
     bitwidth: int | None
     modules: Sequence[EditedWeight]
-    results: list[GuardResult]
-    metric: MetricResult | None
-    divergence: DivergenceResult | None
-    edited_pass: PassResult | None
+    guards: list[GuardResult]
+    metrics: MetricsSection
     verdict: Verdict

@@ -1,18 +1,15 @@
-"""How long the stages and the guards of a run took, and whom they tell how far they are."""
+"""Time of the stages and the guards of a run, and their progress."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from invarlock.core.progress import Shown, showing
-
-Progress = Callable[[str, int, int], object]
-"""Called with the stage, what is done of it and how much there is."""
+from invarlock.core.progress import Progress, showing
 
 
 @dataclass
@@ -24,15 +21,15 @@ class Clock:
     guards: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
-    def stage(self, name: str, label: str | None = None) -> Iterator[Shown]:
-        """Time a block, and let what it tells of its progress be shown.
+    def stage(self, name: str, label: str | None = None) -> Iterator[None]:
+        """Time a block, and show the progress that it tells.
 
         :param label: under which it is shown, by default the name.
         """
-        started, shown = time.perf_counter(), partial(self.on_progress, label or name)
+        started = time.perf_counter()
         try:
-            with showing(shown):
-                yield shown
+            with showing(partial(self.on_progress, label or name)):
+                yield
         finally:
             self.stages[name] += time.perf_counter() - started
 

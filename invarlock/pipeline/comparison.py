@@ -5,14 +5,11 @@ One model is in memory at a time; the baseline's weights are read back from disk
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,19 +19,18 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
+from invarlock.core.progress import Progress, counted
 from invarlock.core.results import Action, EditedWeight, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import Task, task_of
-from invarlock.models.fingerprint import Fingerprint, named_tensors
+from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.judging import Judgement, judge
-from invarlock.pipeline.keeping import Gone, Keeper, Loaded, Watched, Watching, WatchingStreamed
-from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
-from invarlock.pipeline.session import Session, WindowPair
+from invarlock.pipeline.judging import judge
+from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
+from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -78,51 +74,33 @@ def _compare(
     weights_only: bool,
     output: OutputFolder | None,
 ) -> RunResult:
-    guarding, ready, kept = _prepare_baseline(session, slots, strict, weights_only)
+    guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    edit = _Subject(guarding, subject, kept)
-    judgement = judge(guarding, edit, Gone(), ready=ready)
-    report = _report(guarding, judgement, edit)
-    finish(report, session.plugins, session.ranks)
-    guarding.confirm(judgement.left)
-    if output is not None and session.ranks.is_first:
-        write(report, output, session.clock)
-    session.ranks.gather(None)
-    return RunResult(report, edit.model, judgement.last.verdict)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Facts of the baseline that stay once its model has gone."""
-
-    fingerprint: str
-    weights: Mapping[str, torch.Tensor]
-    vocabulary: Mapping[str, int] | None
-    streamed: bool
+    return judge(guarding, _Subject(guarding, subject, weights, output), gone)
 
 
 def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
-) -> tuple[Guarding, bool, _Kept]:
+) -> tuple[Guarding, Mapping[str, torch.Tensor], Gone]:
+    """The prepared guards, the baseline's weights on disk, and the baseline once its model has gone."""
     if not weights_only:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
-    baseline = session.open(model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     windows = None if weights_only else baseline.make_windows(model)
-    streaming = streaming_of(model)
     weights: Mapping[str, torch.Tensor]
     watched: Watched
-    if streaming:
+    if streaming := streaming_of(model):
         weights, watched = streaming.unedited(), WatchingStreamed.of(model, streaming)
     else:
         with session.clock.stage("snapshot"):
             snapshot = Snapshot(model)
-        weights, watched = snapshot.parameters(), Keeper(adapter, Loaded.of(model, session.clock), snapshot).baseline
+        weights = snapshot.parameters()
+        watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
     guarding = Guarding(session, baseline, windows, slots, strict)
-    ready = guarding.begin(model, watched)
-    vocabulary = baseline.tokenizer.get_vocab() if baseline.tokenizer is not None else None
-    return guarding, ready, _Kept(_fingerprint(model), weights, vocabulary, streamed=streaming is not None)
+    guarding.begin(model, watched)
+    return guarding, weights, Gone(watched.digest, watched.streamed)
 
 
 def load(session: Session, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
@@ -135,47 +113,47 @@ def load(session: Session, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Mo
     return session.load(model_id)
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    streaming = streaming_of(model)
-    return streaming.checkpoint.fingerprint() if streaming else Fingerprint.of(model).digest
-
-
 class _Subject:
     """Another checkpoint in place of an edit: it is loaded once, and only read."""
 
-    attempts = 1
+    name = COMPARE
 
-    def __init__(self, guarding: Guarding, subject: str, kept: _Kept) -> None:
-        self.subject, self.kept = subject, kept
+    def __init__(
+        self, guarding: Guarding, subject: str, before: Mapping[str, torch.Tensor], output: OutputFolder | None
+    ) -> None:
+        self.plans = [{"subject": subject}]
         self.model: torch.nn.Module | None = None
-        self._guarding, self._session = guarding, guarding.session
+        self._guarding, self._session, self._subject = guarding, guarding.session, subject
+        self._before, self._output = before, output
         self._watched: Watched = Gone()
 
     def apply(self, number: int) -> Edited:
-        session = self._session
-        self.model, adapter = load(session, self.subject, on_disk=self._guarding.windows is None)
-        self._watched = self._watching(self.model)
-        changes = list(changed_weights(self.model, self.kept.weights, session.on_progress))
-        findings = _tokenizer_findings(adapter, self.subject, session.trust, self.kept.vocabulary)
-        if reason := unreadable_windows(self._guarding.windows, self._guarding.baseline.task, self.model):
+        guarding, session = self._guarding, self._session
+        model, adapter = load(session, self._subject, on_disk=guarding.windows is None)
+        self.model, self._watched = model, self._watching(model)
+        with session.clock.stage("changes"):
+            changes = changed_weights(model, self._before)
+        findings = _tokenizer_findings(adapter, self._subject, session.trust, guarding.baseline.tokenizer)
+        if reason := unreadable_windows(guarding.windows, guarding.baseline.task, model):
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
         return Edited(
-            self.model,
+            model,
             self._watched,
-            {
-                "name": "compare",
-                "plan": {"subject": self.subject},
-                "modules": [dataclasses.asdict(change) for change in changes],
-            },
+            self.name,
+            self.plans[0],
             changes,
-            baseline_weights=self.kept.weights,
-            findings=findings,
+            self._before,
+            findings,
             unreadable=reason is not None,
         )
 
     def undo(self) -> Watched:
         """A rejected subject stays what it is."""
         return self._watched
+
+    def write(self, report: dict[str, Any]) -> None:
+        if self._output is not None and self._session.ranks.is_first:
+            write(report, self._output, self._session.clock)
 
     def _watching(self, model: torch.nn.Module) -> Watched:
         """The subject as it has to stay: its files can be read again."""
@@ -185,16 +163,16 @@ class _Subject:
 
         def read_again() -> None:
             structure.restore()
-            fresh, _ = self._session.load(self.subject)
+            fresh, _ = self._session.load(self._subject)
             kept = dict(named_tensors(fresh))
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data
 
-        return Watching(Loaded.of(model, self._session.clock), read_again)
+        return Loaded.of(model, self._session.clock, read_again)
 
 
 def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:
-    """Why the subject cannot be run over the windows of a baseline of this task, or None."""
+    """The reason that the subject cannot be run over the windows of a baseline of this task, or None."""
     if windows is None:
         return None
     if (own := task_of(model)) != task:
@@ -202,14 +180,9 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
     return next(filter(None, (unreadable(part, model) for part in windows)), None)
 
 
-def changed_weights(
-    model: torch.nn.Module, before: Mapping[str, torch.Tensor], on_progress: Progress
-) -> Iterator[EditedWeight]:
+def changed_weights(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> list[EditedWeight]:
     """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
-    targets = find_weights(model)
-    for done, target in enumerate(targets, start=1):
-        yield _change(target, before)
-        on_progress("changes", done, len(targets))
+    return [_change(target, before) for target in counted(find_weights(model))]
 
 
 @torch.no_grad()
@@ -220,6 +193,9 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedW
         name=target.name,
         role=target.role.value,
         parameters=weight.numel(),
+        sqnr_db=None,
+        clipped_share=None,
+        non_finite_rows=None,
         device=str(weight.device),
     )
     old = before.get(target.parameter_name)
@@ -237,45 +213,15 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedW
     return changed(change="changed", relative_error=error)
 
 
-def _tokenizer_findings(
-    adapter: Adapter, subject: str, trust: Mapping[str, Any], vocabulary: Mapping[str, int] | None
-) -> list[Finding]:
-    """The baseline's tokenizer is used for both; a subject with another one is said."""
+def _tokenizer_findings(adapter: Adapter, subject: str, trust: Mapping[str, Any], tokenizer: Any) -> list[Finding]:
+    """A warning where the subject has another tokenizer: the baseline's is used for both."""
+    if tokenizer is None:
+        return []
     try:
         other = adapter.load_tokenizer(subject, **trust).get_vocab()
     except UsageError as error:
-        return (
-            []
-            if vocabulary is None
-            else [Finding("tokenizer", Action.WARN, f"the subject has none: {one_line(error)}")]
-        )
-    if vocabulary is None or other == vocabulary:
-        return []
-    differing = len(other.items() ^ vocabulary.items())
-    message = f"the subject's vocabulary differs in {differing} entries; the baseline's was used for both"
-    return [Finding("tokenizer", Action.WARN, message)]
-
-
-def _report(guarding: Guarding, judgement: Judgement, edit: _Subject) -> dict[str, Any]:
-    model, kept = edit.model, edit.kept
-    facts = ModelFacts(
-        before=kept.fingerprint,
-        after=_fingerprint(model) if model is not None else kept.fingerprint,
-        restored=None,
-        streamed=kept.streamed,
-        devices=sorted({str(parameter.device) for parameter in model.parameters()}) if model is not None else [],
-    )
-    plan = {"subject": edit.subject, "families": families(judgement.last.modules)}
-    return assemble(guarding, judgement.attempts, facts, edit_name=COMPARE, plan=plan)
-
-
-def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
-    """Changes summed by family: how many weights of each were changed in which way.
-
-    A family is the same weight of every layer: a name with its numbers left out.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    for change in changes:
-        family = counts.setdefault(re.sub(r"\d+", "*", change.name), {})
-        family[change.change] = family.get(change.change, 0) + 1
-    return [{"family": family, "changes": changes_of_it} for family, changes_of_it in counts.items()]
+        return [Finding("tokenizer", Action.WARN, f"the subject has none: {one_line(error)}")]
+    if differing := len(other.items() ^ tokenizer.get_vocab().items()):
+        message = f"the subject's vocabulary differs in {differing} entries; the baseline's was used for both"
+        return [Finding("tokenizer", Action.WARN, message)]
+    return []

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,19 +24,23 @@ from invarlock.evaluation.divergence import compare_predictions
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
-from invarlock.evaluation.results import DivergenceResult, MetricResult
+from invarlock.evaluation.results import MetricResult
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
-from invarlock.pipeline.settings import settings_kept
+from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
+from invarlock.reporting.report import MetricsSection, WindowsSection
 
 log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
+
+NO_OUTPUTS = MetricsSection(None, None, None)
+WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
 
 @dataclass
@@ -58,18 +64,19 @@ class Guarding:
 
     # -- the baseline --------------------------------------------------------------------------------------------------
 
-    def begin(self, model: torch.nn.Module, watched: Watched) -> bool:
-        """Run the baseline over the windows once, and prepare the guards one by one.
+    @property
+    def ready(self) -> bool:
+        """True once all guards are prepared, and ready."""
+        return all(prepared.ready for prepared in self.prepared)
 
-        :returns: whether all are ready.
-        """
+    def begin(self, model: torch.nn.Module, watched: Watched) -> None:
+        """Run the baseline over the windows once, and prepare the guards one by one."""
         self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched)
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
             for place, slot in enumerate(self.slots)
         ]
-        return all(prepared.ready for prepared in self.prepared)
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]
@@ -89,14 +96,13 @@ class Guarding:
             return ranks.gather(ask())
         return asked_together(slot.name, ranks, ask) if slot.shares_work else [ranks.from_first(ask)]
 
-    def not_ready(self) -> Attempt:
+    def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
-        results = [
-            self._unready_result(slot, prepared) for slot, prepared in zip(self.slots, self.prepared, strict=True)
-        ]
-        return Attempt(1, self.config.edit.plan.bitwidth, [], results, None, None, None, self._fold(results, []))
+        results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self._fold(results, []))
 
-    def _unready_result(self, slot: GuardSlot, prepared: PrepareResult) -> GuardResult:
+    def _unready_result(self, place: int) -> GuardResult:
+        slot, prepared = self.slots[place], self.prepared[place]
         if prepared.error:
             return GuardResult.failed(slot.name, prepared.message or "", prepared.error)
         if prepared.ready:
@@ -116,32 +122,33 @@ class Guarding:
         if edited.unreadable:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched)
-        metric, divergence = self._compare(edited_pass)
-        context = self._context(edited, metric, number)
+        metrics = self._compare(edited_pass)
+        context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
         for place, slot in enumerate(self.slots):
             if self.config.guards.fail_fast and any(not result.action.accepted for result in results):
-                results.append(GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast"))
+                result = GuardResult(slot.name, None, Action.CONTINUE, "not run: guards.fail_fast")
             else:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
-                results.append(GuardResult.merged(self._asked(slot, ask)))
-        outputs = []
-        if metric and divergence:
-            outputs = [
-                Finding("primary metric", metric.action, metric.message),
-                Finding("predictions", divergence.action, divergence.message),
-            ]
-        verdict = self._fold(results, [*outputs, *edited.findings])
-        return Attempt(number, edited.bitwidth, edited.modules, results, metric, divergence, edited_pass, verdict)
+                result = GuardResult.merged(self._asked(slot, ask))
+            results.append(self._described(place, result))
+        verdict = self._fold(results, [*metrics.findings, *edited.findings])
+        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, verdict)
+
+    def _described(self, place: int, result: GuardResult) -> GuardResult:
+        """A result with all that the report has of its guard."""
+        plugin = self.slots[place].plugin
+        return replace(
+            result,
+            origin=plugin.origin.value,
+            version=plugin.version,
+            prepare=self.prepared[place].returned,
+            seconds=round(self.session.clock.guards[place], 4),
+        )
 
     def _validate(
-        self,
-        place: int,
-        model: torch.nn.Module,
-        context: Mapping[str, Any],
-        edited: Observation,
-        watched: Watched,
+        self, place: int, model: torch.nn.Module, context: Mapping[str, Any], edited: Observation, watched: Watched
     ) -> GuardResult:
         """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self._observed[place]
@@ -162,9 +169,14 @@ class Guarding:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
-        besides = [*session.plugins.faults.take(), *session.inputs.changes()]
+        besides = [*session.plugins.faults.take(), *session.changed_checkpoints()]
         found = dict.fromkeys(finding for part in session.ranks.gather(besides) for finding in part)
-        return fold([*said, *findings, *found], strict=self.strict)
+        verdict = fold([*said, *findings, *found], strict=self.strict)
+        return replace(
+            verdict,
+            rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
+            suspects=() if verdict.accepted else blame(results),
+        )
 
     def _context(self, edited: Edited, metric: MetricResult | None, number: int) -> dict[str, Any]:
         """The context of ``validate``; ``baseline`` and ``edited`` are None where no outputs were measured."""
@@ -172,7 +184,7 @@ class Guarding:
         return {
             "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
             "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
-            "edit": edited.description,
+            "edit": {"name": edited.name, "plan": edited.plan, "modules": [asdict(each) for each in edited.modules]},
             "limit": self.config.eval.max_pm_ratio,
             "attempt": number,
             "device": str(next(edited.model.parameters()).device),
@@ -192,7 +204,7 @@ class Guarding:
         if changed := self.baseline.undo(watched):
             who = ", ".join(plugins.that_saw_the_end()) or "a plugin that kept it"
             raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
-        for finding in self.session.inputs.changes():
+        for finding in self.session.changed_checkpoints():
             log.warning("%s", finding.message)
 
     # -- passes --------------------------------------------------------------------------------------------------------
@@ -200,19 +212,28 @@ class Guarding:
     def _observed_pass(
         self, model: torch.nn.Module, stage: str, watched: Watched
     ) -> tuple[list[Observation], PassResult | None]:
-        """One pass over all windows: what it measured, and what the taps of each guard collect on the way."""
+        """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
+
+        :raises PluginError: a tap changed the model; whose it is cannot be told.
+        """
         observing = self.baseline.sees_preview
         observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
         windows = self.windows
         if windows is None:
             return observations, None
-        taps_off: Callable[[], None] = watched.settle
-        if strangers := self._strangers_tapping(observations):
-            taps_off = partial(self._check_taps, strangers, stage, watched)
-            if not self.baseline.sharding:
-                # What their taps change must not be taken for the model's own doing: it runs once without them.
-                self.baseline.run_alone(model, windows)
+        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
+        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
+        if strangers and not self.baseline.sharding:
+            # What their taps change must not be taken for the model's own doing: it runs once without them.
+            self.baseline.run_alone(model, windows)
+            watched.settle()
+
+        def taps_off() -> None:
+            if not strangers:
                 watched.settle()
+            elif changed := self.baseline.undo(watched):
+                raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
+
         measured, record = self.baseline.run_pass(
             model,
             windows,
@@ -234,34 +255,45 @@ class Guarding:
             observation.wanted = {}
         return observation
 
-    def _strangers_tapping(self, observations: Sequence[Observation]) -> list[str]:
-        """Guards that are not built in and have asked for taps."""
-        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
-        return [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-
-    def _check_taps(self, strangers: Sequence[str], stage: str, watched: Watched) -> None:
-        """Make sure that no tap changed the model during a pass.
-
-        :raises PluginError: one did; whose it is cannot be told.
-        """
-        if changed := self.baseline.undo(watched):
-            raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
-
-    def _compare(self, edited_pass: PassResult | None) -> tuple[MetricResult, DivergenceResult] | tuple[None, None]:
+    def _compare(self, edited: PassResult | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
-        if self.baseline_pass is None or edited_pass is None:
-            return None, None
-        section = self.config.eval
+        baseline, section = self.baseline_pass, self.config.eval
+        if baseline is None or edited is None:
+            return NO_OUTPUTS
         metric = compare(
-            self.baseline_pass,
-            edited_pass,
+            baseline,
+            edited,
             kind=self.baseline.kind,
             limit=section.max_pm_ratio,
             level=section.metric.ci_level,
             reps=section.metric.reps,
             seed=self.config.dataset.seed,
         )
-        return metric, compare_predictions(self.baseline_pass, edited_pass, ratio=section.max_pm_ratio)
+        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio)
+        windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
+        return MetricsSection(metric, predictions, windows)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put torch's defaults and Python's recursion limit back after the block: the next guard must not inherit them."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    depth = sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(depth)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+
+
+def rests_on(config: RunConfig) -> str:
+    """Outputs that the verdict rests on, where any were measured."""
+    dataset = config.dataset
+    source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
+    return f"{dataset.preview_n} + {dataset.final_n} {source}"
 
 
 def changed_message(names: Sequence[str]) -> str:

@@ -1,45 +1,55 @@
-"""A judgement: attempts of an edit until one is accepted, and the report of them, made sure of."""
+"""A judgement: attempts of an edit until one is accepted, the report of them, and the output."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from invarlock.core.plain import OWN, plain
 from invarlock.core.results import Action
-from invarlock.pipeline.attempts import Attempt, Edit
+from invarlock.pipeline.attempts import Attempt, Editor, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
-from invarlock.pipeline.report_builder import announced
+from invarlock.pipeline.report_builder import assemble, finish
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The attempts of an edit, and the model that the last one left."""
+def judge(guarding: Guarding, editor: Editor, baseline: Watched) -> RunResult:
+    """Attempt an edit until one attempt is accepted, one aborts, or there are none left; report, and write.
 
-    attempts: Sequence[Attempt]
-    left: Watched
-
-    @property
-    def last(self) -> Attempt:
-        return self.attempts[-1]
-
-
-def judge(guarding: Guarding, edit: Edit, baseline: Watched, *, ready: bool) -> Judgement:
-    """Attempt an edit until one attempt is accepted, one aborts, or there are none left.
-
-    :param baseline: the model as it has to be where no attempt is made.
-    :param ready: whether all guards are.
+    :param baseline: the model as it has to be where no attempt is made: unless all guards are ready.
     """
-    if not ready:
-        return Judgement([announced(guarding, guarding.not_ready())], baseline)
+    attempts, left = _attempt(guarding, editor, baseline)
+    report = assemble(guarding, attempts, editor, before=baseline, after=left)
+    finish(report, guarding.session)
+    guarding.confirm(left)
+    editor.write(report)
+    guarding.session.ranks.gather(None)
+    return RunResult(report, editor.model, attempts[-1].verdict)
+
+
+def _attempt(guarding: Guarding, editor: Editor, baseline: Watched) -> tuple[list[Attempt], Watched]:
+    """The attempts, and the model that the last one left."""
+    if not guarding.ready:
+        return [_announced(guarding, guarding.not_ready(editor.plans[0].get("bitwidth")))], baseline
     attempts: list[Attempt] = []
-    for number in range(1, edit.attempts + 1):
-        edited = edit.apply(number)
-        attempts.append(announced(guarding, guarding.judge(edited, number)))
+    for number in range(1, len(editor.plans) + 1):
+        edited = editor.apply(number)
+        attempts.append(_announced(guarding, guarding.judge(edited, number)))
         left, verdict = edited.watched, attempts[-1].verdict
         if verdict.accepted:
             break
-        left = edit.undo()
+        left = editor.undo()
         if verdict.action is Action.ABORT:
             break
-    return Judgement(attempts, left)
+    return attempts, left
+
+
+def _announced(guarding: Guarding, attempt: Attempt) -> Attempt:
+    """Tell plugins of an attempt whose verdict is folded, in the first process; hands it on.
+
+    :raises PluginError: a plugin failed.
+    """
+
+    def tell() -> None:
+        parts = plain(attempt, OWN)
+        guarding.session.plugins.attempt_finished(parts.pop("number"), parts)
+
+    guarding.session.ranks.from_first(tell)
+    return attempt

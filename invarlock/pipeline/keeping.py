@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,14 @@ from invarlock.plugins.adapter import Adapter
 class Watched(Protocol):
     """A model that plugins look at and may not change."""
 
+    @property
+    def streamed(self) -> bool:
+        """True where its weights stay on disk."""
+
+    @property
+    def digest(self) -> str:
+        """Of its weights, as they have to be."""
+
     def undo(self) -> list[str]:
         """Undo what was changed of it, and name that."""
 
@@ -29,61 +37,49 @@ class Watched(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as it was right after loading, and how to tell whether it still is."""
+    """A model in memory as it has to be: as it was right after loading, or as an edit left it."""
 
     model: torch.nn.Module
-    fingerprint: Fingerprint
-    state: ModelState
     clock: Clock
+    state: ModelState
+    fingerprint: Fingerprint
+    bring_back: Callable[[], object]
+    """Makes its weights that again."""
     recomputed: set[str] = field(default_factory=set)
     """Buffers that the model's own code computes anew while it runs."""
+    streamed = False
 
     @classmethod
-    def of(cls, model: torch.nn.Module, clock: Clock) -> Loaded:
+    def of(cls, model: torch.nn.Module, clock: Clock, bring_back: Callable[[], object] = lambda: None) -> Loaded:
         # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
         state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
-        return cls(model, fingerprint_of(model, clock), state, clock)
+        return cls(model, clock, state, fingerprint_of(model, clock), bring_back)
+
+    def edited(self, bring_back: Callable[[], object]) -> Loaded:
+        """The model as it has to be from now on: its weights are edited."""
+        return replace(self, fingerprint=fingerprint_of(self.model, self.clock), bring_back=bring_back)
+
+    @property
+    def digest(self) -> str:
+        return self.fingerprint.digest
+
+    def differing(self) -> list[str]:
+        """Names of tensors that are not what they have to be."""
+        changed = fingerprint_of(self.model, self.clock).changed_since(self.fingerprint)
+        return [name for name in changed if name not in self.recomputed]
+
+    def undo(self) -> list[str]:
+        state = self.state.undo()
+        weights = self.differing()
+        if weights:
+            self.bring_back()
+        return [*weights, *state]
 
     def settle(self) -> None:
-        """Take what differs by now and is not stored as the model's own doing: it ran, and nothing else did."""
         self.state.settle()
         with self.clock.stage("fingerprint"):
             now, before = Fingerprint.of(self.model, only_computed=True), self.fingerprint
         self.recomputed.update(name for name in now.computed if now.tensors[name] != before.tensors.get(name))
-
-    def differing(self, expected: Fingerprint | None = None) -> list[str]:
-        """Names of tensors that are no longer what was loaded, or ``expected``."""
-        differing = fingerprint_of(self.model, self.clock).changed_since(expected or self.fingerprint)
-        return [name for name in differing if name not in self.recomputed]
-
-    def undo(self, bring_back: Callable[[], object], expected: Fingerprint | None = None) -> list[str]:
-        """Names of what differs of the model; it is as it was afterwards.
-
-        :param bring_back: does so with weights, where they differ.
-        :param expected: the weights, if not those that were loaded.
-        """
-        state = self.state.undo()
-        weights = self.differing(expected)
-        if weights:
-            bring_back()
-        return [*weights, *state]
-
-
-@dataclass(frozen=True)
-class Watching:
-    """A model in memory as it has to be."""
-
-    loaded: Loaded
-    bring_back: Callable[[], object]
-    """Makes its weights that again."""
-    expected: Fingerprint | None = None
-    """Of the weights, if they are not those that were loaded."""
-
-    def undo(self) -> list[str]:
-        return self.loaded.undo(self.bring_back, self.expected)
-
-    def settle(self) -> None:
-        self.loaded.settle()
 
 
 @dataclass(frozen=True)
@@ -93,10 +89,17 @@ class WatchingStreamed:
     model: torch.nn.Module
     streaming: Streaming
     state: ModelState
+    plan: Mapping[str, Any] | None = None
+    """Of the edit."""
+    streamed = True
 
     @classmethod
     def of(cls, model: torch.nn.Module, streaming: Streaming) -> WatchingStreamed:
         return cls(model, streaming, ModelState.of(model))
+
+    @property
+    def digest(self) -> str:
+        return self.streaming.checkpoint.fingerprint(self.plan)
 
     def undo(self) -> list[str]:
         return [*self.state.undo(), *self.streaming.undo(self.model)]
@@ -106,8 +109,12 @@ class WatchingStreamed:
         self.streaming.settle(self.model)
 
 
+@dataclass(frozen=True)
 class Gone:
     """A model that is not there any more: nobody can change it."""
+
+    digest: str = ""
+    streamed: bool = False
 
     def undo(self) -> list[str]:
         return []
@@ -116,30 +123,21 @@ class Gone:
         pass
 
 
-@dataclass(frozen=True)
 class Keeper:
-    """The baseline of a run: brings it back, and tells whether a model still is what it was."""
+    """The baseline of a run in memory, which its adapter brings back bit for bit.
 
-    adapter: Adapter
-    loaded: Loaded
-    snapshot: Any
+    :param loaded: as it was right after loading.
+    :raises PluginError: it no longer is that.
+    """
 
-    @classmethod
-    def of(cls, loaded: Loaded, adapter: Adapter) -> Keeper:
-        """Take a snapshot of a model that is as it was loaded.
-
-        :raises PluginError: it no longer is.
-        """
+    def __init__(self, loaded: Loaded, adapter: Adapter) -> None:
+        self._adapter = adapter
         with loaded.clock.stage("snapshot"):
-            snapshot = adapter.snapshot(loaded.model)
-        keeper = cls(adapter, loaded, snapshot)
-        if changed := loaded.undo(lambda: None):
+            self.snapshot = adapter.snapshot(loaded.model)
+        if changed := loaded.undo():
             raise PluginError(f"adapter {adapter.name}: the model changed after it was loaded: {some(changed)}")
-        return keeper
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        return self.loaded.fingerprint
+        self.baseline = replace(loaded, bring_back=self.restore)
+        """As it has to stay."""
 
     def restore(self, *, check: bool = True) -> None:
         """Bring the baseline back.
@@ -147,20 +145,15 @@ class Keeper:
         :param check: look whether it is what it was.
         :raises PluginError: when the adapter's snapshot did not bring it back bit for bit.
         """
-        loaded = self.loaded
-        loaded.state.undo()
-        with loaded.clock.stage("restore"):
-            self.adapter.restore(loaded.model, self.snapshot)
-        loaded.state.undo()
-        if check and (changed := loaded.differing()):
+        baseline = self.baseline
+        baseline.state.undo()
+        with baseline.clock.stage("restore"):
+            self._adapter.restore(baseline.model, self.snapshot)
+        baseline.state.undo()
+        if check and (changed := baseline.differing()):
             raise PluginError(
-                f"adapter {self.adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
+                f"adapter {self._adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
             )
-
-    @property
-    def baseline(self) -> Watching:
-        """The baseline as it has to stay."""
-        return Watching(self.loaded, self.restore)
 
 
 def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:

@@ -33,7 +33,7 @@ def targets_of(config: RunConfig, model: nn.Module) -> list[WeightTarget]:
 
 
 def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
-    """How an accepted model is saved, if it is.
+    """The export of an accepted model, or None where none is saved.
 
     :raises UsageError: no exporter has the name that ``output.format`` gives, whether a model is saved or not.
     :raises PluginError: the exporter lacks something.

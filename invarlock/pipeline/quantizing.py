@@ -10,17 +10,16 @@ from typing import Any
 
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.schema import RunConfig
+from invarlock.core.progress import Progress
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.judging import Judgement, judge
-from invarlock.pipeline.keeping import Keeper, Loaded, Watching, fingerprint_of
+from invarlock.pipeline.judging import judge
+from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
-from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_model
@@ -52,56 +51,44 @@ def run(
 
 
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
-    config, ranks = session.config, session.ranks
-    plans = plans_of(config)
+    config = session.config
     export = export_of(config, session.plugins)
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
     targets = targets_of(config, model)
-    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
         check(export, model, targets, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
-    keeper = Keeper.of(loaded, adapter)
+    keeper = Keeper(loaded, adapter)
     guarding = Guarding(session, baseline, windows, slots, strict)
     try:
-        ready = guarding.begin(model, keeper.baseline)
-        judgement = judge(guarding, _Rounding(session, keeper, plans, export), keeper.baseline, ready=ready)
-        report = _report(guarding, judgement, keeper)
-        finish(report, session.plugins, ranks)
-        guarding.confirm(judgement.left)
-        save = None
-        if export is not None and judgement.last.verdict.accepted:
-            saved = baseline.view.gather(keep=ranks.is_first) if baseline.view else model
-            save = partial(export.write, model=saved, tokenizer=baseline.tokenizer)
-        if output is not None and ranks.is_first:
-            write(report, output, session.clock, save)
-        ranks.gather(None)
+        guarding.begin(model, keeper.baseline)
+        return judge(guarding, _Rounding(guarding, keeper, export, output), keeper.baseline)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
         keeper.restore(check=baseline.view is None)
         raise
-    return RunResult(report, model, judgement.last.verdict)
 
 
 class _Rounding:
     """Rounding in memory, by one plan an attempt."""
 
-    def __init__(self, session: Session, keeper: Keeper, plans: Sequence[Plan], export: Export | None) -> None:
-        self._session, self._keeper, self._plans, self._export = session, keeper, plans, export
-        self.attempts = len(plans)
+    def __init__(self, guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None) -> None:
+        self.name, self.model = guarding.config.edit.name, keeper.baseline.model
+        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
+        self._guarding, self._keeper, self._export, self._output = guarding, keeper, export, output
 
     def apply(self, number: int) -> Edited:
-        plan, export, keeper = self._plans[number - 1], self._export, self._keeper
-        model = keeper.loaded.model
+        plan, export, keeper = Plan(**self.plans[number - 1]), self._export, self._keeper
         if export is not None:
             export.plan = plan
         scale_dtype = export.exporter.scale_dtype if export else None
-        with self._session.clock.stage("quantize"), keys_named():
+        with self._guarding.session.clock.stage("quantize"), keys_named():
             modules = quantize_model(
-                model,
+                self.model,
                 plan,
                 parameters=export.quantized if export and export.exporter.stores_codes else None,
                 scale_dtype=scale_dtype,
@@ -109,35 +96,25 @@ class _Rounding:
 
         def round_again() -> None:
             keeper.restore()
-            quantize_model(model, plan, measure=False, scale_dtype=scale_dtype)
+            quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
 
         return Edited(
-            model,
-            Watching(keeper.loaded, round_again, fingerprint_of(model, self._session.clock)),
-            {
-                "name": self._session.config.edit.name,
-                "plan": dataclasses.asdict(plan),
-                "modules": [dataclasses.asdict(module) for module in modules],
-            },
+            self.model,
+            keeper.baseline.edited(round_again),
+            self.name,
+            self.plans[number - 1],
             modules,
-            plan.bitwidth,
             keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
         )
 
-    def undo(self) -> Watching:
+    def undo(self) -> Loaded:
         self._keeper.restore()
         return self._keeper.baseline
 
-
-def _report(guarding: Guarding, judgement: Judgement, keeper: Keeper) -> dict[str, Any]:
-    config, model = guarding.config, keeper.loaded.model
-    last, after = judgement.last, fingerprint_of(model, guarding.session.clock)
-    facts = ModelFacts(
-        before=keeper.fingerprint.digest,
-        after=after.digest,
-        restored=None if last.verdict.accepted else after.digest == keeper.fingerprint.digest,
-        streamed=False,
-        devices=sorted({str(parameter.device) for parameter in model.parameters()}),
-    )
-    plan = {**config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
-    return assemble(guarding, judgement.attempts, facts, edit_name=config.edit.name, plan=plan)
+    def write(self, report: dict[str, Any]) -> None:
+        session, baseline, save = self._guarding.session, self._guarding.baseline, None
+        if self._export is not None and report["verdict"]["accepted"]:
+            saved = baseline.view.gather(keep=session.ranks.is_first) if baseline.view else self.model
+            save = partial(self._export.write, model=saved, tokenizer=baseline.tokenizer)
+        if self._output is not None and session.ranks.is_first:
+            write(report, self._output, session.clock, save)

@@ -1,4 +1,4 @@
-"""The report builder: results of a judgement put into one report."""
+"""The report builder: attempts put into one report."""
 
 from __future__ import annotations
 
@@ -6,76 +6,36 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
+import transformers
 
 from invarlock import __version__
-from invarlock.config.schema import RunConfig
-from invarlock.core.plain import OWN, plain
-from invarlock.core.results import GuardResult, Verdict
-from invarlock.distributed.process_group import Ranks
-from invarlock.evaluation.passes import PassResult
-from invarlock.pipeline.attempts import Attempt
+from invarlock.core.results import EditedWeight
+from invarlock.pipeline.attempts import Attempt, Editor
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.suspects import blame
-from invarlock.plugins.manager import PluginManager
-from invarlock.reporting.report import (
-    AttemptSection,
-    EditSection,
-    MetricsSection,
-    ModelSection,
-    Report,
-    WindowsSection,
-)
-
-WEIGHTS_ALONE = "weights alone, no outputs were measured"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Fate of the model: fingerprints, and whether the baseline came back (None when the edit was kept)."""
-
-    before: str
-    after: str
-    restored: bool | None
-    streamed: bool
-    devices: list[str]
-
-
-def announced(guarding: Guarding, attempt: Attempt) -> Attempt:
-    """Tell plugins of an attempt whose verdict is folded, in the first process; hands it on.
-
-    :raises PluginError: a plugin failed.
-    """
-    tell = guarding.session.plugins.attempt_finished
-    guarding.session.ranks.from_first(lambda: tell(attempt.number, _attempt_report(guarding, attempt)))
-    return attempt
-
-
-def _attempt_report(guarding: Guarding, attempt: Attempt) -> dict[str, Any]:
-    """The parts of the report that an attempt has by itself, as ``report.json`` would hold them."""
-    parts: dict[str, Any] = plain(
-        {
-            "bitwidth": attempt.bitwidth,
-            "modules": attempt.modules,
-            "guards": _guards(guarding, attempt),
-            "metrics": _metrics(guarding, attempt),
-            "verdict": _verdict(guarding, attempt),
-        },
-        OWN,
-    )
-    return parts
+from invarlock.pipeline.keeping import Watched
+from invarlock.pipeline.session import Session
+from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report
 
 
 def assemble(
-    guarding: Guarding, attempts: Sequence[Attempt], facts: ModelFacts, *, edit_name: str, plan: Mapping[str, Any]
+    guarding: Guarding, attempts: Sequence[Attempt], editor: Editor, *, before: Watched, after: Watched
 ) -> dict[str, Any]:
-    """The report as ``report.json`` holds it; the last attempt is the one that stands."""
+    """The report as ``report.json`` holds it; the last attempt is the one that stands.
+
+    :param before: the baseline.
+    :param after: the model that is left.
+    """
     last, config = attempts[-1], guarding.config.as_dict()
-    weights = list(last.modules)
+    edit = _edit(editor, last)
+    parameters = editor.model.parameters() if editor.model is not None else ()
+    restored = None if last.verdict.accepted or edit.is_comparison else after.digest == before.digest
     return Report(
         invarlock_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,34 +44,40 @@ def assemble(
         model=ModelSection(
             id=guarding.config.model.id,
             adapter=guarding.baseline.adapter.name,
-            devices=facts.devices,
+            devices=sorted({str(parameter.device) for parameter in parameters}),
             description=dict(guarding.baseline.description),
-            fingerprint_before=facts.before,
-            fingerprint_after=facts.after,
-            restored=facts.restored,
-            streamed=facts.streamed,
+            fingerprint_before=before.digest,
+            fingerprint_after=after.digest,
+            restored=restored,
+            streamed=before.streamed,
         ),
-        edit=EditSection(edit_name, dict(plan), weights, sum(each.parameters for each in weights if each.is_changed)),
-        guards=_guards(guarding, last),
-        metrics=_metrics(guarding, last),
-        verdict=_verdict(guarding, last),
+        edit=edit,
+        guards=last.guards,
+        metrics=last.metrics,
+        verdict=last.verdict,
         attempts=[_summary(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},
-        environment=_environment(),
+        environment={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        },
     ).as_dict()
 
 
-def finish(report: dict[str, Any], plugins: PluginManager, ranks: Ranks) -> None:
+def finish(report: dict[str, Any], session: Session) -> None:
     """Let plugins look at the report and add to it, in the first process.
 
     :raises PluginError: one of them failed.
     """
 
     def add() -> None:
-        report["extra"] |= plugins.run_finished(report)
-        report["sections"] = [asdict(section) for section in plugins.report_sections(report)]
+        report["extra"] |= session.plugins.run_finished(report)
+        report["sections"] = [asdict(section) for section in session.plugins.report_sections(report)]
 
-    ranks.from_first(add)
+    session.ranks.from_first(add)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -119,61 +85,27 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def rests_on(config: RunConfig) -> str:
-    """Outputs that the verdict rests on, where any were measured."""
-    dataset = config.dataset
-    source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
-    return f"{dataset.preview_n} + {dataset.final_n} {source}"
+def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
+    """Changes summed by family: how many weights of each were changed in which way.
+
+    A family is the same weight of every layer: a name with its numbers left out.
+    """
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for change in changes:
+        counts[re.sub(r"\d+", "*", change.name)][change.change] += 1
+    return [{"family": family, "changes": dict(changes_of_it)} for family, changes_of_it in counts.items()]
 
 
-def _guards(guarding: Guarding, attempt: Attempt) -> list[GuardResult]:
-    return [_with_origin(guarding, place, result) for place, result in enumerate(attempt.results)]
-
-
-def _with_origin(guarding: Guarding, place: int, result: GuardResult) -> GuardResult:
-    plugin = guarding.slots[place].plugin
-    return replace(
-        result,
-        origin=plugin.origin.value,
-        version=plugin.version,
-        prepare=guarding.prepared[place].returned,
-        seconds=round(guarding.session.clock.guards[place], 4),
-    )
-
-
-def _metrics(guarding: Guarding, attempt: Attempt) -> MetricsSection:
-    windows = _windows(guarding.baseline_pass, attempt.edited_pass)
-    return MetricsSection(attempt.metric, attempt.divergence, windows)
-
-
-def _windows(baseline: PassResult | None, edited: PassResult | None) -> WindowsSection | None:
-    if baseline is None or edited is None:
-        return None
-    return WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
-
-
-def _verdict(guarding: Guarding, attempt: Attempt) -> Verdict:
-    return replace(
-        attempt.verdict,
-        rests_on=rests_on(guarding.config) if guarding.windows else WEIGHTS_ALONE,
-        suspects=() if attempt.verdict.accepted else blame(attempt.results),
-    )
+def _edit(editor: Editor, last: Attempt) -> EditSection:
+    changed = sum(weight.parameters for weight in last.modules if weight.is_changed)
+    edit = EditSection(editor.name, dict(editor.plans[last.number - 1]), list(last.modules), changed)
+    if edit.is_comparison:
+        edit.plan["families"] = families(last.modules)
+    return edit
 
 
 def _summary(attempt: Attempt) -> AttemptSection:
-    verdict, metric = attempt.verdict, attempt.metric
+    verdict, metric = attempt.verdict, attempt.metrics.primary
     return AttemptSection(
         attempt.number, attempt.bitwidth, verdict.action, verdict.decided_by, metric.ratio if metric else None
     )
-
-
-def _environment() -> dict[str, Any]:
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from invarlock.checkpoints.checksums import check_weights
+from invarlock.checkpoints.inputs import InputFiles
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError
-from invarlock.core.progress import showing
+from invarlock.core.progress import Progress
+from invarlock.core.results import Action, Finding
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
-from invarlock.distributed.process_group import Ranks
+from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
-from invarlock.evaluation.results import Kind
-from invarlock.models.facts import Task, batch_size, task_of
+from invarlock.models.facts import batch_size, task_of
 from invarlock.models.state import ModelState
-from invarlock.pipeline.clock import Clock, Progress
-from invarlock.pipeline.inputs import Inputs
-from invarlock.pipeline.keeping import Watched
+from invarlock.pipeline.clock import Clock
+from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -35,21 +36,21 @@ WindowPair = tuple[Windows, Windows]
 """Preview windows, which are the guards', and final ones, which are the metric's."""
 
 
-@dataclass
 class Session:
     """Configuration, plugins, processes and clock that the models of one run have in common."""
 
-    config: RunConfig
-    plugins: PluginManager
-    on_progress: Progress = lambda stage, done, total: None
-    ranks: Ranks = field(default_factory=Ranks)
-    clock: Clock = field(init=False)
-    inputs: Inputs = field(init=False)
-    _documents: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        self.clock = Clock(self.on_progress)
-        self.inputs = Inputs(self.ranks, self.clock)
+    def __init__(
+        self,
+        config: RunConfig,
+        plugins: PluginManager,
+        on_progress: Progress = lambda stage, done, total: None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.plugins, self.ranks = config, plugins, ranks
+        self.clock = Clock(on_progress)
+        self._documents: Sequence[str] | None = None
+        self._checkpoints: dict[Path, InputFiles] = {}
+        """Each that was loaded, as it was before."""
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Session:
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
-        self.inputs.take_note_of(Path(model_id))
+        self._take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
@@ -100,60 +101,64 @@ class Session:
                 )
         return model, adapter
 
-    def open(
+    def _take_note_of(self, checkpoint: Path) -> None:
+        """Hold the files of a checkpoint against digests that lie beside them; processes share the files.
+
+        :raises UsageError: a file is not what its digest says.
+        """
+        if not checkpoint.exists() or checkpoint in self._checkpoints:
+            return
+        self._checkpoints[checkpoint] = InputFiles.of(checkpoint)
+        with self.clock.stage("check digests"), self.ranks.progress_summed():
+            check_weights(checkpoint, self.ranks.rank, self.ranks.size)
+            self.ranks.gather(None)
+
+    def changed_checkpoints(self) -> list[Finding]:
+        """A warning for each checkpoint whose files are not what they were before it was loaded."""
+        changed = ((checkpoint, files.changes()) for checkpoint, files in self._checkpoints.items())
+        return [
+            Finding("input checkpoint", Action.WARN, f"{checkpoint} was changed during the run: {some(changes)}")
+            for checkpoint, changes in changed
+            if changes
+        ]
+
+
+class Baseline:
+    """Facts of a loaded baseline that stay when its weights go, and ways to run it and the edited model.
+
+    :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
+    :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
+    :raises UsageError: the tokenizer is needed, and cannot be loaded.
+    """
+
+    def __init__(
         self,
+        session: Session,
         model: torch.nn.Module,
         adapter: Adapter,
         *,
         wants_tokenizer: bool = False,
         reads_text: bool | None = None,
-    ) -> Baseline:
-        """Take a loaded baseline.
-
-        :param wants_tokenizer: load the tokenizer if there is one, even if no text has to be read with it.
-        :param reads_text: whether windows are made with the tokenizer; None leaves it to the dataset and the task.
-        :raises UsageError: the tokenizer is needed, and cannot be loaded.
-        """
-        task, sharding = task_of(model), sharding_of(model)
-        view = WholeView(model) if sharding else None
+    ) -> None:
+        config = session.config
+        self.session, self.adapter = session, adapter
+        self.task, self.sharding = task_of(model), sharding_of(model)
+        self.kind = kind_of(self.task, config.eval.metric.kind)
+        self.view = WholeView(model) if self.sharding else None
+        """Of a model that is spread over the processes."""
+        self._view_state = ModelState.of(self.view.model) if self.view else None
+        self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
-            reads_text = not self.config.dataset.is_generated or task == "masked"
-        return Baseline(
-            session=self,
-            adapter=adapter,
-            task=task,
-            kind=kind_of(task, self.config.eval.metric.kind),
-            description=adapter.describe(view.model if view else model),
-            loaded_tokenizer=LoadedTokenizer(adapter, self.config.model.id, self.trust, required=reads_text)
-            if reads_text or wants_tokenizer
-            else None,
-            reads_text=reads_text,
-            sharding=sharding,
-            view=view,
-            view_state=ModelState.of(view.model) if view else None,
+            reads_text = not config.dataset.is_generated or self.task == "masked"
+        self._reads_text = reads_text
+        self._tokenizer = LoadedTokenizer(
+            adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
         )
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Facts of the baseline that stay when its weights go, and how it and the edited model are run."""
-
-    session: Session
-    adapter: Adapter
-    task: Task
-    kind: Kind
-    description: Mapping[str, Any]
-    loaded_tokenizer: LoadedTokenizer | None
-    reads_text: bool
-    sharding: Sharding | None
-    view: WholeView | None
-    """Of a model that is spread over the processes."""
-    view_state: ModelState | None
 
     @property
     def tokenizer(self) -> Any:
         """The baseline's, or None where there is none or nobody needs it."""
-        return self.loaded_tokenizer.live if self.loaded_tokenizer else None
+        return self._tokenizer.live
 
     def shown(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as guards see it."""
@@ -161,9 +166,9 @@ class Baseline:
 
     def undo(self, watched: Watched) -> list[str]:
         """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them."""
-        of_tokenizer = self.loaded_tokenizer.undo() if self.loaded_tokenizer else []
-        if self.view and self.view_state:
-            return [*self.view_state.undo(), *self.view.undo(), *of_tokenizer]
+        of_tokenizer = self._tokenizer.undo()
+        if self.view and self._view_state:
+            return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
         return [*watched.undo(), *of_tokenizer]
 
     def make_windows(self, model: torch.nn.Module) -> WindowPair:
@@ -173,12 +178,12 @@ class Baseline:
         """
         documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
-            tokenizer = self.tokenizer if self.reads_text else None
+            tokenizer = self.tokenizer if self._reads_text else None
             return make_windows(self.session.config.dataset, model, tokenizer, task=self.task, documents=documents)
 
     @property
     def sees_preview(self) -> bool:
-        """Whether this process runs the preview windows: the first one does, or all where the model is spread."""
+        """True in a process that runs the preview windows: the first one, or all where the model is spread."""
         return self.session.ranks.is_first or self.sharding is not None
 
     def run_pass(
@@ -199,9 +204,11 @@ class Baseline:
         :returns: what all processes measured, and this one's record of its predictions.
         """
         preview, final = windows
-        ranks, whole = self.session.ranks, self.sharding is Sharding.TENSOR
+        ranks = self.session.ranks
+        # Under tensor parallelism all processes measure the same.
+        whole = self.sharding is Sharding.TENSOR
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
-        with self.session.clock.stage(stage) as shown, showing(shown if whole else ranks.summed(shown)):
+        with self.session.clock.stage(stage), nullcontext() if whole else ranks.progress_summed():
             measured = measure(
                 model,
                 preview if self.sees_preview else preview[:0],
@@ -213,7 +220,6 @@ class Baseline:
                 taps_off=taps_off,
             )
             parts = ranks.gather(dataclasses.replace(measured, record=None))
-        # Under tensor parallelism all processes have measured the same.
         return PassResult.joined(parts[:1] if whole else parts), measured.record
 
     def run_alone(self, model: torch.nn.Module, windows: WindowPair) -> None:

@@ -1,8 +1,8 @@
 """A run on weights that stay on disk: each is read, rounded and written by itself, whatever the size of the model.
 
-Guards and passes see a model whose weights are read when an operation needs them (``checkpoints.streamed``), before the
-edit as they are stored, after it as rounding leaves them. Nothing in memory has to be restored, and the input is only
-read. Shards are written beside the verdict's being found, under a name that is none of a checkpoint, and renamed if the
+Guards and passes see a model whose weights are read when an operation needs them (``checkpoints.streaming``), before
+the edit as they are stored, after it as rounding leaves them. Nothing in memory has to be restored, and the input is
+only read. Shards are written before the verdict is known, under a name that is none of a checkpoint, and renamed if the
 edit is accepted; a run that was cut off goes on after the last whole shard when it is started again.
 """
 
@@ -20,21 +20,19 @@ from torch import Tensor
 from invarlock import __version__
 from invarlock.checkpoints.output_folder import OutputFolder, unwritable_said
 from invarlock.checkpoints.shard_writer import ShardedOutput
-from invarlock.checkpoints.streaming import Edit, Part, Streaming, streaming_of
+from invarlock.checkpoints.streaming import Part, Streaming, WeightEdit, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
-from invarlock.core.progress import counted, showing
+from invarlock.core.progress import Progress, counted
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Edited, RunResult
-from invarlock.pipeline.clock import Progress
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.judging import Judgement, judge
+from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
-from invarlock.pipeline.report_builder import ModelFacts, assemble, finish
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import Rounding
@@ -72,7 +70,6 @@ def _run_streamed(
     session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
 ) -> RunResult:
     config = session.config
-    plans = plans_of(config)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
@@ -81,7 +78,7 @@ def _run_streamed(
     watched = WatchingStreamed.of(model, streaming)
     targets = targets_of(config, model)
     reads_text = not config.dataset.is_generated
-    baseline = session.open(model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
+    baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
         check(export, model, targets, baseline.tokenizer)
         _check_packable(export, streaming, targets)
@@ -89,47 +86,15 @@ def _run_streamed(
     if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
     guarding = Guarding(session, baseline, windows, slots, strict)
-    edit = _StreamedRounding(session, watched, targets, plans, output, export)
+    rounding = _StreamedRounding(guarding, watched, targets, output, export)
     try:
-        ready = guarding.begin(model, watched)
-        judgement = judge(guarding, edit, watched, ready=ready)
-        report = _report(guarding, judgement, streaming)
-        finish(report, session.plugins, session.ranks)
-        guarding.confirm(judgement.left)
-        if session.ranks.is_first:
-            _write(report, guarding, edit)
-        session.ranks.gather(None)
+        guarding.begin(model, watched)
+        return judge(guarding, rounding, watched)
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
         if session.ranks.size == 1:
-            edit.discard()
+            rounding.discard()
         raise
-    return RunResult(report, model, judgement.last.verdict)
-
-
-def _report(guarding: Guarding, judgement: Judgement, streaming: Streaming) -> dict[str, Any]:
-    config, last = guarding.config, judgement.last
-    accepted = last.verdict.accepted
-    plan = {**config.as_dict()["edit"]["plan"], "bitwidth": last.bitwidth}
-    facts = ModelFacts(
-        before=streaming.checkpoint.fingerprint(),
-        after=streaming.checkpoint.fingerprint(plan if accepted else None),
-        restored=None if accepted else True,
-        streamed=True,
-        devices=[str(streaming.device)],
-    )
-    return assemble(guarding, judgement.attempts, facts, edit_name=config.edit.name, plan=plan)
-
-
-def _write(report: dict[str, Any], guarding: Guarding, edit: _StreamedRounding) -> None:
-    """Write the report, and keep the shards or throw them away."""
-    if not report["verdict"]["accepted"] or edit.export is None or edit.shards is None:
-        edit.discard()
-        write(report, edit.output, guarding.session.clock)
-        return
-    edit.export.quantized = dict.fromkeys(target.parameter_name for target in edit.targets.values())
-    complete = partial(edit.export.complete, model=edit.watched.model, tokenizer=guarding.baseline.tokenizer)
-    write(report, edit.output, guarding.session.clock, complete, shards=edit.shards)
 
 
 class _StreamedRounding:
@@ -137,44 +102,47 @@ class _StreamedRounding:
 
     def __init__(
         self,
-        session: Session,
+        guarding: Guarding,
         watched: WatchingStreamed,
         targets: Sequence[WeightTarget],
-        plans: Sequence[Plan],
         output: OutputFolder,
         export: Export | None,
     ) -> None:
-        self.session, self.watched, self.streaming = session, watched, watched.streaming
-        self.plans, self.output, self.export = plans, output, export
-        self.attempts = len(plans)
+        self.name, self.model = guarding.config.edit.name, watched.model
+        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
+        self.guarding, self.session = guarding, guarding.session
+        self.watched, self.streaming, self.output, self.export = watched, watched.streaming, output, export
         self.targets = {self.streaming.stored[target.parameter_name]: target for target in targets}
         self.shards: ShardedOutput | None = None
 
     def apply(self, number: int) -> Edited:
-        session, plan = self.session, self.plans[number - 1]
-        with session.clock.stage("quantize") as shown, unwritable_said(self.output.path):
+        session, described = self.session, self.plans[number - 1]
+        plan = Plan(**described)
+        with session.clock.stage("quantize"), unwritable_said(self.output.path):
             if self.export is not None:
                 self.export.plan = plan
                 self.shards = self._open_shards(plan)
-            with showing(session.ranks.summed(shown)):
+            with session.ranks.progress_summed():
                 modules = self._round_all(plan)
         self.streaming.put(self._edit(plan))
-        return Edited(
-            self.watched.model,
-            self.watched,
-            {
-                "name": session.config.edit.name,
-                "plan": dataclasses.asdict(plan),
-                "modules": [dataclasses.asdict(module) for module in modules],
-            },
-            modules,
-            plan.bitwidth,
-            self.streaming.unedited(),
-        )
+        watched = dataclasses.replace(self.watched, plan=described)
+        return Edited(self.model, watched, self.name, described, modules, self.streaming.unedited())
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)
         return self.watched
+
+    def write(self, report: dict[str, Any]) -> None:
+        """Write the report, and keep the shards or throw them away."""
+        if not self.session.ranks.is_first:
+            return
+        if not report["verdict"]["accepted"] or self.export is None or self.shards is None:
+            self.discard()
+            write(report, self.output, self.session.clock)
+            return
+        self.export.quantized = dict.fromkeys(target.parameter_name for target in self.targets.values())
+        complete = partial(self.export.complete, model=self.model, tokenizer=self.guarding.baseline.tokenizer)
+        write(report, self.output, self.session.clock, complete, shards=self.shards)
 
     def discard(self) -> None:
         if self.shards is not None and self.session.ranks.is_first:
@@ -245,7 +213,7 @@ class _StreamedRounding:
     def _rounding(self, plan: Plan, *, measure: bool) -> Rounding:
         return Rounding(plan, measure, self.export.exporter.scale_dtype if self.export else None)
 
-    def _edit(self, plan: Plan) -> Edit:
+    def _edit(self, plan: Plan) -> WeightEdit:
         """Function that rounds a weight of the plan, each time that one is read."""
         rounding = self._rounding(plan, measure=False)
 

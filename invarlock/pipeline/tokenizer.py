@@ -17,11 +17,15 @@ class LoadedTokenizer:
     """A tokenizer as its adapter loads it, again where a plugin has changed it.
 
     :param required: whether a model without one is an error.
+    :param wanted: whether it is loaded at all.
     :raises UsageError: it is required, and cannot be loaded.
     """
 
-    def __init__(self, adapter: Adapter, model_id: str, trust: Mapping[str, Any], *, required: bool) -> None:
-        self._adapter, self._model_id, self._trust, self._required = adapter, model_id, trust, required
+    def __init__(
+        self, adapter: Adapter, model_id: str, trust: Mapping[str, Any], *, required: bool, wanted: bool
+    ) -> None:
+        self._adapter, self._model_id, self._trust = adapter, model_id, trust
+        self._required, self._wanted = required, wanted
         self.live: Any = self._load()
         """None where there is none."""
         self._digest = self._digest_now()
@@ -45,6 +49,8 @@ class LoadedTokenizer:
         return "" if self.live is None else tokenizer_digest(self.live)
 
     def _load(self) -> Any:
+        if not self._wanted:
+            return None
         try:
             tokenizer = self._adapter.load_tokenizer(self._model_id, **self._trust)
         except UsageError as error:

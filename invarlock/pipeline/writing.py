@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,18 @@ def write(
     """
     with unwritable_said(output.path), output.replaced() as new:
         if save is not None:
-            with shards.completed(new / "model") if shards else _new_folder(new / "model") as folder:
+            with shards.completed(new / "model") if shards else nullcontext(new / "model") as folder:
+                folder.mkdir(exist_ok=True)
                 with clock.stage("save"):
                     save(folder, report=report)
                 with clock.stage("digests"):
                     report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", to_json(report))
         write_text(new / "report.json", to_json(report))
-        if page := _drawn(report, output):
-            _write_page(page, new)
+        _write_page(report, output.path, new)
         unsigned = _sign(output, new)
     if unsigned:
         raise unsigned
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    path.mkdir()
-    yield path
 
 
 def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:
@@ -67,21 +61,10 @@ def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:
     return None
 
 
-def _drawn(report: dict[str, Any], output: OutputFolder) -> str | None:
+def _write_page(report: dict[str, Any], run: Path, folder: Path) -> None:
+    """Draw the page of a run and write it to a folder; no run is lost for lack of it."""
     try:
-        return render_html(report, output.path)
+        write_text(folder / "report.html", render_html(report, run))
     except Exception as error:
-        _without_page(error)
-        return None
-
-
-def _write_page(page: str, folder: Path) -> None:
-    try:
-        write_text(folder / "report.html", page)
-    except OSError as error:
-        _without_page(error)
-
-
-def _without_page(error: Exception) -> None:
-    log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
-    log.debug("report.html", exc_info=True)
+        log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
+        log.debug("report.html", exc_info=True)

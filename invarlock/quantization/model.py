@@ -71,7 +71,7 @@ def quantize_model(
             results.append(rounded.effect)
             if parameters is not None:
                 parameters[target.parameter_name] = rounded
-            tally.add(1)
+            tally.add()
         return results
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

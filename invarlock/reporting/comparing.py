@@ -59,7 +59,7 @@ def best(reports: Sequence[Report]) -> int | None:
 
 
 def _cost(report: Report) -> tuple[float, float]:
-    """What was not measured costs more than anything that was."""
+    """Bits and ratio; a figure that was not measured costs more than any that was."""
     bits, metric = bits_per_parameter(report), report.metrics.primary
     ratio = math.inf if metric is None or metric.ratio is None else float(metric.ratio)
     return math.inf if bits is None else bits, math.inf if math.isnan(ratio) else ratio

@@ -1,4 +1,4 @@
-"""How a report's figures and parts are put into words, the same ones in every rendering."""
+"""Wording of a report's figures and parts, the same in every rendering."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from invarlock.core.errors import ExitCode
@@ -214,7 +215,7 @@ def bits_per_parameter(report: Report) -> float | None:
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
-    """Where the report comes from: versions, digests, the machine."""
+    """Origin of the report: versions, digests, the machine."""
     return [
         ("made", report.created),
         ("InvarLock", report.invarlock_version),
@@ -235,11 +236,9 @@ def cell(value: Any) -> str:
 
 def figures(guard: GuardResult) -> list[tuple[str, str]]:
     """Nested figures as rows, their keys joined by dots; lists of plain values in one row."""
-    rows: list[tuple[str, str]] = []
-    for row in _rows("", Node(guard.metrics)):
-        if len(rows) == MOST_FIGURES:
-            return [*rows, ("…", "the others are in report.json")]
-        rows.append(row)
+    rows = list(islice(_rows("", Node(guard.metrics)), MOST_FIGURES + 1))
+    if len(rows) > MOST_FIGURES:
+        rows[-1] = ("…", "the others are in report.json")
     return rows
 
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 
 from invarlock.core.results import Action, Finding, GuardResult
-from invarlock.reporting.describing import NOT_MEASURED, action_word, said
+from invarlock.reporting.describing import NOT_MEASURED, action_word
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import Report
 
@@ -37,32 +37,25 @@ def _cases(report: Report) -> Iterator[ElementTree.Element]:
     others = {found.source: found for found in report.verdict.findings if not found.is_of_guard}
     for name in dict.fromkeys([*OUTPUTS, *others]):
         found = others.get(name)
-        yield _other(found, strict) if found else _case(name, "skipped", NOT_MEASURED)
+        yield _judged(found, strict) if found else _case(name, "skipped", NOT_MEASURED)
 
 
 def _guard(guard: GuardResult, strict: bool) -> ElementTree.Element:
-    source, word = Finding.of_guard(guard).source, said(guard)
+    found = Finding.of_guard(guard)
     if guard.passed is None:
-        case = _case(source, "skipped", guard.message)
-    elif guard.error:
-        case = _case(source, "error", guard.error, type=word, message=guard.message)
+        case = _case(found.source, "skipped", guard.message)
     else:
-        case = _judged(source, guard.action, guard.message, strict)
+        case = _judged(found, strict, guard.error)
     if guard.seconds is not None and guard.seconds >= 0:
         case.set("time", f"{guard.seconds:.4f}")
     return case
 
 
-def _other(found: Finding, strict: bool) -> ElementTree.Element:
-    if found.failed:
-        return _case(found.source, "error", found.message, type=action_word(found.action), message=found.message)
-    return _judged(found.source, found.action, found.message, strict)
-
-
-def _judged(source: str, action: Action, message: str, strict: bool) -> ElementTree.Element:
-    if action is Action.CONTINUE or (action is Action.WARN and not strict):
-        return _case(source, "system-out", f"{action}: {message}")
-    return _case(source, "failure", message, type=action_word(action), message=message)
+def _judged(found: Finding, strict: bool, error: str | None = None) -> ElementTree.Element:
+    if not found.failed and (found.action is Action.CONTINUE or (found.action is Action.WARN and not strict)):
+        return _case(found.source, "system-out", f"{found.action}: {found.message}")
+    outcome = "error" if found.failed else "failure"
+    return _case(found.source, outcome, error or found.message, type=action_word(found.action), message=found.message)
 
 
 def _case(source: str, outcome: str, text: str, **attributes: str) -> ElementTree.Element:

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final, Literal
 
 from invarlock.core.plain import OWN, Reader, plain
-from invarlock.core.results import Action, EditedWeight, GuardResult, Verdict
+from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import HARMFUL
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
@@ -35,9 +34,9 @@ class ModelSection:
     fingerprint_after: str
     """Of the model as the run left it; after a rollback or an abort it equals the one before."""
     restored: bool | None
-    """Whether the baseline came back bit for bit; null when the edit was kept."""
+    """True where the baseline came back bit for bit; null when the edit was kept."""
     streamed: bool
-    """Whether weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
+    """True where weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
 
 
 @dataclass
@@ -70,6 +69,12 @@ class MetricsSection:
     predictions: DivergenceResult | None
     windows: WindowsSection | None
 
+    @property
+    def findings(self) -> list[Finding]:
+        """The voices of the outputs in the verdict, where they were measured."""
+        voices = {"primary metric": self.primary, "predictions": self.predictions}
+        return [Finding(source, each.action, each.message) for source, each in voices.items() if each]
+
 
 @dataclass
 class AttemptSection:
@@ -98,9 +103,9 @@ class Report:
     artifacts: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file that was saved beside the report."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What plugins add in ``invarlock_run_finished``."""
+    """Additions of plugins in ``invarlock_run_finished``."""
     sections: list[ReportSection] = field(default_factory=list)
-    """What plugins add in ``invarlock_report_sections``."""
+    """Sections of plugins, of ``invarlock_report_sections``."""
     format_version: Literal["report-v1"] = FORMAT_VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,11 +121,7 @@ def to_json(report: Mapping[str, Any]) -> str:
     values, _ = Reader.strict("report", report, OWN)
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     # They stand inside of texts alone; printed as they are, a terminal would obey them.
-    return HARMFUL.sub(_as_escape, text) + "\n"
-
-
-def _as_escape(found: re.Match[str]) -> str:
-    return f"\\u{ord(found[0]):04x}"
+    return HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def json_schema() -> dict[str, Any]:

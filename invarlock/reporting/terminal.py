@@ -60,15 +60,12 @@ def verdict_line(report: Report) -> str:
 
 
 def _print_side_by_side(table: SideBySide, console: Console) -> None:
-    """Print several runs, a column each."""
     best = "none was accepted" if table.best is None else table.runs[table.best]
     console.print(f"best     {_line(best)}", highlight=False, soft_wrap=True)
     console.print(escape(table.rule), highlight=False, soft_wrap=True)
     console.print()
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("figure", overflow="fold")
-    for place, run in enumerate(table.runs):
-        shown.add_column(escape(run) + (" (best)" if place == table.best else ""), overflow="fold")
+    runs = [f"{run} (best)" if place == table.best else run for place, run in enumerate(table.runs)]
+    shown = _table("figure", *runs, fold=("figure", *runs))
     for name, cells in table.rows:
         shown.add_row(escape(name), *map(escape, cells))
     console.print(shown)

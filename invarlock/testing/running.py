@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,19 +16,19 @@ from invarlock.core.results import GuardResult
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.models.facts import task_of, vocabulary_of
-from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Edited
 from invarlock.pipeline.comparison import changed_weights
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.keeping import Keeper, Loaded, Watching
+from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
-from invarlock.pipeline.session import Session
+from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.catalog import Catalog
 from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.plugins.plugin import Kind, Origin, Plugin
 from invarlock.quantization import Plan, quantize_model
+from invarlock.reporting.report import COMPARE
 from invarlock.testing.named_edits import damage
 
 Edit = Callable[[Any], object] | str | int | None
@@ -78,16 +78,17 @@ class GuardRun:
         """The guard's result for an edit; see :func:`run_guard`."""
         session, slots = self._session(edit if isinstance(edit, int) else 8)
         model, adapter = session.load(ADAPTER)
-        keeper = Keeper.of(Loaded.of(model, session.clock), adapter)
-        guarding = Guarding(session, session.open(model, adapter), self.windows, slots)
+        keeper = Keeper(Loaded.of(model, session.clock), adapter)
+        guarding = Guarding(session, Baseline(session, model, adapter), self.windows, slots)
         try:
-            if not guarding.begin(model, keeper.baseline):
-                return guarding.not_ready().results[0]
+            guarding.begin(model, keeper.baseline)
+            if not guarding.ready:
+                return guarding.not_ready().guards[0]
             described = _apply(edit, model, session.config, keeper.snapshot)
             # A change is named; it need not be undone, for no other guard looks at the model.
-            watched = Watching(keeper.loaded, lambda: None, Fingerprint.of(model))
-            edited = Edited(model, watched, described, baseline_weights=keeper.snapshot.parameters())
-            return guarding.judge(edited).results[0]
+            watched = keeper.baseline.edited(lambda: None)
+            edited = Edited(model, watched, *described, baseline_weights=keeper.snapshot.parameters())
+            return guarding.judge(edited).guards[0]
         finally:
             keeper.restore()
 
@@ -116,22 +117,18 @@ def _name_of(guard: Any) -> str:
     return str(getattr(guard, "name", "") or getattr(guard, "__name__", "") or type(guard).__name__)
 
 
-def _apply(edit: Edit, model: torch.nn.Module, config: RunConfig, baseline: Snapshot) -> dict[str, Any]:
-    """Make the edit; returns what guards get to know of it."""
+def _apply(
+    edit: Edit, model: torch.nn.Module, config: RunConfig, baseline: Snapshot
+) -> tuple[str, dict[str, Any], Sequence[Any]]:
+    """Make the edit; returns its name, its plan and its effect on each weight."""
     if isinstance(edit, int):
         (plan,) = plans_of(config)
-        rounded = [dataclasses.asdict(weight) for weight in quantize_model(model, plan)]
-        return {"name": "quant_rtn", "plan": dataclasses.asdict(plan), "modules": rounded}
+        return config.edit.name, dataclasses.asdict(plan), quantize_model(model, plan)
     change = damage(model, edit) if isinstance(edit, str) else edit
     if change is not None:
         with torch.no_grad():
             change(model)
-    changes = changed_weights(model, baseline.parameters(), lambda stage, done, total: None)
-    return {
-        "name": "compare",
-        "plan": {"subject": ADAPTER},
-        "modules": [dataclasses.asdict(weight) for weight in changes],
-    }
+    return COMPARE, {"subject": ADAPTER}, changed_weights(model, baseline.parameters())
 
 
 class _InMemory(ModelAdapter):

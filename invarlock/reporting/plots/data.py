@@ -104,10 +104,10 @@ def spectra(guards: Sequence[GuardResult], verdict: Verdict) -> list[SpectrumCha
 
     A guard lists its own in ``metrics["spectra"]``: dicts with ``module``, ``before`` and ``after``.
     """
-    entries = [entry for guard in guards for entry in Node(guard.metrics)["spectra"].entries()]
     found = [
         SpectrumChange(entry["module"].text("unnamed"), _positive(entry["before"]), _positive(entry["after"]))
-        for entry in entries
+        for guard in guards
+        for entry in Node(guard.metrics)["spectra"].entries()
     ]
     order = {suspect.module: place for place, suspect in enumerate(verdict.suspects)}
     return sorted(found, key=lambda spectrum: order.get(spectrum.module, len(order)))[:MOST_SUSPECTS]
@@ -119,5 +119,5 @@ def _positive(values: Node) -> list[float]:
 
 
 def finite(value: float | None) -> bool:
-    """Whether a number can be drawn."""
+    """True of a number that can be drawn."""
     return value is not None and abs(value) < 1e300

@@ -15,8 +15,6 @@ from invarlock.reporting.plots.data import Point, SpectrumChange, log
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    Draw = Callable[[Axes], None]
-
 MARKERS = "os^Dv"
 MOST_STAGES = 20
 """Bars that a plot has the height for."""
@@ -32,24 +30,18 @@ COLOURS = {
 INK, LINE, BAD, BAND, *SERIES = COLOURS
 
 
-def errors(points: Sequence[Point], suspected: Sequence[Point]) -> Draw:
-    def draw(axes: Axes) -> None:
-        _scatter(axes, points)
-        for point in suspected:
-            axes.plot(point.place, point.value, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=BAD)
-        axes.set_ylabel("relative error")
-        axes.set_ylim(0, 1.1 * max(point.value for point in points) or 1)
-
-    return draw
+def errors(axes: Axes, points: Sequence[Point], suspected: Sequence[Point]) -> None:
+    _scatter(axes, points)
+    for point in suspected:
+        axes.plot(point.place, point.value, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=BAD)
+    axes.set_ylabel("relative error")
+    axes.set_ylim(0, 1.1 * max(point.value for point in points) or 1)
 
 
-def bits(points: Sequence[Point]) -> Draw:
-    def draw(axes: Axes) -> None:
-        _scatter(axes, points)
-        axes.set_ylabel("bits")
-        axes.set_ylim(0, max(8.0, *(point.value for point in points)) * 1.1)
-
-    return draw
+def bits(axes: Axes, points: Sequence[Point]) -> None:
+    _scatter(axes, points)
+    axes.set_ylabel("bits")
+    axes.set_ylim(0, max(8.0, *(point.value for point in points)) * 1.1)
 
 
 def _scatter(axes: Axes, points: Sequence[Point]) -> None:
@@ -62,55 +54,43 @@ def _scatter(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot(places, values, linestyle="none", marker=MARKERS[role], color=SERIES[role], markersize=5)
 
 
-def rises(points: Sequence[tuple[float, float]], metric: MetricResult | None) -> Draw:
+def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResult | None) -> None:
     mean, limit = (log(metric.ratio), log(metric.limit)) if metric else (None, None)
     ends = [end for ratio in (metric.ci if metric else None) or () if (end := log(ratio)) is not None]
-
-    def draw(axes: Axes) -> None:
-        if len(ends) == 2:
-            axes.axhspan(*ends, color=BAND)
-        if mean is not None:
-            axes.axhline(mean, color=INK, linewidth=1)
-        if limit is not None:
-            axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
-        axes.axhline(0, color=LINE, linewidth=0.8)
-        axes.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=SERIES[0], markersize=4)
-        axes.set_ylabel("nats per token")
-        axes.set_xlabel("window")
-
-    return draw
+    if len(ends) == 2:
+        axes.axhspan(*ends, color=BAND)
+    if mean is not None:
+        axes.axhline(mean, color=INK, linewidth=1)
+    if limit is not None:
+        axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
+    axes.axhline(0, color=LINE, linewidth=0.8)
+    axes.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=SERIES[0], markersize=4)
+    axes.set_ylabel("nats per token")
+    axes.set_xlabel("window")
 
 
-def spectrum(found: SpectrumChange) -> Draw:
-    def draw(axes: Axes) -> None:
-        for values, colour, marker in ((found.before, SERIES[0], "o"), (found.after, SERIES[1], "s")):
-            axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, linewidth=1)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("singular value")
-        axes.set_xlabel("place, the largest first")
-
-    return draw
+def spectrum(axes: Axes, found: SpectrumChange) -> None:
+    for values, colour, marker in ((found.before, SERIES[0], "o"), (found.after, SERIES[1], "s")):
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("singular value")
+    axes.set_xlabel("place, the largest first")
 
 
-def stages(timed: Sequence[tuple[str, float]]) -> Draw:
+def stages(axes: Axes, timed: Sequence[tuple[str, float]]) -> None:
     names, seconds = zip(*timed[:MOST_STAGES], strict=True)
-
-    def draw(axes: Axes) -> None:
-        axes.barh(range(len(names)), seconds, color=SERIES[0])
-        axes.set_yticks(range(len(names)), [_label(name) for name in names])
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds")
-
-    return draw
+    axes.barh(range(len(names)), seconds, color=SERIES[0])
+    # Characters that any font can draw.
+    axes.set_yticks(range(len(names)), [re.sub(r"[^ -~]", "?", name)[:24] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
 
 
-def _label(name: str) -> str:
-    """A name that any font can draw."""
-    return re.sub(r"[^ -~]", "?", name)[:24]
+def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any) -> str:
+    """An SVG element: the same bytes for the same figures, and ids that no other plot of the page has.
 
-
-def drawn(key: str, title: str, draw: Callable[[Any], None]) -> str:
-    """An SVG element: the same bytes for the same figures, and ids that no other plot of the page has."""
+    :param draw: called with the axes and the figures.
+    """
     # Only here: matplotlib takes longer to import than any other rendering takes in all.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib as mpl
@@ -127,7 +107,7 @@ def drawn(key: str, title: str, draw: Callable[[Any], None]) -> str:
         mpl.rcdefaults()
         mpl.rcParams.update(style)
         figure = Figure(figsize=(5, 3.1), dpi=72, layout="constrained")
-        draw(figure.subplots())
+        draw(figure.subplots(), *figures)
         drawing = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(drawing, format="svg", transparent=True, metadata=nothing)

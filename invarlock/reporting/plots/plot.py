@@ -69,7 +69,7 @@ def _errors(weights: Sequence[EditedWeight], suspects: Sequence[str]) -> Plot:
         captions.errors(measured, len(points)),
         ["weight", "role", "bits", "relative error", "SQNR, dB", "clipped, share of weights"],
         [_error_row(weight) for weight in rows[:MOST_ROWS]],
-        drawing.drawn("errors", title, drawing.errors(points, suspected)),
+        drawing.drawn("errors", title, drawing.errors, points, suspected),
         [*_roles(points), *([Legend("suspect", "bad", "○")] if suspected else [])],
         len(rows[MOST_ROWS:]),
     )
@@ -96,7 +96,7 @@ def _bits(weights: Sequence[EditedWeight], mean: float | None) -> Plot:
         captions.bits(mean),
         ["bits", "weights", "parameters"],
         [[str(bits), f"{len(of_it):,}", f"{sum(of_it):,}"] for bits, of_it in sorted(counted.items())],
-        drawing.drawn("bits", title, drawing.bits(points)),
+        drawing.drawn("bits", title, drawing.bits, points),
         _roles(points),
     )
 
@@ -119,7 +119,7 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
         captions.rises(len(rises), len(finite), len(points), metric),
         ["window", "scored tokens", "rise, nats per token"],
         [[str(place), f"{tokens:,}", shown(rise)] for place, (tokens, rise) in rises[:MOST_ROWS]],
-        drawing.drawn("windows", title, drawing.rises(points, metric)),
+        drawing.drawn("windows", title, drawing.rises, points, metric),
         [
             Legend("a window", "plot-0", "●"),
             Legend("mean", "ink", "—"),
@@ -144,7 +144,7 @@ def _spectrum(key: str, spectrum: data.SpectrumChange) -> Plot:
     pairs = zip_longest(before, after, fillvalue=NOT_MEASURED)
     rows = [[str(place), *pair] for place, pair in enumerate(islice(pairs, MOST_ROWS), start=1)]
     legend = [Legend("baseline", "plot-0", "●"), Legend("edited", "plot-1", "■")]
-    svg = drawing.drawn(key, title, drawing.spectrum(spectrum))
+    svg = drawing.drawn(key, title, drawing.spectrum, spectrum)
     return Plot(key, title, captions.SPECTRUM, ["place", "baseline", "edited"], rows, svg, legend)
 
 
@@ -155,6 +155,5 @@ def _stages(timings: Mapping[str, float]) -> Plot:
         return Plot("stages", title, captions.missing("The time of the stages"))
     rows = [[name, shown(seconds, "s")] for name, seconds in timed[:MOST_ROWS]]
     caption = captions.stages(sum(seconds for _, seconds in timed))
-    return Plot(
-        "stages", title, caption, ["stage", "seconds"], rows, drawing.drawn("stages", title, drawing.stages(timed))
-    )
+    svg = drawing.drawn("stages", title, drawing.stages, timed)
+    return Plot("stages", title, caption, ["stage", "seconds"], rows, svg)
