@@ -10,17 +10,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invarlock.quantization.scheme import Plan, PlanError, Scheme
+from invarlock.quantization.scheme import Plan, Scheme
 
 if TYPE_CHECKING:
     from invarlock.quantization.model import quantize_model
-    from invarlock.quantization.rounding import RoundedWeight, WeightLayout, Workspace, fake_quantize_
+    from invarlock.quantization.rounding import WeightLayout, Workspace, fake_quantize_
     from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
 
 __all__ = [
     "Plan",
-    "PlanError",
-    "RoundedWeight",
     "Scheme",
     "WeightLayout",
     "WeightTarget",

@@ -75,10 +75,8 @@ def _spans(units: Tensor, step: Tensor, eps: float) -> Tensor:
     """Number of levels that each unit spans on the grid of about this step; 0 for one that does not lie on it."""
     magnitudes = units.abs()
     codes = (magnitudes / step).round_()
-    small = codes <= 16
-    fitted = (magnitudes * codes * small).sum(1, keepdim=True) / (codes * codes * small).sum(1, keepdim=True).clamp(
-        min=1
-    )
+    small = codes * (codes <= 16)
+    fitted = (magnitudes * small).sum(1, keepdim=True) / (codes * small).sum(1, keepdim=True).clamp(min=1)
     step = torch.where(fitted > 0, fitted, step)
     codes = (units / step).round_()
     spans = codes.amax(1).clamp(min=0) - codes.amin(1).clamp(max=0) + 1

@@ -16,10 +16,10 @@ everything else is float32, and the product is rounded to the dtype of the weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -60,15 +60,31 @@ class RoundedWeight:
     """The effect of rounding on a weight, and the scales and zero points of its codes.
 
     These are (out, groups), (out, 1) or, where all of a matrix has one, (1, 1). Fused experts have a third axis, in
-    front. The values of a row with NaN or Inf mean nothing.
+    front. The values of a row with NaN or Inf mean nothing. They are joined on demand: few weights are stored as codes.
     """
 
     effect: EditedWeight
     """Without a name and a role, which a weight by itself has not."""
-    scales: Tensor
-    """In the dtype that they were rounded to."""
-    zero_points: Tensor | None
-    """Whole numbers, float32; None where zero is in the middle of the grid."""
+    grids: Sequence[Sequence[Sequence[_Grid]]]
+    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
+    scale_dtype: torch.dtype
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """In the dtype that they were rounded to."""
+        return self._joined(lambda grid: grid.scale).to(self.scale_dtype)
+
+    @cached_property
+    def zero_points(self) -> Tensor | None:
+        """Whole numbers, float32; None where zero is in the middle of the grid."""
+        return None if self.grids[0][0][0].zero is None else self._joined(lambda grid: grid.zero)
+
+    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
+        matrices = [
+            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
+            for rows in self.grids
+        ]
+        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
     def codes(self, rounded: Tensor) -> Tensor:
         """Codes of a matrix (out, in) of whole groups that ``fake_quantize_`` left, as int8 and in its shape.
@@ -222,7 +238,6 @@ class _Rounder:
     workspace: Workspace
     scale_dtype: torch.dtype
     grids: list[list[list[_Grid]]] = field(default_factory=list)
-    """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     signal: float = 0.0
     noise: float = 0.0
     clipped: int = 0
@@ -232,7 +247,7 @@ class _Rounder:
         """Round a matrix (out, in) in place."""
         clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
         at_once = _rows_at_once(matrix)
-        together = torch.split(matrix, at_once) if self.scheme.per_channel else (matrix,)
+        together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
         self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
 
     def result(self, weight: Tensor) -> RoundedWeight:
@@ -246,17 +261,7 @@ class _Rounder:
             non_finite_rows=self.non_finite_rows,
             device=str(weight.device),
         )
-        zero_points = None if self.scheme.symmetric else self._joined(lambda grid: grid.zero)
-        return RoundedWeight(effect, self._joined(lambda grid: grid.scale).to(self.scale_dtype), zero_points)
-
-    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
-        if not self.grids:
-            return torch.empty(0)
-        matrices = [
-            torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
-            for rows in self.grids
-        ]
-        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+        return RoundedWeight(effect, self.grids, self.scale_dtype)
 
     def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         """Round rows that share no scale with rows elsewhere."""
@@ -271,7 +276,7 @@ class _Rounder:
                 rows[finite] = kept
                 return grids if self.scheme.per_channel else of_finite
         for part, grid in zip(parts, grids, strict=True):
-            for block in torch.split(part, at_once):
+            for block in _blocks(part, at_once):
                 self._block_(block, grid, clip)
         return grids
 
@@ -302,6 +307,11 @@ class _Rounder:
 
 def _finite_rows(rows: Tensor) -> Tensor:
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
+
+
+def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
+    # A view of a whole costs as much time as an operation on a small weight.
+    return (part,) if part.shape[0] <= at_once else torch.split(part, at_once)
 
 
 def _rows_at_once(matrix: Tensor) -> int:

@@ -124,16 +124,13 @@ class RMTGuard(Guard):
         message = deciding.evidence
         if deciding.beyond > 1:
             message += f"; the change is largest after {first.place.blamed}"
+        blamed = (Suspect(each.place.blamed, each.jump, each.evidence) for each in changes if each.jump > NOTHING)
         metrics = {
             "places": len(changes),
             "beyond_epsilon": sum(change.beyond > 1 for change in changes),
             "decided_by": deciding.metrics,
             "modules": [change.metrics for change in ranked[:TOP] if change.beyond > NOTHING],
-            "suspects": suspects(
-                Suspect(change.place.blamed, change.jump, change.evidence)
-                for change in changes
-                if change.jump > NOTHING
-            ),
+            "suspects": suspects(blamed),
         }
         compared = {change.place for change in changes}
         unmeasured = [each.place.name for each in seen if each.place not in compared]

@@ -157,13 +157,12 @@ class SpectralGuard(Guard):
         warnings = [*self._beyond_caps(moves), *_replaced(moves), *self._drifts(families)]
         message = "; ".join(warnings)
         message = message or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}"
+        blamed = (Suspect(move.matrix.module, move.score, move.evidence) for move in moves if move.score > 0)
         metrics = {
             "matrices": len(moves),
             "families": {family: self._summary(family, of_family) for family, of_family in families.items()},
             "modules": [move.metrics for move in moves[:TOP]],
-            "suspects": suspects(
-                Suspect(move.matrix.module, move.score, move.evidence) for move in moves if move.score > 0
-            ),
+            "suspects": suspects(blamed),
         }
         return measured(message, warnings, metrics, unmeasured)
 

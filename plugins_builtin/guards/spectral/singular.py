@@ -110,9 +110,8 @@ def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
     leading = torch.stack([move.before.leading.to(pointed.device) for move in moved])
     # A change can be larger than any vector by far.
     start = _orthonormal(torch.cat([leading, torch.nn.functional.normalize(pointed, dim=-1)], dim=1))
-    return _largest(
-        matrices, start, torch.stack([matrix.gram(block) for matrix, block in zip(matrices, start, strict=True)])
-    )
+    images = torch.stack([matrix.gram(block) for matrix, block in zip(matrices, start, strict=True)])
+    return _largest(matrices, start, images)
 
 
 def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:

@@ -127,9 +127,8 @@ class Sketched:
             row_norms.append(torch.linalg.vector_norm(rows, dim=1))
             columns += rows.square().sum(dim=0)
         of_rows = torch.cat(row_norms)
-        return cls(
-            matrix, scale, torch.cat(parts).T, (of_rows, columns.sqrt()), float(torch.linalg.vector_norm(of_rows))
-        )
+        frobenius = float(torch.linalg.vector_norm(of_rows))
+        return cls(matrix, scale, torch.cat(parts).T, (of_rows, columns.sqrt()), frobenius)
 
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
@@ -217,9 +216,8 @@ def probes(columns: int, device: torch.device) -> Probes:
     if columns <= EXACT_UP_TO:
         return Probes(signs.to(device), signs[:0], signs[:0])
     rotated, triangle = torch.linalg.qr(signs.T)
-    return Probes(
-        signs.to(device), rotated.T.contiguous().to(device), torch.linalg.inv(triangle).T.contiguous().to(device)
-    )
+    to_basis = torch.linalg.inv(triangle).T.contiguous()
+    return Probes(signs.to(device), rotated.T.contiguous().to(device), to_basis.to(device))
 
 
 def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
