@@ -159,16 +159,17 @@ class _Subject:
         """The subject as it has to stay: its files can be read again."""
         if streaming := streaming_of(model):
             return WatchingStreamed.of(model, streaming)
-        structure = Structure(model)
+        # Without self, which would be a cycle that keeps the baseline's weights on disk.
+        session, subject, structure = self._session, self._subject, Structure(model)
 
         def read_again() -> None:
             structure.restore()
-            fresh, _ = self._session.load(self._subject)
+            fresh, _ = session.load(subject)
             kept = dict(named_tensors(fresh))
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data
 
-        return Loaded.of(model, self._session.clock, read_again)
+        return Loaded.of(model, session.clock, read_again)
 
 
 def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:

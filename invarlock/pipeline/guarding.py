@@ -152,11 +152,9 @@ class Guarding:
     ) -> GuardResult:
         """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self._observed[place]
-        observations = {"baseline": baseline.results(), "edited": edited.results()}
-        # Copies: what one guard changes of them is nothing that the next one may see.
-        shared = ("baseline_weights",)
-        own = {name: value if name in shared else copy.deepcopy(value) for name, value in context.items()}
-        own["observations"] = observations
+        # Copies, but for the weights on disk: what one guard changes of them is nothing that the next one may see.
+        own = {name: value if name == "baseline_weights" else copy.deepcopy(value) for name, value in context.items()}
+        own["observations"] = {"baseline": baseline.results(), "edited": edited.results()}
         with settings_kept(), self.session.clock.guard(place, slot.name):
             result = self.session.plugins.validate(slot, model, self.baseline.adapter, own)
         if failed := next((observation for observation in (baseline, edited) if observation.message), None):

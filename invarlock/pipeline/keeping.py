@@ -131,13 +131,17 @@ class Keeper:
     """
 
     def __init__(self, loaded: Loaded, adapter: Adapter) -> None:
-        self._adapter = adapter
+        self._loaded, self._adapter = loaded, adapter
         with loaded.clock.stage("snapshot"):
             self.snapshot = adapter.snapshot(loaded.model)
         if changed := loaded.undo():
             raise PluginError(f"adapter {adapter.name}: the model changed after it was loaded: {some(changed)}")
-        self.baseline = replace(loaded, bring_back=self.restore)
-        """As it has to stay."""
+
+    @property
+    def baseline(self) -> Loaded:
+        """The baseline as it has to stay."""
+        # Not kept: a cycle would keep the snapshot's folder, too.
+        return replace(self._loaded, bring_back=self.restore)
 
     def restore(self, *, check: bool = True) -> None:
         """Bring the baseline back.
@@ -145,12 +149,12 @@ class Keeper:
         :param check: look whether it is what it was.
         :raises PluginError: when the adapter's snapshot did not bring it back bit for bit.
         """
-        baseline = self.baseline
-        baseline.state.undo()
-        with baseline.clock.stage("restore"):
-            self._adapter.restore(baseline.model, self.snapshot)
-        baseline.state.undo()
-        if check and (changed := baseline.differing()):
+        loaded = self._loaded
+        loaded.state.undo()
+        with loaded.clock.stage("restore"):
+            self._adapter.restore(loaded.model, self.snapshot)
+        loaded.state.undo()
+        if check and (changed := loaded.differing()):
             raise PluginError(
                 f"adapter {self._adapter.name}: restore did not bring the baseline back: {some(changed)} differ"
             )

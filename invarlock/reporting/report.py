@@ -115,9 +115,7 @@ class Report:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """
-    :raises ValueError: it is nested too deep, or holds what JSON cannot.
-    """
+    """:raises ValueError: it is nested too deep, or holds what JSON cannot."""
     values, _ = Reader.strict("report", report, OWN)
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     # They stand inside of texts alone; printed as they are, a terminal would obey them.
