@@ -45,7 +45,8 @@ def unwritable_said(path: Path) -> Iterator[None]:
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target`` that becomes ``target`` when the block ends well, and else vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.exists():
+        target.parent.mkdir(parents=True)
     staged = Path(tempfile.mkdtemp(prefix=".invarlock.", suffix=".partial", dir=target.parent))
     try:
         yield staged
