@@ -284,7 +284,8 @@ def settings_kept() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            # None, not the CPU: torch would go on looking at every call, as it does for any device but none.
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def rests_on(config: RunConfig) -> str:
