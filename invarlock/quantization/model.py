@@ -28,7 +28,7 @@ class Rounding:
 
     def __call__(self, target: WeightTarget, weight: Tensor) -> RoundedWeight:
         """Round the weight of a target in place, wherever it was read from."""
-        rounded = fake_quantize_(
+        return fake_quantize_(
             weight,
             self.plan,
             layout=target.layout,
@@ -36,7 +36,11 @@ class Rounding:
             workspace=self.workspace,
             scale_dtype=self.scale_dtype,
         )
-        return replace(rounded, effect=replace(rounded.effect, name=target.name, role=target.role.value))
+
+    @staticmethod
+    def effect(target: WeightTarget, rounded: RoundedWeight) -> EditedWeight:
+        """The effect on the weight of a target, named; waits for its device."""
+        return replace(rounded.effect, name=target.name, role=target.role.value)
 
 
 def quantize_model(
@@ -68,10 +72,11 @@ def quantize_model(
         for target in of_one_device:
             with gathered(target.parameter) as weight:
                 rounded = rounding(target, weight)
-            results.append(rounded.effect)
+            results.append(rounded)
             if parameters is not None:
                 parameters[target.parameter_name] = rounded
             tally.add()
-        return results
+        # Only now: a device is still at work on the last weights when the first ones are asked for.
+        return [*map(Rounding.effect, of_one_device, results)]
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

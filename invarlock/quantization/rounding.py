@@ -16,10 +16,12 @@ everything else is float32, and the product is rounded to the dtype of the weigh
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,8 @@ import torch
 from torch import Tensor
 
 from invarlock.core.results import EditedWeight
+from invarlock.models.sizes import sizes_of
 from invarlock.quantization.scheme import PlanError, Scheme
-
-BLOCK = 1 << 22
-"""Elements worked on at once: few enough to stay in cache and to need little memory, enough to hide the overhead."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,11 +63,15 @@ class RoundedWeight:
     front. The values of a row with NaN or Inf mean nothing. They are joined on demand: few weights are stored as codes.
     """
 
-    effect: EditedWeight
-    """Without a name and a role, which a weight by itself has not."""
+    sums: _Sums
     grids: Sequence[Sequence[Sequence[_Grid]]]
     """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     scale_dtype: torch.dtype
+
+    @property
+    def effect(self) -> EditedWeight:
+        """The effect, without a name and a role, which a weight by itself has not; waits for the device."""
+        return self.sums.effect()
 
     @cached_property
     def scales(self) -> Tensor:
@@ -141,7 +145,8 @@ def fake_quantize_(
     """
     if reason := unfit(weight, layout):
         raise PlanError(f"the weight {reason}")
-    rounder = _Rounder(scheme, measure, workspace or Workspace(), scale_dtype or weight.dtype)
+    sums = _Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
+    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or weight.dtype)
     if weight.numel():
         target = weight.detach()
         matrices = layout.matrices(target)
@@ -149,7 +154,7 @@ def fake_quantize_(
             rounder.matrix_(matrix)
         if matrices.data_ptr() != target.data_ptr():
             target.copy_(matrices.view(target.shape))
-    return rounder.result(weight)
+    return RoundedWeight(sums, rounder.grids, rounder.scale_dtype)
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
@@ -193,9 +198,11 @@ class _Grid:
             low, high = low.clamp_(*clip), high.clamp_(*clip)
         lowest, highest = scheme.code_range
         if scheme.symmetric:
-            scale = torch.maximum(high, low.neg_(), out=high).div_((highest - lowest) / 2)
+            scale = torch.maximum(high, low.neg_(), out=high)
         else:
-            scale = (high.clamp_(min=0) - low.clamp_(max=0)).div_(highest - lowest)
+            scale = high.clamp_(min=0) - low.clamp_(max=0)
+        # A tensor, not a number: CUDA would multiply with the reciprocal of that, and get other bits than a CPU.
+        scale.div_(scale.new_full((), scheme.levels))
         smallest, largest = map(float, torch.aminmax(scale))
         finite = math.isfinite(largest)
         if dtype != torch.float32:
@@ -230,38 +237,68 @@ def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
 
 
 @dataclass
-class _Rounder:
-    """One weight on its way: how it is rounded, with what memory, and the sums so far."""
+class _Sums:
+    """Sums over one weight, from which the figures of its rounding follow."""
 
-    scheme: Scheme
+    parameters: int
+    device: str
+    bits: int
     measure: bool
-    workspace: Workspace
-    scale_dtype: torch.dtype
-    grids: list[list[list[_Grid]]] = field(default_factory=list)
     signal: float = 0.0
     noise: float = 0.0
     clipped: int = 0
     non_finite_rows: int = 0
+    of_device: list[Tensor] = field(default_factory=list)
+    """The same four, float64 (4,) for each matrix that a kernel rounded, which may not have done so yet."""
+
+    def effect(self) -> EditedWeight:
+        of_device = torch.stack(self.of_device).sum(0).tolist() if self.of_device else (0, 0, 0, 0)
+        host = (self.signal, self.noise, self.clipped, self.non_finite_rows)
+        signal, noise, clipped, non_finite_rows = map(sum, zip(host, of_device, strict=True))
+        return EditedWeight(
+            change="quantized",
+            bits=self.bits,
+            parameters=self.parameters,
+            relative_error=math.sqrt(noise / (signal or 1)) if self.measure else None,
+            sqnr_db=10 * math.log10(signal / noise) if noise else None,
+            clipped_share=clipped / max(self.parameters, 1),
+            non_finite_rows=int(non_finite_rows),
+            device=self.device,
+        )
+
+
+@dataclass
+class _Rounder:
+    """One weight on its way: how it is rounded, with what memory, and its sums and grids so far."""
+
+    scheme: Scheme
+    sums: _Sums
+    workspace: Workspace
+    scale_dtype: torch.dtype
+    grids: list[list[list[_Grid]]] = field(default_factory=list)
 
     def matrix_(self, matrix: Tensor) -> None:
         """Round a matrix (out, in) in place."""
         clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
+        round_rows_ = kernel_for(matrix, self.scheme)
+        if round_rows_ is None:
+            self.grids.append(self._in_blocks_(matrix, clip))
+            return
+        rows = round_rows_(
+            matrix,
+            self.scheme,
+            clip=clip,
+            measure=self.sums.measure,
+            scale_dtype=self.scale_dtype,
+            scale_limits=_scale_limits(self.scale_dtype, self.scheme.bitwidth),
+        )
+        self.sums.of_device.append(rows.sums)
+        self.grids.append([[_Grid(rows.scales, rows.zero_points, *self.scheme.code_range, finite=True)]])
+
+    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[_Grid]]:
         at_once = _rows_at_once(matrix)
         together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
-        self.grids.append([self._rows_(rows, at_once, clip) for rows in together])
-
-    def result(self, weight: Tensor) -> RoundedWeight:
-        effect = EditedWeight(
-            change="quantized",
-            bits=self.scheme.bitwidth,
-            parameters=weight.numel(),
-            relative_error=math.sqrt(self.noise / (self.signal or 1)) if self.measure else None,
-            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else None,
-            clipped_share=self.clipped / max(weight.numel(), 1),
-            non_finite_rows=self.non_finite_rows,
-            device=str(weight.device),
-        )
-        return RoundedWeight(effect, self.grids, self.scale_dtype)
+        return [self._rows_(rows, at_once, clip) for rows in together]
 
     def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
         """Round rows that share no scale with rows elsewhere."""
@@ -271,7 +308,7 @@ class _Rounder:
             finite = _finite_rows(rows)
             if not finite.all():
                 kept = rows[finite]
-                self.non_finite_rows += len(rows) - len(kept)
+                self.sums.non_finite_rows += len(rows) - len(kept)
                 of_finite = self._rows_(kept, at_once, clip) if len(kept) else grids
                 rows[finite] = kept
                 return grids if self.scheme.per_channel else of_finite
@@ -282,27 +319,37 @@ class _Rounder:
 
     def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
         in_place = block.dtype == torch.float32
-        if in_place and not self.measure:
+        if in_place and not self.sums.measure:
             grid.snap_(self._clip_(block, clip) if clip else block)
             return
         flat, copy = self.workspace.like(block)
         copy.copy_(block)
-        if self.measure:
-            self.signal += _energy(flat)
+        if self.sums.measure:
+            self.sums.signal += _energy(flat)
         if in_place:
             copy.sub_(grid.snap_(self._clip_(block, clip) if clip else block))
         else:
             rounded = grid.snap_(self._clip_(copy, clip) if clip else copy).to(block.dtype)
-            if self.measure:
+            if self.sums.measure:
                 copy.copy_(rounded).sub_(block)
             block.copy_(rounded)
-        if self.measure:
-            self.noise += _energy(flat)
+        if self.sums.measure:
+            self.sums.noise += _energy(flat)
 
     def _clip_(self, block: Tensor, clip: Clip) -> Tensor:
         low, high = clip
-        self.clipped += int(torch.count_nonzero(block < low)) + int(torch.count_nonzero(block > high))
+        self.sums.clipped += int(torch.count_nonzero(block < low)) + int(torch.count_nonzero(block > high))
         return block.clamp_(low, high)
+
+
+def kernel_for(matrix: Tensor, scheme: Scheme) -> Callable[..., Any] | None:
+    """``round_rows_`` of the kernel that rounds a matrix in one pass, or None where plain operations have to."""
+    # Triton comes with torch's builds for CUDA, and with no other. Its interpreter takes tensors of the CPU.
+    if not (matrix.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not find_spec("triton"):
+        return None
+    from invarlock.quantization.fused import round_rows_, takes
+
+    return round_rows_ if takes(matrix, scheme) else None
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
@@ -316,7 +363,8 @@ def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
 
 def _rows_at_once(matrix: Tensor) -> int:
     """Number of rows in a block. Float32 copies of 16-bit blocks must stay below the size of the matrix."""
-    elements = BLOCK if matrix.dtype == torch.float32 else min(BLOCK, matrix.numel() // 4)
+    most = sizes_of(matrix.device).weights
+    elements = most if matrix.dtype == torch.float32 else min(most, matrix.numel() // 4)
     return max(1, elements // matrix.shape[1])
 
 

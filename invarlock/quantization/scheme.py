@@ -53,6 +53,12 @@ class Scheme:
         """The smallest and the largest code: ``-2 ** (bitwidth - 1)`` and ``2 ** (bitwidth - 1) - 1``."""
         return -(2 ** (self.bitwidth - 1)), 2 ** (self.bitwidth - 1) - 1
 
+    @property
+    def levels(self) -> float:
+        """Divisor that makes a scale of the largest magnitude, or, asymmetric, of the range: steps between codes."""
+        steps = 2**self.bitwidth - 1
+        return steps / 2 if self.symmetric else float(steps)
+
 
 @dataclass(frozen=True)
 class Plan(Scheme):

@@ -1,0 +1,235 @@
+"""Round-to-nearest in one pass over a matrix, as a Triton kernel: a program takes a row from memory and puts it back.
+
+The formulas are in the docstring of ``invarlock.quantization.rounding``; the codes, scales and zero points are equal to
+those of its plain operations bit for bit. Two choices make them so on every backend, Triton's interpreter included:
+division is IEEE's (``div_rn``), and whole numbers and bfloat16 are made by arithmetic that leaves a backend no choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from invarlock.quantization.scheme import Scheme
+
+LONGEST_ROW = 1 << 16
+"""Columns, rounded up to whole powers of two: a program holds its row in registers, and more than this spills."""
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """Grids of a matrix (out, in) that was rounded in place, and its sums; all on the device of the matrix."""
+
+    scales: Tensor
+    """Float32, (out, groups)."""
+    zero_points: Tensor | None
+    """Whole numbers in float32, (out, groups); None where zero is in the middle of the grid."""
+    sums: Tensor
+    """Float64, (4,): squares of the weights, squares of the errors, clipped weights, rows with NaN or Inf.
+
+    The squares are 0 where errors were not to be measured.
+    """
+
+
+def takes(matrix: Tensor, scheme: Scheme) -> bool:
+    """True if the kernel can round a matrix under a scheme."""
+    groups, width = _tile(matrix.shape[1], scheme.group_size)
+    return scheme.per_channel and groups * width <= LONGEST_ROW
+
+
+def round_rows_(
+    matrix: Tensor,
+    scheme: Scheme,
+    *,
+    clip: tuple[float, float] | None,
+    measure: bool,
+    scale_dtype: torch.dtype,
+    scale_limits: tuple[float, float],
+) -> RoundedRows:
+    """Round a matrix (out, in) in place. Rows with NaN or Inf stay exactly as they are, and are in no other sum.
+
+    :param clip: the smallest and the largest number that clipping leaves.
+    :param measure: whether to sum the squares of weights and errors.
+    :param scale_dtype: dtype that scales are rounded to.
+    :param scale_limits: the smallest and the largest scale.
+    """
+    rows, columns = matrix.shape
+    size = min(scheme.group_size or columns, columns)
+    groups = triton.cdiv(columns, size)
+    lowest, highest = scheme.code_range
+    limits = torch.finfo(matrix.dtype)
+    with torch.device(matrix.device):
+        scales, zeros, signal, noise = torch.empty(4, rows, groups)
+        of_row = torch.empty(2, rows)
+    padded_groups, padded_size = _tile(columns, scheme.group_size)
+    _round_row[(rows,)](
+        matrix.view(torch.int16) if matrix.dtype == torch.bfloat16 else matrix,
+        scales,
+        zeros,
+        signal,
+        noise,
+        of_row[0],
+        of_row[1],
+        columns,
+        matrix.stride(0),
+        matrix.stride(1),
+        lowest,
+        highest,
+        scheme.levels,
+        *scale_limits,
+        limits.max * (1 - limits.eps),
+        *(clip or (0.0, 0.0)),
+        symmetric=scheme.symmetric,
+        clip=clip is not None,
+        measure=measure,
+        groups=groups,
+        size=size,
+        padded_groups=padded_groups,
+        padded_size=padded_size,
+        dtype=_DTYPES[matrix.dtype],
+        scale_dtype=_DTYPES[scale_dtype],
+        num_warps=max(1, min(16, padded_groups * padded_size // 512)),
+        enable_fp_fusion=False,
+    )
+    squares = scales.double().square_() if measure else None
+    energies = [
+        (squares * part).sum() if measure else of_row.new_zeros((), dtype=torch.float64) for part in (signal, noise)
+    ]
+    return RoundedRows(scales, None if scheme.symmetric else zeros, torch.stack([*energies, *of_row.double().sum(1)]))
+
+
+def _tile(columns: int, group_size: int | None) -> tuple[int, int]:
+    """Groups of a row, and columns of a group, each rounded up to a power of two: what Triton takes as shapes."""
+    size = min(group_size or columns, columns)
+    return triton.next_power_of_2(triton.cdiv(columns, size)), triton.next_power_of_2(size)
+
+
+@triton.jit
+def _float32(stored, dtype: tl.constexpr):
+    """Numbers as they are stored, bfloat16 as int16, in float32."""
+    if dtype == tl.bfloat16:
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def _stored(x, dtype: tl.constexpr):
+    """Float32 numbers that a dtype holds exactly, as they are stored."""
+    if dtype == tl.bfloat16:
+        return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _round_to(x, dtype: tl.constexpr):
+    """Float32 numbers rounded to a dtype, half to even."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _round_half_to_even(x):
+    """Whole numbers next to numbers below 2^22, minus zero included: adding 2^23 leaves no bit for a fraction."""
+    whole = (tl.abs(x) + 8388608.0) - 8388608.0
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_row(
+    weights,
+    scales,
+    zeros,
+    signal,
+    noise,
+    clipped,
+    non_finite,
+    columns,
+    row_stride,
+    column_stride,
+    lowest,
+    highest,
+    levels,
+    smallest_scale,
+    largest_scale,
+    largest_weight,
+    clip_low,
+    clip_high,
+    symmetric: tl.constexpr,
+    clip: tl.constexpr,
+    measure: tl.constexpr,
+    groups: tl.constexpr,
+    size: tl.constexpr,
+    padded_groups: tl.constexpr,
+    padded_size: tl.constexpr,
+    dtype: tl.constexpr,
+    scale_dtype: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, padded_groups)
+    within = tl.arange(0, padded_size)
+    column = group[:, None] * size + within[None, :]
+    there = (within[None, :] < size) & (column < columns)
+    place = weights + row * row_stride + column.to(tl.int64) * column_stride
+    # Numbers that are not there are 0: every grid holds zero, so that they change none.
+    weight = _float32(tl.load(place, mask=there, other=0), dtype)
+    infinite = tl.sum(tl.sum(tl.where(tl.abs(weight) < float("inf"), 0, 1), 1), 0)
+    finite = infinite == 0
+    kept = there & (tl.zeros([padded_groups, padded_size], tl.int32) + infinite == 0)
+    original = weight
+    if clip:
+        outside = kept & ((weight < clip_low) | (weight > clip_high))
+        tl.store(clipped + row, tl.sum(tl.sum(outside.to(tl.int32), 1), 0).to(tl.float32))
+        weight = tl.where(there, tl.minimum(tl.maximum(weight, clip_low), clip_high), 0.0)
+    else:
+        tl.store(clipped + row, 0.0)
+    tl.store(non_finite + row, tl.where(finite, 0.0, 1.0))
+
+    if symmetric:
+        scale = tl.div_rn(tl.max(tl.abs(weight), 1), tl.zeros([padded_groups], tl.float32) + levels)
+        zero = tl.zeros([padded_groups], tl.float32)
+    else:
+        low = tl.minimum(tl.min(weight, 1), 0.0)
+        high = tl.maximum(tl.max(weight, 1), 0.0)
+        scale = tl.div_rn(high - low, tl.zeros([padded_groups], tl.float32) + levels)
+        zero = low
+    scale = tl.minimum(tl.maximum(_round_to(scale, scale_dtype), smallest_scale), largest_scale)
+    scale = tl.where(finite, scale, 1.0)
+    if not symmetric:
+        zero = tl.minimum(tl.maximum(lowest - tl.div_rn(zero, scale), lowest), highest)
+        zero = _round_half_to_even(zero)
+        # With zero off the middle, codes reach further than the limits of the scale allow for.
+        reach = tl.maximum(highest - zero, zero - lowest)
+        held = tl.div_rn(tl.zeros([padded_groups], tl.float32) + 1.0, reach) * largest_weight
+        scale = tl.minimum(scale, _round_to(held, dtype))
+
+    divisor = tl.broadcast_to(scale[:, None], [padded_groups, padded_size])
+    codes = tl.div_rn(weight, divisor)
+    if not symmetric:
+        codes += zero[:, None]
+    codes = _round_half_to_even(tl.minimum(tl.maximum(codes, lowest), highest))
+    rounded = _round_to((codes - zero[:, None]) * divisor, dtype)
+    tl.store(place, _stored(rounded, dtype), mask=kept)
+
+    of_group = row * groups + group
+    tl.store(scales + of_group, scale, mask=group < groups)
+    if not symmetric:
+        tl.store(zeros + of_group, zero, mask=group < groups)
+    if measure:
+        # In units of the scale: no square overflows or vanishes in float32.
+        parts = tl.where(kept, tl.div_rn(original, divisor), 0.0)
+        errors = tl.where(kept, tl.div_rn(original - rounded, divisor), 0.0)
+        tl.store(signal + of_group, tl.sum(parts * parts, 1), mask=group < groups)
+        tl.store(noise + of_group, tl.sum(errors * errors, 1), mask=group < groups)
