@@ -11,8 +11,6 @@ import psutil
 import pytest
 from conftest import DEMO
 
-from invarlock.doctor import inputs
-
 SHARD = 2**33
 
 
@@ -121,7 +119,7 @@ def test_a_model_larger_than_memory_and_disk_is_a_problem(invarlock, config) -> 
 
 
 def test_a_containers_limit_is_held_against_the_model(invarlock, config, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(inputs, "CGROUP", tmp_path)
+    monkeypatch.setattr("invarlock.core.memory.CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     (tmp_path / "memory.current").write_text(f"{2**29}\n")
     done = invarlock("doctor", "-c", config(), "--json")

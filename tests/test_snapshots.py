@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -97,13 +100,36 @@ def test_sixteen_bits_come_back_too(dtype: torch.dtype) -> None:
     assert Fingerprint.of(model) == before
 
 
-def test_the_folder_of_a_snapshot_goes_with_it() -> None:
-    snapshot = Snapshot(architectures.llama())
-    folder = snapshot._folder.path
-    assert any(folder.iterdir())
-    assert not [path for path in folder.iterdir() if path.suffix != ".safetensors"], "nothing is pickled"
+@pytest.fixture
+def little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that has no room for a second copy of any model."""
+    (tmp_path / "memory.max").write_text("1024\n")
+    (tmp_path / "memory.current").write_text("0\n")
+    monkeypatch.setattr("invarlock.core.memory.CGROUP", tmp_path)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_snapshot_without_memory_for_it_is_on_disk(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = build()
+    before, snapshot = Fingerprint.of(model), Snapshot(model)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert {path.suffix for path in folder.iterdir() if path.name[0] != "."} == {".safetensors"}, "nothing is pickled"
+    change_a_buffer(model)
+    snapshot.restore(model)
+    assert Fingerprint.of(model) == before
+    name, weight = next(iter(build().named_parameters()))
     weights = snapshot.parameters()
     del snapshot
-    assert torch.equal(weights["lm_head.weight"], architectures.llama().lm_head.weight)
+    assert torch.equal(weights[name], weight)
     del weights
     assert not folder.exists()
+
+
+def test_a_copy_that_somebody_changes_is_no_longer_the_snapshot_s() -> None:
+    model = architectures.llama()
+    snapshot = Snapshot(model)
+    weights = snapshot.parameters()
+    weights["lm_head.weight"].zero_()
+    assert torch.equal(weights["lm_head.weight"], model.lm_head.weight)

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
-import psutil
 import torch
 
 from invarlock.checkpoints.output_folder import OutputFolder
@@ -22,6 +21,7 @@ from invarlock.checkpoints.reader import Checkpoint
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, one_line
 from invarlock.core.inputs import complaints_of
+from invarlock.core.memory import free_memory
 from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Check, Outcome, size
@@ -31,8 +31,6 @@ from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
 
-CGROUP = Path("/sys/fs/cgroup")
-"""Folder of the files that limit a container's memory."""
 SHARE, MORE = 1.5, 2**30
 """A run in memory takes at most so many times its weights, and so many bytes more."""
 
@@ -167,25 +165,6 @@ def _folder(config: RunConfig) -> Path | None:
     # No name of a hub is a ValueError.
     except (OSError, ValueError):
         return None
-
-
-def free_memory() -> int:
-    """Bytes that a process can still take: of the machine, or of its container if that has less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + _files_that_were_read()))
-
-
-def _files_that_were_read() -> int:
-    """Bytes that a container counts as used, and gives back as soon as they are needed."""
-    try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return int(dict(line.split() for line in lines).get("inactive_file", 0))
 
 
 def _nbytes(config: RunConfig) -> int | None:

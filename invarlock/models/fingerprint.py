@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import xxhash
 
 from invarlock.core.progress import counted
 from invarlock.distributed.dtensor import whole
+from invarlock.models.digest import block_sums, digest_of
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -23,7 +24,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A 128-bit XXH3 digest of each tensor's dtype, shape and bytes, and which names are tied.
+    """A 128-bit digest of each tensor's dtype, shape and bytes, the same on every device, and which names are tied.
 
     It tells accidents apart, not forgeries: the hash is not cryptographic.
     """
@@ -36,13 +37,14 @@ class Fingerprint:
     def of(cls, model: torch.nn.Module, *, only_computed: bool = False) -> Fingerprint:
         """Fingerprint of all tensors of a model, or of its computed buffers alone."""
         computed = frozenset(_computed_buffers(model))
-        digests: dict[str, str] = {}
         names_by_identity: dict[int, str] = {}
+        sums: dict[str, torch.Tensor] = {}
         tensors = [(name, tensor) for name, tensor in named_tensors(model) if not only_computed or name in computed]
         for name, tensor in counted(tensors, lambda named: named[1].nbytes):
-            first = names_by_identity.setdefault(id(tensor), name)
-            digests[name] = _digest(tensor) if first == name else f"tied to {first}"
-        return cls(digests, computed)
+            if names_by_identity.setdefault(id(tensor), name) == name:
+                sums[name] = block_sums(whole(tensor.detach()))
+        # Only now on the host: a device works on the last tensors while the first ones are hashed.
+        return cls({name: _digest(tensor, name, names_by_identity, sums) for name, tensor in tensors}, computed)
 
     @property
     def digest(self) -> str:
@@ -61,8 +63,7 @@ def _computed_buffers(model: torch.nn.Module) -> Iterator[str]:
         yield from (f"{path}.{name}" if path else name for name in module._non_persistent_buffers_set)
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    if tensor.device.type != "meta":
-        state.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+def _digest(tensor: torch.Tensor, name: str, first: Mapping[int, str], sums: Mapping[str, torch.Tensor]) -> str:
+    if name not in sums:
+        return f"tied to {first[id(tensor)]}"
+    return digest_of(f"{tensor.dtype} {tuple(tensor.shape)} ", sums[name].cpu())

@@ -1,15 +1,18 @@
-"""A model's tensors on disk, to restore it bit for bit."""
+"""Copies of a model's tensors, to restore it bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
+from itertools import count
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from invarlock.core.lazy import ReadWeights
+from invarlock.core.memory import free_memory
 from invarlock.core.progress import counted
 from invarlock.core.temporary import TemporaryFolder
 from invarlock.distributed.dtensor import assembler, local
@@ -17,48 +20,77 @@ from invarlock.models.fingerprint import named_tensors
 
 
 class Snapshot:
-    """The tensors of a model in a temporary folder, one safetensors file each, and references to its structure.
+    """Copies of a model's tensors, and references to its structure.
 
-    On disk, so that a baseline does not double the memory of a run; ``TMPDIR`` says where. The folder goes with the
-    object. Structure (which module and parameter hangs where, and so what is tied) is kept by reference: it costs
-    nothing, and parts that were swapped out come back too. Of a model that is spread over processes each keeps its own
-    part.
+    Copies are in memory where that has room for them twice over, else in a temporary folder, one safetensors file
+    each; ``TMPDIR`` says where, and the folder goes with the object. Structure (which module and parameter hangs where,
+    and so what is tied) is kept by reference: it costs nothing, and parts that were swapped out come back too. Of a
+    model that is spread over processes each keeps its own part.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._folder = TemporaryFolder()
         self._structure = Structure(model)
-        tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}.values()
-        self._files = [(f"{number}.safetensors", tensor) for number, tensor in enumerate(tensors)]
-        self._names = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
-        for file, tensor in counted(self._files, lambda entry: entry[1].nbytes):
-            save_file({"tensor": local(tensor.detach()).cpu().contiguous()}, self._folder.path / file)
+        tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+        places = {identity: place for place, identity in enumerate(tensors)}
+        self._places = {name: places[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+        self._tensors = list(tensors.values())
+        needed = sum(local(tensor).nbytes for tensor in self._tensors)
+        self._copies: _InMemory | _OnDisk = _InMemory() if 2 * needed <= free_memory() else _OnDisk()
+        for tensor in self._each():
+            self._copies.keep(local(tensor.detach()))
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
         """Restore the model bit for bit, ties included."""
         self._structure.restore()
-        for file, tensor in counted(self._files, lambda entry: entry[1].nbytes):
-            saved, part = load_file(self._folder.path / file)["tensor"], local(tensor)
+        for place, tensor in enumerate(self._each()):
+            saved, part = self._copies.read(place), local(tensor)
             if part.shape == saved.shape and part.dtype == saved.dtype:
                 part.copy_(saved)
             else:
                 tensor.data = saved.to(tensor.device)
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The parameters as they were, by name, tied ones under each of theirs; read from disk when asked for.
+        """The parameters as they were, by name, tied ones under each of theirs; copied when asked for.
 
         Weights that are spread over processes are gathered then: all have to ask for the same.
         """
         # Not self, which would hold the model that was saved.
-        folder, names = self._folder, self._names
-        files = {id(tensor): (file, assembler(tensor)) for file, tensor in self._files}
+        copies, places, assemblers = self._copies, self._places, [assembler(tensor) for tensor in self._tensors]
+        return ReadWeights(places, lambda name: assemblers[places[name]](copies.read(places[name])))
 
-        def read(name: str) -> Tensor:
-            file, assemble = files[names[name]]
-            return assemble(load_file(folder.path / file)["tensor"])
+    def _each(self) -> Iterator[Tensor]:
+        return counted(self._tensors, lambda tensor: tensor.nbytes)
 
-        return ReadWeights(names, read)
+
+class _InMemory:
+    """Tensors kept on the host."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def keep(self, tensor: Tensor) -> None:
+        self._kept.append(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor))
+
+    def read(self, place: int) -> Tensor:
+        # A copy: whoever reads it may change it.
+        return self._kept[place].clone()
+
+
+class _OnDisk:
+    """Tensors kept in a folder, which is removed with this object."""
+
+    def __init__(self) -> None:
+        self._folder, self._count = TemporaryFolder(), count()
+
+    def keep(self, tensor: Tensor) -> None:
+        save_file({"tensor": tensor.cpu().contiguous()}, self._file(next(self._count)))
+
+    def read(self, place: int) -> Tensor:
+        return load_file(self._file(place))["tensor"]
+
+    def _file(self, place: int) -> Path:
+        return self._folder.path / f"{place}.safetensors"
 
 
 class Structure:
