@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import WindowLayout
+from invarlock.datasets.noise import Noise
 from invarlock.models.facts import batch_size, device_of, evaluating, logits_of, vocabulary_of
+from invarlock.models.sizes import sizes_of
 
-CACHED_TOKENS = 4096
 ROUNDS = 4
 
 
@@ -28,28 +29,34 @@ def write_text(model: nn.Module, layout: WindowLayout, count: int, *, seed: int)
     """Let the model write ``count`` rows of text, int64 (count, ``layout.text``) on the CPU.
 
     A causal model continues its first token, a masked model fills in masks, a seq2seq model answers a source of random
-    tokens. The model and torch's random state are left as they were; the same seed gives the same text.
+    tokens. The model and torch's random state are left as they were. The same seed gives the same text, whatever the
+    device and however many rows are written at once.
 
     :raises PluginError: the model's output has no logits.
     """
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    writer = _Writer(model, layout, generator, Tally(count * layout.text))
+    writer = _Writer(model, layout, Noise(seed, device_of(model)), Tally(count * layout.text))
     size = writer.rows_at_once()
     with evaluating(model):
-        return torch.cat([writer.write(min(size, count - done)).cpu() for done in range(0, count, size)])
+        return torch.cat([writer.write_from(done, min(size, count - done)).cpu() for done in range(0, count, size)])
 
 
 @dataclass(frozen=True)
 class _Writer:
     model: nn.Module
     layout: WindowLayout
-    generator: torch.Generator
+    noise: Noise
     written: Tally
 
     def rows_at_once(self) -> int:
         # With a cache only the last token's logits exist; without one, or with masks, those of whole rows.
         cached = self.layout.mask is None and self.caches
-        return max(1, CACHED_TOKENS // self.layout.length) if cached else batch_size(self.model, self.layout.length)
+        if not cached:
+            return batch_size(self.model, self.layout.length)
+        return max(1, sizes_of(self.noise.device).cached_tokens // self.layout.length)
+
+    def write_from(self, first: int, count: int) -> Tensor:
+        """Rows of text from the number of the first one on."""
+        return replace(self, noise=replace(self.noise, first=first)).write(count)
 
     def write(self, count: int) -> Tensor:
         if self.layout.mask is not None:
@@ -125,8 +132,7 @@ class _Writer:
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw from softmax(logits) along the last dimension: the largest of logits plus Gumbel noise (Gumbel 1954)."""
-        noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=self.generator)
-        return (logits.float() - noise.log()).argmax(dim=-1)
+        return (logits.float() - self.noise.exponential(*logits.shape).log_()).argmax(dim=-1)
 
     def first_tokens(self, count: int) -> Tensor:
         begin = getattr(getattr(self.model, "config", None), "bos_token_id", None)
@@ -136,13 +142,12 @@ class _Writer:
 
     def random_tokens(self, *shape: int) -> Tensor:
         tokens = self.ordinary.nonzero().squeeze(1)
-        device = self.generator.device
-        return tokens[torch.randint(len(tokens), shape, generator=self.generator, device=device)]
+        return tokens[self.noise.below(len(tokens), *shape)]
 
     @cached_property
     def ordinary(self) -> Tensor:
         """Mask of the tokens that are not special, bool (vocabulary,)."""
-        tokens = torch.arange(vocabulary_of(self.model), device=self.generator.device)
+        tokens = torch.arange(vocabulary_of(self.model), device=self.noise.device)
         return ~torch.isin(tokens, self.tensor(self.layout.special))
 
     @cached_property
@@ -150,4 +155,4 @@ class _Writer:
         return "past_key_values" in inspect.signature(self.model.forward).parameters
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.generator.device)
+        return torch.tensor(tokens, dtype=torch.int64, device=self.noise.device)

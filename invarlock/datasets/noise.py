@@ -1,0 +1,63 @@
+"""Random numbers that are the same on every device: integer hashes of a seed and of their places.
+
+A device's own generator gives other numbers than a CPU's, and a model would write other windows there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+BITS = 23
+"""Of a uniform number: as many as leave float32 one more, for the half that keeps it off 0 and 1."""
+
+
+@dataclass
+class Noise:
+    """A stream of random numbers for rows of text; each call goes on where the last one ended.
+
+    The numbers of a row do not depend on how many rows are written at once.
+    """
+
+    seed: int
+    device: torch.device
+    first: int = 0
+    """Number of the first row."""
+    _calls: count[int] = field(init=False, default_factory=count)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 numbers between 0 and 1, neither of them included; the first axis is one of rows."""
+        rows, places = (
+            torch.arange(start, start + size, dtype=torch.int32, device=self.device)
+            for start, size in ((self.first, shape[0]), (0, math.prod(shape[1:])))
+        )
+        keys = self._hashed(self._hashed(rows + _signed(self.seed * 0x9E3779B1)) + _signed(next(self._calls)))
+        # Two keys, one before a hash and one after it: rows of which one is alike do not share their numbers.
+        first, second = keys.unsqueeze(1), self._hashed(keys + 1).unsqueeze(1)
+        numbers = self._hashed(self._hashed(self._hashed(places) + first) ^ second)
+        return ((((numbers >> (32 - BITS)) & ((1 << BITS) - 1)).float() + 0.5) / float(1 << BITS)).view(shape)
+
+    def exponential(self, *shape: int) -> Tensor:
+        """Float32 numbers of the exponential distribution with mean 1."""
+        return self.uniform(*shape).neg_().log1p_().neg_()
+
+    def below(self, limit: int, *shape: int) -> Tensor:
+        """Whole numbers from 0 to ``limit`` - 1, int64."""
+        return (self.uniform(*shape) * limit).long().clamp_(max=limit - 1)
+
+    @staticmethod
+    def _hashed(numbers: Tensor) -> Tensor:
+        """32-bit integers mixed so that each bit depends on all: lowbias32 of C. Wellons, "Hash Prospector"."""
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            numbers = (numbers ^ ((numbers >> shift) & ((1 << (32 - shift)) - 1))) * _signed(factor)
+        return numbers ^ ((numbers >> 16) & 0xFFFF)
+
+
+def _signed(number: int) -> int:
+    """The 32-bit integer of the same bits, as torch has it."""
+    number &= 0xFFFFFFFF
+    return number - (1 << 32) if number >> 31 else number
