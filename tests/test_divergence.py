@@ -23,7 +23,6 @@ from invarlock.core.plain import plain
 from invarlock.core.results import Action
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.windows import make_windows
-from invarlock.evaluation import passes
 from invarlock.evaluation.divergence import compare_predictions, limits_of
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult, measure
@@ -37,6 +36,7 @@ from invarlock.evaluation.predictions import (
     likeliest,
 )
 from invarlock.evaluation.results import DivergenceResult
+from invarlock.models import sizes
 from invarlock.models.facts import Task
 from invarlock.testing import architectures
 
@@ -267,8 +267,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     edited = noisy(model, 0.1)
     record = passed(model, windows).record
     at_once = passed(edited, windows, reference=record).changes
-    monkeypatch.setattr(passes, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
-    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr(sizes, "CPU", replace(sizes.CPU, log_probs=7 * 4 * VOCABULARY, batch_tokens=2 * 24))
     in_pieces = passed(edited, windows, reference=record).changes
     assert at_once is not None and in_pieces is not None
     assert in_pieces.kl == pytest.approx(at_once.kl, abs=1e-6)

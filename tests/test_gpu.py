@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import read_report
 
-from invarlock.quantization import Plan, Scheme, fake_quantize_, quantize_model
+from invarlock.datasets.layout import Windows
+from invarlock.evaluation.passes import measure
+from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.snapshot import Snapshot
+from invarlock.quantization import Plan, Scheme, WeightLayout, fake_quantize_, quantize_model, rounding
 from invarlock.testing import architectures
 from plugins_builtin.guards.invariants import InvariantsGuard
 from plugins_builtin.guards.spectral import SpectralGuard
@@ -21,16 +27,67 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "scheme", [Scheme(8), Scheme(4, group_size=32), Scheme(4, symmetric=False), Scheme(3, per_channel=False)]
-)
-def test_a_weight_is_rounded_to_the_same_bits(dtype: torch.dtype, scheme: Scheme) -> None:
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+SCHEMES = [
+    Scheme(8),
+    Scheme(4, group_size=32),
+    Scheme(8, group_size=128),
+    Scheme(4, symmetric=False),
+    Scheme(4, symmetric=False, group_size=48),
+    Scheme(3, per_channel=False),
+    Scheme(8, clamp_ratio=0.01),
+]
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["Triton", "plain operations"])
+@pytest.mark.parametrize("layout", [WeightLayout.OUT_IN, WeightLayout.IN_OUT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_weight_is_rounded_to_the_same_bits(scheme, dtype, layout, triton, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(640, 960, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3, 5] = math.nan
     there = weight.cuda()
-    fake_quantize_(weight, scheme)
-    fake_quantize_(there, scheme)
-    assert torch.equal(weight, there.cpu())
+    if not triton:
+        monkeypatch.setattr(rounding, "kernel_for", lambda matrix, scheme: None)
+    here, done = (fake_quantize_(one, scheme, layout=layout) for one in (weight, there))
+    assert bool(done.sums.of_device) == (triton and scheme.per_channel)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(weight.view(bits), there.cpu().view(bits))
+    assert done.effect.relative_error == pytest.approx(here.effect.relative_error, rel=1e-5)
+    assert done.effect.non_finite_rows == here.effect.non_finite_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fingerprint_is_the_same_on_every_device(dtype: torch.dtype) -> None:
+    model = architectures.llama().to(dtype)
+    here = Fingerprint.of(model)
+    assert Fingerprint.of(model.cuda()) == here
+
+
+def test_a_snapshot_brings_a_model_back_on_its_device() -> None:
+    model = architectures.llama().cuda()
+    before, snapshot = Fingerprint.of(model), Snapshot(model)
+    quantize_model(model, Plan(4, scope="all"))
+    assert Fingerprint.of(model) != before
+    snapshot.restore(model)
+    assert Fingerprint.of(model) == before
+
+
+def test_batches_that_do_not_fit_are_halved(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architectures.llama().cuda()
+    ids = torch.randint(model.config.vocab_size, (64, 64))
+    windows = Windows(ids, torch.ones_like(ids), ids)
+    expected = measure(model, windows[:4], windows[4:], task="causal").losses
+    forward = model.forward
+
+    def with_little_memory(**inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 8:
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", with_little_memory)
+    found = measure(model, windows[:4], windows[4:], task="causal").losses
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert caplog.records[-1].message.startswith("cuda:0 has no memory for ")
 
 
 def test_devices_are_quantized_side_by_side() -> None:
@@ -95,3 +152,27 @@ def test_processes_with_a_device_each(parallel: str) -> None:
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert read_report(Path("out"))["verdict"]["accepted"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["in memory", "streamed"])
+def test_a_run_ends_as_on_the_cpu(invarlock, config, flags: list[str]) -> None:
+    path = config(output={"save_model": True})
+    reports = []
+    for device in ("cpu", "cuda"):
+        done = invarlock("run", "-c", path, "--device", device, "--out", device, *flags)
+        assert done.code in (0, 1), done.err
+        reports.append(read_report(Path(device)))
+    here, there = reports
+    assert there["verdict"] == here["verdict"]
+    assert [guard["action"] for guard in there["guards"]] == [guard["action"] for guard in here["guards"]]
+    if not flags:
+        assert there["model"]["fingerprint_after"] == here["model"]["fingerprint_after"]
+    windows = [report["metrics"]["windows"] for report in reports]
+    for side in ("baseline", "edited"):
+        assert windows[1][side] == pytest.approx(windows[0][side], rel=1e-4)
+
+
+def test_a_model_that_is_balanced_over_devices_is_judged(invarlock, config) -> None:
+    done = invarlock("run", "-c", config(model={"device": "balanced"}), "--out", "out")
+    assert done.code == 0, done.err
+    assert all(device.startswith("cuda") for device in read_report(Path("out"))["model"]["devices"])

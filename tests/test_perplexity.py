@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import invarlock
-from invarlock.core.errors import PluginError
+from invarlock.core.errors import PluginError, UsageError
 from invarlock.core.progress import showing
 from invarlock.core.results import Action
 from invarlock.datasets.layout import WindowLayout, Windows
@@ -40,6 +40,7 @@ from invarlock.evaluation import passes
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.taps import attached
+from invarlock.models import sizes
 from invarlock.models.facts import Task
 
 CHECKPOINT = Path(invarlock.__file__).parent / "demo" / "checkpoint"
@@ -150,9 +151,8 @@ def test_chunks_and_batches_change_no_loss(
         seen.append(logits.nelement() * logits.element_size())
         return log_softmax(logits, dim=dim)
 
-    monkeypatch.setattr(passes, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
+    monkeypatch.setattr(sizes, "CPU", replace(sizes.CPU, log_probs=7 * 4 * VOCABULARY, batch_tokens=2 * 24))
     monkeypatch.setattr(passes.functional, "log_softmax", spy)
-    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
     in_pieces = measure(model, *windows, task="causal")
     assert max(seen) == 7 * 4 * VOCABULARY
     assert in_pieces.losses == pytest.approx(at_once.losses, rel=1e-6)
@@ -213,7 +213,7 @@ def test_each_window_passes_once_preview_first(model: nn.Module, windows: tuple[
 def test_progress_counts_windows(
     model: nn.Module, windows: tuple[Windows, Windows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("invarlock.models.facts.BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr(sizes, "CPU", replace(sizes.CPU, batch_tokens=2 * 24))
     heard: list[tuple[int, int]] = []
     with showing(lambda done, total: heard.append((done, total))):
         measure(model, *windows, task="causal")
@@ -355,3 +355,37 @@ def test_a_trained_model_writes_windows_that_judge_like_text() -> None:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     preview, final = make_windows(Demo("generated", seq_len=64, final_n=12), model, None, task="causal")
     assert 5 < measure(model, preview, final, task="causal").perplexity < 30
+
+
+class Small(nn.Module):
+    """A model on a device that has memory for two windows at once."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.config, self.most, self.seen = model, model.config, most, []
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        if len(input_ids) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.seen.append(len(input_ids))
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_batches_are_halved_until_they_fit(
+    model: nn.Module, windows: tuple[Windows, Windows], caplog: pytest.LogCaptureFixture
+) -> None:
+    at_once, small = measure(model, *windows, task="causal"), Small(model, most=2)
+    for _ in range(2):
+        halved = measure(small, *windows, task="causal")
+        assert halved.losses == pytest.approx(at_once.losses, rel=1e-6)
+    assert max(small.seen) <= 2
+    assert sum(small.seen) == 2 * sum(map(len, windows)), "each window once"
+    assert [record.message for record in caplog.records] == ["cpu has no memory for 3 windows at once; going on with 1"]
+
+
+def test_a_device_without_memory_for_a_window_is_bad_input(model: nn.Module, windows: tuple[Windows, Windows]) -> None:
+    with pytest.raises(UsageError, match=r"^model\.device: cpu has no memory for 1 windows of 24 tokens"):
+        measure(Small(model, most=0), *windows, task="causal")

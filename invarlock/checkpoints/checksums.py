@@ -61,7 +61,7 @@ def _size(path: Path) -> int:
 
 
 def _known(folder: Path) -> dict[str, tuple[str, str]]:
-    """Where the digest of a file is from, and the digest, by the name of the file."""
+    """Source of the digest of a file, and the digest, by the name of the file."""
     known: dict[str, tuple[str, str]] = {}
     if (folder / "report.json").is_file():
         known |= {name: ("report.json", digest) for name, digest in _of_report(folder / "report.json").items()}

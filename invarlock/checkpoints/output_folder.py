@@ -23,7 +23,7 @@ SIGNATURE = "run.sigstore.json"
 """A bundle goes by this ending."""
 ARTIFACTS = ("report.json", "report.html", "model", SIGNATURE)
 PARTIAL = ".model.partial"
-"""Where a model is until it is whole."""
+"""Folder of a model until it is whole."""
 JOURNALS = ".model.journals"
 """Folder of the whole shards of an output that is written shard by shard."""
 OURS = (*ARTIFACTS, PARTIAL, JOURNALS)
@@ -95,7 +95,7 @@ def _umask() -> int:
 
 @dataclass
 class OutputFolder:
-    """Where the artifacts of one run go."""
+    """Folder for the artifacts of one run."""
 
     path: Path
     force: bool = False
@@ -104,7 +104,7 @@ class OutputFolder:
     made: list[Path] = field(default_factory=list)
     """Folders that were made for it; they go if nothing comes of it."""
     saved: bool = False
-    """Whether what the run wrote is in its place."""
+    """True once what the run wrote is in its place."""
 
     def __post_init__(self) -> None:
         self._claim = Claim(self.path, self.made)

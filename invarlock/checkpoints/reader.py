@@ -20,7 +20,7 @@ from invarlock.core.errors import UsageError, one_line
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies, and what it is."""
+    """Place, shape and dtype of a stored tensor."""
 
     file: str
     shape: tuple[int, ...]

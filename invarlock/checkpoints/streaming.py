@@ -24,7 +24,7 @@ class Part:
     parameters: tuple[str, ...]
     stored: tuple[str, ...]
     converts: ClassVar[bool] = False
-    """Whether parameters are made of the tensors by more than a change of name."""
+    """True if parameters are made of the tensors by more than a change of name."""
 
     def load(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters, by name, made of tensors that are read by the name that each is stored under."""

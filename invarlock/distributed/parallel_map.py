@@ -64,8 +64,18 @@ def side_by_side(
     if len(places) < 2:
         return list(work(items))
     found: dict[int, Found] = {}
+
+    def work_on(where: torch.device, of_one: Sequence[int]) -> Sequence[Found]:
+        if where.type == "cuda":
+            # A thread has no CUDA context of its own until it calls the device, and cuBLAS warns where there is none.
+            import torch
+
+            torch.cuda.set_device(where)
+            torch.cuda.synchronize(where)
+        return work([items[place] for place in of_one])
+
     with ThreadPoolExecutor(len(places)) as pool:
-        parts = pool.map(lambda of_one: work([items[place] for place in of_one]), places.values())
+        parts = pool.map(work_on, places.keys(), places.values())
         for of_one, part in zip(places.values(), parts, strict=True):
             found |= zip(of_one, part, strict=True)
     return [found[place] for place in range(len(items))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +20,19 @@ from torch.nn import functional
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
+from invarlock.distributed.dtensor import sharding_of
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached, first_windows
-from invarlock.models.facts import LOGITS_BYTES, Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.sizes import sizes_of
 from invarlock.models.structure import find_blocks, output_head
 
-CHUNK_BYTES = 4 * 2**20
-"""Of the float32 log-probabilities that are in memory at once."""
+log = logging.getLogger("invarlock")
 
 UNMEASURED = "model.id: its outputs cannot be measured while it is streamed"
+
+Result = TypeVar("Result")
 
 Taps = Iterable[Mapping[str, Tap]]
 """Of each guard, by module name."""
@@ -98,15 +103,13 @@ def measure(
             scores = [_together(model, preview, final, task, taps, watch)]
             taps_off()
         else:
-            tally = Tally(len(preview) + len(final))
+            batches = _Batches(model, Tally(len(preview) + len(final)))
             with ExitStack() as stack:
-                for wanted in taps:
+                for wanted in batches.tried(preview, taps):
                     stack.enter_context(attached(model, wanted))
-                for batch in _batches(model, preview, tally):
-                    _logits(model, batch)
+                batches.run(preview, lambda batch, logits: None)
             taps_off()
-            batches = _batches(model, final, tally)
-            scores = [_score(_logits(model, batch), _targets(batch, task), watch) for batch in batches]
+            scores = batches.run(final, lambda batch, logits: _score(logits, _targets(batch, task), watch))
             for _ in range(calls - len(scores)):
                 _logits(model, final[-1:])
     losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
@@ -115,11 +118,60 @@ def measure(
     return PassResult(losses, tokens, changes=watch.result())
 
 
-def _batches(model: nn.Module, windows: Windows, tally: Tally) -> Iterator[Windows]:
-    """Batches of windows; a batch counts as done when the next one is asked for."""
-    for batch in windows.batches(batch_size(model, windows.length)):
-        yield batch
-        tally.add(len(batch))
+@dataclass
+class _Batches:
+    """Windows on their way through a model, as many at once as its device has memory for."""
+
+    model: nn.Module
+    tally: Tally
+    largest: int | None = None
+    """Number of windows that is known to fit, once more did not."""
+
+    def run(self, windows: Windows, use: Callable[[Windows, Tensor], Result]) -> list[Result]:
+        """Results of ``use`` for each batch and its logits, in the order of the windows.
+
+        :raises UsageError: the device has no memory for a single window.
+        """
+        done, results = 0, []
+        while done < len(windows):
+            batch, logits = self._passed(windows[done:])
+            results.append(use(batch, logits))
+            # Before the next ones are made.
+            del logits
+            done += len(batch)
+            self.tally.add(len(batch))
+        return results
+
+    def tried(self, windows: Windows, taps: Taps) -> list[Mapping[str, Tap]]:
+        """Taps for these windows, once it is known how many fit: a batch that is begun again would be seen twice."""
+        wanted = [of_guard for of_guard in taps if of_guard]
+        if wanted and len(windows) and device_of(self.model).type != "cpu":
+            self._passed(windows)
+        return wanted
+
+    def _passed(self, windows: Windows) -> tuple[Windows, Tensor]:
+        """The first of some windows, as many as fit at once, and their logits."""
+        while True:
+            batch = windows[: min(batch_size(self.model, windows.length), self.largest or len(windows))]
+            try:
+                return batch, _logits(self.model, batch)
+            except torch.OutOfMemoryError as error:
+                self._halve(batch, error)
+
+    def _halve(self, batch: Windows, error: torch.OutOfMemoryError) -> None:
+        device = device_of(self.model)
+        if len(batch) == 1 or sharding_of(self.model):
+            raise UsageError(
+                f"model.device: {device} has no memory for {len(batch)} windows of {batch.length} tokens besides the "
+                "model; lower dataset.seq_len, or choose another device"
+            ) from error
+        self.largest = len(batch) // 2
+        _tell_once(f"{device} has no memory for {len(batch)} windows at once; going on with {self.largest}")
+
+
+@cache
+def _tell_once(message: str) -> None:
+    log.warning(message)
 
 
 def _together(model: nn.Module, preview: Windows, final: Windows, task: Task, taps: Taps, watch: Watch) -> Scores:
@@ -154,8 +206,8 @@ class _Head:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens whose logits take ``LOGITS_BYTES`` in float32."""
-        return max(1, LOGITS_BYTES // (4 * len(self.weight)))
+        """Number of tokens whose logits are made at once."""
+        return max(1, sizes_of(self.weight.device).logits // (4 * len(self.weight)))
 
     def check(self, instead: Tensor) -> None:
         """Refuse a model that changes the logits of its head: its output in place of them is not the head's input."""
@@ -213,7 +265,7 @@ def _chunks(table: Tensor, targets: Tensor, head: _Head | None) -> Iterator[tupl
     for many in torch.split(scored, head.tokens) if head else (scored,):
         logits = head(_rows(table, many)) if head else table
         places = torch.arange(len(many)) if head else many
-        at_once = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+        at_once = max(1, sizes_of(logits.device).log_probs // (4 * logits.shape[1]))
         for rows, some in zip(*(torch.split(each, at_once) for each in (places, many)), strict=True):
             yield functional.log_softmax(_rows(logits, rows).float(), dim=-1), targets[some].to(logits.device)
 

@@ -66,7 +66,7 @@ class DivergenceResult:
     margin_baseline: float | None
     """Mean margin of the baseline's likeliest token over the runner-up, nats of log probability."""
     margin_loss: float | None
-    """How much of it the edited model lost: all of it and more where tokens flip."""
+    """Part of it that the edited model lost: all of it and more where tokens flip."""
     limits: PredictionLimits | None
     action: Action
     message: str

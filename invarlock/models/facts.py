@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import PluginError
+from invarlock.models.sizes import sizes_of
 
 Task = Literal["causal", "masked", "seq2seq"]
-
-LOGITS_BYTES = 128 * 2**20
-BATCH_TOKENS = 2048
 
 
 def task_of(model: nn.Module) -> Task:
@@ -59,16 +57,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def is_streamed(model: nn.Module) -> bool:
-    """Whether the model's weights are on disk, and read at each use."""
+    """True if the model's weights are on disk, and read at each use."""
     return hasattr(model, "streaming")
 
 
 def batch_size(model: nn.Module, length: int) -> int:
     """Number of windows of ``length`` tokens that go through the model at once.
 
-    Float32 logits of a batch take at most 128 MiB and a batch has at most 2048 tokens, but it has one window at least.
+    A batch has at most the logits and the tokens that suit the model's device, but one window at least.
     """
-    return max(1, min(LOGITS_BYTES // (4 * length * vocabulary_of(model)), BATCH_TOKENS // length))
+    sizes = sizes_of(device_of(model))
+    return max(1, min(sizes.logits // (4 * length * vocabulary_of(model)), sizes.batch_tokens // length))
 
 
 def logits_of(model: nn.Module, output: Any) -> Tensor:

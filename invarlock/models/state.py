@@ -164,7 +164,7 @@ def _counted_by(owner: Any) -> Callable[[str, Any], bool]:
 
 
 def _is_code(name: str, value: Any) -> bool:
-    """Whether an attribute is called, or decides what reading an attribute gives."""
+    """True if an attribute is called, or decides what reading an attribute gives."""
     return callable(value) or hasattr(type(value), "__get__")
 
 

@@ -59,7 +59,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of GPT-2, which stores its weight as (in, out)."""
+    """True if a module is a linear layer of GPT-2, which stores its weight as (in, out)."""
     # By name, because transformers need not be installed, and a model without it has no such class.
     return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
@@ -69,7 +69,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the weights of all experts of a layer, fused."""
+    """True if a module holds the weights of all experts of a layer, fused."""
     return "Experts" in type(module).__name__
 
 
@@ -115,7 +115,7 @@ def _lineage(modules: Mapping[str, nn.Module], path: str) -> list[str]:
 
 
 def _gates_experts(lineage: Sequence[nn.Module], parameter: Tensor) -> bool:
-    """Whether a matrix sits beside experts, in no feed-forward of its own, with one output for each of them or one."""
+    """True if a matrix sits beside experts, in no feed-forward of its own, with one output for each of them or one."""
     if parameter.ndim != 2:
         return False
     for depth, parent in enumerate(lineage[:-1]):

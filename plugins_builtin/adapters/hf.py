@@ -237,7 +237,7 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
 
 
 def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
-    """Whether a checkpoint fits on a device with room for activations; ``sharing`` processes share the memory."""
+    """True if a checkpoint fits on a device with room for activations; ``sharing`` processes share the memory."""
     import psutil
     import torch
 

@@ -28,7 +28,7 @@ def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:
 
 
 def is_here(model_id: str) -> bool:
-    """Whether a checkpoint cannot come from anywhere but this machine."""
+    """True if a checkpoint cannot come from anywhere but this machine."""
     return Path(model_id).exists() or _offline()
 
 
