@@ -384,13 +384,14 @@ def test_snapshots_of_dead_processes_are_swept_and_no_others(invarlock, config, 
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", None)
-    dead = paused()
+    no_memory = "from invarlock.models import snapshot\nsnapshot.free_memory = lambda: 0"
+    dead = paused(program=no_memory)
     (left,) = temporary.glob("invarlock-*")
     dead.kill()
     Path("here").unlink()
     shutil.copytree(DEMO / "checkpoint", "theirs")
     (temporary / "invarlock-snapshot-1-link").symlink_to(Path("theirs").absolute())
-    alive = paused()
+    alive = paused(program=no_memory)
     assert not left.exists()
     (theirs,) = (path for path in temporary.glob("invarlock-*") if not path.is_symlink())
     assert invarlock("run", "-c", config(**FEW), "--out", "other").code == 0
