@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import interpreted_kernel
 import pytest
 import torch
 from conftest import read_report
@@ -27,15 +28,7 @@ pytestmark = [
 ]
 
 
-SCHEMES = [
-    Scheme(8),
-    Scheme(4, group_size=32),
-    Scheme(8, group_size=128),
-    Scheme(4, symmetric=False),
-    Scheme(4, symmetric=False, group_size=48),
-    Scheme(3, per_channel=False),
-    Scheme(8, clamp_ratio=0.01),
-]
+SCHEMES = [*interpreted_kernel.SCHEMES, Scheme(8, group_size=128), Scheme(3, per_channel=False)]
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["Triton", "plain operations"])

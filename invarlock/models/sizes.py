@@ -28,8 +28,8 @@ class Sizes:
 
 
 CPU = Sizes(
-    weights=4 * MIB,
-    words=MIB // 16,
+    weights=1 << 22,
+    words=1 << 16,
     log_probs=4 * MIB,
     logits=128 * MIB,
     batch_tokens=2048,

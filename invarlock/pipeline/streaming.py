@@ -201,7 +201,7 @@ class _StreamedRounding:
         """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
         rounded = {name: rounding(self.targets[name], weights[name]) for name in weights.keys() & self.targets.keys()}
-        results = {name: rounding.effect(self.targets[name], weight) for name, weight in rounded.items()}
+        results = {name: rounding.effect(self.targets[name], weight.sums) for name, weight in rounded.items()}
         if self.export is None:
             return {}, results
         stored, exporter = part.store(weights), self.export.exporter

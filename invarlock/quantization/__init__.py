@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from invarlock.quantization.scheme import Plan, Scheme
 
 if TYPE_CHECKING:
+    from invarlock.quantization.layout import WeightLayout
     from invarlock.quantization.model import quantize_model
-    from invarlock.quantization.rounding import WeightLayout, Workspace, fake_quantize_
+    from invarlock.quantization.rounding import Workspace, fake_quantize_
     from invarlock.quantization.selection import WeightTarget, find_weights, select_targets
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only on demand: these import torch, and a config is checked without it.
     if name in __all__:
-        for module in ("model", "rounding", "selection"):
+        for module in ("model", "layout", "rounding", "selection"):
             attributes = vars(import_module(f"{__name__}.{module}"))
             if name in attributes:
                 return attributes[name]

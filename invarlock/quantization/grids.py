@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invarlock.quantization.rounding import WeightLayout
+from invarlock.quantization.layout import WeightLayout
 
 GROUP_SIZES = (32, 64, 128, 256)
 MOST_LEVELS = 256

@@ -12,7 +12,7 @@ from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
+from invarlock.quantization.rounding import RoundedWeight, Sums, Workspace, fake_quantize_, unfit
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
 
@@ -38,9 +38,9 @@ class Rounding:
         )
 
     @staticmethod
-    def effect(target: WeightTarget, rounded: RoundedWeight) -> EditedWeight:
+    def effect(target: WeightTarget, sums: Sums) -> EditedWeight:
         """The effect on the weight of a target, named; waits for its device."""
-        return replace(rounded.effect, name=target.name, role=target.role.value)
+        return replace(sums.effect(), name=target.name, role=target.role.value)
 
 
 def quantize_model(
@@ -72,7 +72,8 @@ def quantize_model(
         for target in of_one_device:
             with gathered(target.parameter) as weight:
                 rounded = rounding(target, weight)
-            results.append(rounded)
+            # Not the grids, which together are a tenth of the weights where groups are small.
+            results.append(rounded.sums)
             if parameters is not None:
                 parameters[target.parameter_name] = rounded
             tally.add()

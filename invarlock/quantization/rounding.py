@@ -19,7 +19,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -30,29 +29,13 @@ from torch import Tensor
 
 from invarlock.core.results import EditedWeight
 from invarlock.models.sizes import sizes_of
+from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Clip = tuple[float, float]
 """The smallest and the largest number that clipping leaves."""
-
-
-class WeightLayout(StrEnum):
-    """Meaning of the axes of a weight."""
-
-    OUT_IN = "(..., out, in)"
-    """Linear, Embedding, and fused experts as Mixtral has them: (expert, out, in)."""
-    IN_OUT = "(..., in, out)"
-    """The Conv1D of GPT-2, and fused experts as GPT-OSS has them: (expert, in, out)."""
-    CONV = "(out, in, ...)"
-    """Conv1d and Conv2d: all axes but the first are one input axis."""
-
-    def matrices(self, weight: Tensor) -> Tensor:
-        """A weight as (..., out, in): a view, but for a convolution in channels_last, which has none: a copy."""
-        if self is WeightLayout.CONV:
-            return weight.flatten(1)
-        return weight if self is WeightLayout.OUT_IN else weight.mT
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class RoundedWeight:
     front. The values of a row with NaN or Inf mean nothing. They are joined on demand: few weights are stored as codes.
     """
 
-    sums: _Sums
+    sums: Sums
     grids: Sequence[Sequence[Sequence[_Grid]]]
     """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     scale_dtype: torch.dtype
@@ -145,7 +128,7 @@ def fake_quantize_(
     """
     if reason := unfit(weight, layout):
         raise PlanError(f"the weight {reason}")
-    sums = _Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
+    sums = Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
     rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or weight.dtype)
     if weight.numel():
         target = weight.detach()
@@ -237,7 +220,7 @@ def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Sums over one weight, from which the figures of its rounding follow."""
 
     parameters: int
@@ -272,7 +255,7 @@ class _Rounder:
     """One weight on its way: how it is rounded, with what memory, and its sums and grids so far."""
 
     scheme: Scheme
-    sums: _Sums
+    sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
     grids: list[list[list[_Grid]]] = field(default_factory=list)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from invarlock.core.errors import nearest
 from invarlock.distributed.dtensor import local
 from invarlock.models.structure import Role, is_conv1d, is_experts, is_router, role_of
-from invarlock.quantization.rounding import WeightLayout
+from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import Plan, PlanError, matches
 
 SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
