@@ -61,7 +61,7 @@ def spoilt(weight: torch.Tensor) -> None:
 
 
 def enlarged(weight: torch.Tensor) -> None:
-    """So that the loss rises by thousands of nats per token, and the ratio is no float any more."""
+    """Make the loss rise by thousands of nats per token, so that the ratio overflows a float."""
     weight *= 1e5
 
 

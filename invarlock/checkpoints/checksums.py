@@ -74,7 +74,7 @@ def _known(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _of_report(path: Path) -> dict[str, str]:
-    """Digests of the model that a run saved beside its report; none from a file that is no such report."""
+    """Digests of the model that a run saved beside its report; empty for any other file."""
     try:
         artifacts = json.loads(path.read_text(encoding="utf-8"))["artifacts"]
         return {name.removeprefix("model/"): str(digest) for name, digest in artifacts.items()}

@@ -1,4 +1,4 @@
-"""Observations of a guard's taps during one pass, and how they failed: one guard's mistake is no other guard's."""
+"""Observations of a guard's taps during one pass, and their failures, which are that guard's alone."""
 
 from __future__ import annotations
 
