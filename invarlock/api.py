@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from invarlock.checkpoints.soundness import read_json as read_json
     from invarlock.checkpoints.streaming import Part as Part
     from invarlock.checkpoints.streaming import attach as attach
+    from invarlock.core.errors import InputError as InputError
     from invarlock.core.errors import NotStreamedError as NotStreamedError
     from invarlock.core.errors import UsageError as UsageError
+    from invarlock.core.errors import named_by as named_by
     from invarlock.core.errors import nearest as nearest
     from invarlock.core.errors import one_line as one_line
     from invarlock.core.inputs import complaints_of as complaints_of
@@ -52,7 +54,7 @@ _HOMES = {
     "invarlock.checkpoints.reader": ("Checkpoint",),
     "invarlock.checkpoints.soundness": ("READ", "check_file", "check_folder", "read_json"),
     "invarlock.checkpoints.streaming": ("Part", "attach"),
-    "invarlock.core.errors": ("NotStreamedError", "UsageError", "nearest", "one_line"),
+    "invarlock.core.errors": ("InputError", "NotStreamedError", "UsageError", "named_by", "nearest", "one_line"),
     "invarlock.core.inputs": ("complaints_of", "panics_unprinted"),
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),

@@ -296,6 +296,6 @@ def test_what_reads_packed_weights_is_named_where_it_is_missing(invarlock, monke
     packed_as(method, Path("packed"))
     done = invarlock("compare", "--baseline", "dense", "--subject", "packed", "--weights-only", "--out", "out")
     assert done.code == 2
-    said = f"model.id: packed: its weights are packed by {method}; to unpack them: pip install {packages}\n"
+    said = f"subject: packed: its weights are packed by {method}; to unpack them: pip install {packages}\n"
     assert done.err.splitlines()[-1:] == [f"invarlock: error: {said}".strip()]
     assert not Path("out").exists()

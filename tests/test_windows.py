@@ -466,7 +466,7 @@ def test_what_a_model_or_tokenizer_lacks_is_said(gpt2_tokenizer: Any, t5_tokeniz
     assert "decoder_start_token_id" in refused(Data(), t5_tokenizer, model=startless, task="seq2seq")
     small = refused(Data(), gpt2_tokenizer, model=llama(vocab_size=100))
     assert re.match(
-        r"model\.id: its tokenizer does not fit it: .* token \d+, and the model knows only 100 tokens", small
+        r"its tokenizer does not fit it: .* token \d+, and the model knows only 100 tokens", small
     )
 
 

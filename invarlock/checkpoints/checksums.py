@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import InputError
 from invarlock.core.progress import counted
 
 SUMS = "SHA256SUMS"
@@ -39,7 +39,7 @@ def check_weights(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
 
     :param checkpoint: a folder, or a single file.
     :param rank: which of ``size`` processes that share the files this one is.
-    :raises UsageError: a file is not what its digest says: bits flipped, or it was changed.
+    :raises InputError: a file is not what its digest says: bits flipped, or it was changed.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     known = _known(folder)
@@ -50,8 +50,8 @@ def check_weights(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
     for path in counted(files, _size):
         source, expected = known[path.name]
         if digest_of(path) != expected:
-            raise UsageError(
-                f"model.id: {path} does not match its digest in {folder / source}; fetch it again, or remove the "
+            raise InputError(
+                f"{path} does not match its digest in {folder / source}; fetch it again, or remove the "
                 "digests if it was changed on purpose"
             )
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from invarlock.checkpoints.soundness import INDEX, SINGLE, read_json
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Entry:
 class Checkpoint(Mapping[str, Tensor]):
     """Tensors by name, read from disk when asked for: pages of the file itself, which the system may drop again.
 
-    :raises UsageError: the folder holds no sound checkpoint, or a file changed since it was opened.
+    :raises InputError: the folder holds no sound checkpoint, or a file changed since it was opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def current_identity(self) -> dict[str, list[int]]:
         """Size, time and inode of each file by its path, to tell whether they are the same ones later.
 
-        :raises UsageError: a file changed since it was opened.
+        :raises InputError: a file changed since it was opened.
         """
         for file in self.files:
             self._check_unchanged(file)
@@ -137,5 +137,5 @@ def _index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _broken(folder: Path, what: str) -> UsageError:
-    return UsageError(f"model.id: {folder}: {what}")
+def _broken(folder: Path, what: str) -> InputError:
+    return InputError(f"{folder}: {what}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import InputError, one_line
 from invarlock.core.paths import absolute, regular_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,13 +22,13 @@ GENERATION = "generation_config.json"
 def check_folder(folder: Path) -> None:
     """Refuse a folder of transformers whose files cannot be read as a checkpoint's.
 
-    :raises UsageError: what is wrong, and what to do.
+    :raises InputError: what is wrong, and what to do.
     """
     try:
         # A folder of that name is left alone, as libraries do.
         files = [path for path in sorted(folder.iterdir()) if path.suffix in READ and not path.is_dir()]
     except OSError as error:
-        raise UsageError(f"model.id: {absolute(folder)} cannot be read: {error.strerror}") from error
+        raise InputError(f"{absolute(folder)} cannot be read: {error.strerror}") from error
     for path in files:
         check_file(path)
     if (folder / ADAPTER).is_file():
@@ -50,13 +50,13 @@ def check_folder(folder: Path) -> None:
 def check_file(path: Path) -> None:
     """Refuse what is no file, or a pointer of git-lfs.
 
-    :raises UsageError: what is wrong, and what to do.
+    :raises InputError: what is wrong, and what to do.
     """
-    regular_file(path, "model.id", "give a checkpoint")
+    regular_file(path, "give a checkpoint")
     try:
         pointer = path.stat().st_size <= LARGEST_POINTER and path.read_bytes().startswith(POINTER)
     except OSError as error:
-        raise UsageError(f"model.id: {absolute(path)} cannot be read: {error.strerror}") from error
+        raise InputError(f"{absolute(path)} cannot be read: {error.strerror}") from error
     if pointer:
         raise _refused(path, "is a git-lfs pointer, not the file itself; run git lfs pull")
 
@@ -64,7 +64,7 @@ def check_file(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
 
-    :raises UsageError: it cannot be read, or holds something else.
+    :raises InputError: it cannot be read, or holds something else.
     """
     check_file(path)
     try:
@@ -76,5 +76,5 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _refused(path: Path, why: str) -> UsageError:
-    return UsageError(f"model.id: {absolute(path)} {why}")
+def _refused(path: Path, why: str) -> InputError:
+    return InputError(f"{absolute(path)} {why}")

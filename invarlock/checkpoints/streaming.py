@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.checkpoints.reader import Checkpoint
-from invarlock.core.errors import NotStreamedError, UsageError
+from invarlock.core.errors import InputError, NotStreamedError
 from invarlock.core.lazy import LazyTensor, LazyWeights, ReadWeights, tied
 
 WeightEdit = Callable[[str, Tensor], Tensor]
@@ -98,14 +98,14 @@ class Streaming:
         folder = self.checkpoint.folder
         parameter, *others = [name for name in names if name in self.parts] or [""]
         if not parameter:
-            raise UsageError(f"model.id: {folder}: cannot be streamed, it has no tensor {names[0]}")
+            raise InputError(f"{folder}: cannot be streamed, it has no tensor {names[0]}")
         if (shape := self._shape(parameter)) != tuple(empty.shape):
             shapes = f"{shape}, but the configuration describes {tuple(empty.shape)}"
-            raise UsageError(f"model.id: {folder}: {parameter} has shape {shapes}")
+            raise InputError(f"{folder}: {parameter} has shape {shapes}")
         for other in others:
             if self.parts[other].converts or not torch.equal(self._load(other), self._load(parameter)):
                 differ = f"{other} and {parameter} are tied, and differ"
-                raise NotStreamedError(f"model.id: {folder}: cannot be streamed, {differ}")
+                raise NotStreamedError(f"{folder}: cannot be streamed, {differ}")
             self.left_out |= set(self.parts[other].stored)
         self.stored |= dict.fromkeys(names, parameter)
         self._dtypes |= dict.fromkeys(self.parts[parameter].stored, empty.dtype)
@@ -132,7 +132,7 @@ def attach(
     :param model: its parameters are on ``meta``, of the types that they shall have; its buffers are real.
     :param parts: which tensors of the checkpoint are which of its parameters.
     :param device: where operations on them take place.
-    :raises UsageError: the checkpoint lacks a weight, or its shape differs, or it stores tied weights with different
+    :raises InputError: the checkpoint lacks a weight, or its shape differs, or it stores tied weights with different
         values.
     """
     model.streaming = Streaming(model, checkpoint, parts, torch.device(device))  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import UsageError, named_by
 from invarlock.core.paths import absolute, regular_file
 
 DEPTH = 32
@@ -111,7 +111,8 @@ def read_file(path: str) -> Source:
 
     :raises UsageError: it cannot be read, or is no mapping.
     """
-    regular_file(Path(path), "configuration", "give a YAML file")
+    with named_by("configuration"):
+        regular_file(Path(path), "give a YAML file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -47,7 +47,16 @@ class UsageError(InvarlockError):
     exit_code = ExitCode.USAGE
 
 
-class NotStreamedError(UsageError):
+class InputError(UsageError):
+    """A file or folder that the user named is wrong, or does not fit the rest; whoever read its name adds the key."""
+
+    key = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {super().__str__()}" if self.key else super().__str__()
+
+
+class NotStreamedError(InputError):
     """A checkpoint that may be sound, but whose weights cannot be left on disk."""
 
 
@@ -76,6 +85,16 @@ def contained() -> Iterator[None]:
         if os.getpid() != process:
             # A child that the code forked: it must not go on as a second one of us.
             os._exit(ExitCode.FAILED)
+
+
+@contextmanager
+def named_by(key: str) -> Iterator[None]:
+    """Begin the message of an ``InputError`` that the block raises with the key, option or argument that named it."""
+    try:
+        yield
+    except InputError as error:
+        error.key = error.key or key
+        raise
 
 
 def as_raised(error: BaseException) -> BaseException:

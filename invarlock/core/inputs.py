@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from invarlock.core.errors import InvarlockError, UsageError, one_line
+from invarlock.core.errors import InputError, InvarlockError, one_line
 
 LONGEST = 600
 """Characters of a library's complaint that are shown: some print a whole file."""
@@ -17,8 +17,8 @@ LONGEST = 600
 def complaints_of(what: str) -> Iterator[None]:
     """Turn what a library raises of a broken file into an error of input.
 
-    :param what: the key, the file, and what cannot be done with it.
-    :raises UsageError: in place of any exception but ours, ``KeyboardInterrupt`` and ``SystemExit``.
+    :param what: the file, and what cannot be done with it.
+    :raises InputError: in place of any exception but ours, ``KeyboardInterrupt`` and ``SystemExit``.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def complaints_of(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
-        raise UsageError(f"{what}: {_told(error)}") from error
+        raise InputError(f"{what}: {_told(error)}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import re
 import stat
 from pathlib import Path
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import InputError, UsageError
 
 VARIABLE = re.compile(r"\$\{(?:([^}]*)\})?")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -73,22 +73,21 @@ def is_hub_id(text: str) -> bool:
     return HUB_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
-def regular_file(path: Path, what: str, to_do: str) -> None:
+def regular_file(path: Path, to_do: str) -> None:
     """Refuse what cannot be read as a file.
 
-    :param what: the key or option that names it.
-    :raises UsageError: it is not there, or is a folder, a named pipe or the like.
+    :raises InputError: it is not there, or is a folder, a named pipe or the like.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
-        raise UsageError(f"{what}: {absolute(path)} does not exist; {to_do}") from None
+        raise InputError(f"{absolute(path)} does not exist; {to_do}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{what}: {absolute(path)} cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise InputError(f"{absolute(path)} cannot be read: {getattr(error, 'strerror', error)}") from None
     if kind == stat.S_IFDIR:
-        raise UsageError(f"{what}: {absolute(path)} is a folder; {to_do}")
+        raise InputError(f"{absolute(path)} is a folder; {to_do}")
     if kind in KINDS:
-        raise UsageError(f"{what}: {absolute(path)} is {KINDS[kind]}; {to_do}")
+        raise InputError(f"{absolute(path)} is {KINDS[kind]}; {to_do}")
 
 
 def _expanded(text: str) -> str:

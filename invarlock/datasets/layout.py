@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import InputError, UsageError
 from invarlock.models.facts import Task
 
 UNSCORED = -100
@@ -167,7 +167,7 @@ def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])
-    raise UsageError(f"model.id: the tokenizer does not keep the text {probe!r} whole between its special tokens")
+    raise InputError(f"the tokenizer does not keep the text {probe!r} whole between its special tokens")
 
 
 def _special_of(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -178,12 +178,12 @@ def _special_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _mask_of(tokenizer: Tokenizer | None) -> int:
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:
-        raise UsageError("model.id: a masked model is measured with its tokenizer's mask token, and there is none")
+        raise InputError("a masked model is measured with its tokenizer's mask token, and there is none")
     return int(mask)
 
 
 def _start_of(model: nn.Module) -> int:
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
     if start is None:
-        raise UsageError("model.id: its configuration lacks decoder_start_token_id, which the decoder reads first")
+        raise InputError("its configuration lacks decoder_start_token_id, which the decoder reads first")
     return int(start)

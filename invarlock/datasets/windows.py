@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import InputError, UsageError
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
@@ -58,12 +58,12 @@ def make_windows(
     if documents is None:
         text = write_text(model, layout, wanted, seed=dataset.seed)
     elif tokenizer is None:
-        raise UsageError("model.id: it has no tokenizer to read text with; dataset.provider generated needs none")
+        raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
         text = _read_text(documents, dataset, tokenizer, layout, wanted)
     windows = layout.windows(text, seed=dataset.seed)
     if reason := unreadable(windows, model):
-        raise UsageError(f"model.id: its tokenizer does not fit it: {reason}")
+        raise InputError(f"its tokenizer does not fit it: {reason}")
     return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
 

@@ -19,14 +19,14 @@ import torch
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import Checkpoint
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, one_line
+from invarlock.core.errors import InvarlockError, NotStreamedError, UsageError, named_by, one_line
 from invarlock.core.inputs import complaints_of
 from invarlock.core.memory import free_memory
 from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Check, Outcome, size
 from invarlock.pipeline.plans import check, export_of, targets_of
-from invarlock.pipeline.session import Baseline, Session
+from invarlock.pipeline.session import BASELINE, Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
 from invarlock.plugins.plugin import Kind, Origin
@@ -50,7 +50,8 @@ def guards(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
 def space(config: RunConfig) -> Iterator[Check]:
     """Memory and disk, against the size of the model."""
     try:
-        weights = _nbytes(config)
+        with named_by(BASELINE):
+            weights = _nbytes(config)
     except UsageError as error:
         yield Check(Outcome.PROBLEM, "memory", one_line(error), "correct model.id, or the checkpoint")
         return
@@ -170,13 +171,13 @@ def _folder(config: RunConfig) -> Path | None:
 def _nbytes(config: RunConfig) -> int | None:
     """Bytes that the weights take in memory, from the headers of their files; None where these do not tell.
 
-    :raises UsageError: the checkpoint is broken.
+    :raises InputError: the checkpoint is broken.
     """
     path = _folder(config)
     if path is not None and path.suffix == ".gguf" and path.is_file() and find_spec("gguf"):
         import gguf
 
-        with complaints_of(f"model.id: {path}: cannot be read"):
+        with complaints_of(f"{path}: cannot be read"):
             counts = [int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors]
         return sum(counts) * _itemsize(config, torch.float32)
     if path is None or not path.is_dir():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from invarlock.core.errors import UsageError
+from invarlock.core.errors import InputError, UsageError
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.distributed.dtensor import sharding_of
@@ -30,7 +30,7 @@ from invarlock.models.structure import find_blocks, output_head
 
 log = logging.getLogger("invarlock")
 
-UNMEASURED = "model.id: its outputs cannot be measured while it is streamed"
+UNMEASURED = "its outputs cannot be measured while it is streamed"
 
 Result = TypeVar("Result")
 
@@ -212,7 +212,7 @@ class _Head:
     def check(self, instead: Tensor) -> None:
         """Refuse a model that changes the logits of its head: its output in place of them is not the head's input."""
         if len(self.given) != 1 or not torch.equal(instead, self.given[0].to(instead.dtype)):
-            raise UsageError(f"{UNMEASURED}: it changes its head's logits")
+            raise InputError(f"{UNMEASURED}: it changes its head's logits")
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def _head_set_aside(model: nn.Module) -> Iterator[_Head]:
     """Let the model output the input of its linear head in place of logits."""
     module = output_head(model)
     if not isinstance(module, nn.Linear):
-        raise UsageError(f"{UNMEASURED}: it has no linear output head")
+        raise InputError(f"{UNMEASURED}: it has no linear output head")
     # Cloned, because any operation on streamed weights reads them.
     head = _Head(module.weight.clone(), None if module.bias is None else module.bias.clone(), [])
 

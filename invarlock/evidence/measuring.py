@@ -21,7 +21,7 @@ from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.comparison import load, unreadable_windows
-from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.plugins.manager import PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
@@ -72,7 +72,7 @@ def measure_again(
         # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
         del model
         gc.collect()
-        model, _ = load(session, subject, on_disk=streamed)
+        model, _ = load(session, subject, on_disk=streamed, key=SUBJECT)
     if subject is not None:
         again.subject(model, subject)
     for side, given in (("baseline", checkpoints.baseline), ("edited", subject)):

@@ -30,7 +30,7 @@ from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
-from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -103,14 +103,14 @@ def _prepare_baseline(
     return guarding, weights, Gone(watched.digest, watched.streamed)
 
 
-def load(session: Session, model_id: str, *, on_disk: bool) -> tuple[torch.nn.Module, Adapter]:
+def load(session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE) -> tuple[torch.nn.Module, Adapter]:
     """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
     if on_disk:
         try:
-            return session.load(model_id, stream=True)
+            return session.load(model_id, stream=True, key=key)
         except UsageError as error:
             log.info("%s; loading the whole model", one_line(error))
-    return session.load(model_id)
+    return session.load(model_id, key=key)
 
 
 class _Subject:
@@ -129,7 +129,7 @@ class _Subject:
 
     def apply(self, number: int) -> Edited:
         guarding, session = self._guarding, self._session
-        model, adapter = load(session, self._subject, on_disk=guarding.windows is None)
+        model, adapter = load(session, self._subject, on_disk=guarding.windows is None, key=SUBJECT)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
             changes = changed_weights(model, self._before)
@@ -164,7 +164,7 @@ class _Subject:
 
         def read_again() -> None:
             structure.restore()
-            fresh, _ = session.load(subject)
+            fresh, _ = session.load(subject, key=SUBJECT)
             kept = dict(named_tensors(fresh))
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data

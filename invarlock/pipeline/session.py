@@ -13,7 +13,7 @@ import torch
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import PluginError, UsageError
+from invarlock.core.errors import PluginError, UsageError, named_by
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.layout import Windows
@@ -32,6 +32,8 @@ from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
 
+BASELINE, SUBJECT = "model.id", "subject"
+"""The key and the argument that name a checkpoint, for messages."""
 WindowPair = tuple[Windows, Windows]
 """Preview windows, which are the guards', and final ones, which are the metric's."""
 
@@ -75,20 +77,24 @@ class Session:
         documents, self._documents = self.documents(), None
         return documents
 
-    def load(self, model_id: str, *, stream: bool = False, spread: bool = False) -> tuple[torch.nn.Module, Adapter]:
+    def load(
+        self, model_id: str, *, stream: bool = False, spread: bool = False, key: str = BASELINE
+    ) -> tuple[torch.nn.Module, Adapter]:
         """Load a checkpoint as ``model`` of the configuration says.
 
+        :param key: the key or argument that names the checkpoint, for messages.
         :param stream: leave its weights on disk, to be read at each use.
         :param spread: spread its weights over the processes, if there are several and ``model.parallel`` says so.
         :raises UsageError: also when weights are offloaded: they could be neither edited nor judged in memory.
         """
         section = self.config.model
-        self._take_note_of(Path(model_id))
+        with named_by(key):
+            self._take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
         if spread and self.ranks.size > 1 and section.parallel != "windows":
             options["parallel"] = section.parallel
-        with self.clock.stage("load"):
+        with self.clock.stage("load"), named_by(key):
             model, adapter = self.plugins.load_model(section.adapter, model_id, section.device, options)
         if not isinstance(model, torch.nn.Module):
             found = type(model).__name__
@@ -131,6 +137,7 @@ class Baseline:
     :raises UsageError: the tokenizer is needed, and cannot be loaded.
     """
 
+    @named_by(BASELINE)
     def __init__(
         self,
         session: Session,
@@ -171,6 +178,7 @@ class Baseline:
             return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
         return [*watched.undo(), *of_tokenizer]
 
+    @named_by(BASELINE)
     def make_windows(self, model: torch.nn.Module) -> WindowPair:
         """Windows of text, or of what the model writes.
 
@@ -186,6 +194,7 @@ class Baseline:
         """True in a process that runs the preview windows: the first one, or all where the model is spread."""
         return self.session.ranks.is_first or self.sharding is not None
 
+    @named_by(BASELINE)
     def run_pass(
         self,
         model: torch.nn.Module,
@@ -222,6 +231,7 @@ class Baseline:
             parts = ranks.gather(dataclasses.replace(measured, record=None))
         return PassResult.joined(parts[:1] if whole else parts), measured.record
 
+    @named_by(BASELINE)
     def run_alone(self, model: torch.nn.Module, windows: WindowPair) -> None:
         """Run one window, with nobody looking on."""
         preview, final = windows

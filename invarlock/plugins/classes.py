@@ -105,7 +105,7 @@ class ModelAdapter(ABC):
         )
         with (
             panics_unprinted(),
-            complaints_of(f"model.id: {model_id}: no tokenizer could be loaded from there; {remedy}"),
+            complaints_of(f"{model_id}: no tokenizer could be loaded from there; {remedy}"),
         ):
             tokenizer = AutoTokenizer.from_pretrained(model_id, **{"trust_remote_code": False, **kwargs})
             # Where there are no files, some classes of transformers are made without a vocabulary.

@@ -15,7 +15,16 @@ from typing import Any
 import pluggy
 
 from invarlock import hookspecs
-from invarlock.core.errors import InvarlockError, PluginError, UsageError, contained, located, one_line, unknown
+from invarlock.core.errors import (
+    InputError,
+    InvarlockError,
+    PluginError,
+    UsageError,
+    contained,
+    located,
+    one_line,
+    unknown,
+)
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.distributed.process_group import PeerError
@@ -221,9 +230,9 @@ class PluginManager:
                 try:
                     model = self._loaded_by(plugin, model_id, device, options)
                 except OSError as error:
-                    raise UsageError(f"adapter {adapter}: model.id: {error}") from error
+                    raise InputError(f"adapter {adapter}: {error}") from error
             if model is None:
-                raise UsageError(f"adapter {adapter}: model.id: it does not load {model_id}; try model.adapter: auto")
+                raise InputError(f"adapter {adapter} does not load {model_id}; try model.adapter: auto")
             return model, Adapter(plugin, self._ask_adapter)
         return self._ask_every_adapter(model_id, device, options)
 
@@ -247,7 +256,7 @@ class PluginManager:
                     if model is not None:
                         return model, Adapter(plugin, self._ask_adapter)
                 reasons.append(f"{plugin.name} does not own it")
-        raise UsageError(f"model.id: no adapter loads {model_id} ({'; '.join(reasons)})")
+        raise InputError(f"no adapter loads {model_id} ({'; '.join(reasons)})")
 
     def _loaded_by(self, plugin: Plugin, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         # A copy: what one adapter changes of the options is nothing that the next one may see.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from invarlock.api import UsageError
+from invarlock.api import InputError
 
 if TYPE_CHECKING:
     from invarlock.api import Checkpoint
@@ -35,7 +35,7 @@ BUFFERS = 2**28
 def check_counts(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Check the counts in a configuration.
 
-    :raises UsageError: ``config.json`` counts more modules than the stored tensors allow.
+    :raises InputError: ``config.json`` counts more modules than the stored tensors allow.
     """
     most = max(FEW, len(checkpoint))
     for key, value in _numbers(config):
@@ -48,7 +48,7 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
 
     :param config: the configuration as transformers has it.
     :param make: builds the model.
-    :raises UsageError: it is larger than the tensors allow, or has no language-model head.
+    :raises InputError: it is larger than the tensors allow, or has no language-model head.
     """
     import torch
 
@@ -61,8 +61,8 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
         warnings.simplefilter("ignore")
         model = make()
     if output_head(model) is None:
-        raise UsageError(
-            f"model.id: {checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
             "language-model head, so its predictions cannot be measured; name a class that has one, as LlamaForCausalLM"
         )
     empty = next((name for name, weight in model.named_parameters() if weight.numel() == 0), None)
@@ -108,5 +108,5 @@ def _at_most_modules(checkpoint: Checkpoint) -> Iterator[None]:
         handle.remove()
 
 
-def _disagrees(checkpoint: Checkpoint, why: str) -> UsageError:
-    return UsageError(f"model.id: {checkpoint.folder}: config.json does not fit the weights: {why}")
+def _disagrees(checkpoint: Checkpoint, why: str) -> InputError:
+    return InputError(f"{checkpoint.folder}: config.json does not fit the weights: {why}")

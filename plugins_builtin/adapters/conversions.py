@@ -51,7 +51,7 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> list[Part]:
     """Parameters and buffers of a model, each with the tensors of a checkpoint that it is made of.
 
     :param model: with empty weights.
-    :raises UsageError: a conversion does not fit the checkpoint, or cannot be undone.
+    :raises InputError: a conversion does not fit the checkpoint, or cannot be undone.
     """
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -88,7 +88,7 @@ def _converted(
         entry = checkpoint.entries[tensor]
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
-    refusal = f"model.id: {checkpoint.folder}: cannot be streamed, {name} cannot be made of {stored[0]}"
+    refusal = f"{checkpoint.folder}: cannot be streamed, {name} cannot be made of {stored[0]}"
     try:
         made = part.load(empty)
         part = Converted(tuple(made), stored, conversion, patterns, renamed, model)

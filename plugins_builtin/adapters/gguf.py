@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.api import (
+    InputError,
     ModelAdapter,
     NotStreamedError,
-    UsageError,
     check_file,
     complaints_of,
     hookimpl,
@@ -33,15 +33,15 @@ class HF_GGUF_Adapter(ModelAdapter):
         """Load a model.
 
         :param kwargs: ``dtype``; auto is float32, since the file need not hold an unquantized type.
-        :raises UsageError: the file does not exist or cannot be read.
+        :raises InputError: the file does not exist or cannot be read.
         """
         from transformers import AutoModelForCausalLM
 
         path = Path(model_id)
         check_file(path)
         if kwargs.get("stream"):
-            raise NotStreamedError(f"model.id: {model_id}: a GGUF file cannot be streamed")
-        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
+            raise NotStreamedError(f"{model_id}: a GGUF file cannot be streamed")
+        with complaints_of(f"{model_id}: cannot be loaded"):
             _check_stated(path)
             dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
             # What lies beside the file may name code.
@@ -58,7 +58,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoTokenizer
 
         path, trust = Path(model_id), bool(kwargs.get("trust_remote_code"))
-        with panics_unprinted(), complaints_of(f"model.id: {model_id}: no usable tokenizer in the file"):
+        with panics_unprinted(), complaints_of(f"{model_id}: no usable tokenizer in the file"):
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust)
 
     @hookimpl
@@ -74,6 +74,6 @@ def _check_stated(path: Path) -> None:
     layers = {found[0] for tensor in reader.tensors if (found := LAYER.search(tensor.name))}
     for name, stated in reader.fields.items():
         if name.endswith(SIZES) and not stated.contents():
-            raise UsageError(f"model.id: {path}: {name} is 0")
+            raise InputError(f"{path}: {name} is 0")
         if name.endswith(".block_count") and not 0 < stated.contents() <= len(layers):
-            raise UsageError(f"model.id: {path}: {name} is {stated.contents()}, but {len(layers)} layers are stored")
+            raise InputError(f"{path}: {name} is {stated.contents()}, but {len(layers)} layers are stored")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import (
+    InputError,
     ModelAdapter,
     NotStreamedError,
     Ranks,
@@ -49,7 +50,7 @@ class _TransformersAdapter(ModelAdapter):
         """
         options = {"trust_remote_code": False, **kwargs}
         streamed, wanted = options.pop("stream", False), options.pop("parallel", None)
-        with complaints_of(f"model.id: {model_id}: cannot be loaded"):
+        with complaints_of(f"{model_id}: cannot be loaded"):
             import transformers
 
             loader = getattr(transformers, self.auto_class_for(model_id, options))
@@ -117,9 +118,7 @@ class HF_Auto_Adapter(_TransformersAdapter):
         for name in names:
             if hasattr(transformers, name):
                 return name
-        raise UsageError(
-            f"model.id: {model_id}: config.json names no known class of transformers (architectures: {names})"
-        )
+        raise InputError(f"{model_id}: config.json names no known class of transformers (architectures: {names})")
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
         # Whatever is there and nobody else's, so that the reason why it cannot be loaded is found.
@@ -169,11 +168,11 @@ def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
         return ""
     method = str(packing.get("quant_method")) if isinstance(packing, dict) else str(packing)
     if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        raise UsageError(f"model.id: {model_id}: config.json: quantization_config: unknown method {method!r}")
+        raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")
     missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
     if missing:
-        raise UsageError(
-            f"model.id: {model_id}: its weights are packed by {method}; to unpack them: pip install {' '.join(missing)}"
+        raise InputError(
+            f"{model_id}: its weights are packed by {method}; to unpack them: pip install {' '.join(missing)}"
         )
     return method
 
@@ -198,12 +197,12 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     model, loading = loader.from_pretrained(model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     shown = Path(model_id, options.get("gguf_file", ""))
     for name, stored, described in sorted(loading.get("mismatched_keys", [])):
-        raise UsageError(
-            f"model.id: {shown}: {name} has shape {tuple(stored)}, but the configuration describes {tuple(described)}"
+        raise InputError(
+            f"{shown}: {name} has shape {tuple(stored)}, but the configuration describes {tuple(described)}"
         )
     unloaded = sorted(loading["missing_keys"])
     if unloaded:
-        raise UsageError(f"model.id: {shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
+        raise InputError(f"{shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
     model = _unpacked(model, model_id).eval()
     if hasattr(model, "set_reshard_after_forward"):
         # By default the outermost weights stay gathered, and the model would not be what it was.
@@ -272,7 +271,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
 
     folder = checkpoint.folder
     if read_config(str(folder), options).get("quantization_config"):
-        raise NotStreamedError(f"model.id: {folder}: cannot be streamed, its weights are packed")
+        raise NotStreamedError(f"{folder}: cannot be streamed, its weights are packed")
     config = _config_of(str(folder), options)
     wanted = options.get("dtype", "auto")
     dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
@@ -283,7 +282,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
     kept |= (getattr(model, "_keep_in_fp32_modules", None) or set()) if dtype == torch.float16 else set()
     if kept and dtype != torch.float32:
-        raise NotStreamedError(f"model.id: {folder}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
+        raise NotStreamedError(f"{folder}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
     attach(model, checkpoint, parts_of(model, checkpoint), device=_resolve(device))
     if getattr(model, "generation_config", None) and (folder / "generation_config.json").is_file():
@@ -303,9 +302,7 @@ def _unpacked(model: Any, model_id: str) -> Any:
         try:
             model = model.dequantize()
         except (NotImplementedError, AttributeError, RuntimeError) as error:
-            raise UsageError(
-                f"model.id: {model_id}: weights packed by {method} cannot be unpacked: {one_line(error)}"
-            ) from error
+            raise InputError(f"{model_id}: weights packed by {method} cannot be unpacked: {one_line(error)}") from error
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Torchao's codes call themselves floating-point weights.

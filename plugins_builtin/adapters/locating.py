@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from invarlock.api import READ, UsageError, absolute, is_hub_id, one_line, read_json
+from invarlock.api import READ, InputError, absolute, is_hub_id, one_line, read_json
 
 
 def folder_of(model_id: str, options: Mapping[str, Any]) -> Path:
     """The folder of a checkpoint; of an id on a hub, the one in the cache, fetched first where the network is on.
 
-    :raises UsageError: when there is none to be had.
+    :raises InputError: when there is none to be had.
     """
     if Path(model_id).exists():
         return Path(model_id)
@@ -35,18 +35,18 @@ def is_here(model_id: str) -> bool:
 def architectures(model_id: str, options: Mapping[str, Any]) -> list[str]:
     """Names of the model classes in ``config.json``.
 
-    :raises UsageError: ``config.json`` is broken.
+    :raises InputError: ``config.json`` is broken.
     """
     names = read_config(model_id, options).get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"model.id: {model_id}: config.json: architectures: expected a list of names, found {names!r}")
+        raise InputError(f"{model_id}: config.json: architectures: expected a list of names, found {names!r}")
     return names
 
 
 def read_config(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's ``config.json``; empty for a GGUF file, which has none.
 
-    :raises UsageError: when there is none to be had.
+    :raises InputError: when there is none to be had.
     """
     path = Path(model_id) / "config.json"
     if model_id.endswith(".gguf"):
@@ -68,7 +68,7 @@ def _cached_config(model_id: str, options: Mapping[str, Any]) -> Path:
 @contextmanager
 def _sought_on_hub(model_id: str) -> Iterator[None]:
     if not is_hub_id(model_id):
-        raise UsageError(f"model.id: {absolute(model_id)} does not exist; give a checkpoint folder or an id on a hub")
+        raise InputError(f"{absolute(model_id)} does not exist; give a checkpoint folder or an id on a hub")
     try:
         yield
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def _sought_on_hub(model_id: str) -> Iterator[None]:
         if not _offline():
             todo = f"the hub does not have it either: {one_line(error)}"
         where = f"neither a local directory ({absolute(model_id)}) nor a cached checkpoint"
-        raise UsageError(f"model.id: {model_id} is {where}; {todo}") from error
+        raise InputError(f"{model_id} is {where}; {todo}") from error
 
 
 def _offline() -> bool:

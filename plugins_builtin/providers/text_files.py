@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from invarlock.api import UsageError, nearest, one_line, regular_file
+from invarlock.api import UsageError, named_by, nearest, one_line, regular_file
 
 
 def path_of(dataset: Any) -> Path:
@@ -19,7 +19,8 @@ def path_of(dataset: Any) -> Path:
 
 def read(path: Path) -> str:
     """:raises UsageError: it cannot be read, or is not UTF-8 text."""
-    regular_file(path, "dataset.path", "give the path of a file")
+    with named_by("dataset.path"):
+        regular_file(path, "give the path of a file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
