@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from invarlock.core.errors import one_line as one_line
     from invarlock.core.inputs import complaints_of as complaints_of
     from invarlock.core.inputs import panics_unprinted as panics_unprinted
+    from invarlock.core.memory import free_memory as free_memory
     from invarlock.core.paths import absolute as absolute
     from invarlock.core.paths import is_hub_id as is_hub_id
     from invarlock.core.paths import regular_file as regular_file
@@ -56,6 +57,7 @@ _HOMES = {
     "invarlock.checkpoints.streaming": ("Part", "attach"),
     "invarlock.core.errors": ("InputError", "NotStreamedError", "UsageError", "named_by", "nearest", "one_line"),
     "invarlock.core.inputs": ("complaints_of", "panics_unprinted"),
+    "invarlock.core.memory": ("free_memory",),
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),
     "invarlock.core.results": ("Action",),

@@ -30,7 +30,8 @@ LAYERS = {
     "exporters": {"core", "models", "quantization", "checkpoints"},
     # The report holds the results as they are.
     "reporting": {"core", "evaluation"},
-    "plugins": {"core", "distributed", "models", "hookspecs"},
+    # An adapter's snapshot is the files that a model came from.
+    "plugins": {"core", "distributed", "models", "hookspecs", "checkpoints"},
     # A new package is written to the side and renamed, as checkpoints are.
     "scaffold": {"core", "plugins", "checkpoints"},
 }

@@ -387,5 +387,5 @@ def test_batches_are_halved_until_they_fit(
 
 
 def test_a_device_without_memory_for_a_window_is_bad_input(model: nn.Module, windows: tuple[Windows, Windows]) -> None:
-    with pytest.raises(UsageError, match=r"^model\.device: cpu has no memory for 1 windows of 24 tokens"):
+    with pytest.raises(UsageError, match=r"^model\.device: cpu has no memory for a batch of 1 x 24 tokens"):
         measure(Small(model, most=0), *windows, task="causal")

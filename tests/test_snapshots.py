@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from invarlock.core.errors import InputError
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.models.snapshot import Snapshot
+from invarlock.plugins.classes import ModelAdapter
 from invarlock.testing import architectures
 
+
+class Adapter(ModelAdapter):
+    """Keeps and restores as every adapter does that does not say otherwise."""
+
+    def load_model(self, model_id, device="auto", **kwargs) -> None:
+        """Load nothing."""
+
+
+ADAPTER = Adapter()
 BUILDERS = architectures.ARCHITECTURES.values()
 
 
@@ -125,6 +136,26 @@ def test_a_snapshot_without_memory_for_it_is_on_disk(build, tmp_path: Path, monk
     assert torch.equal(weights[name], weight)
     del weights
     assert not folder.exists()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_the_files_that_a_model_came_from_are_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architectures.gpt2().save_pretrained(tmp_path / "checkpoint")
+    model = type(architectures.gpt2()).from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(-0.0)
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
+    before, snapshot = Fingerprint.of(model), ADAPTER.snapshot(model)
+    copies = [path.stat().st_size for path in (tmp_path / "copies").rglob("*.safetensors")]
+    assert len(copies) == 1, "one tensor is not what the file holds: -0.0"
+    set_to_nan(model)
+    flip_one_bit(model)
+    ADAPTER.restore(model, snapshot)
+    assert Fingerprint.of(model) == before
+    (tmp_path / "checkpoint" / "model.safetensors").touch()
+    with pytest.raises(InputError, match="changed while it was read"):
+        ADAPTER.restore(model, snapshot)
 
 
 def test_a_copy_that_somebody_changes_is_no_longer_the_snapshot_s() -> None:

@@ -465,9 +465,7 @@ def test_what_a_model_or_tokenizer_lacks_is_said(gpt2_tokenizer: Any, t5_tokeniz
     startless = t5(decoder_start_token_id=None)
     assert "decoder_start_token_id" in refused(Data(), t5_tokenizer, model=startless, task="seq2seq")
     small = refused(Data(), gpt2_tokenizer, model=llama(vocab_size=100))
-    assert re.match(
-        r"its tokenizer does not fit it: .* token \d+, and the model knows only 100 tokens", small
-    )
+    assert re.match(r"its tokenizer does not fit it: .* token \d+, and the model knows only 100 tokens", small)
 
 
 def test_a_tokenizer_without_recognizable_special_tokens_is_said(gpt2_tokenizer: Any) -> None:

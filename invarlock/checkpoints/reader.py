@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from invarlock.checkpoints.soundness import INDEX, SINGLE, read_json
 from invarlock.core.errors import InputError, one_line
@@ -98,6 +98,17 @@ class Checkpoint(Mapping[str, Tensor]):
             raise _broken(self.folder, f"{file} disappeared while it was read") from error
         if now != self._identities[file]:
             raise _broken(self.folder, f"{file} changed while it was read")
+
+
+def files_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """Tensors in the folder that transformers says it loaded a model from; none where that is no sound checkpoint."""
+    folder = getattr(model, "name_or_path", None)
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        return {}
+    try:
+        return Checkpoint(Path(folder))
+    except InputError:
+        return {}
 
 
 def _opened(path: Path) -> Any:

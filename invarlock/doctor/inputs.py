@@ -25,6 +25,7 @@ from invarlock.core.memory import free_memory
 from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Check, Outcome, size
+from invarlock.models.snapshot import has_room
 from invarlock.pipeline.plans import check, export_of, targets_of
 from invarlock.pipeline.session import BASELINE, Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
@@ -59,7 +60,10 @@ def space(config: RunConfig) -> Iterator[Check]:
         yield Check(Outcome.NOT_CHECKED, "memory", f"the size of {config.model.id} is not known without loading it")
         return
     yield _memory(config, weights)
-    yield _disk(Path(tempfile.gettempdir()), weights, "the snapshot", "set TMPDIR to a larger disk, or run --stream")
+    # The weights are in memory as well by then.
+    if not has_room(weights + weights // 2):
+        todo = "set TMPDIR to a larger disk, or run --stream"
+        yield _disk(Path(tempfile.gettempdir()), weights, "the snapshot", todo)
     output = Path(config.output.dir or "runs").absolute()
     saved = weights if config.output.save_model else 0
     yield _disk(output, saved + 2**24, "the output", "choose another output.dir")

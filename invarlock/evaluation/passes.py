@@ -162,7 +162,7 @@ class _Batches:
         device = device_of(self.model)
         if len(batch) == 1 or sharding_of(self.model):
             raise UsageError(
-                f"model.device: {device} has no memory for {len(batch)} windows of {batch.length} tokens besides the "
+                f"model.device: {device} has no memory for a batch of {len(batch)} x {batch.length} tokens besides the "
                 "model; lower dataset.seq_len, or choose another device"
             ) from error
         self.largest = len(batch) // 2

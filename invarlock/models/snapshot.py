@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,22 +21,28 @@ from invarlock.models.fingerprint import named_tensors
 class Snapshot:
     """Copies of a model's tensors, and references to its structure.
 
-    Copies are in memory where that has room for them twice over, else in a temporary folder, one safetensors file
-    each; ``TMPDIR`` says where, and the folder goes with the object. Structure (which module and parameter hangs where,
-    and so what is tied) is kept by reference: it costs nothing, and parts that were swapped out come back too. Of a
-    model that is spread over processes each keeps its own part.
+    Copies are in memory where that has room for them twice over. Elsewhere the files that the model came from stand
+    for the tensors that they hold bit for bit, and the others are copied to a temporary folder, one file each;
+    ``TMPDIR`` says where, and the folder goes with the object. Structure (which module and parameter hangs where, and
+    so what is tied) is kept by reference: it costs nothing, and parts that were swapped out come back too. Of a model
+    that is spread over processes each keeps its own part.
+
+    :param stored: the tensors of the checkpoint by name, each read at its use.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> None:
         self._structure = Structure(model)
         tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+        names: dict[int, list[str]] = {}
+        for name, tensor in named_tensors(model):
+            names.setdefault(id(tensor), []).append(name)
         places = {identity: place for place, identity in enumerate(tensors)}
         self._places = {name: places[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
         self._tensors = list(tensors.values())
         needed = sum(local(tensor).nbytes for tensor in self._tensors)
-        self._copies: _InMemory | _OnDisk = _InMemory() if 2 * needed <= free_memory() else _OnDisk()
+        self._copies: _InMemory | _OnDisk = _InMemory() if has_room(needed) else _OnDisk(stored)
         for tensor in self._each():
-            self._copies.keep(local(tensor.detach()))
+            self._copies.keep(names[id(tensor)], local(tensor.detach()))
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -63,13 +68,18 @@ class Snapshot:
         return counted(self._tensors, lambda tensor: tensor.nbytes)
 
 
+def has_room(needed: int) -> bool:
+    """True if memory can hold so many bytes twice over: the copies, and as much again for the run."""
+    return 2 * needed <= free_memory()
+
+
 class _InMemory:
     """Tensors kept on the host."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
 
-    def keep(self, tensor: Tensor) -> None:
+    def keep(self, names: Sequence[str], tensor: Tensor) -> None:
         self._kept.append(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor))
 
     def read(self, place: int) -> Tensor:
@@ -78,19 +88,37 @@ class _InMemory:
 
 
 class _OnDisk:
-    """Tensors kept in a folder, which is removed with this object."""
+    """Tensors in the checkpoint that they came from, or kept in a folder, which is removed with this object.
 
-    def __init__(self) -> None:
-        self._folder, self._count = TemporaryFolder(), count()
+    A checkpoint refuses a file that has changed, and whoever restores a model compares its fingerprint afterwards.
+    """
 
-    def keep(self, tensor: Tensor) -> None:
-        save_file({"tensor": tensor.cpu().contiguous()}, self._file(next(self._count)))
+    def __init__(self, stored: Mapping[str, Tensor] | None) -> None:
+        self._folder, self._stored = TemporaryFolder(), stored or {}
+        self._names: list[str | None] = []
+        """Of the tensors in the checkpoint; None for a copy."""
+
+    def keep(self, names: Sequence[str], tensor: Tensor) -> None:
+        tensor = tensor.cpu()
+        held = (name for name in names if name in self._stored and _same_bits(self._stored[name], tensor))
+        self._names.append(next(held, None))
+        if self._names[-1] is None:
+            save_file({"tensor": tensor.contiguous()}, self._file(len(self._names) - 1))
 
     def read(self, place: int) -> Tensor:
-        return load_file(self._file(place))["tensor"]
+        name = self._names[place]
+        # A clone, because pages of the checkpoint must not be written to.
+        return load_file(self._file(place))["tensor"] if name is None else self._stored[name].clone()
 
     def _file(self, place: int) -> Path:
         return self._folder.path / f"{place}.safetensors"
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    # NaN is not equal to itself, and -0.0 is to 0.0.
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
 class Structure:

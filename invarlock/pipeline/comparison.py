@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from invarlock.checkpoints.output_folder import OutputFolder
+from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
@@ -95,7 +96,7 @@ def _prepare_baseline(
         weights, watched = streaming.unedited(), WatchingStreamed.of(model, streaming)
     else:
         with session.clock.stage("snapshot"):
-            snapshot = Snapshot(model)
+            snapshot = Snapshot(model, files_of(model))
         weights = snapshot.parameters()
         watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
     guarding = Guarding(session, baseline, windows, slots, strict)

@@ -131,10 +131,11 @@ class ModelAdapter(ABC):
         }
 
     def snapshot(self, model: Any) -> Any:
-        """Keep what is needed to bring ``model`` back bit for bit: by default its tensors in a temporary folder."""
+        """Keep what is needed to bring ``model`` back bit for bit: by default its tensors, in memory or on disk."""
+        from invarlock.checkpoints.reader import files_of
         from invarlock.models.snapshot import Snapshot
 
-        return Snapshot(model)
+        return Snapshot(model, files_of(model))
 
     def restore(self, model: Any, snapshot: Any) -> None:
         """Bring ``model`` back to what it was when ``snapshot`` was taken."""

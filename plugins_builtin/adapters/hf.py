@@ -237,14 +237,15 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
 
 def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
     """True if a checkpoint fits on a device with room for activations; ``sharing`` processes share the memory."""
-    import psutil
     import torch
+
+    from invarlock.api import free_memory
 
     stored = sum(path.stat().st_size for path in Path(model_id).glob("*.safetensors"))
     if options.get("dtype") == "float32" and read_config(model_id, options).get("dtype") in ("bfloat16", "float16"):
         stored *= 2
     on_device = device.startswith("cuda")
-    free = torch.cuda.mem_get_info(device)[0] if on_device else psutil.virtual_memory().available // sharing
+    free = torch.cuda.mem_get_info(device)[0] if on_device else free_memory() // sharing
     return bool(stored * MARGIN < free)
 
 
