@@ -64,6 +64,10 @@ class PluginError(InvarlockError):
     """A plugin failed; the message begins with its name."""
 
 
+class PeerError(PluginError):
+    """Another process of the run failed."""
+
+
 class EscapedError(InvarlockError):
     """A ``SystemExit``, a ``GeneratorExit`` or the like out of code that is not ours, as an error like any other."""
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 
-HARMFUL = re.compile(
+HARMFUL = (
     r"[^\t\n\x20-\x7e\xa0-\u061b\u061d-\u200d\u2010-\u2027\u202f-\u2065"
     r"\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 )
 """Control characters (a terminal would obey them, XML cannot hold them), surrogates (UTF-8 has none), separators of
-lines, and marks that turn the direction of all the text that follows."""
+lines, and marks that turn the direction of all the text that follows. A pattern that is compiled at its first use."""
 
-_MARKS = re.compile(r"[\\`*_\[\]<>|~&$#]|^[-+=]|^\d+(?=[.)](?: |$))")
+_MARKS = r"[\\`*_\[\]<>|~&$#]|^[-+=]|^\d+(?=[.)](?: |$))"
 
 
 def cleaned(text: str) -> str:
     """Text in which nothing steers whatever shows it."""
-    return HARMFUL.sub("\ufffd", text.replace("\r\n", "\n"))
+    return re.sub(HARMFUL, "\ufffd", text.replace("\r\n", "\n"))
 
 
 def on_one_line(text: str) -> str:
@@ -26,7 +26,7 @@ def on_one_line(text: str) -> str:
 
 def markdown(value: object) -> str:
     """A value on one line that Markdown shows as it is; nobody is notified by it."""
-    text = _MARKS.sub(_escaped, on_one_line(str(value)))
+    text = re.sub(_MARKS, _escaped, on_one_line(str(value)))
     return text.replace("@", "@<!-- -->").replace("://", ":<!-- -->//")
 
 

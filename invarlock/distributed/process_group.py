@@ -18,7 +18,7 @@ from functools import cache
 from itertools import accumulate, count
 from typing import Any, TypeVar
 
-from invarlock.core.errors import PluginError, UsageError, one_line
+from invarlock.core.errors import PeerError, PluginError, UsageError, one_line
 from invarlock.core.progress import Shown, showing, shown_now
 from invarlock.distributed.launchers import local_rank, rendezvous_address, started_by
 
@@ -29,10 +29,6 @@ RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 """Longest wait in an exchange: other processes may work for hours. A process that dies is noticed at once, if its
 machine still closes its connections."""
-
-
-class PeerError(PluginError):
-    """Another process of the run failed."""
 
 
 @contextmanager

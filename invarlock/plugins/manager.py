@@ -18,6 +18,7 @@ from invarlock import hookspecs
 from invarlock.core.errors import (
     InputError,
     InvarlockError,
+    PeerError,
     PluginError,
     UsageError,
     contained,
@@ -27,7 +28,6 @@ from invarlock.core.errors import (
 )
 from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
-from invarlock.distributed.process_group import PeerError
 from invarlock.plugins.adapter import Adapter, DefaultAdapter
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.checking import hook_marks

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -119,7 +120,7 @@ def to_json(report: Mapping[str, Any]) -> str:
     values, _ = Reader.strict("report", report, OWN)
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     # They stand inside of texts alone; printed as they are, a terminal would obey them.
-    return HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return re.sub(HARMFUL, lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def json_schema() -> dict[str, Any]:
