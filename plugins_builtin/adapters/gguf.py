@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class HF_GGUF_Adapter(ModelAdapter):
         check_file(path)
         if kwargs.get("stream"):
             raise NotStreamedError(f"{model_id}: a GGUF file cannot be streamed")
-        with complaints_of(f"{model_id}: cannot be loaded"):
+        with complaints_of(f"{model_id}: cannot be loaded"), _parsed_once():
             _check_stated(path)
             dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
             # What lies beside the file may name code.
@@ -58,12 +60,40 @@ class HF_GGUF_Adapter(ModelAdapter):
         from transformers import AutoTokenizer
 
         path, trust = Path(model_id), bool(kwargs.get("trust_remote_code"))
-        with panics_unprinted(), complaints_of(f"{model_id}: no usable tokenizer in the file"):
+        with panics_unprinted(), complaints_of(f"{model_id}: no usable tokenizer in the file"), _parsed_once():
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust)
 
     @hookimpl
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         return super().invarlock_load_model(model_id, device, options) if model_id.endswith(".gguf") else None
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let all steps of transformers in the block share what they parse: each asks ``gguf`` for it anew.
+
+    Metadata of 50,000 tokens takes seconds to parse, and the table of names is asked for once a module.
+    """
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """A reader of plain arrays: slices of ``numpy.memmap`` take several times as long."""
+
+        @property
+        def data(self) -> Any:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._bytes = mapped.view(np.ndarray)
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(kept["get_tensor_name_map"])
+    try:
+        yield
+    finally:
+        vars(gguf).update(kept)
 
 
 def _check_stated(path: Path) -> None:
