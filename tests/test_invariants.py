@@ -72,7 +72,7 @@ def test_shapes_names_and_types() -> None:
     buffer = judge(architectures.llama(), lambda model: model.model.rotary_emb.inv_freq.fill_(float("nan")))
     assert (buffer["action"], "inv_freq" in buffer["message"]) == ("abort", True)
     retyped = judge(architectures.llama(), lambda model: model.lm_head.to(torch.bfloat16))
-    assert (retyped["passed"], retyped["action"]) == (True, "warn")
+    assert (retyped["passed"], retyped["action"]) == (True, "continue")
 
 
 def test_every_finding_names_its_module_in_the_order_of_the_findings() -> None:
@@ -102,8 +102,16 @@ def test_ties() -> None:
     def tie(model):
         model.lm_head.weight = model.model.embed_tokens.weight
 
-    assert judge(architectures.gpt2(), copy)["action"] == "warn"
+    def own(model):
+        differ(model)
+        model.config.tie_word_embeddings = False
+
+    measured = {"edited": {"kind": "perplexity", "value": 1.0}}
+    assert judge(architectures.gpt2(), copy)["action"] == "continue", "the same model"
     assert judge(architectures.gpt2(), differ)["action"] == "rollback"
+    assert judge(architectures.gpt2(), differ, measured)["action"] == "rollback", "loaders will tie it"
+    assert judge(architectures.gpt2(), own)["action"] == "rollback"
+    assert judge(architectures.gpt2(), own, measured)["action"] == "continue", "outputs decide"
     assert judge(architectures.llama(), tie)["action"] == "rollback"
 
 
@@ -123,9 +131,9 @@ def test_an_expert_is_looked_into() -> None:
     assert (result["action"], "experts.down_proj" in result["message"]) == ("warn", True)
 
 
-def test_a_changed_field_of_the_configuration_warns() -> None:
-    result = judge(architectures.llama(), lambda model: setattr(model.config, "rms_norm_eps", 0.5))
-    assert (result["action"], "rms_norm_eps" in result["message"]) == ("warn", True)
+def test_a_vector_that_became_zero_is_named() -> None:
+    result = judge(nn.ModuleList([nn.Linear(3, 3)]), lambda model: model[0].bias.zero_())
+    assert (result["action"], result["message"]) == ("warn", "all zero: 0.bias")
 
 
 def test_what_the_baseline_already_had_is_not_the_edits() -> None:

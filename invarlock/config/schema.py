@@ -92,6 +92,7 @@ class EditConfig(_Section):
 class GuardsConfig(_Section):
     order: Annotated[tuple[str, ...], "Guards to run, in this order; a name listed twice runs twice."] = (
         "invariants",
+        "serving",
         "reconstruction",
         "spectral",
         "variance",

@@ -32,6 +32,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
 from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -145,6 +146,7 @@ class _Subject:
             changes,
             self._before,
             findings,
+            tokenizer=LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live,
             unreadable=reason is not None,
         )
 

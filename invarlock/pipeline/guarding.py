@@ -39,6 +39,8 @@ log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
 
+SHARED = ("baseline_weights", "tokenizers")
+"""Entries of a guard's context that would take long to copy; a baseline's tokenizer that was changed is undone."""
 NO_OUTPUTS = MetricsSection(None, None, None)
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -153,7 +155,7 @@ class Guarding:
         """Ask one guard; a tap of its own that failed is its error, whatever it says, and so is a changed model."""
         slot, baseline = self.slots[place], self._observed[place]
         # Copies, but for the weights on disk: what one guard changes of them is nothing that the next one may see.
-        own = {name: value if name == "baseline_weights" else copy.deepcopy(value) for name, value in context.items()}
+        own = {name: value if name in SHARED else copy.deepcopy(value) for name, value in context.items()}
         own["observations"] = {"baseline": baseline.results(), "edited": edited.results()}
         with settings_kept(), self.session.clock.guard(place, slot.name):
             result = self.session.plugins.validate(slot, model, self.baseline.adapter, own)
@@ -188,6 +190,7 @@ class Guarding:
             "device": str(next(edited.model.parameters()).device),
             "rank": self.session.ranks.rank,
             "vocabulary": len(tokenizer) if tokenizer is not None else None,
+            "tokenizers": {"baseline": tokenizer, "edited": edited.tokenizer or tokenizer},
             "baseline_weights": edited.baseline_weights,
         }
 

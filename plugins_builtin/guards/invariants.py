@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,6 @@ from plugins_builtin.guards.figures import first_few
 
 if TYPE_CHECKING:
     import torch
-
-# Fields that a round trip through a file rewrites without any meaning for the model.
-BOOKKEEPING = frozenset(
-    {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,8 @@ class _State:
     ties: frozenset[frozenset[str]]
     norms: frozenset[str]
     embedding_rows: int | None
-    config: dict[str, Any]
+    flagged_tied: bool
+    """True if the configuration says that the head is the embedding."""
 
     @property
     def tensors(self) -> dict[str, _Tensor]:
@@ -82,7 +77,7 @@ class _State:
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
             norms=frozenset(name for name, module in model.named_modules() if _is_norm(module)),
             embedding_rows=_embedding_rows(model),
-            config=_config_of(model),
+            flagged_tied=bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False)),
         )
 
 
@@ -91,9 +86,10 @@ class InvariantsGuard(Guard):
 
     - Abort: names, shapes or norm layers that are missing, new or different; NaN or Inf that the baseline has not;
       fewer embedding rows than the vocabulary has entries.
-    - Rollback: a norm's weight that has become all zero; tied weights that now differ, untied ones that are now tied.
-    - Warn: a tie that has become an exact copy; rows or columns that have become constant or all zero; a data type, or
-      a field of the model's configuration, that has changed. Each may be harmless, and the outputs tell.
+    - Rollback: a norm's weight that has become all zero; untied weights that are now tied; tied ones that now differ,
+      unless outputs were measured and the configuration says that the head is one of its own.
+    - Warn: another tensor that has become all zero; rows or columns that have become constant or all zero. Each may be
+      harmless, and the outputs tell.
     """
 
     name = "invariants"
@@ -128,21 +124,22 @@ class InvariantsGuard(Guard):
             *_too_few_embeddings(before, after, context.get("vocabulary")),
         ]
         zeroed = {*_newly(before, after, lambda old, new: new.zero > old.zero)}
-        torn, copied = _torn_ties(model, before.ties, after.ties)
+        torn = _torn_ties(model, before.ties, after.ties)
+        # Of an edited head that says so, outputs tell what it did, as of any other weight.
+        honest = not after.flagged_tied and context.get("edited") is not None
         grave = [
             *_named("norm weight zeroed", zeroed & {f"{norm}.weight" for norm in before.norms}),
-            *_named("no longer tied, and different:", torn),
+            *_named("no longer tied, and different:", [] if honest else torn),
             *_named("now tied:", _new_ties(before.ties, after.ties)),
         ]
         doubtful = [
-            *_named("no longer tied, an exact copy:", copied),
+            *_named("all zero:", zeroed - {f"{norm}.weight" for norm in before.norms}),
             *_named("constant rows in", _newly(before, after, lambda old, new: new.constant_rows > old.constant_rows)),
             *_named(
                 "constant columns in",
                 _newly(before, after, lambda old, new: new.constant_columns > old.constant_columns),
             ),
             *_new_types(before, after),
-            *_named("configuration changed:", _changed_fields(before.config, after.config)),
         ]
         findings = [*fatal, *grave, *doubtful]
         action = "abort" if fatal else "rollback" if grave else "warn" if doubtful else "continue"
@@ -194,11 +191,11 @@ def _new_shapes(before: _State, after: _State) -> list[str]:
 
 
 def _new_types(before: _State, after: _State) -> list[str]:
-    """Changes of data type, summed up: a checkpoint in another precision changes them all."""
+    """Changes from or to a type that is no float, summed up: other precisions are how a checkpoint is stored."""
     counts: dict[str, int] = defaultdict(int)
     for name in before.parameters.keys() & after.parameters.keys():
         old, new = before.parameters[name].dtype, after.parameters[name].dtype
-        if old != new:
+        if old != new and not ("float" in old and "float" in new):
             counts[f"{old.removeprefix('torch.')} became {new.removeprefix('torch.')}"] += 1
     return [f"dtype of {count} parameters: {change}" for change, count in sorted(counts.items())]
 
@@ -210,18 +207,17 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 def _torn_ties(
     model: torch.nn.Module, before: frozenset[frozenset[str]], after: frozenset[frozenset[str]]
-) -> tuple[list[str], list[str]]:
-    """Ties of the baseline that are gone: those whose tensors now differ, and those that are exact copies."""
+) -> list[str]:
+    """Ties of the baseline that are gone, and whose tensors now differ; an exact copy is the same model."""
     torn: list[str] = []
-    copied: list[str] = []
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for tie in before:
         if any(tie <= other for other in after) or not tie <= parameters.keys():
             continue
         first, *others = (parameters[name] for name in sorted(tie))
-        same = all(first.shape == other.shape and bool((first == other).all()) for other in others)
-        (copied if same else torn).append(" = ".join(sorted(tie)))
-    return torn, copied
+        if not all(first.shape == other.shape and bool((first == other).all()) for other in others):
+            torn.append(" = ".join(sorted(tie)))
+    return torn
 
 
 def _new_ties(before: frozenset[frozenset[str]], after: frozenset[frozenset[str]]) -> list[str]:
@@ -239,25 +235,3 @@ def _too_few_embeddings(before: _State, after: _State, vocabulary: int | None) -
     if rows is None or vocabulary is None or rows >= vocabulary or rows >= (before.embedding_rows or 0):
         return []
     return [f"{rows} embedding rows for a vocabulary of {vocabulary}"]
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    fields: dict[str, Any] = to_dict()
-    return {name: value for name, value in fields.items() if name not in BOOKKEEPING}
-
-
-def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    names = before.keys() | after.keys()
-    return [
-        f"{name}: {before.get(name)!r} became {after.get(name)!r}"
-        for name in names
-        if not _alike(before.get(name), after.get(name))
-    ]
-
-
-def _alike(one: Any, other: Any) -> bool:
-    # A file may have held a number in single precision.
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return bool(one == other)

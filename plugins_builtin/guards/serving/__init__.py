@@ -1,0 +1,1 @@
+from plugins_builtin.guards.serving.guard import ServingGuard as ServingGuard

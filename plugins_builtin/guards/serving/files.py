@@ -1,0 +1,159 @@
+"""What a checkpoint's files declare, against what they hold: packing, tied weights, sets of weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKED = re.compile(
+    r"\.(weight_packed|weight_scale|weight_scale_inv|weight_global_scale|qweight|SCB|absmax|weight_shape"
+    r"|weight\.(SCB|absmax|quant_map|quant_state.*))$|_(blocks|scales)$"
+)
+"""Tensors that a packed weight leaves in a file, by all methods that transformers unpacks from plain tensors."""
+CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
+ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
+UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "aqlm", "bitnet")
+"""Methods whose tensors have names of other kinds; nothing is said of these."""
+
+
+def compare_files(before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """What is wrong with the edited side's files and was not with the baseline's."""
+    return [problem for problem in after if problem not in before]
+
+
+def problems_of(model: Any, folder: str | None) -> list[str]:
+    """Contradictions within one checkpoint folder; none for a file, or a folder that is not of transformers."""
+    from invarlock.api import Checkpoint, InputError, read_json
+
+    if folder is None or not Path(folder, "config.json").is_file():
+        return []
+    config = read_json(Path(folder, "config.json"))
+    try:
+        stored = Checkpoint(Path(folder))
+    except InputError:
+        # Whoever loaded it has told what is wrong.
+        return []
+    return [*_sets(Path(folder)), *_tie(model, config, stored), *_packing(model, config, list(stored))]
+
+
+def _sets(folder: Path) -> Iterator[str]:
+    names = sorted(path.name for path in folder.iterdir())
+    kinds = {
+        "model.safetensors": any(name == "model.safetensors" for name in names),
+        "model.safetensors.index.json": "model.safetensors.index.json" in names,
+        "pytorch_model.bin": any(name.startswith("pytorch_model") and ".bin" in name for name in names),
+        "consolidated weights": any(name.startswith("consolidated") for name in names),
+        "a GGUF file": any(name.endswith(".gguf") for name in names),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) > 1:
+        yield f"{len(found)} sets of weights, {', '.join(found)}: loaders disagree on which to read"
+
+
+def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
+    """A flag that ties the head to the embedding, and a stored head that is another one."""
+    import torch
+
+    from invarlock.api import output_head
+
+    flag = config.get("tie_word_embeddings", getattr(getattr(model, "config", None), "tie_word_embeddings", None))
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head, embedding = (
+        output_head(model),
+        model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None,
+    )
+    pair = [names.get(id(module), "") for module in (head, embedding)]
+    if flag and all(name in stored for name in pair) and pair[0] != pair[1]:
+        one, other = (stored[name] for name in pair)
+        if one.shape != other.shape or not torch.equal(one, other):
+            yield (
+                f"tie_word_embeddings is true, and {pair[0]} is stored and differs from {pair[1]}: some loaders read "
+                "it, others tie it"
+            )
+
+
+def _packing(model: Any, config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
+    section = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(section, Mapping) or str(section.get("quant_method", "")).startswith(UNSEEN_METHODS):
+        return
+    method = str(section.get("quant_method", "unknown method"))
+    packed = {name[: found.start()] for name in stored if (found := PACKED.search(name))}
+    groups = section.get("config_groups")
+    of_weights = not isinstance(groups, Mapping) or any(_scheme(group, "weights") for group in groups.values())
+    bits = _bits(section)
+    declared = f"quantization_config declares {f'{bits} bits' if bits else method}"
+    if of_weights and not packed and groups != {}:
+        yield f"{declared}, and nothing is quantized"
+    elif packed:
+        left = _left_out(model, section, packed)
+        if left:
+            wanted = f"{len(left)} of {len(left) + len(packed)} weights are not quantized"
+            yield f"{declared}, and {wanted}: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}"
+    cache = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo")
+    if (
+        cache
+        and not (isinstance(cache, Mapping) and cache.get("dynamic"))
+        and not any(map(CACHE_SCALES.search, stored))
+    ):
+        yield f"scales of the {_type(cache)} key-value cache are missing"
+    schemes = [_scheme(group, "input_activations") for group in groups.values()] if isinstance(groups, Mapping) else []
+    if any(scheme and not scheme.get("dynamic") for scheme in schemes) and not any(
+        map(ACTIVATION_SCALES.search, stored)
+    ):
+        yield "scales of the activations are missing"
+
+
+def _scheme(group: Any, name: str) -> Mapping[str, Any] | None:
+    scheme = group.get(name) if isinstance(group, Mapping) else None
+    return scheme if isinstance(scheme, Mapping) else None
+
+
+def _bits(section: Mapping[str, Any]) -> int | None:
+    groups = section.get("config_groups")
+    if isinstance(groups, Mapping):
+        found = [scheme.get("num_bits") for group in groups.values() if (scheme := _scheme(group, "weights"))]
+        return found[0] if found and isinstance(found[0], int) else None
+    for key in ("bits", "w_bit", "num_bits"):
+        if isinstance(section.get(key), int):
+            return int(section[key])
+    return 4 if section.get("load_in_4bit") else 8 if section.get("load_in_8bit") else None
+
+
+def _type(cache: Any) -> str:
+    if not isinstance(cache, Mapping):
+        return str(cache)
+    return f"{'FP' if cache.get('type') == 'float' else 'INT'}{cache.get('num_bits', '')}"
+
+
+def _left_out(model: Any, section: Mapping[str, Any], packed: set[str]) -> list[str]:
+    """Modules of a kind that is packed elsewhere, neither packed nor ignored: 1 of 8 experts."""
+    from torch import nn
+
+    ignored = [
+        str(name) for key in ("ignore", "modules_to_not_convert", "ignored_layers") for name in section.get(key) or []
+    ]
+    kinds = {_kind(name) for name in packed}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in packed
+        and _kind(name) in kinds
+        and not any(_matches(pattern, name) for pattern in ignored)
+    ]
+
+
+def _kind(name: str) -> str:
+    """A module's name without the numbers of its layer and its expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".N", name)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error:
+            return False
+    return name == pattern or name.endswith(f".{pattern}") or f".{pattern}." in f".{name}."

@@ -1,0 +1,102 @@
+"""What a server reads besides weights: configuration, tokenizer, chat template, generation defaults, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from invarlock.api import Guard
+from plugins_builtin.guards.figures import TOP, first_few
+from plugins_builtin.guards.serving.configuration import Field, changed_fields, fields_of
+from plugins_builtin.guards.serving.files import compare_files, problems_of
+from plugins_builtin.guards.serving.findings import Findings
+from plugins_builtin.guards.serving.generating import compare_sampling, compare_stops, settings_of, stop_tokens
+from plugins_builtin.guards.serving.tokens import compare_tokens
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two checkpoints, without its weights."""
+
+    fields: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    problems: list[str]
+    is_gguf: bool
+
+    @classmethod
+    def of(cls, model: Any, place: str | None) -> _Side:
+        is_gguf = place is not None and place.endswith(".gguf")
+        return cls(fields_of(model), settings_of(model), problems_of(model, None if is_gguf else place), is_gguf)
+
+
+class ServingGuard(Guard):
+    """Compares, by effect and without running the model, what servers read of both checkpoints.
+
+    - Rollback: no stop token of the baseline's is left; tokens have other ids; where outputs were not measured, also a
+      field that is known to change them, and a head that the flag for tied weights contradicts in any case.
+    - Warn: stop tokens that come or go; generation defaults, roles of special tokens, rendered conversations, ids of a
+      probe text or their decoding that differ; fields of the configuration that change outputs or that loaders read
+      differently; what ``quantization_config`` declares and the files do not hold; two sets of weights.
+
+    Differences in representation (data type, packing, shards, a GGUF file's type) and bookkeeping (names, versions)
+    are none.
+    """
+
+    name = "serving"
+
+    def __init__(self) -> None:
+        self._baseline: _Side | None = None
+
+    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
+        self._baseline = _Side.of(model, _place(model))
+        return {"ready": True, "problems_in_baseline": self._baseline.problems}
+
+    def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+        if self._baseline is None:
+            return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
+        before, after = self._baseline, _Side.of(model, context["edit"]["plan"].get("subject") or _place(model))
+        converted = before.is_gguf or after.is_gguf
+        found = Findings()
+        fields = changed_fields(before.fields, after.fields, getattr(model, "config", None))
+        # What outputs tell of a field is better than what its name does.
+        decides = found.warn if context.get("edited") else found.rollback
+        for field in fields:
+            (found.warn if field.loaders_disagree else decides).append(f"configuration: {field}")
+        for problem in compare_files(before.problems, after.problems):
+            (found.rollback if problem.startswith("tie_word_embeddings") else found.warn).append(problem)
+        tokenizers = context.get("tokenizers") or {}
+        one, other = tokenizers.get("baseline"), tokenizers.get("edited")
+        stops = [
+            stop_tokens(side.settings, side.fields, tokenizer) for side, tokenizer in ((before, one), (after, other))
+        ]
+        compare_stops(stops[0], stops[1], one, found, converted=converted)
+        if not converted:
+            compare_sampling(before.settings, after.settings, found)
+        if one is None or other is None:
+            found.not_compared.append("the tokenizers: there are not two of them")
+        elif one is not other:
+            compare_tokens(one, other, found, converted=converted)
+        return _result(found, fields)
+
+
+def _result(found: Findings, fields: list[Field]) -> dict[str, Any]:
+    return {
+        "passed": not found.rollback,
+        "action": found.action,
+        "message": first_few(found.all) or "nothing that a server reads besides weights has changed",
+        "warnings": found.warn,
+        "metrics": {
+            "rollback": found.rollback,
+            "warn": found.warn,
+            "not_compared": found.not_compared,
+            # Not modules: what stands first among the causes of changed outputs.
+            "causes": [{"cause": field.name, "evidence": str(field)} for field in fields[:TOP]],
+        },
+    }
+
+
+def _place(model: Any) -> str | None:
+    """The folder or file that transformers says it loaded the model from."""
+    place = getattr(model, "name_or_path", None)
+    return place if isinstance(place, str) and place else None
