@@ -80,7 +80,7 @@ def test_every_architecture_runs_on_windows_of_its_own(architecture: str, tmp_pa
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     jsonschema.validate(report, json_schema())
-    assert [guard["action"] for guard in report["guards"]] == ["continue"] * 4
+    assert [guard["action"] for guard in report["guards"]] == ["continue"] * 5
     assert report["metrics"]["predictions"]["action"] == "continue"
     assert report["metrics"]["primary"]["ratio"] == pytest.approx(1.0, abs=0.05)
     assert report["model"]["adapter"] == {"bert": "hf_mlm", "t5": "hf_seq2seq"}.get(architecture, "hf_causal")
