@@ -18,7 +18,7 @@ def norm_offset(norm: nn.Module) -> int | None:
 
     None for a norm that cannot be run by itself, or that does neither.
     """
-    weight = norm.weight.detach().view(norm.weight.shape)
+    weight = norm.get_parameter("weight").detach()
     # Ones of both signs have a mean of 0 and a mean square of 1: a norm of either kind leaves them as they are.
     signs = torch.ones_like(weight)
     signs[1::2] = -1

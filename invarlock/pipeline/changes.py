@@ -58,50 +58,53 @@ class _Comparison:
         self._model, self._before, self._tokens = model, before, tokens
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._weights = {name: target for target in find_weights(model) for name in target.names}
+        self._lost_tokens: list[Finding] = []
 
     def changes(self, measured: bool) -> Changes:
         tensors = [*self._stored(), *self._missing()]
-        return Changes(tensors, [*_findings(tensors, measured), *self._tokens.findings])
+        return Changes(tensors, [*_findings(tensors, measured), *self._lost_tokens])
 
     def _stored(self) -> Iterator[EditedWeight]:
         """Tensors of the model; a tied one again under a name of which the baseline has something else."""
         first: dict[int, str] = {}
         for name, tensor in counted(list(stored_tensors(self._model))):
-            change = self._change(name, tensor)
-            if first.setdefault(id(tensor), name) == name or change.is_changed:
-                yield change
+            if first.setdefault(id(tensor), name) == name or not self._tied_before(first[id(tensor)], name):
+                yield self._change(name, tensor)
+
+    def _tied_before(self, name: str, other: str) -> bool:
+        one, another = self._before.get(name), self._before.get(other)
+        return one is None or another is None or torch.equal(one, another)
 
     def _missing(self) -> Iterator[EditedWeight]:
         there = {name for name, _ in stored_tensors(self._model)}
         for name in self._before:
             if name not in there:
-                size, device = self._before[name].numel(), str(self._before[name].device)
-                yield EditedWeight(name=name, role="other", change="missing", parameters=size, device=device)
+                old = self._before[name]
+                yield EditedWeight(
+                    name=name, role="other", change="missing", parameters=old.numel(), device=str(old.device)
+                )
 
     def _change(self, name: str, tensor: Tensor) -> EditedWeight:
         # A view, because every operation on a streamed tensor itself would read it again.
         new, old = tensor.detach().view(tensor.shape), self._before.get(name)
-        target = self._weights.get(name)
+        target, role = self._weights.get(name), self._role(name, tensor)
         made = partial(
             EditedWeight,
             name=target.name if target and target.parameter_name == name else name,
-            role=self._role(name, tensor),
+            role=role,
             parameters=new.numel(),
             device=str(new.device),
         )
         if old is None:
             return made(change="not in the baseline")
         old = old.to(new.device)
-        if old.shape != new.shape:
-            return made(change=f"resized: {tuple(old.shape)} became {tuple(new.shape)}")
-        layout = target.layout if target else WeightLayout.OUT_IN
-        change = change_of(old, new, layout)
+        change = change_of(old, new, target.layout if target else WeightLayout.OUT_IN)
         text = change.text
-        if target and target.role in (Role.EMBEDDING, Role.HEAD) and text != UNCHANGED:
+        if role == "norm" and text == CHANGED:
+            text = self._smoothed(name, old, new) or text
+        if target and role in (Role.EMBEDDING, Role.HEAD) and text != UNCHANGED:
             text += self._tokens.named(change.rows)
-            self._tokens.look_at(target, old, new)
-        if text == CHANGED and made.keywords["role"] == "norm":
-            text = self._smoothing(name, old, new) or text
+            self._lost_tokens += self._tokens.lost(target, old, new)
         return made(change=text, bits=change.bits, relative_error=_relative_error(old, new, text))
 
     def _role(self, name: str, tensor: Tensor) -> str:
@@ -113,16 +116,18 @@ class _Comparison:
             return "norm"
         return "bias" if "bias" in key else str(role_of(self._model, self._modules, path, tensor))
 
-    def _smoothing(self, name: str, old: Tensor, new: Tensor) -> str | None:
-        """Scales of columns moved out of a norm as if it multiplied by another number than it does."""
-        path = name.rpartition(".")[0]
-        offset = norm_offset(self._modules[path])
-        if offset is None or name != f"{path}.weight":
+    def _smoothed(self, name: str, old: Tensor, new: Tensor) -> str | None:
+        """Scales of columns that came out of a norm: rightly, or as if it multiplied by another number than it does."""
+        path, _, key = name.rpartition(".")
+        offset = norm_offset(self._modules[path]) if key == "weight" else None
+        if offset is None:
             return None
+        factor, wrong = ("1 + w", "w") if offset else ("w", "1 + w")
         for reader, scales in self._scaled_readers(path, len(new)):
-            if not _moved(old, new, scales, offset) and _moved(old, new, scales, 1 - offset):
-                factor, wrong = ("1 + w", "w") if offset else ("w", "1 + w")
-                return f"{OFF_BY_ONE}: the columns of {reader} were scaled for a norm of {wrong}, this one is of {factor}"
+            if _moved(old, new, scales, offset):
+                return f"smoothed: divided by the scales of the columns of {reader}"
+            if _moved(old, new, scales, 1 - offset):
+                return f"{OFF_BY_ONE}: smoothed as if it multiplied by {wrong}, and it multiplies by {factor}"
         return None
 
     def _scaled_readers(self, norm: str, size: int) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +161,8 @@ def _moved(old: Tensor, new: Tensor, scales: Tensor, offset: int) -> bool:
 def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
     if text == UNCHANGED:
         return 0.0
+    if old.shape != new.shape:
+        return None
     difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)
     quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
     return quotient if math.isfinite(quotient) else None
@@ -164,14 +171,16 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
 def _findings(tensors: Sequence[EditedWeight], measured: bool) -> Iterator[Finding]:
     """Mistakes that no edit makes on purpose; where outputs are measured, these decide how grave they are."""
     decides = Action.WARN if measured else Action.ROLLBACK
-    by_kind: defaultdict[str, list[str]] = defaultdict(list)
+    by_kind: defaultdict[str, list[EditedWeight]] = defaultdict(list)
     for tensor in tensors:
-        by_kind[tensor.kind].append(tensor.name)
-    norms = {tensor.name for tensor in tensors if tensor.role == "norm"}
-    if names := [name for name in by_kind[OFF_BY_ONE] if name in norms]:
-        changes = {tensor.name: tensor.change for tensor in tensors}
-        yield Finding(EDIT, decides, f"norm weights off by one: {some(names)} ({changes[names[0]]})")
-    if names := by_kind[TRANSPOSED]:
-        yield Finding(EDIT, decides, f"transposed: {some(names)}")
-    if names := by_kind[ZERO]:
-        yield Finding(EDIT, Action.WARN, f"all zero, and not in the baseline: {some(names)}")
+        by_kind[tensor.kind].append(tensor)
+    if norms := [tensor for tensor in by_kind[OFF_BY_ONE] if tensor.role == "norm"]:
+        yield Finding(EDIT, decides, f"norm weights {norms[0].change}: {_some(norms)}")
+    if transposed := by_kind[TRANSPOSED]:
+        yield Finding(EDIT, decides, f"transposed: {_some(transposed)}")
+    if zeroed := by_kind[ZERO]:
+        yield Finding(EDIT, Action.WARN, f"all zero, and not in the baseline: {_some(zeroed)}")
+
+
+def _some(tensors: Sequence[EditedWeight]) -> str:
+    return some([tensor.name for tensor in tensors])

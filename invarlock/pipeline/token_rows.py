@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class TokenRows:
     """Tokens of chats, tools and padding; the stop tokens, too."""
     head: Tensor | None
     """The weight of the output head."""
-    findings: list[Finding] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any) -> TokenRows:
@@ -53,12 +52,16 @@ class TokenRows:
         ordered = sorted(rows, key=lambda row: (row not in self.stops, row not in self.special))
         return f": {some([*map(self._name, ordered[:4]), *map(str, ordered[4:])])}"
 
-    def look_at(self, target: WeightTarget, old: Tensor, new: Tensor) -> None:
-        """Find special tokens whose rows are lost; text does not hold them, so that no window shows it.
+    def lost(self, target: WeightTarget, old: Tensor, new: Tensor) -> Iterator[Finding]:
+        """Special tokens whose rows were zeroed, negated or replaced: text seldom holds them, and windows miss it.
+
+        The row of a stop token in the output head decides by itself: without it no answer ends.
 
         :param old: (tokens, width), as is ``new``.
         """
-        rows = torch.tensor(sorted(row for row in self.special if row < len(new)), dtype=torch.long)
+        shared = min(len(old), len(new))
+        rows = torch.tensor(sorted(row for row in self.special if 0 <= row < shared), dtype=torch.long)
+        old, new = old[:shared], new[:shared]
         if not len(rows) or len(lost_rows(some_rows(old), some_rows(new))) > MOST_LOST * len(some_rows(new)):
             return
         rows = rows.to(new.device)
@@ -70,9 +73,9 @@ class TokenRows:
             how = _how(before[place], after[place])
             lost[Action.ROLLBACK if ends else Action.WARN, how].append(self._name(row))
         for (action, how), names in lost.items():
-            row_or_rows = "the row" if len(names) == 1 else "rows"
-            message = f"{target.name}: {row_or_rows} of {some(names)} {how}; text without these tokens does not show it"
-            self.findings.append(Finding(EDIT, action, message))
+            what = "the row of {} was {}" if len(names) == 1 else "the rows of {} were {}"
+            message = f"{target.name}: {what.format(some(names), how)}, and text seldom holds such tokens"
+            yield Finding(EDIT, action, message)
 
     def _name(self, row: int) -> str:
         convert = getattr(self.tokenizer, "convert_ids_to_tokens", None)

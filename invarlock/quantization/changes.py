@@ -53,10 +53,12 @@ class Change:
 
 @torch.no_grad()
 def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Change:
-    """The change from one tensor to another of the same shape and device, of any data types.
+    """The change from one tensor to another on the same device, of any data types.
 
     :param layout: of tensors with two axes or more; their rows are outputs, or the tokens of an embedding.
     """
+    if old.shape != new.shape:
+        return Change(_resized(old, new))
     if torch.equal(old.float(), new.float()):
         return Change(UNCHANGED)
     if not new.is_floating_point() or not old.is_floating_point():
@@ -85,6 +87,15 @@ def column_scales(old: Tensor, new: Tensor, unexplained: float = ROUGH) -> Tenso
         return None
     rest = torch.linalg.vector_norm(after - before * scales)
     return scales if rest <= unexplained * torch.linalg.vector_norm(after) else None
+
+
+def _resized(old: Tensor, new: Tensor) -> str:
+    """Rows that came or went, as in a vocabulary; otherwise both shapes."""
+    if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1]:
+        return f"resized: {tuple(old.shape)} became {tuple(new.shape)}"
+    shared = min(len(old), len(new))
+    others = UNCHANGED if torch.equal(old[:shared].float(), new[:shared].float()) else CHANGED
+    return f"{abs(len(new) - len(old)):,} rows {'added' if len(new) > len(old) else 'removed'}, the others {others}"
 
 
 def _of_all_values(old: Tensor, new: Tensor) -> Change | None:
@@ -194,7 +205,7 @@ def _zeros(rows: Tensor) -> str:
     share = float(zero.float().mean())
     if share < 1e-4:
         return f"{int(zero.sum()):,} of {zero.numel():,} values zeroed"
-    fours = zero.unflatten(1, (-1, 4)).sum(2) if rows.shape[1] % 4 == 0 else torch.zeros(1)
+    fours = zero.reshape(len(zero), -1, 4).sum(2) if rows.shape[1] % 4 == 0 else torch.zeros(1)
     return f"{100 * share:.2g} % zeros{', 2 of each 4' if (fours == 2).float().mean() > 0.99 else ''}"
 
 

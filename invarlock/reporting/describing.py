@@ -167,9 +167,10 @@ def edit_line(edit: EditSection) -> str:
     what = _compared(edit) if edit.is_comparison else _planned(edit)
     if not edit.modules:
         return f"{what}: not made"
-    if not any(weight.is_changed for weight in edit.modules):
+    changed = [weight for weight in edit.modules if weight.is_changed]
+    if not changed:
         return what
-    errors = [(error, weight.name) for weight in edit.modules if (error := weight.relative_error) is not None]
+    errors = [(error, weight.name) for weight in changed if (error := weight.relative_error) is not None]
     if not errors:
         return f"{what}, relative error {NOT_MEASURED}"
     worst, name = max(errors, key=lambda entry: entry[0])
