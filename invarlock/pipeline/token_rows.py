@@ -80,8 +80,10 @@ class TokenRows:
     def _name(self, row: int) -> str:
         convert = getattr(self.tokenizer, "convert_ids_to_tokens", None)
         text = convert(row) if convert else None
-        name = f"`{on_one_line(str(text))}`" if text is not None else f"token {row}"
-        return f"the stop token {name}" if row in self.stops else name
+        name = str(row) if text is None else f"`{on_one_line(str(text))}`"
+        if row in self.stops:
+            return f"the stop token {name}"
+        return name if text is not None else f"token {name}"
 
 
 def _how(before: Tensor, after: Tensor) -> str:

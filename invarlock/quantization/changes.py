@@ -240,33 +240,31 @@ def _rescaled(before: Tensor, after: Tensor) -> str | None:
 
 
 def _low_rank(old: Tensor, new: Tensor) -> str | None:
-    """A difference that is a matrix of low rank, up to the rounding of the sum.
-
-    A quarter of the rows and columns tells most others apart: their difference has a rank that is not low either.
-    """
+    """A difference of low rank, up to the rounding of the sum."""
     most = min(MOST_RANK, int(LOW_RANK_SHARE * min(old.shape)))
     if old.ndim != 2 or most < 1:
         return None
-    few = [some_rows(some_rows(matrix, 4 * most).mT, 4 * most) for matrix in (old, new)]
-    if _rank(few[0], few[1], most) is None or (rank := _rank(old, new, most)) is None:
+    # A part has the rank of the whole, or a little less under the rounding; where it has none, neither has the whole.
+    part = [some_rows(some_rows(matrix, 2 * most).mT, 2 * most) for matrix in (old, new)]
+    if (rank := _rank(part[0], part[1], most)) is None or (rank := _rank(old, new, min(2 * rank, most))) is None:
         return None
     share = torch.linalg.vector_norm(new.float() - old.float()) / torch.linalg.vector_norm(old.float())
     return f"LoRA-like, rank {rank}: {100 * float(share):.2g} % of the norm"
 
 
 def _rank(old: Tensor, new: Tensor, most: int) -> int | None:
-    """The rank of the difference, if it is at most ``most``."""
+    """The rank of the difference of two matrices, if it is at most ``most``."""
     difference = new.float() - old.float()
     with torch.random.fork_rng([difference.device] if difference.is_cuda else []):
         torch.manual_seed(0)
         _, values, _ = torch.svd_lowrank(difference, q=min(most + 8, *difference.shape))
-    left = (difference.double().square().sum() - values.double().square().cumsum(0)).clamp(min=0).sqrt()
+    squares = values.double().square().cumsum(0)[:most]
+    left = (difference.double().square().sum() - squares).clamp(min=0).sqrt()
     total = torch.linalg.vector_norm(difference)
-    # A rounding is off by half a step at most, which is a quarter of it in the root mean square.
+    # A rounding is off by half a step at most, and by half of that in the root mean square.
     rounding = _eps(old, new) / 2 * torch.linalg.vector_norm(new.float())
-    enough = (left <= torch.maximum(rounding, 1e-3 * total)) & (left <= NOISE * total)
-    rank = int(enough.nonzero()[0]) + 1 if enough.any() else most + 1
-    return rank if rank <= most else None
+    explained = (left <= torch.maximum(rounding, 1e-3 * total)) & (left <= NOISE * total)
+    return int(explained.nonzero()[0]) + 1 if explained.any() else None
 
 
 def _eps(old: Tensor, new: Tensor) -> float:

@@ -81,10 +81,11 @@ def _levels(units: Tensor, eps: float, share: float) -> int | None:
     if (magnitudes.amax(1, keepdim=True) / smallest > MOST_LEVELS).float().mean() > 1 - share:
         return None
     spans = torch.zeros(len(units), device=units.device)
+    left = torch.arange(len(units), device=units.device)
     for steps in range(1, STEPS_TO_SMALLEST + 1):
-        found = _spans(units, smallest / steps, eps)
-        spans = torch.where(spans > 0, spans, found)
-        if spans.all():
+        spans[left] = _spans(units[left], smallest[left] / steps, eps)
+        left = left[spans[left] == 0]
+        if not len(left):
             break
     if (spans > 0).float().mean() < share:
         return None
