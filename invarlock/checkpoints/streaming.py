@@ -61,8 +61,10 @@ class Streaming:
         self.undo(model)
 
     def unedited(self) -> Mapping[str, Tensor]:
-        """The parameters as they are stored, by every name that the model has for each."""
-        return ReadWeights(self.stored, lambda name: self._load(self.stored[name]))
+        """Parameters and buffers as they are stored, by every name that the model has for each."""
+        buffers = {name: name for name in self._weights.buffers if name in self.parts}
+        places = {**self.stored, **buffers}
+        return ReadWeights(places, lambda name: self._load(places[name]))
 
     def read(self, stored: str) -> Tensor:
         """A tensor of the checkpoint in memory of its own, of the type that the unedited model has it in."""

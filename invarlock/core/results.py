@@ -47,8 +47,8 @@ class EditedWeight:
     """The path of the module, or of the parameter if it is not the ``weight`` of its module."""
     role: str = ""
     change: str
-    """``quantized``; of a comparison ``unchanged``, ``a grid of ...`` (an inferred scheme), ``changed`` or ``not in the
-    baseline``."""
+    """``quantized``; of a comparison ``unchanged``, ``changed``, or in the field's words, as ``a grid of ...`` (an
+    inferred scheme), ``bfloat16 of float32`` or ``LoRA-like, rank 16: 2.1 % of the norm``."""
     bits: int | None = None
     parameters: int
     """Number of weights in it."""
@@ -65,6 +65,11 @@ class EditedWeight:
     @property
     def is_changed(self) -> bool:
         return self.change != "unchanged"
+
+    @property
+    def kind(self) -> str:
+        """The change without the figures of this one weight, which stand after a colon."""
+        return self.change.partition(":")[0]
 
 
 @dataclass(frozen=True)

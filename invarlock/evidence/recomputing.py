@@ -151,7 +151,7 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The fold: action, acceptance, what decided, reasons, exit code; the suspects, and what it rests on."""
     folded = folded_anew(report)
     found = {name: getattr(folded, name) for name in ("action", "accepted", "decided_by", "reasons", "exit_code")}
-    found["suspects"] = [] if folded.accepted else blame(report.guards)
+    found["suspects"] = [] if folded.accepted else blame(report.guards, report.edit.modules)
     if report.metrics.windows is not None or not report.edit.is_comparison:
         found["rests_on"] = rests_on(config)
     elif _made(report):

@@ -22,6 +22,12 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     )
 
 
+def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the named tensors that a checkpoint stores: no buffers that the model's own code computes."""
+    computed = frozenset(_computed_buffers(model))
+    return ((name, tensor) for name, tensor in named_tensors(model) if name not in computed)
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """A 128-bit digest of each tensor's dtype, shape and bytes, the same on every device, and which names are tied.

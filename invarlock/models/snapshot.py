@@ -15,7 +15,7 @@ from invarlock.core.memory import free_memory
 from invarlock.core.progress import counted
 from invarlock.core.temporary import TemporaryFolder
 from invarlock.distributed.dtensor import assembler, local
-from invarlock.models.fingerprint import named_tensors
+from invarlock.models.fingerprint import named_tensors, stored_tensors
 
 
 class Snapshot:
@@ -37,7 +37,7 @@ class Snapshot:
         for name, tensor in named_tensors(model):
             names.setdefault(id(tensor), []).append(name)
         places = {identity: place for place, identity in enumerate(tensors)}
-        self._places = {name: places[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+        self._places = {name: places[id(tensor)] for name, tensor in stored_tensors(model)}
         self._tensors = list(tensors.values())
         needed = sum(local(tensor).nbytes for tensor in self._tensors)
         self._copies: _InMemory | _OnDisk = _InMemory() if has_room(needed) else _OnDisk(stored)
@@ -56,7 +56,7 @@ class Snapshot:
                 tensor.data = saved.to(tensor.device)
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The parameters as they were, by name, tied ones under each of theirs; copied when asked for.
+        """Parameters and stored buffers as they were, by name, tied ones under each of theirs; copied when asked for.
 
         Weights that are spread over processes are gathered then: all have to ask for the same.
         """

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,14 +19,15 @@ from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
-from invarlock.core.progress import Progress, counted
-from invarlock.core.results import Action, EditedWeight, Finding
+from invarlock.core.progress import Progress
+from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
@@ -36,8 +36,6 @@ from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
-from invarlock.quantization.grids import infer_grid
-from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import COMPARE
 
 log = logging.getLogger("invarlock")
@@ -134,7 +132,8 @@ class _Subject:
         model, adapter = load(session, self._subject, on_disk=guarding.windows is None, key=SUBJECT)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
-            changes = changed_weights(model, self._before)
+            tokenizer, measured = guarding.baseline.tokenizer, guarding.windows is not None
+            changes = find_changes(model, self._before, tokenizer, measured=measured)
         findings = _tokenizer_findings(adapter, self._subject, session.trust, guarding.baseline.tokenizer)
         if reason := unreadable_windows(guarding.windows, guarding.baseline.task, model):
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
@@ -143,9 +142,9 @@ class _Subject:
             self._watched,
             self.name,
             self.plans[0],
-            changes,
+            changes.tensors,
             self._before,
-            findings,
+            [*changes.findings, *findings],
             tokenizer=LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live,
             unreadable=reason is not None,
         )
@@ -182,39 +181,6 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
     if (own := task_of(model)) != task:
         return f"the subject is a {own} model and the baseline a {task} one"
     return next(filter(None, (unreadable(part, model) for part in windows)), None)
-
-
-def changed_weights(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> list[EditedWeight]:
-    """Each weight of the subject against the baseline's, read from disk for the comparison and let go."""
-    return [_change(target, before) for target in counted(find_weights(model))]
-
-
-@torch.no_grad()
-def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedWeight:
-    weight = target.parameter.detach()
-    changed = partial(
-        EditedWeight,
-        name=target.name,
-        role=target.role.value,
-        parameters=weight.numel(),
-        sqnr_db=None,
-        clipped_share=None,
-        non_finite_rows=None,
-        device=str(weight.device),
-    )
-    old = before.get(target.parameter_name)
-    if old is None or old.shape != weight.shape:
-        return changed(change="not in the baseline")
-    old = old.to(weight.device)
-    if torch.equal(old.float(), weight.float()):
-        return changed(change="unchanged", relative_error=0.0)
-    difference = torch.linalg.vector_norm(weight.float() - old.float(), dtype=torch.float64)
-    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
-    error = quotient if math.isfinite(quotient) else None
-    grid = infer_grid(weight, target.layout)
-    if grid is not None and infer_grid(old, target.layout) != grid:
-        return changed(change=str(grid), bits=grid.bits, relative_error=error)
-    return changed(change="changed", relative_error=error)
 
 
 def _tokenizer_findings(adapter: Adapter, subject: str, trust: Mapping[str, Any], tokenizer: Any) -> list[Finding]:

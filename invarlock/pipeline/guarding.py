@@ -18,7 +18,7 @@ import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
-from invarlock.core.results import Action, Finding, GuardResult, PrepareResult, Verdict, fold
+from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, PrepareResult, Verdict, fold
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.divergence import compare_predictions
 from invarlock.evaluation.metric import compare
@@ -101,7 +101,7 @@ class Guarding:
     def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self._fold(results, []))
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self._fold(results, [], []))
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -135,7 +135,7 @@ class Guarding:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
-        verdict = self._fold(results, [*metrics.findings, *edited.findings])
+        verdict = self._fold(results, [*metrics.findings, *edited.findings], edited.modules)
         return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, verdict)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
@@ -165,7 +165,9 @@ class Guarding:
             result = GuardResult.failed(slot.name, changed_message(changed))
         return result
 
-    def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
+    def _fold(
+        self, results: Sequence[GuardResult], findings: Sequence[Finding], weights: Sequence[EditedWeight]
+    ) -> Verdict:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
@@ -175,7 +177,7 @@ class Guarding:
         return replace(
             verdict,
             rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
-            suspects=() if verdict.accepted else blame(results),
+            suspects=() if verdict.accepted else blame(results, weights),
         )
 
     def _context(self, edited: Edited, metric: MetricResult | None, number: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
     """
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for change in changes:
-        counts[re.sub(r"\d+", "*", change.name)][change.change] += 1
+        counts[re.sub(r"\d+", "*", change.name)][change.kind] += 1
     return [{"family": family, "changes": dict(changes_of_it)} for family, changes_of_it in counts.items()]
 
 

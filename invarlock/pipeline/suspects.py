@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from invarlock.core.results import Action, GuardResult, SuspectedModule
+from invarlock.core.results import Action, EditedWeight, GuardResult, SuspectedModule
 
 MOST = 10
 RANK_OFFSET = 1
 """A small one: the first place of a guard shall weigh much more than its fifth."""
 
 
-def blame(results: Iterable[GuardResult]) -> tuple[SuspectedModule, ...]:
-    """The suspects of all guards as one list, best first.
+def blame(results: Iterable[GuardResult], weights: Sequence[EditedWeight] = ()) -> tuple[SuspectedModule, ...]:
+    """The suspects of all guards as one list, best first; none where every weight is what it was.
+
+    :param weights: what the edit did to each; then it is something else that did it, as the configuration.
 
     A guard lists its own in ``metrics["suspects"]``, best first: dicts with ``module`` and ``evidence``. What a guard
     that calls for abort or rollback suspects comes before what others do; among equals the lists are merged by
     reciprocal rank (Cormack et al. 2009, "Reciprocal Rank Fusion"), which needs no common scale of scores.
     """
+    if weights and not any(weight.is_changed for weight in weights):
+        return ()
     severity: dict[str, int] = {}
     score: dict[str, float] = {}
     evidence: dict[str, list[str]] = {}

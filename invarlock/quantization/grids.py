@@ -17,6 +17,10 @@ STEPS_TO_SMALLEST = 12
 """A small group need not hold its grid's smallest step; its smallest number is at most so many."""
 SHARE = 0.98
 """Of the units that must lie on a grid: in a small group the smallest number can be many steps."""
+FEW_ROWS = 64
+"""Looked at first: enough to tell what lies on no grid, and a small part of any weight that takes long."""
+SHARE_OF_FEW = 0.9
+"""Of the units of these rows, which are too few to hold them to the share of all."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,49 @@ def infer_grid(weight: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Gr
 
     A unit (a row, or a group of it) lies on a grid if all its numbers are whole multiples of one scale, up to the
     rounding of the weight's dtype. The scale is read off the small codes, where rounding cannot hide it: the smallest
-    magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares.
+    magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares. A few rows are
+    looked at first, and all of them only where these lie on a grid.
     """
-    rows = layout.matrices(weight.detach()).flatten(0, -2)
+    rows, eps = layout.matrices(weight.detach()).flatten(0, -2), torch.finfo(weight.dtype).eps
+    few = some_rows(rows, FEW_ROWS)
     for group_size in (None, *reversed(GROUP_SIZES)):
         if group_size is not None and (rows.shape[1] <= group_size or rows.shape[1] % group_size):
             continue
-        units = rows if group_size is None else rows.reshape(-1, group_size)
-        levels = _levels(units.float(), torch.finfo(weight.dtype).eps)
+        if _levels(_units(few, group_size), eps, SHARE_OF_FEW) is None:
+            continue
+        levels = _levels(_units(rows, group_size), eps, SHARE)
         if levels is not None:
             return Grid(max(2, math.ceil(math.log2(levels))), group_size)
     return None
 
 
-def _levels(units: Tensor, eps: float) -> int | None:
-    """The most levels that a unit spans, if nearly all units lie on a grid; units are float32 (units, numbers)."""
+def some_rows(rows: Tensor, count: int = FEW_ROWS) -> Tensor:
+    """At most so many rows of a matrix, evenly spaced."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
+
+
+def _units(rows: Tensor, group_size: int | None) -> Tensor:
+    """As float32 (units, numbers)."""
+    return (rows if group_size is None else rows.reshape(-1, group_size)).float()
+
+
+def _levels(units: Tensor, eps: float, share: float) -> int | None:
+    """The most levels that a unit spans, if a share of the units lies on a grid."""
     magnitudes = units.abs()
     smallest = torch.where(magnitudes > 0, magnitudes, torch.inf).amin(1, keepdim=True)
     smallest = torch.where(smallest.isfinite(), smallest, 1.0)
-    if (magnitudes.amax(1, keepdim=True) / smallest > MOST_LEVELS).float().mean() > 1 - SHARE:
+    if (magnitudes.amax(1, keepdim=True) / smallest > MOST_LEVELS).float().mean() > 1 - share:
         return None
     spans = torch.zeros(len(units), device=units.device)
+    left = torch.arange(len(units), device=units.device)
     for steps in range(1, STEPS_TO_SMALLEST + 1):
-        found = _spans(units, smallest / steps, eps)
-        spans = torch.where(spans > 0, spans, found)
-    if (spans > 0).float().mean() < SHARE:
+        spans[left] = _spans(units[left], smallest[left] / steps, eps)
+        left = left[spans[left] == 0]
+        if not len(left):
+            break
+    if (spans > 0).float().mean() < share:
         return None
     levels = int(spans.max())
     return levels if levels > 1 else None

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from invarlock.core.errors import ExitCode
-from invarlock.core.results import GUARD, Action, Finding, GuardResult, SuspectedModule, Verdict
+from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardResult, SuspectedModule, Verdict
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import EditSection, MetricsSection, ModelSection, Report
@@ -18,6 +18,8 @@ from invarlock.reporting.report import EditSection, MetricsSection, ModelSection
 NOT_MEASURED = "not measured"
 MOST_SUSPECTS = 3
 """Named on the first screen."""
+MOST_KINDS = 3
+"""Kinds of change named there."""
 STORED_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 MOST_FIGURES = 400
 """Of one guard; a report is to be read, and report.json has them all."""
@@ -165,7 +167,10 @@ def edit_line(edit: EditSection) -> str:
     what = _compared(edit) if edit.is_comparison else _planned(edit)
     if not edit.modules:
         return f"{what}: not made"
-    errors = [(error, weight.name) for weight in edit.modules if (error := weight.relative_error) is not None]
+    changed = [weight for weight in edit.modules if weight.is_changed]
+    if not changed:
+        return what
+    errors = [(error, weight.name) for weight in changed if (error := weight.relative_error) is not None]
     if not errors:
         return f"{what}, relative error {NOT_MEASURED}"
     worst, name = max(errors, key=lambda entry: entry[0])
@@ -173,9 +178,27 @@ def edit_line(edit: EditSection) -> str:
 
 
 def _compared(edit: EditSection) -> str:
-    changed = sum(weight.is_changed for weight in edit.modules)
-    what = f"{changed} of {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
-    return f"{Node(edit.plan)['subject'].text('unnamed')} differs in {what}"
+    subject, changed = Node(edit.plan)["subject"].text("unnamed"), [each for each in edit.modules if each.is_changed]
+    if edit.modules and not changed:
+        return f"{subject} has the same numbers in all {len(edit.modules)} tensors"
+    what = f"{len(changed)} of {len(edit.modules)} tensors, {edit.params_changed or 0:,} parameters"
+    return ", ".join([f"{subject} differs in {what}", *_kinds(changed)])
+
+
+def _kinds(changed: Sequence[EditedWeight]) -> list[str]:
+    """The kinds of change, those with the largest error first, each by its worst weight."""
+    kinds: dict[str, list[EditedWeight]] = {}
+    for weight in sorted(changed, key=_unmeasured_first):
+        kinds.setdefault(weight.kind, []).append(weight)
+    told = [
+        f"{of_it[0].change} ({of_it[0].name}{f' and {len(of_it) - 1} more' if len(of_it) > 1 else ''})"
+        for of_it in kinds.values()
+    ]
+    return told[:MOST_KINDS] + ([f"{len(told) - MOST_KINDS} other changes"] if len(told) > MOST_KINDS else [])
+
+
+def _unmeasured_first(weight: EditedWeight) -> float:
+    return -math.inf if weight.relative_error is None else -float(weight.relative_error)
 
 
 def _planned(edit: EditSection) -> str:

@@ -18,7 +18,7 @@ from invarlock.datasets.windows import make_windows
 from invarlock.models.facts import task_of, vocabulary_of
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Edited
-from invarlock.pipeline.comparison import changed_weights
+from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
@@ -128,7 +128,7 @@ def _apply(
     if change is not None:
         with torch.no_grad():
             change(model)
-    return COMPARE, {"subject": ADAPTER}, changed_weights(model, baseline.parameters())
+    return COMPARE, {"subject": ADAPTER}, find_changes(model, baseline.parameters()).tensors
 
 
 class _InMemory(ModelAdapter):
