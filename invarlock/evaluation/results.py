@@ -17,7 +17,8 @@ class MetricResult:
     """Result of the primary metric; None stands for what was not measured.
 
     ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
-    ``limit``. ``tokens`` counts scored tokens.
+    ``limit``. ``tokens`` counts scored tokens. All perplexities, and so the ratio, its interval and the limit, are per
+    ``unit``: exp of the loss in nats per token or, where two tokenizers split the same text, per byte of UTF-8.
     """
 
     kind: Kind
@@ -31,6 +32,7 @@ class MetricResult:
     limit: float
     action: Action
     message: str
+    unit: Literal["token", "byte"] = "token"
 
 
 @dataclass(frozen=True)

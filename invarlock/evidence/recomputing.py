@@ -75,7 +75,7 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         yield from differences("metrics.predictions (whether measured)", stored is not None, measured is not None)
         return
     comparable = measured[0].tokens.any() and np.isfinite(measured[0].losses).all()
-    if not comparable or stored.limits is None or stored.flips is None:
+    if not comparable or stored.limits is None or stored.flips is None or measured[0].bytes is not None:
         nothing = dataclasses.replace(measured[1], changes=NO_TOKENS)
         found = compare_predictions(measured[0], nothing, ratio=config.eval.max_pm_ratio)
         yield from differences("metrics.predictions", stored, found)
@@ -206,7 +206,10 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
         raise UsageError(f"report.json: metrics.windows: {one_line(error)}") from None
     if not len(tokens) == len(before) == len(after) or not len(tokens) or tokens.min() < 0:
         raise UsageError("report.json: metrics.windows: each window has a number of tokens and two losses")
-    return PassResult(before, tokens), PassResult(after, tokens)
+    sizes = None if windows.bytes is None else np.array(windows.bytes, dtype=np.int64)
+    if sizes is not None and (len(sizes) != len(tokens) or sizes.min() < 0):
+        raise UsageError("report.json: metrics.windows: each window of text has a number of bytes")
+    return PassResult(before, tokens, bytes=sizes), PassResult(after, tokens, bytes=sizes)
 
 
 def folded_anew(report: Report) -> Verdict:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
+from invarlock.datasets.same_text import SameText
 from invarlock.pipeline.keeping import Watched
 from invarlock.reporting.report import MetricsSection
 
@@ -43,6 +44,10 @@ class Edited:
     """Findings of the edit itself, besides those of guards and outputs."""
     unreadable: bool = False
     """True where the model cannot be run over the baseline's windows."""
+    tokenizer: Any = None
+    """The model's own, where it has one besides the baseline's."""
+    same_text: SameText | None = None
+    """Final windows of the model's own, where its tokenizer gives other ids than the baseline's."""
 
 
 class Editor(Protocol):

@@ -19,7 +19,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import UsageError, named_by, one_line
 from invarlock.core.progress import Progress, counted
 from invarlock.core.results import Action, EditedWeight, Finding
 from invarlock.datasets.windows import unreadable
@@ -27,11 +27,14 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
+from invarlock.models.structure import Role
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
+from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -48,6 +51,7 @@ def compare(
     plugins: PluginManager,
     *,
     weights_only: bool = False,
+    tokenizer: Choice = "own",
     output: OutputFolder | None = None,
     strict: bool = False,
     ranks: Ranks = ALONE,
@@ -58,13 +62,17 @@ def compare(
     Both are only read.
 
     :param weights_only: measure no outputs; the verdict rests on weights and single blocks.
+    :param tokenizer: whose encodes the text for the subject. Where its own gives other ids, the loss of the same text
+        is compared per byte.
     :param ranks: the processes that share the comparison; the first one writes.
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
     with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _compare(Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, output)
+        return _compare(
+            Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, tokenizer, output
+        )
 
 
 def _compare(
@@ -73,12 +81,13 @@ def _compare(
     strict: bool,
     subject: str,
     weights_only: bool,
+    tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
     guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Subject(guarding, subject, weights, output), gone)
+    return judge(guarding, _Subject(guarding, subject, weights, tokenizer, output), gone)
 
 
 def _prepare_baseline(
@@ -120,12 +129,17 @@ class _Subject:
     name = COMPARE
 
     def __init__(
-        self, guarding: Guarding, subject: str, before: Mapping[str, torch.Tensor], output: OutputFolder | None
+        self,
+        guarding: Guarding,
+        subject: str,
+        before: Mapping[str, torch.Tensor],
+        tokenizer: Choice,
+        output: OutputFolder | None,
     ) -> None:
         self.plans = [{"subject": subject}]
         self.model: torch.nn.Module | None = None
         self._guarding, self._session, self._subject = guarding, guarding.session, subject
-        self._before, self._output = before, output
+        self._before, self._tokenizer, self._output = before, tokenizer, output
         self._watched: Watched = Gone()
 
     def apply(self, number: int) -> Edited:
@@ -134,8 +148,14 @@ class _Subject:
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
             changes = changed_weights(model, self._before)
-        findings = _tokenizer_findings(adapter, self._subject, session.trust, guarding.baseline.tokenizer)
-        if reason := unreadable_windows(guarding.windows, guarding.baseline.task, model):
+        with named_by(SUBJECT), session.clock.stage("windows"):
+            own = LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live
+            reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
+        reason = reading.unreadable
+        if reason is None and reading.same_text is None:
+            reason = unreadable_windows(guarding.windows, guarding.baseline.task, model)
+        findings = reading.findings
+        if reason:
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
         return Edited(
             model,
@@ -146,6 +166,8 @@ class _Subject:
             self._before,
             findings,
             unreadable=reason is not None,
+            tokenizer=own,
+            same_text=reading.same_text,
         )
 
     def undo(self) -> Watched:
@@ -201,6 +223,9 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedW
         device=str(weight.device),
     )
     old = before.get(target.parameter_name)
+    if old is not None and target.role in (Role.EMBEDDING, Role.HEAD) and old.shape[1:] == weight.shape[1:]:
+        # Tokens that one vocabulary alone has are no change of the others.
+        old, weight = old[: len(weight)], weight[: len(old)]
     if old is None or old.shape != weight.shape:
         return changed(change="not in the baseline")
     old = old.to(weight.device)
@@ -213,17 +238,3 @@ def _change(target: WeightTarget, before: Mapping[str, torch.Tensor]) -> EditedW
     if grid is not None and infer_grid(old, target.layout) != grid:
         return changed(change=str(grid), bits=grid.bits, relative_error=error)
     return changed(change="changed", relative_error=error)
-
-
-def _tokenizer_findings(adapter: Adapter, subject: str, trust: Mapping[str, Any], tokenizer: Any) -> list[Finding]:
-    """A warning where the subject has another tokenizer: the baseline's is used for both."""
-    if tokenizer is None:
-        return []
-    try:
-        other = adapter.load_tokenizer(subject, **trust).get_vocab()
-    except UsageError as error:
-        return [Finding("tokenizer", Action.WARN, f"the subject has none: {one_line(error)}")]
-    if differing := len(other.items() ^ tokenizer.get_vocab().items()):
-        message = f"the subject's vocabulary differs in {differing} entries; the baseline's was used for both"
-        return [Finding("tokenizer", Action.WARN, message)]
-    return []
