@@ -46,7 +46,7 @@ def compare(
     tokens, sizes = baseline.tokens, baseline.sizes
     per_token, per_byte = limit, baseline.bytes is not None
     if per_byte and sizes.any():
-        limit = limit ** float(tokens.sum() / sizes.sum())
+        limit = per_token ** float(tokens.sum() / sizes.sum())
     before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
     ratio = interval = None
     if before is not None and after is not None:

@@ -8,6 +8,7 @@ from typing import Literal
 from invarlock.core.results import Action
 
 Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
+Unit = Literal["token", "byte"]
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no number that is not finite."""
 
@@ -32,7 +33,7 @@ class MetricResult:
     limit: float
     action: Action
     message: str
-    unit: Literal["token", "byte"] = "token"
+    unit: Unit = "token"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_fi
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
+from invarlock.evaluation.results import Unit
 from invarlock.evidence.disagreements import Disagreement, differences, of_attributes
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
@@ -65,7 +66,9 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    yield from differences("metrics.primary", stored, found)
+    # Earlier builds named no unit: it was the token.
+    unit = "token" if stored.unit not in get_args(Unit) else stored.unit
+    yield from differences("metrics.primary", dataclasses.replace(stored, unit=unit), found)
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
