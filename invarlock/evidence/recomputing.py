@@ -51,6 +51,7 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     stored = report.metrics.primary
     if not report.edit.is_comparison:
         yield from differences("metrics.windows (whether measured)", report.metrics.windows is not None, _made(report))
+        yield from differences("metrics.windows.bytes", getattr(report.metrics.windows, "bytes", None), None)
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.primary (whether measured)", stored is not None, measured is not None)
         return
