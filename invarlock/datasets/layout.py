@@ -74,6 +74,11 @@ class Windows:
         """The keyword arguments of the model's forward, on a device."""
         return {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "labels"}
 
+    def equal(self, other: Windows) -> bool:
+        """Compare all tensors; those of different shapes differ."""
+        here, there = self._tensors(), other._tensors()
+        return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 

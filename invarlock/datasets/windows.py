@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from invarlock.core.errors import InputError, UsageError
 from invarlock.datasets.generated import write_text
@@ -16,6 +17,8 @@ from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
 """Characters that are tokenized at once."""
+
+Token = TypeVar("Token")
 
 
 class Dataset(Protocol):
@@ -60,7 +63,7 @@ def make_windows(
     elif tokenizer is None:
         raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        text = _read_text(documents, dataset, tokenizer, layout, wanted)
+        text = torch.tensor(read_rows(documents, dataset, partial(_tokens, tokenizer), layout.text))
     windows = layout.windows(text, seed=dataset.seed)
     if reason := unreadable(windows, model):
         raise InputError(f"its tokenizer does not fit it: {reason}")
@@ -92,21 +95,31 @@ def unreadable(windows: Windows, model: nn.Module) -> str | None:
     return None
 
 
-def _read_text(
-    documents: Sequence[str], dataset: Dataset, tokenizer: Tokenizer, layout: WindowLayout, wanted: int
-) -> Tensor:
-    """Rows of text, int64 (wanted, ``layout.text``), read no further than needed and shuffled."""
-    generator = torch.Generator().manual_seed(dataset.seed)
-    tokens = _tokens(_shuffled(documents, dataset, generator), tokenizer)
+def read_rows(
+    documents: Sequence[str], dataset: Dataset, split: Callable[[str], Iterator[Token]], length: int
+) -> list[list[Token]]:
+    """The text of each window of a dataset, read no further than needed and shuffled.
+
+    :param split: splits a document into tokens.
+    :param length: tokens of text in a window.
+    """
+    generator, wanted = torch.Generator().manual_seed(dataset.seed), dataset.preview_n + dataset.final_n
     skipped = 0 if dataset.stride is None else dataset.stride - dataset.seq_len
-    rows = list(islice(_cut(tokens, layout.text, skipped=skipped), wanted))
+    rows = list(islice(_cut(read_tokens(documents, dataset, split, generator), length, skipped=skipped), wanted))
     if len(rows) < wanted:
         raise UsageError(
             f"dataset.path: the text is enough for {len(rows)} windows of {dataset.seq_len} tokens, {wanted} are asked "
             f"for: give more text, or lower dataset.preview_n ({dataset.preview_n}), dataset.final_n "
             f"({dataset.final_n}) or dataset.seq_len"
         )
-    return torch.tensor(rows)[torch.randperm(wanted, generator=generator)]
+    return [rows[place] for place in torch.randperm(wanted, generator=generator).tolist()]
+
+
+def read_tokens(
+    documents: Sequence[str], dataset: Dataset, split: Callable[[str], Iterator[Token]], generator: torch.Generator
+) -> Iterator[Token]:
+    """One stream of the tokens of all documents, in an order that the generator draws."""
+    return chain.from_iterable(map(split, _shuffled(documents, dataset, generator)))
 
 
 def _shuffled(documents: Sequence[str], dataset: Dataset, generator: torch.Generator) -> Iterator[str]:
@@ -120,22 +133,21 @@ def _shuffled(documents: Sequence[str], dataset: Dataset, generator: torch.Gener
         raise UsageError(f"dataset: provider {dataset.provider} returned no text")
 
 
-def _cut(tokens: Iterator[int], length: int, *, skipped: int) -> Iterator[list[int]]:
+def _cut(tokens: Iterator[Token], length: int, *, skipped: int) -> Iterator[list[Token]]:
     while len(row := list(islice(tokens, length))) == length:
         yield row
         next(islice(tokens, skipped, skipped), None)
 
 
-def _tokens(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[int]:
-    """One stream of tokens; a document ends with the end-of-text token, if there is one."""
-    for text in texts:
-        for piece in _pieces(text):
-            yield from encode(tokenizer, piece)
-        if tokenizer.eos_token_id is not None:
-            yield tokenizer.eos_token_id
+def _tokens(tokenizer: Tokenizer, text: str) -> Iterator[int]:
+    """The tokens of a document, which ends with the end-of-text token, if there is one."""
+    for piece in pieces(text):
+        yield from encode(tokenizer, piece)
+    if tokenizer.eos_token_id is not None:
+        yield tokenizer.eos_token_id
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
     """A document in pieces that end with a line, so that a few windows do not take all of a long one to tokenize."""
     start = 0
     while start < len(text):

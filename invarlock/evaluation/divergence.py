@@ -22,6 +22,8 @@ from invarlock.evaluation.results import DivergenceResult, PredictionLimits
 BROKEN = math.log(2)
 """Nats of divergence at which a prediction counts as broken: the perplexity there is expected to double."""
 
+OTHER_TOKENS = "predictions not measured, the two tokenizers give different ids for the same text"
+
 SHOWN = {
     "kl_mean": "mean KL divergence",
     "kl_p95": "95th percentile of the KL divergence",
@@ -70,17 +72,20 @@ def compare_predictions(
     """Judge an edit by its predictions: rollback, or a warning, where a figure is above its limit.
 
     What was not measured is never accepted: rollback where the edited model's predictions are not finite, abort where
-    the baseline's are not.
+    the baseline's are not. Predictions of the same text in different tokens have nothing in common to compare: the loss
+    per byte decides alone.
 
     :param edited: a pass over the same windows with ``baseline.record`` as its reference.
     :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :func:`limits_of`.
     :raises ValueError: the passes did not score the same tokens, or the edited one had no reference.
     """
+    nothing = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
+    if baseline.bytes is not None:
+        return DivergenceResult(**nothing, action=Action.CONTINUE, message=OTHER_TOKENS)
     changes = edited.changes
     if changes is None or not np.array_equal(baseline.tokens, edited.tokens):
         raise ValueError("the edited pass was not made with the baseline's record as its reference")
     if not len(changes.kl) or not np.isfinite(baseline.losses).all() or np.isnan(changes.margin_before).any():
-        nothing = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
     limits = limits_of(ratio, changes.margin_before, flips=flips, broken=broken)

@@ -34,25 +34,34 @@ def compare(
     never accepted: rollback where the edited model's loss is not finite or one window gives no interval, abort where
     the baseline's loss is not finite, because then no edit can be judged.
 
+    Of passes over the same text in different tokens (``PassResult.bytes``) all figures are per byte, every byte
+    weighing the same; the limit becomes that of a byte: the same loss of the whole text reaches either.
+
     :param limit: the largest ratio to accept (``eval.max_pm_ratio``).
     :param level: of confidence; with ``reps`` and ``seed`` as :func:`~invarlock.evaluation.statistics.ratio_interval`.
     :raises ValueError: the passes did not score the same tokens.
     """
     if not np.array_equal(baseline.tokens, edited.tokens):
         raise ValueError("the two passes did not score the same tokens")
-    tokens = baseline.tokens
+    tokens, sizes = baseline.tokens, baseline.sizes
+    per_token, per_byte = limit, baseline.bytes is not None
+    if per_byte and sizes.any():
+        limit = per_token ** float(tokens.sum() / sizes.sum())
     before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
     ratio = interval = None
     if before is not None and after is not None:
         differences = edited.losses - baseline.losses
-        ratio = exp(mean_per_token(differences, tokens))
-        interval = ratio_interval(differences, tokens, level=level, reps=reps, seed=seed)
+        ratio = exp(mean_per_token(differences, sizes))
+        interval = ratio_interval(differences, sizes, level=level, reps=reps, seed=seed)
     action, reason = _judge(before, after, interval, limit)
-    numbers = f"{kind.replace('_', ' ')} {_shown(before)} -> {_shown(after)}"
+    name = kind.replace("_", " ") + (" per byte" if per_byte else "")
+    numbers = f"{name} {_shown(before)} -> {_shown(after)}"
     if ratio is not None:
         numbers += f", ratio {ratio:.6g}"
     if interval is not None:
         numbers += f" ({level * 100:g} % interval {interval[0]:.6g} to {interval[1]:.6g})"
+    if per_byte:
+        reason += f" per byte ({per_token:g} per token of the baseline)"
     return MetricResult(
         kind=kind,
         baseline=before,
@@ -65,6 +74,7 @@ def compare(
         limit=limit,
         action=action,
         message=f"{numbers} on {len(tokens)} windows: {reason}",
+        unit="byte" if per_byte else "token",
     )
 
 
@@ -81,7 +91,7 @@ def _judge(before: float | None, after: float | None, interval: Interval | None,
 
 
 def _finite_perplexity(measured: PassResult) -> float | None:
-    return measured.perplexity if np.isfinite(measured.losses).all() and measured.tokens.any() else None
+    return measured.perplexity if np.isfinite(measured.losses).all() and measured.sizes.any() else None
 
 
 def _shown(perplexity: float | None) -> str:

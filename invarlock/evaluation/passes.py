@@ -37,8 +37,9 @@ Result = TypeVar("Result")
 Taps = Iterable[Mapping[str, Tap]]
 """Of each guard, by module name."""
 Watch = Recorder | Comparer
-Scores = tuple[Tensor, Tensor]
-"""Each window's summed loss, float64, and its number of scored tokens, both (batch,) on the CPU."""
+Scores = tuple[Tensor, Tensor, Tensor]
+"""Each window's summed loss, float64, its number of scored tokens, both (batch,), and the loss at each position,
+float32 (batch, length); on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,27 +49,41 @@ class PassResult:
     ``losses`` is float64 (n,): the negative log-likelihood of a window's scored tokens, summed, in nats; it is NaN or
     infinite where the model's is. ``tokens`` is int64 (n,): how many tokens were scored. Beside them, for every scored
     token, a pass without a reference has its ``record``, a pass with one has the ``changes`` from it.
+
+    ``position_losses`` is float32 (n, length), in nats: the loss that the logits at each position of a window have, 0
+    where nothing is scored. ``bytes`` is int64 (n,), where losses are those of the same text that two tokenizers split
+    in different ways: the size of that text in UTF-8, per byte of which they are compared; ``tokens`` are then those
+    that the baseline's tokenizer makes of it.
     """
 
     losses: NDArray[np.float64]
     tokens: NDArray[np.int64]
     record: TokenRecord | None = None
     changes: TokenChanges | None = None
+    position_losses: NDArray[np.float32] | None = None
+    bytes: NDArray[np.int64] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[PassResult]) -> PassResult:
         """One result of passes over windows that follow each other, without their records."""
         changes = [part.changes for part in parts if part.changes is not None]
+        positions = [part.position_losses for part in parts if part.position_losses is not None]
         return cls(
             np.concatenate([part.losses for part in parts]),
             np.concatenate([part.tokens for part in parts]),
             changes=TokenChanges.joined(changes) if changes else None,
+            position_losses=np.concatenate(positions) if positions else None,
         )
 
     @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Of each window, in units that losses are compared per: bytes where they are counted, or scored tokens."""
+        return self.tokens if self.bytes is None else self.bytes
+
+    @property
     def perplexity(self) -> float:
-        """exp(mean loss of a scored token); infinite where that overflows, NaN where nothing was scored."""
-        return exp(mean_per_token(self.losses, self.tokens)) if self.tokens.any() else math.nan
+        """exp(mean loss per token, or per byte); infinite where that overflows, NaN where nothing was scored."""
+        return exp(mean_per_token(self.losses, self.sizes)) if self.sizes.any() else math.nan
 
 
 def measure(
@@ -79,6 +94,7 @@ def measure(
     task: Task,
     taps: Taps = (),
     reference: TokenRecord | None = None,
+    vocabulary: int | None = None,
     calls: int = 0,
     taps_off: Callable[[], object] = lambda: None,
 ) -> PassResult:
@@ -91,6 +107,8 @@ def measure(
 
     :param taps: for the preview windows.
     :param reference: the baseline's record of the same final windows, to compare with; without it a record is made.
+    :param vocabulary: number of tokens to predict among, where the model has more: rows that pad a vocabulary, or were
+        added to it, take no part. By default the reference's, or all.
     :param calls: lowest number of runs on final windows, the last batch again and unscored if need be:
         processes that a model's weights are spread over have to run it together.
     :param taps_off: called when no tap looks on any more, before the final windows where they come later.
@@ -98,9 +116,10 @@ def measure(
     :raises ValueError: the reference is of other windows.
     """
     watch = Recorder() if reference is None else Comparer(reference)
+    vocabulary = reference.vocabulary if reference else vocabulary
     with evaluating(model):
         if is_streamed(model):
-            scores = [_together(model, preview, final, task, taps, watch)]
+            scores = [_together(model, preview, final, task, taps, watch, vocabulary)]
             taps_off()
         else:
             batches = _Batches(model, Tally(len(preview) + len(final)))
@@ -109,13 +128,15 @@ def measure(
                     stack.enter_context(attached(model, wanted))
                 batches.run(preview, lambda batch, logits: None)
             taps_off()
-            scores = batches.run(final, lambda batch, logits: _score(logits, _targets(batch, task), watch))
+            scores = batches.run(
+                final, lambda batch, logits: _score(logits[..., :vocabulary], _targets(batch, task), watch)
+            )
             for _ in range(calls - len(scores)):
                 _logits(model, final[-1:])
-    losses, tokens = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
+    losses, tokens, positions = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
     if isinstance(watch, Recorder):
-        return PassResult(losses, tokens, record=watch.result())
-    return PassResult(losses, tokens, changes=watch.result())
+        return PassResult(losses, tokens, record=watch.result(), position_losses=positions)
+    return PassResult(losses, tokens, changes=watch.result(), position_losses=positions)
 
 
 @dataclass
@@ -174,7 +195,15 @@ def _tell_once(message: str) -> None:
     log.warning(message)
 
 
-def _together(model: nn.Module, preview: Windows, final: Windows, task: Task, taps: Taps, watch: Watch) -> Scores:
+def _together(
+    model: nn.Module,
+    preview: Windows,
+    final: Windows,
+    task: Task,
+    taps: Taps,
+    watch: Watch,
+    vocabulary: int | None,
+) -> Scores:
     """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit."""
     windows = Windows.joined(preview, final)
     of_preview = partial(first_windows, len(preview), windows.input_ids.shape)
@@ -188,7 +217,7 @@ def _together(model: nn.Module, preview: Windows, final: Windows, task: Task, ta
             stack.enter_context(attached(model, wanted, of_preview))
         hidden = _logits(model, windows)
     head.check(hidden)
-    return _score(hidden[len(preview) :], _targets(final, task), watch, head)
+    return _score(hidden[len(preview) :], _targets(final, task), watch, head.of(vocabulary))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +232,10 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) of hidden states (tokens, features)."""
         return functional.linear(hidden, self.weight, self.bias)
+
+    def of(self, vocabulary: int | None) -> _Head:
+        """The head of the first tokens of the vocabulary alone."""
+        return _Head(self.weight[:vocabulary], None if self.bias is None else self.bias[:vocabulary], self.given)
 
     @property
     def tokens(self) -> int:
@@ -256,7 +289,7 @@ def _score(logits: Tensor, targets: Tensor, watch: Watch, head: _Head | None = N
     # Summed on the CPU: not every device has float64.
     losses = torch.zeros(targets.shape, dtype=torch.float64)
     losses[scored] = -torch.cat(found).cpu().double()
-    return losses.sum(dim=1), scored.sum(dim=1)
+    return losses.sum(dim=1), scored.sum(dim=1), losses.float()
 
 
 def _chunks(table: Tensor, targets: Tensor, head: _Head | None) -> Iterator[tuple[Tensor, Tensor]]:

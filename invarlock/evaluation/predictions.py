@@ -34,6 +34,8 @@ class TokenRecord:
 
     tokens: Tensor
     log_probs: Tensor
+    vocabulary: int
+    """Number of tokens that were predicted among."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,15 +68,18 @@ class TokenChanges:
 class Recorder:
     """Record in the making, of predictions for scored tokens that are shown in their order, some at a time."""
 
+    vocabulary: int = 0
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def see(self, log_probs: Tensor) -> None:
         """Take note of log-probabilities, float32 (some tokens, vocabulary), on any device."""
+        self.vocabulary = log_probs.shape[1]
         values, tokens = likeliest(log_probs, min(KEPT, log_probs.shape[1]))
         self.seen.append((tokens.int(), values))
 
     def result(self) -> TokenRecord:
-        return TokenRecord(*_joined(self.seen))
+        tokens, log_probs = _joined(self.seen)
+        return TokenRecord(tokens, log_probs, self.vocabulary)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Literal
 from invarlock.core.results import Action
 
 Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
+Unit = Literal["token", "byte"]
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no number that is not finite."""
 
@@ -17,7 +18,8 @@ class MetricResult:
     """Result of the primary metric; None stands for what was not measured.
 
     ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
-    ``limit``. ``tokens`` counts scored tokens.
+    ``limit``. ``tokens`` counts scored tokens. All perplexities, and so the ratio, its interval and the limit, are per
+    ``unit``: exp of the loss in nats per token or, where two tokenizers split the same text, per byte of UTF-8.
     """
 
     kind: Kind
@@ -31,6 +33,7 @@ class MetricResult:
     limit: float
     action: Action
     message: str
+    unit: Unit = "token"
 
 
 @dataclass(frozen=True)

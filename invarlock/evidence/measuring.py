@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -16,12 +16,16 @@ from invarlock.config.schema import Dtype, RunConfig
 from invarlock.core.errors import UsageError
 from invarlock.core.progress import Progress
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.comparison import load, unreadable_windows
+from invarlock.pipeline.own_tokenizer import read_with
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.tokenizer import LoadedTokenizer
+from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
 
 TOLERANCE, TOLERANCE_16_BITS = 0.001, 0.01
@@ -72,9 +76,9 @@ def measure_again(
         # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
         del model
         gc.collect()
-        model, _ = load(session, subject, on_disk=streamed, key=SUBJECT)
+        model, adapter = load(session, subject, on_disk=streamed, key=SUBJECT)
     if subject is not None:
-        again.subject(model, subject)
+        again.subject(model, adapter, subject)
     for side, given in (("baseline", checkpoints.baseline), ("edited", subject)):
         if given is None:
             verification.not_checked.append(f"losses of the {side} model, measured again: its checkpoint is not given")
@@ -128,16 +132,28 @@ class _Again:
     first: Baseline
     windows: WindowPair | None
     """None where the report has no losses."""
+    passes: list[PassResult] = field(default_factory=list)
+    """Of the baseline, where losses are per byte: they cannot be told before the subject has been run."""
+
+    @property
+    def per_byte(self) -> bool:
+        stored = self.run.report.metrics.windows
+        return stored is not None and stored.bytes is not None
 
     def baseline(self, model: torch.nn.Module) -> None:
         self._fingerprint("fingerprint_before", model)
-        self._losses("baseline", 0, model)
+        if self.per_byte and self.windows is not None:
+            self.passes.append(self.first.run_pass(model, self.windows, "pass")[0])
+        else:
+            self._losses("baseline", 0, model)
 
-    def subject(self, model: torch.nn.Module, checkpoint: str) -> None:
+    def subject(self, model: torch.nn.Module, adapter: Adapter, checkpoint: str) -> None:
         # A saved model's format has tensors of its own; its files have digests.
         if self.run.report.edit.is_comparison:
             self._fingerprint("fingerprint_after", model)
-        if reason := unreadable_windows(self.windows, self.first.task, model):
+        if self.per_byte:
+            self._losses_per_byte(model, adapter, checkpoint)
+        elif reason := unreadable_windows(self.windows, self.first.task, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
         else:
             self._losses("edited", 1, model)
@@ -157,16 +173,43 @@ class _Again:
         stored = passes(self.run.report)
         if stored is None or self.windows is None:
             return
-        found, _ = self.first.run_pass(model, self.windows, "pass")
+        vocabulary = self.run.report.model.description.get("vocab_size")
+        known = vocabulary if isinstance(vocabulary, int) else None
+        found, _ = self.first.run_pass(model, self.windows, "pass", vocabulary=known)
+        self._compare(side, stored[place], found)
+
+    def _losses_per_byte(self, model: torch.nn.Module, adapter: Adapter, checkpoint: str) -> None:
+        """Both sides' losses of the same text, which takes both tokenizers."""
+        stored = passes(self.run.report)
+        if stored is None or self.windows is None or not self.passes:
+            reason = "they are of the text that two tokenizers split; give --baseline, too"
+            self.verification.not_checked.append(f"losses of both models, measured again: {reason}")
+            return
+        session = self.first.session
+        own = LoadedTokenizer(adapter, checkpoint, session.trust, required=True, wanted=True).live
+        same_text = read_with("own", self.first, self.windows, model, own).same_text
+        if same_text is None:
+            told = Disagreement("metrics.windows.bytes", "two tokenizers", "the same ids from both", "measured")
+            self.verification.check("losses of both models", [told])
+            return
+        edited, _ = self.first.run_pass(model, (self.windows[0][:0], same_text.windows), "pass")
+        ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
+        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]))
+        for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
+            self._compare(side, old, new)
+
+    def _compare(self, side: str, stored: PassResult, found: PassResult) -> None:
         judged = self.run.report.model.description.get("dtype")
         tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
         what = f"losses of the {side} model, measured again, to {tolerance:g} nats per token"
-        self.verification.check(what, _differing(side, stored[place], found, tolerance))
+        self.verification.check(what, _differing(side, stored, found, tolerance))
 
 
 def _differing(side: str, stored_pass: PassResult, found_pass: PassResult, tolerance: float) -> Sequence[Disagreement]:
     """One line for all windows of a side, about the one that differs most."""
-    if not np.array_equal(stored_pass.tokens, found_pass.tokens):
+    if not np.array_equal(stored_pass.tokens, found_pass.tokens) or not np.array_equal(
+        stored_pass.sizes, found_pass.sizes
+    ):
         # Every figure is a mean over tokens: with other counts it could be any.
         return [
             Disagreement(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_fi
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
+from invarlock.evaluation.results import Unit
 from invarlock.evidence.disagreements import Disagreement, differences, of_attributes
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
@@ -50,6 +51,7 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     stored = report.metrics.primary
     if not report.edit.is_comparison:
         yield from differences("metrics.windows (whether measured)", report.metrics.windows is not None, _made(report))
+        yield from differences("metrics.windows.bytes", getattr(report.metrics.windows, "bytes", None), None)
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.primary (whether measured)", stored is not None, measured is not None)
         return
@@ -65,7 +67,9 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    yield from differences("metrics.primary", stored, found)
+    # Earlier builds named no unit: it was the token.
+    unit = "token" if stored.unit not in get_args(Unit) else stored.unit
+    yield from differences("metrics.primary", dataclasses.replace(stored, unit=unit), found)
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -75,7 +79,7 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         yield from differences("metrics.predictions (whether measured)", stored is not None, measured is not None)
         return
     comparable = measured[0].tokens.any() and np.isfinite(measured[0].losses).all()
-    if not comparable or stored.limits is None or stored.flips is None:
+    if not comparable or stored.limits is None or stored.flips is None or measured[0].bytes is not None:
         nothing = dataclasses.replace(measured[1], changes=NO_TOKENS)
         found = compare_predictions(measured[0], nothing, ratio=config.eval.max_pm_ratio)
         yield from differences("metrics.predictions", stored, found)
@@ -206,7 +210,10 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
         raise UsageError(f"report.json: metrics.windows: {one_line(error)}") from None
     if not len(tokens) == len(before) == len(after) or not len(tokens) or tokens.min() < 0:
         raise UsageError("report.json: metrics.windows: each window has a number of tokens and two losses")
-    return PassResult(before, tokens), PassResult(after, tokens)
+    sizes = None if windows.bytes is None else np.array(windows.bytes, dtype=np.int64)
+    if sizes is not None and (len(sizes) != len(tokens) or sizes.min() < 0):
+        raise UsageError("report.json: metrics.windows: each window of text has a number of bytes")
+    return PassResult(before, tokens, bytes=sizes), PassResult(after, tokens, bytes=sizes)
 
 
 def folded_anew(report: Report) -> Verdict:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
+from invarlock.datasets.same_text import SameText
 from invarlock.pipeline.keeping import Watched
 from invarlock.reporting.report import MetricsSection
 
@@ -45,6 +46,10 @@ class Edited:
     """The edited model's own, where it is not the baseline's."""
     unreadable: bool = False
     """True where the model cannot be run over the baseline's windows."""
+    tokenizer: Any = None
+    """The model's own, where it has one besides the baseline's."""
+    same_text: SameText | None = None
+    """Final windows of the model's own, where its tokenizer gives other ids than the baseline's."""
 
 
 class Editor(Protocol):

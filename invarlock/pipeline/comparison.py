@@ -18,7 +18,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import UsageError, one_line
+from invarlock.core.errors import UsageError, named_by, one_line
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
@@ -31,6 +31,7 @@ from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
+from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
@@ -47,6 +48,7 @@ def compare(
     plugins: PluginManager,
     *,
     weights_only: bool = False,
+    tokenizer: Choice = "own",
     output: OutputFolder | None = None,
     strict: bool = False,
     ranks: Ranks = ALONE,
@@ -57,13 +59,17 @@ def compare(
     Both are only read.
 
     :param weights_only: measure no outputs; the verdict rests on weights and single blocks.
+    :param tokenizer: whose encodes the text for the subject. Where its own gives other ids, the loss of the same text
+        is compared per byte.
     :param ranks: the processes that share the comparison; the first one writes.
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
     with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _compare(Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, output)
+        return _compare(
+            Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, tokenizer, output
+        )
 
 
 def _compare(
@@ -72,12 +78,13 @@ def _compare(
     strict: bool,
     subject: str,
     weights_only: bool,
+    tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
     guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Subject(guarding, subject, weights, output), gone)
+    return judge(guarding, _Subject(guarding, subject, weights, tokenizer, output), gone)
 
 
 def _prepare_baseline(
@@ -119,12 +126,17 @@ class _Subject:
     name = COMPARE
 
     def __init__(
-        self, guarding: Guarding, subject: str, before: Mapping[str, torch.Tensor], output: OutputFolder | None
+        self,
+        guarding: Guarding,
+        subject: str,
+        before: Mapping[str, torch.Tensor],
+        tokenizer: Choice,
+        output: OutputFolder | None,
     ) -> None:
         self.plans = [{"subject": subject}]
         self.model: torch.nn.Module | None = None
         self._guarding, self._session, self._subject = guarding, guarding.session, subject
-        self._before, self._output = before, output
+        self._before, self._tokenizer, self._output = before, tokenizer, output
         self._watched: Watched = Gone()
 
     def apply(self, number: int) -> Edited:
@@ -134,8 +146,14 @@ class _Subject:
         with session.clock.stage("changes"):
             tokenizer, measured = guarding.baseline.tokenizer, guarding.windows is not None
             changes = find_changes(model, self._before, tokenizer, measured=measured)
-        findings = _tokenizer_findings(adapter, self._subject, session.trust, guarding.baseline.tokenizer)
-        if reason := unreadable_windows(guarding.windows, guarding.baseline.task, model):
+        with named_by(SUBJECT), session.clock.stage("windows"):
+            own = LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live
+            reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
+        reason = reading.unreadable
+        if reason is None and reading.same_text is None:
+            reason = unreadable_windows(guarding.windows, guarding.baseline.task, model)
+        findings = reading.findings
+        if reason:
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
         return Edited(
             model,
@@ -145,8 +163,9 @@ class _Subject:
             changes.tensors,
             self._before,
             [*changes.findings, *findings],
-            tokenizer=LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live,
             unreadable=reason is not None,
+            tokenizer=own,
+            same_text=reading.same_text,
         )
 
     def undo(self) -> Watched:
@@ -181,17 +200,3 @@ def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.M
     if (own := task_of(model)) != task:
         return f"the subject is a {own} model and the baseline a {task} one"
     return next(filter(None, (unreadable(part, model) for part in windows)), None)
-
-
-def _tokenizer_findings(adapter: Adapter, subject: str, trust: Mapping[str, Any], tokenizer: Any) -> list[Finding]:
-    """A warning where the subject has another tokenizer: the baseline's is used for both."""
-    if tokenizer is None:
-        return []
-    try:
-        other = adapter.load_tokenizer(subject, **trust).get_vocab()
-    except UsageError as error:
-        return [Finding("tokenizer", Action.WARN, f"the subject has none: {one_line(error)}")]
-    if differing := len(other.items() ^ tokenizer.get_vocab().items()):
-        message = f"the subject's vocabulary differs in {differing} entries; the baseline's was used for both"
-        return [Finding("tokenizer", Action.WARN, message)]
-    return []

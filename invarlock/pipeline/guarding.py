@@ -19,10 +19,13 @@ import torch
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, PrepareResult, Verdict, fold
+from invarlock.datasets.same_text import SameText
+from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.divergence import compare_predictions
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
 from invarlock.pipeline.attempts import Attempt, Edited
@@ -123,8 +126,8 @@ class Guarding:
         model, watched = edited.model, edited.watched
         if edited.unreadable:
             self.windows = None
-        observed, edited_pass = self._observed_pass(model, "edited pass", watched)
-        metrics = self._compare(edited_pass)
+        observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
+        metrics = self._compare(edited_pass, edited.same_text)
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -182,7 +185,7 @@ class Guarding:
 
     def _context(self, edited: Edited, metric: MetricResult | None, number: int) -> dict[str, Any]:
         """The context of ``validate``; ``baseline`` and ``edited`` are None where no outputs were measured."""
-        tokenizer = self.baseline.tokenizer
+        tokenizer = self.baseline.tokenizer if edited.tokenizer is None else edited.tokenizer
         return {
             "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
             "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
@@ -213,10 +216,11 @@ class Guarding:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def _observed_pass(
-        self, model: torch.nn.Module, stage: str, watched: Watched
+        self, model: torch.nn.Module, stage: str, watched: Watched, same_text: SameText | None = None
     ) -> tuple[list[Observation], PassResult | None]:
         """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
+        :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
@@ -224,6 +228,10 @@ class Guarding:
         windows = self.windows
         if windows is None:
             return observations, None
+        if same_text is not None:
+            # The same ids on both sides, if both know them: guards compare what one input becomes.
+            preview = windows[0] if unreadable(windows[0], model) is None else windows[0][:0]
+            windows = preview, same_text.windows
         tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
         strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
         if strangers and not self.baseline.sharding:
@@ -242,7 +250,7 @@ class Guarding:
             windows,
             stage,
             taps=[observation.taps for observation in observations],
-            reference=self._record,
+            reference=None if same_text else self._record,
             taps_off=taps_off,
         )
         self._record = record or self._record
@@ -258,11 +266,14 @@ class Guarding:
             observation.wanted = {}
         return observation
 
-    def _compare(self, edited: PassResult | None) -> MetricsSection:
+    def _compare(self, edited: PassResult | None, same_text: SameText | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
         baseline, section = self.baseline_pass, self.config.eval
         if baseline is None or edited is None:
             return NO_OUTPUTS
+        if same_text is not None:
+            ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
+            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]))
         metric = compare(
             baseline,
             edited,
@@ -273,7 +284,8 @@ class Guarding:
             seed=self.config.dataset.seed,
         )
         predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio)
-        windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
+        sizes = None if baseline.bytes is None else baseline.bytes.tolist()
+        windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist(), sizes)
         return MetricsSection(metric, predictions, windows)
 
 

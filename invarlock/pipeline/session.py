@@ -203,12 +203,14 @@ class Baseline:
         *,
         taps: Sequence[Mapping[str, Any]] = (),
         reference: TokenRecord | None = None,
+        vocabulary: int | None = None,
         taps_off: Callable[[], None] = lambda: None,
     ) -> tuple[PassResult, TokenRecord | None]:
         """Run a model over all windows once; processes share the final ones.
 
         :param taps: on the preview windows, by module name.
         :param reference: the baseline's record of its predictions, to compare with.
+        :param vocabulary: number of tokens to predict among, as :func:`~invarlock.evaluation.passes.measure` has it.
         :param taps_off: called once no tap is on the model any more.
         :returns: what all processes measured, and this one's record of its predictions.
         """
@@ -225,6 +227,7 @@ class Baseline:
                 task=self.task,
                 taps=taps,
                 reference=reference,
+                vocabulary=vocabulary,
                 calls=calls,
                 taps_off=taps_off,
             )

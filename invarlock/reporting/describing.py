@@ -133,7 +133,7 @@ def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
     if not metric:
         yield Measure("perplexity ratio", NOT_MEASURED, "", None)
         return
-    kind = metric.kind.replace("_", " ")
+    kind = metric.kind.replace("_", " ") + (" per byte" if metric.unit == "byte" else "")
     yield Measure(f"{kind}, baseline", shown(metric.baseline, digits=5), "", None)
     yield Measure(f"{kind}, edited", shown(metric.edited, digits=5), "", None)
     yield Measure("ratio, edited over baseline", shown(metric.ratio, digits=6), "", None)

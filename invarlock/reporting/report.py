@@ -62,6 +62,9 @@ class WindowsSection:
     baseline: list[Number]
     """Sum of the log loss over them, nats."""
     edited: list[Number]
+    bytes: list[int] | None = None
+    """Bytes of text (UTF-8), where two tokenizers split it differently: the losses are of that text, and are compared
+    per byte; ``tokens`` are those that the baseline's tokenizer makes of it."""
 
 
 @dataclass
@@ -136,7 +139,9 @@ def make_json_schema() -> dict[str, Any]:
 
     schema = TypeAdapter(Report).json_schema()
     schema["required"] = list(schema["properties"])
-    for result in map(schema["$defs"].get, ("EditedWeight", "GuardResult", "Finding", "Verdict")):
+    for result in map(
+        schema["$defs"].get, ("EditedWeight", "GuardResult", "Finding", "Verdict", "MetricResult", "WindowsSection")
+    ):
         # Results have defaults; what is written has every key.
         result["required"] = list(result["properties"])
         for each in result["properties"].values():

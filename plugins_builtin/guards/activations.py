@@ -10,7 +10,7 @@ neither does the time: some dozens of tokens tell no more for coming from more w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, Literal
@@ -40,6 +40,10 @@ class Sampled:
     def comparable(self, other: Sampled) -> bool:
         """Compare the tokens that both are of, and their features."""
         return (self.rows.shape, self.calls, self.tokens) == (other.rows.shape, other.calls, other.tokens)
+
+    def first(self, features: int) -> Sampled:
+        """The sample of the first features alone."""
+        return self if features == self.rows.shape[1] else replace(self, rows=self.rows[:, :features])
 
 
 class Sample:
@@ -182,6 +186,10 @@ class SeenPlace:
     def rows(self, kind: Kind) -> tuple[Tensor, Tensor] | None:
         """Samples in float32; None unless both are finite, and of the same tokens with the same features."""
         before, after = self._samples(kind)
+        if before and after and self.place.is_head:
+            # Logits of the tokens that both vocabularies have.
+            shared = min(before.rows.shape[1], after.rows.shape[1])
+            before, after = before.first(shared), after.first(shared)
         if before and after and before.comparable(after) and before.finite and after.finite:
             return before.rows.float(), after.rows.float()
         return None

@@ -26,7 +26,10 @@ class _Tensor:
     zero: bool
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Tensor:
+    def of(cls, tensor: torch.Tensor, shared: tuple[int, int] | None = None) -> _Tensor:
+        """
+        :param shared: an axis, and how many entries along it to look at; the others have to be finite, and no more.
+        """
         import torch
 
         shape, dtype = tuple(tensor.shape), str(tensor.dtype)
@@ -36,8 +39,12 @@ class _Tensor:
             return cls(shape, dtype, True, 0, 0, False)
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
+        finite = bool(low.isfinite() & high.isfinite())
+        if shared:
+            tensor = tensor.narrow(shared[0], 0, shared[1])
+            low, high = torch.aminmax(tensor)
         rows, columns = (_constant_rows(tensor), _constant_rows(tensor.mT)) if tensor.ndim > 1 else (0, 0)
-        return cls(shape, dtype, bool(low.isfinite() & high.isfinite()), rows, columns, bool((low == 0) & (high == 0)))
+        return cls(shape, dtype, finite, rows, columns, bool((low == 0) & (high == 0)))
 
 
 def _constant_rows(matrices: torch.Tensor) -> int:
@@ -47,6 +54,34 @@ def _constant_rows(matrices: torch.Tensor) -> int:
     # Nearly every row is ruled out by two of its numbers.
     candidates = matrices[matrices[..., 0] == matrices[..., -1]]
     return int((candidates == candidates[:, :1]).all(-1).sum())
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Numbers of the embedding's rows; None where a model has no such embedding."""
+
+    before: int | None
+    after: int | None
+
+    def axis(self, old: Sequence[int], new: Sequence[int]) -> int | None:
+        """The one axis along which two shapes differ, if they differ just as the vocabularies do."""
+        differing = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
+        if len(old) != len(new) or len(differing) != 1:
+            return None
+        return differing[0] if (old[differing[0]], new[differing[0]]) == (self.before, self.after) else None
+
+    def shared(self, old: Sequence[int], new: Sequence[int]) -> tuple[int, int] | None:
+        """The axis of a tensor that has grown with the vocabulary, and how many entries along it there were."""
+        axis = self.axis(old, new)
+        return None if axis is None or old[axis] > new[axis] else (axis, old[axis])
+
+    @property
+    def difference(self) -> str:
+        """``64 embedding rows more than the baseline's 1024``; empty where there is none."""
+        if self.before is None or self.after is None or self.before == self.after:
+            return ""
+        word = "more" if self.after > self.before else "fewer"
+        return f"{abs(self.after - self.before)} embedding rows {word} than the baseline's {self.before}"
 
 
 @dataclass(frozen=True)
@@ -64,19 +99,30 @@ class _State:
         return self.parameters | self.buffers
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> _State:
+    def of(cls, model: torch.nn.Module, before: _State | None = None) -> _State:
+        """
+        :param before: of the baseline; of what has grown with the vocabulary only the baseline's part is looked at.
+        """
+        old = before.tensors if before else {}
+        vocabulary = _Vocabulary(before.embedding_rows if before else None, _embedding_rows(model))
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        shared = {id(each): vocabulary.shared(old[name].shape, each.shape) for name, each in named if name in old}
+
+        def look(tensor: torch.Tensor) -> _Tensor:
+            return _Tensor.of(tensor, shared.get(id(tensor)))
+
         parameters = dict(model.named_parameters(remove_duplicate=False))
         by_identity: dict[int, list[str]] = defaultdict(list)
         for name, parameter in parameters.items():
             by_identity[id(parameter)].append(name)
-        looked_at = each(_Tensor.of, (parameters[names[0]] for names in by_identity.values()))
+        looked_at = each(look, (parameters[names[0]] for names in by_identity.values()))
         found = dict(zip(by_identity, looked_at, strict=True))
         return cls(
             parameters={name: found[id(parameter)] for name, parameter in parameters.items()},
-            buffers={name: _Tensor.of(buffer) for name, buffer in model.named_buffers()},
+            buffers={name: look(buffer) for name, buffer in model.named_buffers()},
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
             norms=frozenset(name for name, module in model.named_modules() if _is_norm(module)),
-            embedding_rows=_embedding_rows(model),
+            embedding_rows=vocabulary.after,
             flagged_tied=bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False)),
         )
 
@@ -89,7 +135,8 @@ class InvariantsGuard(Guard):
     - Rollback: a norm's weight that has become all zero; untied weights that are now tied; tied ones that now differ,
       unless outputs were measured and the configuration says that the head is one of its own.
     - Warn: another tensor that has become all zero; rows or columns that have become constant or all zero. Each may be
-      harmless, and the outputs tell.
+      harmless, and the outputs tell. So are lost embedding rows, where no tokenizer says which of them are needed. Rows
+      that were added only have to be finite.
     """
 
     name = "invariants"
@@ -113,13 +160,14 @@ class InvariantsGuard(Guard):
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
-        before, after = self._baseline, _State.of(model)
+        before, after = self._baseline, _State.of(model, self._baseline)
+        vocabulary = _Vocabulary(before.embedding_rows, after.embedding_rows)
         fatal = [
             *_named("missing", before.parameters.keys() - after.parameters.keys()),
             *_named("new", after.parameters.keys() - before.parameters.keys()),
             *_named("missing buffer", before.buffers.keys() - after.buffers.keys()),
             *_named("missing norm layer", before.norms - after.norms),
-            *_new_shapes(before, after),
+            *_new_shapes(before, after, vocabulary),
             *_named("NaN or Inf in", _newly(before, after, lambda old, new: old.finite and not new.finite)),
             *_too_few_embeddings(before, after, context.get("vocabulary")),
         ]
@@ -139,6 +187,7 @@ class InvariantsGuard(Guard):
                 "constant columns in",
                 _newly(before, after, lambda old, new: new.constant_columns > old.constant_columns),
             ),
+            *_lost_rows(vocabulary, context.get("vocabulary")),
             *_new_types(before, after),
         ]
         findings = [*fatal, *grave, *doubtful]
@@ -146,8 +195,7 @@ class InvariantsGuard(Guard):
         return {
             "passed": not (fatal or grave),
             "action": action,
-            "message": first_few(findings)
-            or f"{len(after.parameters)} parameters are sound, the structure is unchanged",
+            "message": first_few(findings) or "; ".join(filter(None, (_sound(after), vocabulary.difference))),
             "warnings": doubtful,
             "metrics": {
                 "parameters": len(after.parameters),
@@ -184,10 +232,27 @@ def _newly(before: _State, after: _State, worse: Any) -> list[str]:
     return list(found.values())
 
 
-def _new_shapes(before: _State, after: _State) -> list[str]:
+def _new_shapes(before: _State, after: _State, vocabulary: _Vocabulary) -> list[str]:
     names = _newly(before, after, lambda old, new: old.shape != new.shape)
     old, new = before.tensors, after.tensors
-    return [f"shape of {name}: {old[name].shape} became {new[name].shape}" for name in sorted(names)]
+    return [
+        f"shape of {name}: {old[name].shape} became {new[name].shape}"
+        for name in sorted(names)
+        if vocabulary.axis(old[name].shape, new[name].shape) is None
+    ]
+
+
+def _lost_rows(vocabulary: _Vocabulary, needed: int | None) -> list[str]:
+    """Lost rows that a token may need.
+
+    :param needed: size of the tokenizer's vocabulary; None where there is no tokenizer.
+    """
+    lost = (vocabulary.after or 0) < (vocabulary.before or 0)
+    return [vocabulary.difference] if lost and needed is None else []
+
+
+def _sound(state: _State) -> str:
+    return f"{len(state.parameters)} parameters are sound, the structure is unchanged"
 
 
 def _new_types(before: _State, after: _State) -> list[str]:

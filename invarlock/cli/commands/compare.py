@@ -42,6 +42,10 @@ def invarlock_add_commands(subparsers: Any) -> None:
     source.add_argument(
         "--weights-only", action="store_true", help="measure no outputs: weights and single blocks alone"
     )
+    parser.add_argument(
+        "--tokenizer", choices=("own", "baseline"), default="own",
+        help="whose encodes the text for the subject (default: own); where ids differ, losses are compared per byte",
+    )  # fmt: skip
     add_path("-c", "--config", metavar="CONFIG", help="a configuration; its model.id is the baseline's")
     add_judging_options(parser)
     parser.set_defaults(run=run, judges=True)
@@ -55,7 +59,8 @@ def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunRes
     # Only here: torch is slow to import.
     from invarlock.pipeline import compare
 
-    return compare(config, args.subject, args.manager, weights_only=args.weights_only, **shared)
+    options = {"weights_only": args.weights_only, "tokenizer": args.tokenizer}
+    return compare(config, args.subject, args.manager, **options, **shared)
 
 
 def _checkpoint_and_text(args: argparse.Namespace) -> dict[str, Any]:

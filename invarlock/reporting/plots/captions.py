@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, shown
-from invarlock.reporting.plots.data import MOST_POINTS, Point, log
+from invarlock.reporting.plots.data import MOST_POINTS, Point, log, nats_per
 
 SPECTRUM = "The leading singular values, in units of the weight, before and after the edit. There is no limit."
 
@@ -44,7 +44,7 @@ def rises(windows: int, finite: int, drawn: int, metric: MetricResult | None) ->
     if metric:
         span = " to ".join(shown(log(end)) for end in metric.ci or () if log(end) is not None) or NOT_MEASURED
         caption += (
-            f" The mean is {shown(log(metric.ratio), 'nats per token')}, its {shown(metric.ci_level, '%')} interval "
+            f" The mean is {shown(log(metric.ratio), nats_per(metric))}, its {shown(metric.ci_level, '%')} interval "
             f"{span}; the upper end may be {shown(log(metric.limit))} at most, the logarithm of the limit "
             f"{shown(metric.limit)} on the ratio of the perplexities."
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from invarlock.core.results import EditedWeight, GuardResult, Verdict
-from invarlock.evaluation.results import Number
+from invarlock.evaluation.results import MetricResult, Number
 from invarlock.reporting.describing import MOST_SUSPECTS
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import WindowsSection
@@ -73,18 +73,24 @@ def thinned(found: Sequence[Point]) -> list[Point]:
     return sorted(kept, key=lambda point: -point.value)[:MOST_POINTS]
 
 
+def nats_per(metric: MetricResult | None) -> str:
+    """The unit of the rise of the loss."""
+    return "nats per byte" if metric and metric.unit == "byte" else "nats per token"
+
+
 def rises(windows: WindowsSection | None) -> list[tuple[int, float | None]]:
-    """Of each window its scored tokens and how much its loss rose, nats per token; None where that is not finite."""
+    """Of each window its scored tokens, or its bytes where the loss is per byte, and how much the loss of each rose, in
+    nats; None where that is not finite."""
     if windows is None:
         return []
-    columns = zip(windows.tokens, windows.baseline, windows.edited, strict=False)
-    return [(tokens, _rise(tokens, before, after)) for tokens, before, after in columns if tokens and tokens > 0]
+    columns = zip(windows.bytes or windows.tokens, windows.baseline, windows.edited, strict=False)
+    return [(size, _rise(size, before, after)) for size, before, after in columns if size and size > 0]
 
 
-def _rise(tokens: int, before: Number | None, after: Number | None) -> float | None:
+def _rise(size: int, before: Number | None, after: Number | None) -> float | None:
     if before is None or after is None:
         return None
-    rise = (float(after) - float(before)) / tokens
+    rise = (float(after) - float(before)) / size
     return rise if math.isfinite(rise) else None
 
 

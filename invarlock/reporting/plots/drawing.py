@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from invarlock.evaluation.results import MetricResult
-from invarlock.reporting.plots.data import Point, SpectrumChange, log
+from invarlock.reporting.plots.data import Point, SpectrumChange, log, nats_per
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResul
         axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
     axes.axhline(0, color=LINE, linewidth=0.8)
     axes.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=SERIES[0], markersize=4)
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(nats_per(metric))
     axes.set_xlabel("window")
 
 

@@ -117,8 +117,8 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
         "windows",
         title,
         captions.rises(len(rises), len(finite), len(points), metric),
-        ["window", "scored tokens", "rise, nats per token"],
-        [[str(place), f"{tokens:,}", shown(rise)] for place, (tokens, rise) in rises[:MOST_ROWS]],
+        ["window", "bytes of text" if windows and windows.bytes else "scored tokens", f"rise, {data.nats_per(metric)}"],
+        [[str(place), f"{size:,}", shown(rise)] for place, (size, rise) in rises[:MOST_ROWS]],
         drawing.drawn("windows", title, drawing.rises, points, metric),
         [
             Legend("a window", "plot-0", "●"),

@@ -134,7 +134,7 @@ class Call:
         streams = [(tensor, given.get(id(tensor), tensor).detach().requires_grad_()) for tensor in self.streams]
         with torch.enable_grad():
             # Copies, for a module that adds to its input in place.
-            output = self.run(module, {id(tensor): leaf.clone() for tensor, leaf in streams})
+            output = self.run(module, {**given, **{id(tensor): leaf.clone() for tensor, leaf in streams}})
         first = next(tensors_in(output), None)
         if first is None:
             raise ValueError(f"the output is a {type(output).__name__} without a tensor")

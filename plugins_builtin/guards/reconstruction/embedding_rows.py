@@ -50,16 +50,21 @@ class EmbeddingRows:
         """The squared relative error to expect of a row, if rows are used as often as tokens with their ids are.
 
         :param rotation: orthogonal matrix by which the edited model rotates its hidden states.
-        :returns: infinity where rows are of another number or size.
+        :returns: infinity where rows are of another size.
         """
         edited = self._edited(part)
-        if edited.shape != (len(self.norms), self.sample.shape[1]):
+        if edited.shape[1:] != self.sample.shape[1:]:
             return math.inf
-        difference = _projections(edited, rotation) - self.projections
-        sizes = self.norms.square()
+        difference = _projections(edited, rotation) - self.projections[: len(edited)]
+        sizes = self.norms[: len(edited)].square()
         errors = difference.square().sum(-1) / sizes.clamp(min=1e-6 * float(sizes.mean()) + 1e-30)
         frequency = token_frequency(len(errors)).to(errors)
         return float((errors.clamp(max=MOST) * frequency).sum())
+
+    def lost(self, part: nn.Module, ids: Tensor) -> Tensor:
+        """Mask of the token ids whose rows the edited embedding has no longer."""
+        left = len(self._edited(part))
+        return (ids >= left) & (left < len(self.norms))
 
     def rotation(self, part: nn.Module) -> Tensor | None:
         """The orthogonal matrix that the edited rows were multiplied with, if they were, and not by the identity.
@@ -81,7 +86,8 @@ class EmbeddingRows:
         return rotation if torch.linalg.vector_norm(before @ rotation - edited) <= ROTATED * size else None
 
     def _edited(self, part: nn.Module) -> Tensor:
-        return part.get_parameter(f"{self.path}.weight".lstrip(".")).detach()
+        """The edited rows that the baseline has, too."""
+        return part.get_parameter(f"{self.path}.weight".lstrip(".")).detach()[: len(self.norms)]
 
 
 def token_frequency(rows: int) -> Tensor:

@@ -156,18 +156,26 @@ class Reference:
         try:
             module = model.get_submodule(part.name)
             # With a graph, like the baseline: attention may take another road without one.
-            output, _ = part.call.run_with_graph(module, self._inputs(part, moved, rotation))
+            lost = _lost_tokens(part, module)
+            inputs = self._inputs(part, moved, rotation) | {key: ids for key, (ids, _) in lost.items()}
+            output, _ = part.call.run_with_graph(module, inputs)
             output = output.detach().to(part.output.device).float()
             if rotation is not None and part.name != self.head and output.shape[-1] == len(rotation):
                 output = output @ rotation.T.to(output.device)
-            difference = output - part.output.float()
+            before = part.output.float()
+            if part.name == self.head:
+                # Logits of the tokens that both vocabularies have.
+                before, output = before[..., : output.shape[-1]], output[..., : before.shape[-1]]
+            difference = output - before
+            for _, tokens in lost.values():
+                difference = difference.masked_fill(tokens.to(difference.device), 0)
         except CANNOT_RUN as error:
             return PartError(part.name, math.inf, math.inf, f"cannot be run: {one_line(error)}")
         if not are_finite(difference):
             return PartError(part.name, math.inf, math.inf, "gives NaN or infinity")
         if part.name in self.tail:
             moved[part.name] = difference
-        relative = ratio(float(difference.norm()), float(_update(part).norm()))
+        relative = ratio(float(difference.norm()), float(_update(part)[..., : difference.shape[-1]].norm()))
         return PartError(part.name, relative, self._nats(part, difference, relative, module, rotation))
 
     def _inputs(self, part: BaselinePart, moved: Mapping[str, Tensor], rotation: Tensor | None) -> dict[int, Tensor]:
@@ -188,7 +196,8 @@ class Reference:
         self, part: BaselinePart, difference: Tensor, relative: float, module: nn.Module, rotation: Tensor | None
     ) -> float:
         if part.name == self.head:
-            return _divergence(part.output, part.output + difference)
+            before = part.output[..., : difference.shape[-1]]
+            return _divergence(before, before + difference)
         if part.name in self.tail and self.head is not None:
             return 0.0  # The head's divergence has it.
         if part.gradient is None:
@@ -204,6 +213,16 @@ class Reference:
             return UNKNOWN_SENSITIVITY
         slopes, sizes = (_squares(tensor) for tensor in (part.gradient, part.output))
         return 0.5 * float((slopes * sizes).sum()) / part.output.shape[-1] / self.positions
+
+
+def _lost_tokens(part: BaselinePart, module: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+    """Token ids to read in place of a call's, by the id of those, and a mask (..., 1) of the tokens that the edited
+    embedding has no rows for: each of them becomes token 0, and has no error."""
+    ids = part.call.leading
+    if ids is None or ids.is_floating_point():
+        return {}
+    masks = [rows.lost(module, ids) for rows in part.rows.values()]
+    return {id(ids): (ids.masked_fill(mask, 0), mask[..., None]) for mask in masks if mask.any()}
 
 
 class _Backward:

@@ -29,10 +29,15 @@ class Leaf:
     stacks: Mapping[str, Tensor]
     """Every expert's matrix times one random vector, for each weight that stacks experts."""
 
-    def error(self, module: nn.Module) -> float:
-        """The squared relative error of the edited module's output on the baseline's input, the mean over tokens."""
-        outputs = _floats(self.call.run(module))
-        errors = [_squared_error(new, old) for new, old in zip(outputs, self.outputs, strict=True)]
+    def error(self, module: nn.Module, *, is_head: bool) -> float:
+        """The squared relative error of the edited module's output on the baseline's input, the mean over tokens.
+
+        :param is_head: compare the features that both outputs have: logits of the tokens that both vocabularies have.
+        """
+        pairs = list(zip(_floats(self.call.run(module)), self.outputs, strict=True))
+        if is_head:
+            pairs = [(new[..., : old.shape[-1]], old[..., : new.shape[-1]]) for new, old in pairs]
+        errors = [_squared_error(new, old) for new, old in pairs]
         return max(errors, default=0.0)
 
     def worst_expert(self, module: nn.Module) -> tuple[str, int] | None:
@@ -66,12 +71,12 @@ def observe_leaves(part: nn.Module) -> Iterator[dict[str, Leaf]]:
         yield leaves
 
 
-def leaf_errors(part: nn.Module, leaves: Mapping[str, Leaf]) -> dict[str, float]:
+def leaf_errors(part: nn.Module, leaves: Mapping[str, Leaf], *, is_head: bool) -> dict[str, float]:
     """The error of each leaf of an edited part, by path; one that holds others counts only where they are sound."""
     errors: dict[str, float] = {}
     for path, leaf in leaves.items():
         try:
-            errors[path] = leaf.error(part.get_submodule(path))
+            errors[path] = leaf.error(part.get_submodule(path), is_head=is_head)
         except CANNOT_RUN:
             errors[path] = math.inf
     for path in errors:

@@ -27,7 +27,8 @@ def find_suspects(reference: Reference, judgement: PartJudgement, model: nn.Modu
     found: dict[str, Suspect] = {}
     with evaluating(model):
         for error in costly[:most]:
-            cost = error.failure or f"{error.nats / judgement.score:.0%} of the score"
+            share = error.nats / judgement.score if math.isfinite(error.nats) else 1.0
+            cost = error.failure or f"{share:.0%} of the score"
             for suspect in _of_part(reference, error, model, cost, judgement.rotated):
                 name = names.get(suspect.module, suspect.module)
                 before = found.get(name, replace(suspect, module=name, score=0.0))
@@ -63,7 +64,7 @@ def _leaf_errors(reference: Reference, error: PartError, model: nn.Module) -> di
             module = model.get_submodule(name)
         except AttributeError:  # It has gone, and that is the failure.
             continue
-        for path, value in leaf_errors(module, part.leaves).items():
+        for path, value in leaf_errors(module, part.leaves, is_head=name == reference.head).items():
             rows = part.rows.get(path)
             found[name, path] = max(value, rows.expected_error(module)) if rows else value
     return found

@@ -113,7 +113,8 @@ class SpectralGuard(Guard):
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before = {name: entry for name, entry in self._baseline.items() if entry}
-        weights = list(_weights(model, self._families))
+        weights = list(_weights(model, self._families, {name: entry.shape[0] for name, entry in before.items()}))
+        before |= _shared_spectra(weights, before, context.get("baseline_weights") or {})
         found = each(lambda alike: self._moves(alike, before), _alike(weights))
         moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
@@ -217,15 +218,17 @@ class _Weight:
     parameter_name: str
     parameter: torch.Tensor
     shape: tuple[int, int]
+    rows: int
+    """Number of its rows to look at: those of tokens that the baseline has, too, or all."""
 
     @property
     def is_fused(self) -> bool:
         return self.parameter.numel() != self.shape[0] * self.shape[1]
 
     def read(self) -> torch.Tensor:
-        """(matrices, rows, columns); a streamed weight is read once for it."""
+        """(matrices, ``rows``, columns); a streamed weight is read once for it."""
         # A view, because every operation on a streamed weight itself would read it again.
-        return self.parameter.detach().view(self.parameter.shape).reshape(-1, *self.shape)
+        return self.parameter.detach().view(self.parameter.shape).reshape(-1, *self.shape)[:, : self.rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,8 +294,13 @@ class _Move:
         }
 
 
-def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weight]:
-    """The weights in these families that are there to be read."""
+def _weights(
+    model: torch.nn.Module, families: Sequence[str], rows_before: Mapping[str, int] | None = None
+) -> Iterator[_Weight]:
+    """The weights in these families that are there to be read.
+
+    :param rows_before: of the baseline's matrices, by name: of an embedding and of a head no more are looked at.
+    """
     from invarlock.api import find_weights
 
     for target in find_weights(model):
@@ -301,14 +309,15 @@ def _weights(model: torch.nn.Module, families: Sequence[str]) -> Iterator[_Weigh
             continue
         flat = target.layout.name == "CONV"
         shape = (len(weight), weight.numel() // len(weight)) if flat else (weight.shape[-2], weight.shape[-1])
-        yield _Weight(target.name, family, target.parameter_name, weight, shape)
+        known = (rows_before or {}).get(target.name, shape[0]) if family == "embed" else shape[0]
+        yield _Weight(target.name, family, target.parameter_name, weight, shape, min(known, shape[0]))
 
 
 def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
     """Batches of weights whose matrices have one shape, type and device."""
     together: dict[Any, list[_Weight]] = defaultdict(list)
     for weight in weights:
-        group = together[weight.shape, weight.parameter.dtype, weight.parameter.device]
+        group = together[weight.shape, weight.rows, weight.parameter.dtype, weight.parameter.device]
         group.append(weight)
         if len(group) == AT_ONCE or len(group) * weight.parameter.nbytes >= BYTES_AT_ONCE:
             yield _Alike([*group])
@@ -323,6 +332,21 @@ def _spectra(alike: _Alike) -> list[tuple[str, Spectrum | None]]:
     return [(matrix.name, spectrum) for matrix, spectrum in zip(matrices, spectra(numbers), strict=True)]
 
 
+def _shared_spectra(
+    weights: Iterable[_Weight], before: Mapping[str, Spectrum], baseline: Mapping[str, torch.Tensor]
+) -> dict[str, Spectrum]:
+    """Spectra of the baseline's rows that are left, of each matrix that has lost some and can be read back."""
+    from plugins_builtin.guards.spectral.singular import spectra
+
+    found = {
+        weight.module: spectra([baseline[weight.parameter_name][: weight.rows]])[0]
+        for weight in weights
+        if weight.family == "embed" and weight.parameter_name in baseline and weight.module in before
+        if weight.rows < before[weight.module].shape[0]
+    }
+    return {name: spectrum for name, spectrum in found.items() if spectrum}
+
+
 def _leading_values(
     moves: Sequence[_Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
@@ -332,10 +356,12 @@ def _leading_values(
     def values(alike: _Alike) -> dict[str, Any] | None:
         (weight,) = alike.weights
         old = baseline.get(weight.parameter_name)
-        if old is None or old.numel() != weight.parameter.numel():
+        if old is None or old.shape[1:] != weight.parameter.shape[1:]:
             return None
-        new = weight.read()[0]
-        before, after = (leading_values(numbers, MOST_VALUES) for numbers in (old.reshape(new.shape), new))
+        old, new = old.flatten(1)[: weight.rows], weight.read()[0]
+        if old.shape != new.shape:
+            return None
+        before, after = (leading_values(numbers, MOST_VALUES) for numbers in (old, new))
         if not before or not after:
             return None
         return {"module": weight.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]}

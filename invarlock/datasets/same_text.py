@@ -1,0 +1,126 @@
+"""The text of a baseline's windows, as another tokenizer splits it.
+
+Places in the text are counted in bytes of UTF-8 over all documents, one after the other. A token is known by the place
+where it ends: it stands for the text since the token before it. Several tokens of one character all end with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from invarlock.core.errors import InputError
+from invarlock.datasets.layout import UNSCORED, WindowLayout, Windows
+from invarlock.datasets.windows import Dataset, pieces, read_rows, read_tokens
+
+NO_TEXT = -1
+"""In place of an end: a special token, the end of a document, or padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class SameText:
+    """Windows over the text of other windows, which another tokenizer made."""
+
+    windows: Windows
+    """Padded on the right, because they are not of one length; padding is masked, and never scored."""
+    ends: Tensor
+    """Where in the text the token at each of their positions ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
+    baseline_ends: Tensor
+    """The same of the windows that the text is taken from: int64 (n, their length)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tokenizer, and the layout of windows that are made with it."""
+
+    tokenizer: Any
+    layout: WindowLayout
+
+
+def read_same_text(
+    dataset: Dataset, documents: Sequence[str], baseline: Side, subject: Side, *, most: int | None
+) -> SameText:
+    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal model.
+
+    The subject's tokens are those of whole documents: a window begins and ends within a word only where a token does.
+
+    :param most: largest number of tokens that the subject reads at once; longer windows lose their last ones.
+    :raises InputError: a tokenizer does not tell where its tokens stand in the text.
+    """
+    rows = read_rows(documents, dataset, _Splitter(baseline.tokenizer), baseline.layout.text)[dataset.preview_n :]
+    read_to = max(row[-1].end for row in rows)
+    generator = torch.Generator().manual_seed(dataset.seed)
+    stream = read_tokens(documents, dataset, _Splitter(subject.tokenizer), generator)
+    tokens = list(takewhile(lambda token: token.end <= read_to, stream))
+    own = list(_covering(tokens, rows))
+    return SameText(*_padded(own, subject.layout, most), _padded(rows, baseline.layout, None)[1])
+
+
+class _Token(NamedTuple):
+    id: int
+    end: int
+    is_text: bool
+
+
+class _Splitter:
+    """Splits documents that follow each other into tokens, with the place in all of their text where each ends."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._read = 0
+
+    def __call__(self, document: str) -> Iterator[_Token]:
+        for piece in pieces(document):
+            ids, ends = _ends(self._tokenizer, piece)
+            yield from (_Token(token, self._read + end, True) for token, end in zip(ids, ends.tolist(), strict=True))
+            self._read += _bytes(piece)
+        if self._tokenizer.eos_token_id is not None:
+            yield _Token(self._tokenizer.eos_token_id, self._read, False)
+
+
+def _ends(tokenizer: Any, text: str) -> tuple[list[int], NDArray[np.int64]]:
+    """The token ids of a text, and the byte at which each ends."""
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        characters = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+    except (NotImplementedError, TypeError, LookupError):
+        # Tokenizers in Python, and those of adapters that have no more than windows need.
+        raise InputError(
+            "a tokenizer does not tell where in the text its tokens stand (return_offsets_mapping)"
+        ) from None
+    sizes = np.fromiter(map(_bytes, text), dtype=np.int64, count=len(text))
+    ends = np.concatenate([[0], sizes.cumsum()])[characters]
+    return list(encoded["input_ids"]), np.maximum.accumulate(ends)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _covering(tokens: Sequence[_Token], rows: Sequence[Sequence[_Token]]) -> Iterator[Sequence[_Token]]:
+    """For each row the tokens that end between its first end and its last, at least one."""
+    ends = np.array([token.end for token in tokens])
+    for row in rows:
+        first, last = np.searchsorted(ends, [row[0].end, row[-1].end + 1]).tolist()
+        yield tokens[min(first, len(tokens) - 1) : max(first + 1, last)]
+
+
+def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | None) -> tuple[Windows, Tensor]:
+    """Windows of rows of text in their layout, and the ends of their tokens."""
+    around = len(layout.prefix) + len(layout.suffix)
+    rows = [row if most is None else row[: max(1, most - around)] for row in rows]
+    length = around + max(map(len, rows))
+    ids, ends, mask = (torch.full((len(rows), length), value) for value in (0, NO_TEXT, 0))
+    for place, row in enumerate(rows):
+        whole = [*layout.prefix, *(token.id for token in row), *layout.suffix]
+        ids[place, : len(whole)], mask[place, : len(whole)] = torch.tensor(whole), 1
+        text = torch.tensor([token.end if token.is_text else NO_TEXT for token in row])
+        ends[place, len(layout.prefix) : len(layout.prefix) + len(row)] = text
+    return Windows(ids, mask, ids.masked_fill(ends == NO_TEXT, UNSCORED)), ends
