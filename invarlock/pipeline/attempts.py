@@ -42,8 +42,6 @@ class Edited:
     """The baseline's parameters by name, read from disk one at a time."""
     findings: Sequence[Finding] = ()
     """Findings of the edit itself, besides those of guards and outputs."""
-    tokenizer: Any = None
-    """The edited model's own, where it is not the baseline's."""
     unreadable: bool = False
     """True where the model cannot be run over the baseline's windows."""
     tokenizer: Any = None

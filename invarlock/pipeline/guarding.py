@@ -195,7 +195,7 @@ class Guarding:
             "device": str(next(edited.model.parameters()).device),
             "rank": self.session.ranks.rank,
             "vocabulary": len(tokenizer) if tokenizer is not None else None,
-            "tokenizers": {"baseline": tokenizer, "edited": edited.tokenizer or tokenizer},
+            "tokenizers": {"baseline": self.baseline.tokenizer, "edited": tokenizer},
             "baseline_weights": edited.baseline_weights,
         }
 
