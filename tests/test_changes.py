@@ -81,15 +81,19 @@ NAMED = {
     "rows permuted": lambda weight: weight[torch.randperm(ROWS, generator=seeded())],
     "columns permuted": lambda weight: weight[:, torch.randperm(COLUMNS, generator=seeded())],
     "columns scaled: by 0.5 to 2": lambda weight: weight * torch.linspace(0.5, 2, COLUMNS),
+    "columns negated: 40 of 64": lambda weight: weight * torch.where(torch.arange(COLUMNS) < 40, -1, 1),
+    "values changed: 2 of 6,144": with_rows(lambda rows: rows.index_fill(1, torch.tensor([1]), 40)),
     "rows scaled: by 0.5 to 2": lambda weight: weight * torch.linspace(0.5, 2, ROWS)[:, None],
     "20 % zeros": pruned,
     "50 % zeros, 2 of each 4": two_of_four,
-    "1 of 6,144 values zeroed": lambda weight: weight.index_put((torch.tensor([7]), torch.tensor([9])), torch.zeros(1)),
-    "2 of 96 rows zeroed": with_rows(torch.zeros_like),
-    "2 of 96 rows negated": with_rows(torch.neg),
-    "2 of 96 rows scaled by 3": with_rows(lambda rows: 3 * rows),
-    "2 of 96 rows replaced": with_rows(lambda rows: random(*rows.shape, number=9)),
-    "2 of 96 rows changed": with_rows(lambda rows: rows + 0.2 * random(*rows.shape, number=9)),
+    "values zeroed: 1 of 6,144": lambda weight: weight.index_put(
+        (torch.tensor([7]), torch.tensor([9])), torch.zeros(1)
+    ),
+    "rows zeroed: 2 of 96": with_rows(torch.zeros_like),
+    "rows negated: 2 of 96": with_rows(torch.neg),
+    "rows scaled by 3: 2 of 96": with_rows(lambda rows: 3 * rows),
+    "rows replaced: 2 of 96": with_rows(lambda rows: random(*rows.shape, number=9)),
+    "rows changed: 2 of 96": with_rows(lambda rows: rows + 0.2 * random(*rows.shape, number=9)),
     "LoRA-like, rank 3: 10 % of the norm": low_rank(3),
     "a grid of 16 levels a row (4 bits)": rounded,
     "not finite: 2 more values are NaN or Inf": with_rows(lambda rows: rows.index_fill(1, torch.tensor(0), torch.inf)),
@@ -126,7 +130,7 @@ def test_a_cast_is_named_and_the_same_numbers_in_a_wider_type_are_unchanged(befo
 def test_rows_are_outputs_whatever_the_layout() -> None:
     old = random(ROWS, COLUMNS)
     new = with_rows(torch.zeros_like)(old)
-    assert change_of(old.mT, new.mT, WeightLayout.IN_OUT).text == "2 of 96 rows zeroed"
+    assert change_of(old.mT, new.mT, WeightLayout.IN_OUT).text == "rows zeroed: 2 of 96"
     assert change_of(old, new).rows == (3, 5)
 
 
@@ -351,7 +355,7 @@ def test_the_lost_row_of_a_stop_token_in_the_head_decides(build, how: str, edit)
     assert action == "rollback"
     assert f"the row of the stop token `<|im_end|>` was {how}" in message
     (change,) = (text for _, text in changed(found).values())
-    assert change == f"1 of 96 rows {how}: the stop token `<|im_end|>`"
+    assert change == f"rows {how}: 1 of 96, the stop token `<|im_end|>`"
 
 
 @pytest.mark.parametrize("build", [architectures.llama, architectures.gpt2])
@@ -465,7 +469,7 @@ def test_the_lost_row_of_the_stop_token_is_named_on_the_command_line(invarlock, 
     nn.init.zeros_(model.lm_head.weight[0])
     done, report = compared(invarlock, baseline, save(model, "subject"), *source)
     assert done.code == 1
-    assert "1 of 1,024 rows zeroed: the stop token `<|endoftext|>` (lm_head)" in edit_line(done)
+    assert "rows zeroed: 1 of 1,024, the stop token `<|endoftext|>` (lm_head)" in edit_line(done)
     actions = {finding["source"]: finding["action"] for finding in report["verdict"]["findings"]}
     assert actions["edit"] == "rollback"
     assert invarlock("verify", "out").code == 0

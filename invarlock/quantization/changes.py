@@ -20,6 +20,8 @@ NOT_FINITE, ZERO, TRANSPOSED, OFF_BY_ONE = "not finite", "all zero", "transposed
 
 FEW = 0.5
 """Share of the rows that an edit of single rows changes at most; what changes more is an edit of the tensor."""
+SCATTERED = 0.05
+"""Share of the values of the rows that differ, up to which single values were changed: outliers and flipped bits."""
 LOST = 0.5
 """Cosine between a row and what became of it, below which it points elsewhere. Rounding to 2 bits leaves 0.9, and
 unrelated rows of 100 numbers are within 0.3 of 0."""
@@ -141,19 +143,37 @@ def _transposed(old: Tensor, new: Tensor) -> bool:
 def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
     before, after = _rows(old, layout), _rows(new, layout)
     differing = (before != after).any(1).nonzero().flatten()
-    where = f"{len(differing):,} of {len(before):,} rows " if len(differing) < len(before) else ""
+    some = len(differing) < len(before)
     few = len(differing) <= FEW * len(before)
+    count = f"{len(differing):,} of {len(before):,}"
     rows = tuple(differing.tolist()) if few else ()
-    pair = (before[differing], after[differing]) if where else (before, after)
+    pair = (before[differing], after[differing]) if some else (before, after)
     if text := _first((_zeroed, _negated, _scaled), *pair):
-        return Change(where + text, rows=rows)
+        return Change(f"rows {text}: {count}" if some else text, rows=rows)
     if _first((_pruned,), *pair):
         return Change(_zeros(after))
     if few:
-        return Change(where + ("replaced" if len(lost_rows(*pair)) > len(differing) / 2 else CHANGED), rows=rows)
-    if old.ndim > 1 and (text := _permuted(before, after) or _rescaled(before, after)):
+        return Change(_scattered(*pair, after.numel()) or f"rows {_turned(*pair)}: {count}", rows=rows)
+    if old.ndim > 1 and (text := _permuted(before, after) or _of_columns(before, after) or _rescaled(before, after)):
         return Change(text)
     return _of_matrix(old, new, layout)
+
+
+def _scattered(before: Tensor, after: Tensor, of: int) -> str | None:
+    values = int((before != after).sum())
+    return f"values changed: {values:,} of {of:,}" if values <= SCATTERED * before.numel() else None
+
+
+def _turned(before: Tensor, after: Tensor) -> str:
+    return "replaced" if len(lost_rows(before, after)) > len(before) / 2 else CHANGED
+
+
+def _of_columns(before: Tensor, after: Tensor) -> str | None:
+    differing = (before != after).any(0).nonzero().flatten()
+    if len(differing) == before.shape[1]:
+        return None
+    text = _first((_negated, _scaled), before.mT[differing], after.mT[differing])
+    return f"columns {text}: {len(differing):,} of {before.shape[1]:,}" if text else None
 
 
 def _of_matrix(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
@@ -203,8 +223,9 @@ def _zeros(rows: Tensor) -> str:
     """The share of zeros, and whether they lie in the pattern that hardware makes use of."""
     zero = rows == 0
     share = float(zero.float().mean())
-    if share < 1e-4:
-        return f"{int(zero.sum()):,} of {zero.numel():,} values zeroed"
+    # Nobody prunes a thousandth.
+    if share < 1e-3:
+        return f"values zeroed: {int(zero.sum()):,} of {zero.numel():,}"
     fours = zero.reshape(len(zero), -1, 4).sum(2) if rows.shape[1] % 4 == 0 else torch.zeros(1)
     return f"{100 * share:.2g} % zeros{', 2 of each 4' if (fours == 2).float().mean() > 0.99 else ''}"
 
