@@ -143,6 +143,17 @@ def test_one_added_to_a_vector_is_named(step: int, dtype) -> None:
     assert change_of(old, old + 2 * step).text == "changed"
 
 
+@pytest.mark.parametrize("old", [torch.ones(8), torch.tensor(1.0), random(8, 8), random(8, 8).to(torch.float8_e4m3fn)])
+def test_what_became_zero_is_named_whatever_it_was(old: Tensor) -> None:
+    assert change_of(old, torch.zeros_like(old)).text == "all zero"
+
+
+def test_numbers_of_eight_bits_are_compared() -> None:
+    old = random(ROWS, COLUMNS)
+    assert change_of(old, old.to(torch.float8_e4m3fn)).text == "changed"
+    assert change_of(old.to(torch.float8_e4m3fn), old.to(torch.float8_e4m3fn)).text == "unchanged"
+
+
 def test_rows_that_came_and_went_are_counted() -> None:
     old = random(ROWS, COLUMNS)
     assert change_of(old, torch.cat([old, old[:8]])).text == "8 rows added, the others unchanged"
@@ -307,6 +318,23 @@ def test_an_untied_copy_is_unchanged_and_another_head_under_a_tied_name_is_not()
 
     assert changed(changes_of(architectures.llama_tied(), untie)) == {}
     assert changed(changes_of(architectures.llama(), tie)) == {"lm_head.weight": ("embedding", "changed")}
+
+
+def test_biases_that_were_zero_have_no_relative_error() -> None:
+    model = architectures.gpt2()
+    (bias,) = (
+        tensor
+        for tensor in changes_of(model, lambda model: model.transformer.ln_f.bias.add_(0.1)).tensors
+        if tensor.is_changed
+    )
+    assert (bias.change, bias.relative_error) == ("constant: 0.1", None)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_model_of_another_width_is_compared_all_the_same(size: int) -> None:
+    before = dict(stored_tensors(architectures.llama(eos_token_id=7)))
+    found = find_changes(architectures.llama(eos_token_id=7, hidden_size=size), before, Words())
+    assert f"resized: (96, 32) became (96, {size})" in {tensor.change for tensor in found.tensors}
 
 
 def test_what_is_missing_or_new_is_listed() -> None:

@@ -65,6 +65,7 @@ def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_
         return Change(UNCHANGED)
     if not new.is_floating_point() or not old.is_floating_point():
         return Change(CHANGED)
+    old, new = _with_arithmetic(old), _with_arithmetic(new)
     return _of_all_values(old, new) or _of_rows(old, new, layout)
 
 
@@ -91,6 +92,11 @@ def column_scales(old: Tensor, new: Tensor, unexplained: float = ROUGH) -> Tenso
     return scales if rest <= unexplained * torch.linalg.vector_norm(after) else None
 
 
+def _with_arithmetic(tensor: Tensor) -> Tensor:
+    """Types of 8 bits have next to none."""
+    return tensor.float() if tensor.itemsize < 2 else tensor
+
+
 def _resized(old: Tensor, new: Tensor) -> str:
     """Rows that came or went, as in a vocabulary; otherwise both shapes."""
     if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1]:
@@ -106,10 +112,12 @@ def _of_all_values(old: Tensor, new: Tensor) -> Change | None:
     if not (low.isfinite() & high.isfinite()):
         spoiled = int((~new.isfinite() & old.isfinite()).sum())
         return Change(f"{NOT_FINITE}: {spoiled:,} more values are NaN or Inf" if spoiled else CHANGED)
-    if low == high and old.amin() != old.amax():
-        return Change(ZERO if low == 0 else f"constant: {float(low):.4g}")
+    if low == high == 0:
+        return Change(ZERO)
     if old.ndim == 1 and (step := _step(old, new)):
         return Change(f"{OFF_BY_ONE}: {step} every value")
+    if low == high and new.numel() > 1:
+        return Change(f"constant: {float(low):.4g}")
     if old.ndim > 1 and _transposed(old, new):
         return Change(TRANSPOSED)
     text = _cast(old, new)
