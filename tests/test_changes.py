@@ -81,15 +81,19 @@ NAMED = {
     "rows permuted": lambda weight: weight[torch.randperm(ROWS, generator=seeded())],
     "columns permuted": lambda weight: weight[:, torch.randperm(COLUMNS, generator=seeded())],
     "columns scaled: by 0.5 to 2": lambda weight: weight * torch.linspace(0.5, 2, COLUMNS),
+    "columns negated: 40 of 64": lambda weight: weight * torch.where(torch.arange(COLUMNS) < 40, -1, 1),
+    "values changed: 2 of 6,144": with_rows(lambda rows: rows.index_fill(1, torch.tensor([1]), 40)),
     "rows scaled: by 0.5 to 2": lambda weight: weight * torch.linspace(0.5, 2, ROWS)[:, None],
     "20 % zeros": pruned,
     "50 % zeros, 2 of each 4": two_of_four,
-    "1 of 6,144 values zeroed": lambda weight: weight.index_put((torch.tensor([7]), torch.tensor([9])), torch.zeros(1)),
-    "2 of 96 rows zeroed": with_rows(torch.zeros_like),
-    "2 of 96 rows negated": with_rows(torch.neg),
-    "2 of 96 rows scaled by 3": with_rows(lambda rows: 3 * rows),
-    "2 of 96 rows replaced": with_rows(lambda rows: random(*rows.shape, number=9)),
-    "2 of 96 rows changed": with_rows(lambda rows: rows + 0.2 * random(*rows.shape, number=9)),
+    "values zeroed: 1 of 6,144": lambda weight: weight.index_put(
+        (torch.tensor([7]), torch.tensor([9])), torch.zeros(1)
+    ),
+    "rows zeroed: 2 of 96": with_rows(torch.zeros_like),
+    "rows negated: 2 of 96": with_rows(torch.neg),
+    "rows scaled by 3: 2 of 96": with_rows(lambda rows: 3 * rows),
+    "rows replaced: 2 of 96": with_rows(lambda rows: random(*rows.shape, number=9)),
+    "rows changed: 2 of 96": with_rows(lambda rows: rows + 0.2 * random(*rows.shape, number=9)),
     "LoRA-like, rank 3: 10 % of the norm": low_rank(3),
     "a grid of 16 levels a row (4 bits)": rounded,
     "not finite: 2 more values are NaN or Inf": with_rows(lambda rows: rows.index_fill(1, torch.tensor(0), torch.inf)),
@@ -126,7 +130,7 @@ def test_a_cast_is_named_and_the_same_numbers_in_a_wider_type_are_unchanged(befo
 def test_rows_are_outputs_whatever_the_layout() -> None:
     old = random(ROWS, COLUMNS)
     new = with_rows(torch.zeros_like)(old)
-    assert change_of(old.mT, new.mT, WeightLayout.IN_OUT).text == "2 of 96 rows zeroed"
+    assert change_of(old.mT, new.mT, WeightLayout.IN_OUT).text == "rows zeroed: 2 of 96"
     assert change_of(old, new).rows == (3, 5)
 
 
@@ -137,6 +141,17 @@ def test_one_added_to_a_vector_is_named(step: int, dtype) -> None:
     done = "added to" if step == 1 else "subtracted from"
     assert change_of(old, old + step).text == f"off by one: 1 {done} every value"
     assert change_of(old, old + 2 * step).text == "changed"
+
+
+@pytest.mark.parametrize("old", [torch.ones(8), torch.tensor(1.0), random(8, 8), random(8, 8).to(torch.float8_e4m3fn)])
+def test_what_became_zero_is_named_whatever_it_was(old: Tensor) -> None:
+    assert change_of(old, torch.zeros_like(old)).text == "all zero"
+
+
+def test_numbers_of_eight_bits_are_compared() -> None:
+    old = random(ROWS, COLUMNS)
+    assert change_of(old, old.to(torch.float8_e4m3fn)).text == "changed"
+    assert change_of(old.to(torch.float8_e4m3fn), old.to(torch.float8_e4m3fn)).text == "unchanged"
 
 
 def test_rows_that_came_and_went_are_counted() -> None:
@@ -305,6 +320,23 @@ def test_an_untied_copy_is_unchanged_and_another_head_under_a_tied_name_is_not()
     assert changed(changes_of(architectures.llama(), tie)) == {"lm_head.weight": ("embedding", "changed")}
 
 
+def test_biases_that_were_zero_have_no_relative_error() -> None:
+    model = architectures.gpt2()
+    (bias,) = (
+        tensor
+        for tensor in changes_of(model, lambda model: model.transformer.ln_f.bias.add_(0.1)).tensors
+        if tensor.is_changed
+    )
+    assert (bias.change, bias.relative_error) == ("constant: 0.1", None)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_model_of_another_width_is_compared_all_the_same(size: int) -> None:
+    before = dict(stored_tensors(architectures.llama(eos_token_id=7)))
+    found = find_changes(architectures.llama(eos_token_id=7, hidden_size=size), before, Words())
+    assert f"resized: (96, 32) became (96, {size})" in {tensor.change for tensor in found.tensors}
+
+
 def test_what_is_missing_or_new_is_listed() -> None:
     def swap(model: Any) -> None:
         del model.transformer.h[0].mlp.c_fc.bias
@@ -351,7 +383,7 @@ def test_the_lost_row_of_a_stop_token_in_the_head_decides(build, how: str, edit)
     assert action == "rollback"
     assert f"the row of the stop token `<|im_end|>` was {how}" in message
     (change,) = (text for _, text in changed(found).values())
-    assert change == f"1 of 96 rows {how}: the stop token `<|im_end|>`"
+    assert change == f"rows {how}: 1 of 96, the stop token `<|im_end|>`"
 
 
 @pytest.mark.parametrize("build", [architectures.llama, architectures.gpt2])
@@ -465,7 +497,7 @@ def test_the_lost_row_of_the_stop_token_is_named_on_the_command_line(invarlock, 
     nn.init.zeros_(model.lm_head.weight[0])
     done, report = compared(invarlock, baseline, save(model, "subject"), *source)
     assert done.code == 1
-    assert "1 of 1,024 rows zeroed: the stop token `<|endoftext|>` (lm_head)" in edit_line(done)
+    assert "rows zeroed: 1 of 1,024, the stop token `<|endoftext|>` (lm_head)" in edit_line(done)
     actions = {finding["source"]: finding["action"] for finding in report["verdict"]["findings"]}
     assert actions["edit"] == "rollback"
     assert invarlock("verify", "out").code == 0

@@ -102,7 +102,8 @@ class _Comparison:
         text = change.text
         if role == "norm" and text == CHANGED:
             text = self._smoothed(name, old, new) or text
-        if target and role in (Role.EMBEDDING, Role.HEAD) and text != UNCHANGED:
+        same_width = old.shape[1:] == new.shape[1:]
+        if target and role in (Role.EMBEDDING, Role.HEAD) and same_width and text != UNCHANGED:
             text += self._tokens.named(change.rows)
             self._lost_tokens += self._tokens.lost(target, old, new)
         return made(change=text, bits=change.bits, relative_error=_relative_error(old, new, text))
@@ -134,26 +135,30 @@ class _Comparison:
         """Matrices of a norm's block whose columns, as many as it has numbers, were scaled; and their scales."""
         block = block_of(self._modules, norm)
         for target in dict.fromkeys(self._weights.values()):
-            path = target.parameter_name.rpartition(".")[0]
-            if block_of(self._modules, path) != block:
+            path, shape = target.parameter_name.rpartition(".")[0], target.parameter.shape
+            if block_of(self._modules, path) != block or _width(target) != size:
                 continue
-            new = _rows(target, target.parameter.detach().view(target.parameter.shape))
-            old = self._before.get(target.parameter_name)
-            if new.shape[1] != size or old is None or old.shape != target.parameter.shape:
+            old, new = self._before.get(target.parameter_name), target.parameter.detach().view(shape)
+            if old is None or old.shape != shape:
                 continue
-            old = _rows(target, old.to(new.device))
-            scales = column_scales(some_rows(old, ROWS_FOR_SCALES), some_rows(new, ROWS_FOR_SCALES))
-            if scales is not None:
-                yield target.name, scales
+            before, after = (_some_rows(target, weight) for weight in (old.to(new.device), new))
+            if (scales := column_scales(before, after)) is not None:
+                # Blocks may be spread over devices, a norm over others than its readers.
+                yield target.name, scales.cpu()
 
 
-def _rows(target: WeightTarget, weight: Tensor) -> Tensor:
-    return target.layout.matrices(weight).flatten(0, -2)
+def _width(target: WeightTarget) -> int:
+    """Number of inputs of a weight, without reading it."""
+    return target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
+
+
+def _some_rows(target: WeightTarget, weight: Tensor) -> Tensor:
+    return some_rows(target.layout.matrices(weight).flatten(0, -2), ROWS_FOR_SCALES)
 
 
 def _moved(old: Tensor, new: Tensor, scales: Tensor, offset: int) -> bool:
     """Whether a norm of weights (n) plus an offset was divided by scales (n)."""
-    before, after = old.float() + offset, new.float() + offset
+    before, after = old.cpu().float() + offset, new.cpu().float() + offset
     missing = torch.linalg.vector_norm(after * scales - before)
     return bool(missing <= MOVED * torch.linalg.vector_norm((scales - 1) * before))
 
@@ -164,7 +169,7 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
     if old.shape != new.shape:
         return None
     difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)
-    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64).clamp(min=1e-300))
+    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64))
     return quotient if math.isfinite(quotient) else None
 
 

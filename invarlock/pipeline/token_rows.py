@@ -50,7 +50,7 @@ class TokenRows:
         if not rows or self.tokenizer is None:
             return ""
         ordered = sorted(rows, key=lambda row: (row not in self.stops, row not in self.special))
-        return f": {some([*map(self._name, ordered[:4]), *map(str, ordered[4:])])}"
+        return f", {some([*map(self._name, ordered[:4]), *map(str, ordered[4:])])}"
 
     def lost(self, target: WeightTarget, old: Tensor, new: Tensor) -> Iterator[Finding]:
         """Special tokens whose rows were zeroed, negated or replaced: text seldom holds them, and windows miss it.

@@ -20,6 +20,8 @@ NOT_FINITE, ZERO, TRANSPOSED, OFF_BY_ONE = "not finite", "all zero", "transposed
 
 FEW = 0.5
 """Share of the rows that an edit of single rows changes at most; what changes more is an edit of the tensor."""
+SCATTERED = 0.05
+"""Share of the values of the rows that differ, up to which single values were changed: outliers and flipped bits."""
 LOST = 0.5
 """Cosine between a row and what became of it, below which it points elsewhere. Rounding to 2 bits leaves 0.9, and
 unrelated rows of 100 numbers are within 0.3 of 0."""
@@ -63,6 +65,7 @@ def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_
         return Change(UNCHANGED)
     if not new.is_floating_point() or not old.is_floating_point():
         return Change(CHANGED)
+    old, new = _with_arithmetic(old), _with_arithmetic(new)
     return _of_all_values(old, new) or _of_rows(old, new, layout)
 
 
@@ -89,6 +92,11 @@ def column_scales(old: Tensor, new: Tensor, unexplained: float = ROUGH) -> Tenso
     return scales if rest <= unexplained * torch.linalg.vector_norm(after) else None
 
 
+def _with_arithmetic(tensor: Tensor) -> Tensor:
+    """Types of 8 bits have next to none."""
+    return tensor.float() if tensor.itemsize < 2 else tensor
+
+
 def _resized(old: Tensor, new: Tensor) -> str:
     """Rows that came or went, as in a vocabulary; otherwise both shapes."""
     if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1]:
@@ -104,10 +112,12 @@ def _of_all_values(old: Tensor, new: Tensor) -> Change | None:
     if not (low.isfinite() & high.isfinite()):
         spoiled = int((~new.isfinite() & old.isfinite()).sum())
         return Change(f"{NOT_FINITE}: {spoiled:,} more values are NaN or Inf" if spoiled else CHANGED)
-    if low == high and old.amin() != old.amax():
-        return Change(ZERO if low == 0 else f"constant: {float(low):.4g}")
+    if low == high == 0:
+        return Change(ZERO)
     if old.ndim == 1 and (step := _step(old, new)):
         return Change(f"{OFF_BY_ONE}: {step} every value")
+    if low == high and new.numel() > 1:
+        return Change(f"constant: {float(low):.4g}")
     if old.ndim > 1 and _transposed(old, new):
         return Change(TRANSPOSED)
     text = _cast(old, new)
@@ -141,19 +151,37 @@ def _transposed(old: Tensor, new: Tensor) -> bool:
 def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
     before, after = _rows(old, layout), _rows(new, layout)
     differing = (before != after).any(1).nonzero().flatten()
-    where = f"{len(differing):,} of {len(before):,} rows " if len(differing) < len(before) else ""
+    some = len(differing) < len(before)
     few = len(differing) <= FEW * len(before)
+    count = f"{len(differing):,} of {len(before):,}"
     rows = tuple(differing.tolist()) if few else ()
-    pair = (before[differing], after[differing]) if where else (before, after)
+    pair = (before[differing], after[differing]) if some else (before, after)
     if text := _first((_zeroed, _negated, _scaled), *pair):
-        return Change(where + text, rows=rows)
+        return Change(f"rows {text}: {count}" if some else text, rows=rows)
     if _first((_pruned,), *pair):
         return Change(_zeros(after))
     if few:
-        return Change(where + ("replaced" if len(lost_rows(*pair)) > len(differing) / 2 else CHANGED), rows=rows)
-    if old.ndim > 1 and (text := _permuted(before, after) or _rescaled(before, after)):
+        return Change(_scattered(*pair, after.numel()) or f"rows {_turned(*pair)}: {count}", rows=rows)
+    if old.ndim > 1 and (text := _permuted(before, after) or _of_columns(before, after) or _rescaled(before, after)):
         return Change(text)
     return _of_matrix(old, new, layout)
+
+
+def _scattered(before: Tensor, after: Tensor, of: int) -> str | None:
+    values = int((before != after).sum())
+    return f"values changed: {values:,} of {of:,}" if values <= SCATTERED * before.numel() else None
+
+
+def _turned(before: Tensor, after: Tensor) -> str:
+    return "replaced" if len(lost_rows(before, after)) > len(before) / 2 else CHANGED
+
+
+def _of_columns(before: Tensor, after: Tensor) -> str | None:
+    differing = (before != after).any(0).nonzero().flatten()
+    if len(differing) == before.shape[1]:
+        return None
+    text = _first((_negated, _scaled), before.mT[differing], after.mT[differing])
+    return f"columns {text}: {len(differing):,} of {before.shape[1]:,}" if text else None
 
 
 def _of_matrix(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
@@ -203,8 +231,9 @@ def _zeros(rows: Tensor) -> str:
     """The share of zeros, and whether they lie in the pattern that hardware makes use of."""
     zero = rows == 0
     share = float(zero.float().mean())
-    if share < 1e-4:
-        return f"{int(zero.sum()):,} of {zero.numel():,} values zeroed"
+    # Nobody prunes a thousandth.
+    if share < 1e-3:
+        return f"values zeroed: {int(zero.sum()):,} of {zero.numel():,}"
     fours = zero.reshape(len(zero), -1, 4).sum(2) if rows.shape[1] % 4 == 0 else torch.zeros(1)
     return f"{100 * share:.2g} % zeros{', 2 of each 4' if (fours == 2).float().mean() > 0.99 else ''}"
 
