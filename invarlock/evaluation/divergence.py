@@ -32,6 +32,12 @@ SHOWN = {
 }
 
 
+NEAR_TIES = frozenset({"flips", "broken"})
+"""Figures that only warn: near ties flip under any edit, and a few tokens may break without harm."""
+NO_HARM = frozenset(SHOWN) - {"window_p95"}
+"""Figures that only warn where an edit is meant to improve: they see that predictions differ, not which are better."""
+
+
 def limits_of(
     ratio: float, margins: NDArray[np.float64], *, flips: float | None = None, broken: float = 0.001
 ) -> PredictionLimits:
@@ -65,7 +71,13 @@ def limits_of(
 
 
 def compare_predictions(
-    baseline: PassResult, edited: PassResult, *, ratio: float, flips: float | None = None, broken: float = 0.001
+    baseline: PassResult,
+    edited: PassResult,
+    *,
+    ratio: float,
+    improving: bool = False,
+    flips: float | None = None,
+    broken: float = 0.001,
 ) -> DivergenceResult:
     """Judge an edit by its predictions: rollback, or a warning, where a figure is above its limit.
 
@@ -74,6 +86,7 @@ def compare_predictions(
 
     :param edited: a pass over the same windows with ``baseline.record`` as its reference.
     :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :func:`limits_of`.
+    :param improving: as in :func:`judge_figures`.
     :raises ValueError: the passes did not score the same tokens, or the edited one had no reference.
     """
     changes = edited.changes
@@ -84,15 +97,16 @@ def compare_predictions(
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
     limits = limits_of(ratio, changes.margin_before, flips=flips, broken=broken)
-    return judge_figures(_figures(baseline, edited, changes), limits)
+    return judge_figures(_figures(baseline, edited, changes), limits, improving=improving)
 
 
-def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits) -> DivergenceResult:
+def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits, *, improving: bool = False) -> DivergenceResult:
     """Hold figures against their limits.
 
     :param figures: by the names of :class:`DivergenceResult`, each a number or None.
+    :param improving: the edit is meant to change predictions (``eval.intent``): to differ from the baseline only warns.
     """
-    action, reason = _judge(figures, limits)
+    action, reason = _judge(figures, limits, NO_HARM if improving else NEAR_TIES)
     return DivergenceResult(**figures, limits=limits, action=action, message=f"{_summary(figures)}: {reason}")
 
 
@@ -124,13 +138,13 @@ def _percentile(values: NDArray[np.float64], percent: int) -> float | None:
     return float(np.percentile(values, percent)) if np.isfinite(values).all() else None
 
 
-def _judge(figures: Mapping[str, Any], limits: PredictionLimits) -> tuple[Action, str]:
+def _judge(figures: Mapping[str, Any], limits: PredictionLimits, warning: frozenset[str]) -> tuple[Action, str]:
     if any(figures[name] is None for name in SHOWN):
         return Action.ROLLBACK, "the edited model's predictions are not finite"
     above = [name for name in SHOWN if figures[name] > getattr(limits, name)]
     if not above:
         return Action.CONTINUE, "within the limits"
-    action = Action.WARN if set(above) <= {"flips", "broken"} else Action.ROLLBACK
+    action = Action.WARN if warning.issuperset(above) else Action.ROLLBACK
     return action, ", ".join(f"{SHOWN[name]} {figures[name]:.4g} above {getattr(limits, name):.4g}" for name in above)
 
 

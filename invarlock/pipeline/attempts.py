@@ -10,7 +10,7 @@ import torch
 
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
 from invarlock.pipeline.keeping import Watched
-from invarlock.reporting.report import MetricsSection
+from invarlock.reporting.report import CoverageSection, Gap, MetricsSection
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Edited:
     """The baseline's parameters by name, read from disk one at a time."""
     findings: Sequence[Finding] = ()
     """Findings of the edit itself, besides those of guards and outputs."""
+    gaps: Sequence[Gap] = ()
+    """Changes that the windows do not exercise."""
     unreadable: bool = False
     """True where the model cannot be run over the baseline's windows."""
 
@@ -79,4 +81,5 @@ class Attempt:
     modules: Sequence[EditedWeight]
     guards: list[GuardResult]
     metrics: MetricsSection
+    coverage: CoverageSection
     verdict: Verdict

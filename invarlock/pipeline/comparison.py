@@ -28,6 +28,7 @@ from invarlock.models.facts import Task, task_of
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
@@ -145,6 +146,7 @@ class _Subject:
             changes,
             self._before,
             findings,
+            touched(guarding.baseline.declared, Declared.of(model, self._subject), guarding.windows),
             unreadable=reason is not None,
         )
 

@@ -25,15 +25,17 @@ from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
+from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
+from invarlock.pipeline.coverage import coverage_of, of_edit
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
-from invarlock.reporting.report import MetricsSection, WindowsSection
+from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 log = logging.getLogger("invarlock")
 
@@ -55,6 +57,8 @@ class Guarding:
     strict: bool = False
     prepared: Sequence[PrepareResult] = ()
     baseline_pass: PassResult | None = None
+    coverage: CoverageSection = field(default_factory=CoverageSection)
+    """Of the baseline."""
     _record: TokenRecord | None = None
     _observed: list[Observation] = field(default_factory=list)
 
@@ -72,6 +76,15 @@ class Guarding:
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the windows once, and prepare the guards one by one."""
         self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched)
+        if self.windows and self.baseline_pass:
+            self.coverage = coverage_of(
+                self.baseline.declared,
+                self.windows,
+                vocabulary=vocabulary_of(model),
+                tokenizer=self.baseline.tokenizer,
+                dataset=self.config.dataset,
+                perplexity=self.baseline_pass.perplexity,
+            )
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
@@ -99,7 +112,7 @@ class Guarding:
     def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self._fold(results, []))
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self.coverage, self._fold(results, []))
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -123,6 +136,7 @@ class Guarding:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched)
         metrics = self._compare(edited_pass)
+        coverage = of_edit(self.coverage, edited.gaps, (self.baseline_pass, edited_pass))
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -133,8 +147,8 @@ class Guarding:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
-        verdict = self._fold(results, [*metrics.findings, *edited.findings])
-        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, verdict)
+        verdict = self._fold(results, [*metrics.findings, *edited.findings], coverage.findings)
+        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
         """A result with all that the report has of its guard."""
@@ -163,13 +177,18 @@ class Guarding:
             result = GuardResult.failed(slot.name, changed_message(changed))
         return result
 
-    def _fold(self, results: Sequence[GuardResult], findings: Sequence[Finding]) -> Verdict:
-        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
+    def _fold(
+        self, results: Sequence[GuardResult], findings: Sequence[Finding], uncovered: Sequence[Finding] = ()
+    ) -> Verdict:
+        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave.
+
+        :param uncovered: come first: among warnings, what was not measured matters more than what was.
+        """
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
         besides = [*session.plugins.faults.take(), *session.changed_checkpoints()]
         found = dict.fromkeys(finding for part in session.ranks.gather(besides) for finding in part)
-        verdict = fold([*said, *findings, *found], strict=self.strict)
+        verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
             rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
@@ -267,7 +286,7 @@ class Guarding:
             reps=section.metric.reps,
             seed=self.config.dataset.seed,
         )
-        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio)
+        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio, improving=section.improving)
         windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist())
         return MetricsSection(metric, predictions, windows)
 
