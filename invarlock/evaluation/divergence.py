@@ -32,12 +32,6 @@ SHOWN = {
 }
 
 
-NEAR_TIES = frozenset({"flips", "broken"})
-"""Figures that only warn: near ties flip under any edit, and a few tokens may break without harm."""
-NO_HARM = frozenset(SHOWN) - {"window_p95"}
-"""Figures that only warn where an edit is meant to improve: they see that predictions differ, not which are better."""
-
-
 def limits_of(
     ratio: float, margins: NDArray[np.float64], *, flips: float | None = None, broken: float = 0.001
 ) -> PredictionLimits:
@@ -104,9 +98,10 @@ def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits, *, impro
     """Hold figures against their limits.
 
     :param figures: by the names of :class:`DivergenceResult`, each a number or None.
-    :param improving: the edit is meant to change predictions (``eval.intent``): to differ from the baseline only warns.
+    :param improving: the edit is meant to change predictions (``eval.intent``), so that a figure above its limit only
+        warns: it tells that they differ, and not which ones are better.
     """
-    action, reason = _judge(figures, limits, NO_HARM if improving else NEAR_TIES)
+    action, reason = _judge(figures, limits, improving)
     return DivergenceResult(**figures, limits=limits, action=action, message=f"{_summary(figures)}: {reason}")
 
 
@@ -138,13 +133,13 @@ def _percentile(values: NDArray[np.float64], percent: int) -> float | None:
     return float(np.percentile(values, percent)) if np.isfinite(values).all() else None
 
 
-def _judge(figures: Mapping[str, Any], limits: PredictionLimits, warning: frozenset[str]) -> tuple[Action, str]:
+def _judge(figures: Mapping[str, Any], limits: PredictionLimits, improving: bool) -> tuple[Action, str]:
     if any(figures[name] is None for name in SHOWN):
         return Action.ROLLBACK, "the edited model's predictions are not finite"
     above = [name for name in SHOWN if figures[name] > getattr(limits, name)]
     if not above:
         return Action.CONTINUE, "within the limits"
-    action = Action.WARN if warning.issuperset(above) else Action.ROLLBACK
+    action = Action.WARN if improving or set(above) <= {"flips", "broken"} else Action.ROLLBACK
     return action, ", ".join(f"{SHOWN[name]} {figures[name]:.4g} above {getattr(limits, name):.4g}" for name in above)
 
 

@@ -74,11 +74,13 @@ def coverage_of(
     tokenizer: Any,
     dataset: DatasetConfig,
     perplexity: float,
+    experts: Sequence[torch.Tensor | None] = (),
 ) -> CoverageSection:
     """What the windows exercised of the baseline, and what they did not.
 
     :param tokenizer: None where there is none; all tokens are then ordinary ones.
     :param perplexity: the baseline's.
+    :param experts: of each layer of experts, which of them received a token of the preview windows; None if not known.
     """
     seen = {token for part in windows for token in torch.cat([part.input_ids, part.labels], dim=1).flatten().tolist()}
     # A vocabulary is often padded beyond the tokens that there are.
@@ -88,10 +90,12 @@ def coverage_of(
     tokens = [TokensSeen("ordinary", len(ordinary & seen), len(ordinary))]
     tokens.append(TokensSeen("special", len(special & seen), len(special)))
     gaps = [
-        *_near_chance(perplexity, vocabulary),
+        # What it writes itself is as likely to it as can be, and near chance where it is unsure.
+        *(() if dataset.is_generated else _near_chance(perplexity, vocabulary)),
         *_context(declared, windows[-1].input_ids.shape[1]),
         *_special_gap([names[token] for token in sorted(special - seen)], len(special)),
         *_ordinary_gap(len(ordinary - seen), len(ordinary), dataset),
+        *_unrouted([routed for routed in experts if routed is not None], dataset),
         *_not_run(declared),
     ]
     return CoverageSection(tokens, gaps)
@@ -200,6 +204,17 @@ def _ordinary_gap(missed: int, known: int, dataset: DatasetConfig) -> Iterator[G
         message = f"not exercised: {missed:,} of {known:,} ordinary tokens"
         remedy = f"--set dataset.final_n={2 * dataset.final_n} exercises more"
         yield Gap("ordinary tokens", Action.CONTINUE, message, remedy)
+
+
+def _unrouted(experts: Sequence[torch.Tensor], dataset: DatasetConfig) -> Iterator[Gap]:
+    missed = sum(int((~routed).sum()) for routed in experts)
+    if missed:
+        message = (
+            f"not exercised: {missed:,} of {sum(map(len, experts)):,} experts, which no token of the preview windows "
+            "was routed to"
+        )
+        remedy = f"--set dataset.preview_n={2 * dataset.preview_n} exercises more"
+        yield Gap("experts", Action.CONTINUE, message, remedy)
 
 
 def _not_run(declared: Declared) -> Iterator[Gap]:

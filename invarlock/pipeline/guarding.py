@@ -25,6 +25,7 @@ from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
+from invarlock.evaluation.routing import RoutedExperts, routing_taps
 from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
@@ -41,6 +42,7 @@ log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
 
+NO_ROUTING: Mapping[str, RoutedExperts] = {}
 NO_OUTPUTS = MetricsSection(None, None, None)
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -75,7 +77,8 @@ class Guarding:
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the windows once, and prepare the guards one by one."""
-        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched)
+        routing = routing_taps(model) if self.baseline.sees_preview else {}
+        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched, routing)
         if self.windows and self.baseline_pass:
             self.coverage = coverage_of(
                 self.baseline.declared,
@@ -84,6 +87,7 @@ class Guarding:
                 tokenizer=self.baseline.tokenizer,
                 dataset=self.config.dataset,
                 perplexity=self.baseline_pass.perplexity,
+                experts=[tap.result() for tap in routing.values()],
             )
         shown = self.baseline.shown(model)
         self.prepared = [
@@ -227,10 +231,11 @@ class Guarding:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def _observed_pass(
-        self, model: torch.nn.Module, stage: str, watched: Watched
+        self, model: torch.nn.Module, stage: str, watched: Watched, routing: Mapping[str, RoutedExperts] = NO_ROUTING
     ) -> tuple[list[Observation], PassResult | None]:
         """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
+        :param routing: taps of our own.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
@@ -255,7 +260,7 @@ class Guarding:
             model,
             windows,
             stage,
-            taps=[observation.taps for observation in observations],
+            taps=[*(observation.taps for observation in observations), routing],
             reference=self._record,
             taps_off=taps_off,
         )
