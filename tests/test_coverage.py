@@ -137,6 +137,12 @@ def test_without_outputs_nothing_is_listed(compare: Compare) -> None:
     assert coverage() == {"tokens": [], "gaps": []}
 
 
+def test_a_warning_is_a_test_and_a_result_of_its_own(invarlock: Callable[..., Done], compare: Compare) -> None:
+    compare(BASELINE, checkpoint("subject", max_position_embeddings=512), *TEXT)
+    for form in ("junit", "sarif"):
+        assert "changes outputs beyond what was measured" in invarlock("report", "out", "--format", form).out
+
+
 @pytest.mark.parametrize("form", ["terminal", "markdown", "html"])
 def test_every_rendering_has_them(invarlock: Callable[..., Done], compare: Compare, form: str) -> None:
     compare(BASELINE, BASELINE, *TEXT)
@@ -157,23 +163,29 @@ DECLARED = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["demo", "gpt2"])
+@pytest.mark.parametrize(("architecture", "source"), [("demo", TEXT), ("gpt2", ("--weights-only",))])
 @pytest.mark.parametrize("declared", DECLARED)
-def test_declared_quantization_that_no_pass_simulates(compare: Compare, architecture: str, declared: str) -> None:
+def test_declared_quantization_that_no_pass_simulates(compare: Compare, architecture, source, declared: str) -> None:
     baseline = BASELINE if architecture == "demo" else saved("original", tiny_model(architecture))
     file, fields = DECLARED[declared]
     subject = checkpoint("subject", baseline)
-    (subject / file).touch()
-    (subject / file).write_text((subject / file).read_text() or "{}")
+    if not (subject / file).exists():
+        (subject / file).write_text("{}")
     edit_json(subject / file, fields)
-    for source in ((), ("--weights-only",)):
-        assert compare(baseline, subject, *source).code == 1
-        (message,) = objections()
-        assert "was not judged" in message
-        assert declared.split()[0] in message
+    assert compare(baseline, subject, *source).code == 1
+    (message,) = objections()
+    assert "was not judged" in message
+    assert declared.split()[0] in message
     # Where both declare it, the edit does not touch it.
-    assert compare(subject, subject).code == 0
-    assert any("was not judged" in gap["message"] for gap in coverage()["gaps"])
+    assert compare(subject, subject, *source).code == 0
+
+
+def test_quantization_that_both_declare_is_a_gap(compare: Compare) -> None:
+    file, fields = DECLARED["cache of ModelOpt"]
+    folder = checkpoint("declaring")
+    (folder / file).write_text(json.dumps(fields))
+    assert compare(folder, folder, *TEXT).code == 0
+    assert gaps()["quantization of the key-value cache"]["action"] == "continue"
 
 
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
@@ -214,6 +226,15 @@ def test_windows_as_long_as_the_context_show_it_at_the_outputs(compare: Compare)
 def test_the_same_in_other_words_is_no_change(compare: Compare) -> None:
     subject = checkpoint("subject", rope_parameters=None, rope_theta=10000.0, rope_scaling=None)
     assert compare(BASELINE, subject, *TEXT).code == 0
+    assert objections() == []
+
+
+def test_what_a_gguf_file_does_not_state_is_no_change(invarlock: Callable[..., Done], compare: Compare) -> None:
+    grid = {"edit.plan.bitwidth": 8, "edit.plan.group_size": 32, "output.save_model": "true", "output.format": "gguf"}
+    settings = [word for key, value in grid.items() for word in ("--set", f"{key}={value}")]
+    assert invarlock("run", "--demo", *SMALL, *INVARIANTS, *settings, "--out", "saved").code == 0
+    baseline = checkpoint("baseline", **rope("dynamic", factor=4.0))
+    compare(baseline, Path("saved/model/model.gguf"), *TEXT, "--set", "guards.order=[reconstruction]")
     assert objections() == []
 
 

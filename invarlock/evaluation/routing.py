@@ -40,4 +40,5 @@ def routing_taps(model: nn.Module) -> dict[str, RoutedExperts]:
 
 
 def _count(experts: nn.Module) -> int:
-    return next((len(parameter) for parameter in experts.parameters() if parameter.ndim == 3), 0)
+    shapes = (parameter.shape for parameter in experts.parameters())
+    return next((shape[0] for shape in shapes if len(shape) == 3), 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from invarlock.checkpoints.soundness import read_json
@@ -46,6 +47,7 @@ MOST_NAMES = 4
 class Declared:
     """Abilities that a checkpoint declares in its configuration, and that a few windows of text need not exercise."""
 
+    in_gguf: bool
     context: int | None
     long_range: Mapping[str, Any]
     towers: tuple[str, ...]
@@ -59,6 +61,7 @@ class Declared:
         stored = _stored(model_id, "config.json")
         quantization = [stored.get("quantization_config"), _stored(model_id, "hf_quant_config.json")]
         return cls(
+            in_gguf=model_id.endswith(".gguf"),
             context=context_of(model),
             long_range=dict(_long_range(text_config_of(model))),
             towers=tuple(name for key, name in TOWERS.items() if stored.get(key) or getattr(config, key, None)),
@@ -116,7 +119,7 @@ def of_edit(
     :param passes: the baseline's and the edited model's; a baseline near chance matters only where they differ.
     """
     before, after = passes
-    equal = before is None or after is None or (before.losses == after.losses).all()
+    equal = before is None or after is None or np.array_equal(before.losses, after.losses)
     parts = {gap.part for gap in opened}
     kept = [
         gap if equal or gap.part != NEAR_CHANCE else replace(gap, action=Action.WARN)
@@ -230,6 +233,9 @@ def _simulation(part: str) -> Gap:
 
 
 def _long_range_changes(before: Declared, after: Declared, length: int) -> Iterator[Gap]:
+    if before.in_gguf != after.in_gguf:
+        # GGUF leaves out what llama.cpp knows by the architecture, and scales rope by a tensor: defaults are no change.
+        return
     reach = max(before.context or 0, after.context or 0)
     names = dict.fromkeys((*before.long_range, *after.long_range))
     old_new = {name: (before.long_range.get(name), after.long_range.get(name)) for name in names}
