@@ -33,8 +33,7 @@ LONG_RANGE = (
 TOWERS = {"vision_config": "vision", "audio_config": "audio"}
 CACHE, ACTIVATIONS = "quantization of the key-value cache", "quantization of activations"
 UNSIMULATED = {
-    "kv_cache_scheme": CACHE, "kv_cache_quant_algo": CACHE, "kv_cache_dtype": CACHE, "kv_cache_config": CACHE,
-    "kv_cache_group": CACHE,
+    "kv_cache_scheme": CACHE, "kv_cache_quant_algo": CACHE, "kv_cache_config": CACHE, "kv_cache_group": CACHE,
     "input_activations": ACTIVATIONS, "output_activations": ACTIVATIONS, "activation_scheme": ACTIVATIONS,
     "input_tensors": ACTIVATIONS, "output_tensors": ACTIVATIONS,
 }  # fmt: skip
@@ -159,10 +158,14 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _unsimulated(value: Any) -> Iterator[str]:
     """Names of what is rounded as the model runs, wherever a quantization's configuration declares it."""
-    if isinstance(value, Mapping):
-        yield from (part for key, part in UNSIMULATED.items() if value.get(key))
-    for entry in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _unsimulated(entry)
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            yield from (part for key, part in UNSIMULATED.items() if value.get(key))
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
