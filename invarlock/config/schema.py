@@ -116,9 +116,20 @@ class MetricConfig(_Section):
 @dataclass(frozen=True)
 class EvalConfig(_Section):
     metric: MetricConfig = field(default_factory=MetricConfig)
+    intent: Annotated[
+        Literal["preserve", "improve"],
+        "Purpose of the edit: preserve what the baseline predicts, as quantization does, or improve on it, as a "
+        "fine-tune does. With improve, predictions that differ from the baseline's (KL divergence, top-1 disagreement) "
+        "warn and do not reject; a perplexity above max_pm_ratio still does.",
+    ] = "preserve"
     max_pm_ratio: Annotated[
         float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."
     ] = 1.10
+
+    @property
+    def improving(self) -> bool:
+        """True for an edit that is meant to change what the baseline predicts."""
+        return self.intent == "improve"
 
 
 @dataclass(frozen=True)

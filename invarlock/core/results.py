@@ -232,7 +232,7 @@ class Verdict:
     strict: bool
     """True where a warning, though accepted, ends the process with exit code 1."""
     findings: tuple[Finding, ...]
-    """The folded findings, guards first."""
+    """The folded findings: gaps in coverage that the edit touches, guards, outputs, others."""
     reasons: tuple[str, ...]
     """Findings that object, the most severe first."""
     exit_code: int

@@ -67,7 +67,13 @@ def limits_of(
 
 
 def compare_predictions(
-    baseline: PassResult, edited: PassResult, *, ratio: float, flips: float | None = None, broken: float = 0.001
+    baseline: PassResult,
+    edited: PassResult,
+    *,
+    ratio: float,
+    improving: bool = False,
+    flips: float | None = None,
+    broken: float = 0.001,
 ) -> DivergenceResult:
     """Judge an edit by its predictions: rollback, or a warning, where a figure is above its limit.
 
@@ -77,6 +83,7 @@ def compare_predictions(
 
     :param edited: a pass over the same windows with ``baseline.record`` as its reference.
     :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :func:`limits_of`.
+    :param improving: as in :func:`judge_figures`.
     :raises ValueError: the passes did not score the same tokens, or the edited one had no reference.
     """
     nothing = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
@@ -89,15 +96,17 @@ def compare_predictions(
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
     limits = limits_of(ratio, changes.margin_before, flips=flips, broken=broken)
-    return judge_figures(_figures(baseline, edited, changes), limits)
+    return judge_figures(_figures(baseline, edited, changes), limits, improving=improving)
 
 
-def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits) -> DivergenceResult:
+def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits, *, improving: bool = False) -> DivergenceResult:
     """Hold figures against their limits.
 
     :param figures: by the names of :class:`DivergenceResult`, each a number or None.
+    :param improving: the edit is meant to change predictions (``eval.intent``), so that a figure above its limit only
+        warns: it tells that they differ, and not which ones are better.
     """
-    action, reason = _judge(figures, limits)
+    action, reason = _judge(figures, limits, improving)
     return DivergenceResult(**figures, limits=limits, action=action, message=f"{_summary(figures)}: {reason}")
 
 
@@ -129,13 +138,13 @@ def _percentile(values: NDArray[np.float64], percent: int) -> float | None:
     return float(np.percentile(values, percent)) if np.isfinite(values).all() else None
 
 
-def _judge(figures: Mapping[str, Any], limits: PredictionLimits) -> tuple[Action, str]:
+def _judge(figures: Mapping[str, Any], limits: PredictionLimits, improving: bool) -> tuple[Action, str]:
     if any(figures[name] is None for name in SHOWN):
         return Action.ROLLBACK, "the edited model's predictions are not finite"
     above = [name for name in SHOWN if figures[name] > getattr(limits, name)]
     if not above:
         return Action.CONTINUE, "within the limits"
-    action = Action.WARN if set(above) <= {"flips", "broken"} else Action.ROLLBACK
+    action = Action.WARN if improving or set(above) <= {"flips", "broken"} else Action.ROLLBACK
     return action, ", ".join(f"{SHOWN[name]} {figures[name]:.4g} above {getattr(limits, name):.4g}" for name in above)
 
 

@@ -18,7 +18,7 @@ from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
 from invarlock.evaluation.results import Unit
-from invarlock.evidence.disagreements import Disagreement, differences, of_attributes
+from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, of_attributes
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
 from invarlock.pipeline.report_builder import config_digest, families
@@ -33,7 +33,9 @@ _BITS = re.compile(r"\((\d+) bits\)$")
 
 def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The configuration's digest, and the plan and the guards that it asks for."""
-    yield from differences("config", report.config, config.as_dict())
+    # A key that an older version did not know has its default.
+    known = differences("config", report.config, config.as_dict())
+    yield from (disagreement for disagreement in known if disagreement.stored is not ABSENT)
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
     changed = sum(weight.parameters for weight in report.edit.modules if weight.is_changed)
@@ -88,12 +90,14 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     figures["window_p95"] = window_p95(*measured)
     # The limit of flips comes from margins of single tokens, which no report holds.
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
-    yield from differences("metrics.predictions", stored, judge_figures(figures, limits))
+    found = judge_figures(figures, limits, improving=config.eval.improving)
+    yield from differences("metrics.predictions", stored, found)
 
 
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
-    """The folded findings, against the guards, the metric and the predictions."""
-    expected = [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
+    """The folded findings, against the coverage, the guards, the metric and the predictions."""
+    expected = report.coverage.findings
+    expected += [Finding.of_guard(guard) for guard in report.guards if guard.passed is not None]
     expected += report.metrics.findings
     stored = report.verdict.findings
     beside = stored[len(expected) :] if report.edit.is_comparison else []

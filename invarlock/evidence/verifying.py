@@ -25,7 +25,7 @@ RECOMPUTED: dict[str, Callable[[Report, RunConfig], Iterator[Disagreement]]] = {
     "rises of the windows, limits and action of the predictions": recomputing.predictions,
     "guards: whether they passed, against their actions": recomputing.guards,
     "weights: bits and errors of each, against the plan": recomputing.weights,
-    "findings, against guards, metric and predictions": recomputing.findings,
+    "findings, against coverage, guards, metric and predictions": recomputing.findings,
     "verdict, reasons, suspects and exit code": recomputing.verdict,
     "attempts": recomputing.attempts,
     "fingerprints, against the verdict": recomputing.model,

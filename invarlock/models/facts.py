@@ -32,7 +32,7 @@ def vocabulary_of(model: nn.Module) -> int:
 
     :raises PluginError: its configuration does not state it.
     """
-    size = getattr(_text_config(model), "vocab_size", None)
+    size = getattr(text_config_of(model), "vocab_size", None)
     if size is None:
         raise PluginError(f"{type(model).__name__}: an adapter's model must state config.vocab_size")
     return int(size)
@@ -40,7 +40,7 @@ def vocabulary_of(model: nn.Module) -> int:
 
 def context_of(model: nn.Module) -> int | None:
     """Largest number of tokens that the model reads at once, or None where it states no limit."""
-    positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
+    positions = getattr(text_config_of(model), "max_position_embeddings", None) or 0
     for name, module in model.named_modules():
         # RoBERTa and its kin number positions from padding_idx + 1: of 514, 512 can be used.
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
@@ -98,6 +98,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config_of(model: nn.Module) -> Any:
+    """Configuration of the part that reads text; None where the model has no configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

@@ -11,7 +11,7 @@ import torch
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
 from invarlock.datasets.same_text import SameText
 from invarlock.pipeline.keeping import Watched
-from invarlock.reporting.report import MetricsSection
+from invarlock.reporting.report import CoverageSection, Gap, MetricsSection
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Edited:
     """The baseline's parameters by name, read from disk one at a time."""
     findings: Sequence[Finding] = ()
     """Findings of the edit itself, besides those of guards and outputs."""
+    gaps: Sequence[Gap] = ()
+    """Changes that the windows do not exercise."""
     unreadable: bool = False
     """True where the model cannot be run over the baseline's windows."""
     tokenizer: Any = None
@@ -84,4 +86,5 @@ class Attempt:
     modules: Sequence[EditedWeight]
     guards: list[GuardResult]
     metrics: MetricsSection
+    coverage: CoverageSection
     verdict: Verdict

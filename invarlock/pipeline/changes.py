@@ -166,6 +166,10 @@ def _moved(old: Tensor, new: Tensor, scales: Tensor, offset: int) -> bool:
 def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
     if text == UNCHANGED:
         return 0.0
+    if old.shape[1:] == new.shape[1:]:
+        # Rows that came or went are named; the error is that of the others.
+        shared = min(len(old), len(new)) if old.ndim else None
+        old, new = (old[:shared], new[:shared]) if shared else (old, new)
     if old.shape != new.shape:
         return None
     difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)

@@ -28,6 +28,7 @@ from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.changes import find_changes
+from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
@@ -163,8 +164,9 @@ class _Subject:
             changes.tensors,
             self._before,
             [*changes.findings, *findings],
+            touched(guarding.baseline.declared, Declared.of(model, self._subject), guarding.windows),
             unreadable=reason is not None,
-            tokenizer=own,
+            tokenizer=own if self._tokenizer == "own" else None,
             same_text=reading.same_text,
         )
 

@@ -28,15 +28,18 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
+from invarlock.evaluation.routing import RoutedExperts, routing_taps
+from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
+from invarlock.pipeline.coverage import coverage_of, of_edit
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
-from invarlock.reporting.report import MetricsSection, WindowsSection
+from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 log = logging.getLogger("invarlock")
 
@@ -44,6 +47,7 @@ Found = TypeVar("Found")
 
 SHARED = ("baseline_weights", "tokenizers")
 """Entries of a guard's context that would take long to copy; a baseline's tokenizer that was changed is undone."""
+NO_ROUTING: Mapping[str, RoutedExperts] = {}
 NO_OUTPUTS = MetricsSection(None, None, None)
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -60,6 +64,8 @@ class Guarding:
     strict: bool = False
     prepared: Sequence[PrepareResult] = ()
     baseline_pass: PassResult | None = None
+    coverage: CoverageSection = field(default_factory=CoverageSection)
+    """Of the baseline."""
     _record: TokenRecord | None = None
     _observed: list[Observation] = field(default_factory=list)
 
@@ -76,7 +82,18 @@ class Guarding:
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the windows once, and prepare the guards one by one."""
-        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched)
+        routing = routing_taps(model) if self.baseline.sees_preview else {}
+        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched, routing=routing)
+        if self.windows and self.baseline_pass:
+            self.coverage = coverage_of(
+                self.baseline.declared,
+                self.windows,
+                vocabulary=vocabulary_of(model),
+                tokenizer=self.baseline.tokenizer,
+                dataset=self.config.dataset,
+                perplexity=self.baseline_pass.perplexity,
+                experts=[tap.result() for tap in routing.values()],
+            )
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
@@ -104,7 +121,7 @@ class Guarding:
     def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self._fold(results, [], []))
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self.coverage, self._fold(results, []))
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -128,6 +145,7 @@ class Guarding:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
         metrics = self._compare(edited_pass, edited.same_text)
+        coverage = of_edit(self.coverage, edited.gaps, (self.baseline_pass, edited_pass))
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -138,8 +156,8 @@ class Guarding:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
-        verdict = self._fold(results, [*metrics.findings, *edited.findings], edited.modules)
-        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, verdict)
+        verdict = self._fold(results, [*metrics.findings, *edited.findings], coverage.findings, edited.modules)
+        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
         """A result with all that the report has of its guard."""
@@ -169,14 +187,21 @@ class Guarding:
         return result
 
     def _fold(
-        self, results: Sequence[GuardResult], findings: Sequence[Finding], weights: Sequence[EditedWeight]
+        self,
+        results: Sequence[GuardResult],
+        findings: Sequence[Finding],
+        uncovered: Sequence[Finding] = (),
+        weights: Sequence[EditedWeight] = (),
     ) -> Verdict:
-        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave."""
+        """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave.
+
+        :param uncovered: come first: among warnings, what was not measured matters more than what was.
+        """
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
         besides = [*session.plugins.faults.take(), *session.changed_checkpoints()]
         found = dict.fromkeys(finding for part in session.ranks.gather(besides) for finding in part)
-        verdict = fold([*said, *findings, *found], strict=self.strict)
+        verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
             rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
@@ -188,7 +213,14 @@ class Guarding:
         tokenizer = self.baseline.tokenizer if edited.tokenizer is None else edited.tokenizer
         return {
             "baseline": metric and {"kind": metric.kind, "value": metric.baseline},
-            "edited": metric and {"kind": metric.kind, "value": metric.edited, "ratio": metric.ratio, "ci": metric.ci},
+            "edited": metric
+            and {
+                "kind": metric.kind,
+                "value": metric.edited,
+                "ratio": metric.ratio,
+                "ci": metric.ci,
+                "unit": metric.unit,
+            },
             "edit": {"name": edited.name, "plan": edited.plan, "modules": [asdict(each) for each in edited.modules]},
             "limit": self.config.eval.max_pm_ratio,
             "attempt": number,
@@ -216,11 +248,17 @@ class Guarding:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def _observed_pass(
-        self, model: torch.nn.Module, stage: str, watched: Watched, same_text: SameText | None = None
+        self,
+        model: torch.nn.Module,
+        stage: str,
+        watched: Watched,
+        same_text: SameText | None = None,
+        routing: Mapping[str, RoutedExperts] = NO_ROUTING,
     ) -> tuple[list[Observation], PassResult | None]:
         """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
         :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
+        :param routing: taps of our own.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
@@ -249,7 +287,7 @@ class Guarding:
             model,
             windows,
             stage,
-            taps=[observation.taps for observation in observations],
+            taps=[*(observation.taps for observation in observations), routing],
             reference=None if same_text else self._record,
             taps_off=taps_off,
         )
@@ -283,7 +321,7 @@ class Guarding:
             reps=section.metric.reps,
             seed=self.config.dataset.seed,
         )
-        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio)
+        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio, improving=section.improving)
         sizes = None if baseline.bytes is None else baseline.bytes.tolist()
         windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist(), sizes)
         return MetricsSection(metric, predictions, windows)

@@ -54,6 +54,7 @@ def assemble(
         edit=edit,
         guards=last.guards,
         metrics=last.metrics,
+        coverage=last.coverage,
         verdict=last.verdict,
         attempts=[_summary(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},

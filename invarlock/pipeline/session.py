@@ -27,6 +27,7 @@ from invarlock.evaluation.predictions import TokenRecord
 from invarlock.models.facts import batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
+from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
@@ -154,6 +155,7 @@ class Baseline:
         self.view = WholeView(model) if self.sharding else None
         """Of a model that is spread over the processes."""
         self._view_state = ModelState.of(self.view.model) if self.view else None
+        self.declared = Declared.of(model, config.model.id)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
             reads_text = not config.dataset.is_generated or self.task == "masked"

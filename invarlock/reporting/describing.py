@@ -13,7 +13,7 @@ from invarlock.core.errors import ExitCode
 from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardResult, SuspectedModule, Verdict
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import EditSection, MetricsSection, ModelSection, Report
+from invarlock.reporting.report import CoverageSection, EditSection, MetricsSection, ModelSection, Report
 
 NOT_MEASURED = "not measured"
 MOST_SUSPECTS = 3
@@ -125,8 +125,26 @@ def limits(metrics: MetricsSection) -> list[bool]:
     return [measure.within for measure in measures(metrics) if measure.within is not None]
 
 
+def seen(coverage: CoverageSection) -> str:
+    """The share of the tokens of each kind that occur in the windows."""
+    return ", ".join(
+        f"{shown(tokens.seen / tokens.known, '%', digits=3)} of {tokens.known:,} {tokens.kind} tokens"
+        for tokens in coverage.tokens
+        if tokens.known and tokens.seen is not None
+    )
+
+
 def metric_line(metrics: MetricsSection) -> str:
-    return metrics.primary.message if metrics.primary else NOT_MEASURED
+    if not metrics.primary:
+        return NOT_MEASURED
+    return "; ".join(filter(None, (metrics.primary.message, improvement(metrics.primary))))
+
+
+def improvement(metric: MetricResult) -> str:
+    """The fall of the perplexity in words, where its whole interval is below 1; else nothing."""
+    if metric.ratio is None or metric.ci is None or not float(metric.ci[1]) < 1:
+        return ""
+    return f"{shown(1 - float(metric.ratio), '%', digits=3)} lower perplexity on this text"
 
 
 def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
@@ -136,7 +154,8 @@ def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
     kind = metric.kind.replace("_", " ") + (" per byte" if metric.unit == "byte" else "")
     yield Measure(f"{kind}, baseline", shown(metric.baseline, digits=5), "", None)
     yield Measure(f"{kind}, edited", shown(metric.edited, digits=5), "", None)
-    yield Measure("ratio, edited over baseline", shown(metric.ratio, digits=6), "", None)
+    ratio = ", ".join(filter(None, (shown(metric.ratio, digits=6), improvement(metric))))
+    yield Measure("ratio, edited over baseline", ratio, "", None)
     upper = metric.ci[1] if metric.ci else None
     yield Measure(
         f"ratio, {shown(metric.ci_level, '%')} interval",

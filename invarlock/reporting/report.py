@@ -80,6 +80,44 @@ class MetricsSection:
         return [Finding(source, each.action, each.message) for source, each in voices.items() if each]
 
 
+@dataclass(frozen=True)
+class TokensSeen:
+    """Tokens of a kind that occur in the windows."""
+
+    kind: Literal["ordinary", "special"]
+    seen: int
+    known: int
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A part of the model that the windows did not exercise."""
+
+    part: str
+    action: Action
+    """``warn`` where the edit touches it, so that it is a finding of the verdict, else ``continue``."""
+    message: str
+    remedy: str
+    """The windows, the option or the evaluation that would exercise it."""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.message}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class CoverageSection:
+    """How much of the model the windows exercised; empty where no outputs were measured."""
+
+    tokens: list[TokensSeen] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Voices of the gaps that the edit touches."""
+        return [Finding("coverage", gap.action, gap.sentence) for gap in self.gaps if gap.action is not Action.CONTINUE]
+
+
 @dataclass
 class AttemptSection:
     attempt: int
@@ -108,6 +146,7 @@ class Report:
     """SHA-256 of each file that was saved beside the report."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Additions of plugins in ``invarlock_run_finished``."""
+    coverage: CoverageSection = field(default_factory=CoverageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
     format_version: Literal["report-v1"] = FORMAT_VERSION

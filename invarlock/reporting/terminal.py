@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from invarlock.core.results import Action
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import on_one_line
 from invarlock.reporting import describing
@@ -84,6 +85,11 @@ def _lines(report: Report) -> Iterator[str]:
     if report.metrics.predictions:
         yield f"tokens   {_line(report.metrics.predictions.message)}"
     yield f"rests on {_line(report.verdict.rests_on)}"
+    if seen := describing.seen(report.coverage):
+        yield f"coverage {_line(seen)} seen"
+    for gap in report.coverage.gaps:
+        if gap.action is Action.CONTINUE:  # The others are among the reasons.
+            yield f"  - {_line(gap.sentence)}"
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     for attempt in report.attempts[:-1]:

@@ -33,8 +33,8 @@ class _Side:
 class ServingGuard(Guard):
     """Compares, by effect and without running the model, what servers read of both checkpoints.
 
-    - Rollback: no stop token of the baseline's is left; tokens have other ids; where outputs were not measured, also a
-      field that is known to change them, and a head that the flag for tied weights contradicts in any case.
+    - Rollback: no stop token of the baseline's is left; the flag for tied weights contradicts the stored head; where
+      outputs do not tell, tokens that have other ids, and fields of the configuration that change outputs.
     - Warn: stop tokens that come or go; generation defaults, roles of special tokens, rendered conversations, ids of a
       probe text or their decoding that differ; fields of the configuration that change outputs or that loaders read
       differently; what ``quantization_config`` declares and the files do not hold; two sets of weights.
@@ -76,7 +76,9 @@ class ServingGuard(Guard):
         if one is None or other is None:
             found.not_compared.append("the tokenizers: there are not two of them")
         elif one is not other:
-            compare_tokens(one, other, found, converted=converted)
+            # Of ids that differ outputs tell, if each side read the text with its own.
+            own = bool(context.get("edited")) and context["edited"].get("unit") == "byte"
+            compare_tokens(one, other, found, converted=converted, measured=own)
         return _result(found, fields)
 
 

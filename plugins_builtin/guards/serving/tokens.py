@@ -29,6 +29,8 @@ PROBE = (
     "a\r\nb\u00a0c\u200bd\u3000e\tf",
 )
 """English, code, numbers, nine scripts, emoji and white space."""
+NEEDED = ("get_vocab", "decode", "convert_ids_to_tokens", "all_special_tokens")
+"""Methods that the tokenizer of a plugin's adapter may lack: text is read without them."""
 MOST_SPECIAL = 64
 """Special tokens that are probed: those of real models, but not a thousand reserved ones."""
 ROLES = ("bos_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -60,13 +62,17 @@ TOOLS = [
 ]
 
 
-def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool) -> None:
+def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool, measured: bool) -> None:
     """Add what differs between two tokenizers.
 
+    :param measured: outputs were measured with each side's own, so that they tell what other ids do.
     :param converted: at least one of them was made from a GGUF file's metadata, by rules for splitting text that are
         transformers' own: the file may be right where these are not.
     """
-    _compare_vocabularies(before.get_vocab(), after.get_vocab(), found)
+    if lacking := [name for name in NEEDED for side in (before, after) if not hasattr(side, name)]:
+        found.not_compared.append(f"the tokenizers: there is no {lacking[0]}")
+        return
+    _compare_vocabularies(before.get_vocab(), after.get_vocab(), found, measured)
     _compare_templates(before, after, found)
     if converted:
         found.not_compared.append("how text is split into tokens: a GGUF file's rules are not its reader's")
@@ -78,15 +84,15 @@ def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool)
     _compare_probe(before, after, found)
 
 
-def _compare_vocabularies(before: dict[str, int], after: dict[str, int], found: Findings) -> None:
+def _compare_vocabularies(before: dict[str, int], after: dict[str, int], found: Findings, measured: bool) -> None:
     moved = sorted(
         (token for token, number in before.items() if after.get(token, number) != number), key=before.__getitem__
     )
     if moved:
         first = moved[0]
-        found.rollback.append(
+        (found.warn if measured else found.rollback).append(
             f"tokenizer: {len(moved)} tokens have another id, {first!r} {after[first]} in place of {before[first]}: "
-            "the model reads and writes other words"
+            "its rows have to have moved with it"
         )
     lost = sorted(before.keys() - after.keys(), key=before.__getitem__)
     if lost:
