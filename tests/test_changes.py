@@ -210,7 +210,7 @@ def test_biases_and_stored_buffers_count_and_computed_ones_do_not() -> None:
     found = changes_of(
         Calibrated(), lambda model: (model.bias.zero_(), model.input_scale.mul_(3), model.computed.zero_())
     )
-    assert changed(found) == {"bias": ("bias", "all zero"), "input_scale": ("other", "scaled by 3")}
+    assert changed(found) == {"bias": ("bias", "all zero"), "input_scale": ("other", "constant: 3")}
     assert said(found) == [("warn", "all zero, and not in the baseline: bias")]
     assert [tensor.relative_error for tensor in found.tensors] == [0.0, 1.0, pytest.approx(2.0)]
 
