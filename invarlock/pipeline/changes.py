@@ -172,6 +172,7 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
         old, new = (old[:shared], new[:shared]) if shared else (old, new)
     if old.shape != new.shape:
         return None
+    old, new = old.detach(), new.detach()
     difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)
     quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64))
     return quotient if math.isfinite(quotient) else None
