@@ -226,7 +226,7 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     :param adapter: the model's adapter.
     :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the plan and what it did to each
         module), ``limit`` (``eval.max_pm_ratio``, the largest ratio of the metric to accept), ``policy``,
-        ``observations`` (what the taps collected before and after), ``attempt``, ``device``, ``rank``.
+        ``observations`` (what taps collected) and ``tokenizers``, of both sides, ``attempt``, ``device``, ``rank``.
     :param guard: the guard's name, for wrappers.
     :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``, ``metrics``
         (a dict of figures), ``warnings`` (a list of texts). "continue" goes with ``passed`` False only where
@@ -346,8 +346,7 @@ def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
     :called: by the first process for each attempt of a run, and once in a comparison: after the verdict, before a
         rejected edit is undone and the next attempt begins. An abort because a guard was not ready is an attempt, too.
     :param attempt: its number, counted from 1.
-    :param report: ``bitwidth``, ``modules`` (what was done to each weight), ``guards``, ``metrics``, ``coverage`` and
-        ``verdict``.
+    :param report: ``bitwidth``, ``modules`` (effects on weights), ``guards``, ``metrics``, ``coverage``, ``verdict``.
     :returns: nothing.
     :raises: no further attempt is made.
 
