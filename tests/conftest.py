@@ -25,8 +25,19 @@ from invarlock.testing import Done, Invarlocker
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEMO = demo_folder()
+LONGEST = ("test_ranks", "test_streaming", "test_misbehaviour", "test_scaffold", "test_fused")
+"""Files that take longest: begun last, one of them would keep a single core busy while the others wait."""
 DRAWING = ("test_browser", "test_endings", "test_evidence", "test_output", "test_reports", "test_run", "test_streaming")
 """Tests of pages, and of what drawing them leaves."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def slow(*cases: object) -> list[Any]:
+    """Cases that the suite leaves to ``tox -e slow``; a tuple holds several arguments."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(autouse=True)

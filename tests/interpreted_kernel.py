@@ -16,7 +16,6 @@ from invarlock.quantization import Scheme, WeightLayout, fake_quantize_
 SCHEMES = [
     Scheme(8),
     Scheme(4, group_size=32),
-    Scheme(8, group_size=48),
     Scheme(4, symmetric=False),
     Scheme(2, symmetric=False, group_size=24),
     Scheme(4, clamp_ratio=0.05),

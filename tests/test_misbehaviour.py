@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 
 from invarlock.testing import check_guard
 
@@ -397,7 +397,7 @@ def line(config, module):
     return write
 
 
-@pytest.mark.parametrize("redirection", [">&-", "> /dev/full", "2> /dev/full", "| true", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirection", [">&-", "> /dev/full", "| true", *slow("2> /dev/full", "<&- >&- 2>&-")])
 def test_output_that_cannot_be_written_changes_no_verdict(line, redirection: str) -> None:
     assert shell(f"{line()} {redirection}").returncode == 0
     assert read_report(Path("out"))["verdict"]["exit_code"] == 0
@@ -527,10 +527,13 @@ def test_a_guard_cannot_change_the_windows_or_another_guards_context(judged) -> 
 @pytest.mark.parametrize(
     "body",
     [
-        "import sys; sys.stdout = None", "import sys; sys.stdout = type('Tee', (), {'write': lambda self, text: None})()",
+        "import sys; sys.stdout = None",
         "import atexit, os; atexit.register(os._exit, 1)", "import atexit, time; atexit.register(time.sleep, 999)",
-        "import threading\n    def work():\n        while True: print('x')\n    threading.Thread(target=work, daemon=True).start()",
         "import os, sys\n    child = os.fork()\n    if child == 0: sys.exit(0)\n    os.waitpid(child, 0)",
+        *slow(
+            "import sys; sys.stdout = type('Tee', (), {'write': lambda self, text: None})()",
+            "import threading\n    def work():\n        while True: print('x')\n    threading.Thread(target=work, daemon=True).start()",
+        ),
     ],
 )  # fmt: skip
 def test_the_status_is_the_verdicts_whatever_a_plugin_leaves(line, body: str) -> None:

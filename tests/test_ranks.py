@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 
 from invarlock.checkpoints.checksums import digests
 from invarlock.core.errors import UsageError
@@ -154,7 +154,7 @@ def test_work_that_fails_in_one_process_fails_the_guard_in_all(config, module, t
     [
         ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out (sharing.py:18))"),
         ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run has ended"),
-        ("if rank == '1': raise SystemExit('enough')", "SystemExit: enough"),
+        *slow(("if rank == '1': raise SystemExit('enough')", "SystemExit: enough")),
     ],
     ids=["alone", "killed", "left"],
 )  # fmt: skip
@@ -203,8 +203,7 @@ def saved_bytes(out: str) -> dict[str, str]:
     ("name", "parallel"),
     [
         ("llama", "tensor"),
-        ("mixtral", "tensor"),
-        ("gpt2", "fully_sharded"),
+        *slow(("mixtral", "tensor"), ("gpt2", "fully_sharded")),
         ("t5", "fully_sharded"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -82,7 +82,7 @@ def test_a_streamed_run_says_and_saves_what_one_in_memory_does(invarlock, config
         report["verdict"]["findings"] = [(voice["source"], voice["action"]) for voice in report["verdict"]["findings"]]
     assert streamed["verdict"] == memory["verdict"]
     assert streamed["edit"] == memory["edit"]
-    assert [guard["action"] for guard in streamed["guards"]] == ["continue"] * 4
+    assert [guard["action"] for guard in streamed["guards"]] == ["continue"] * 5
     primary = streamed["metrics"]["primary"]
     assert primary["edited"] == pytest.approx(memory["metrics"]["primary"]["edited"], rel=1e-3)
     one, other = weights(Path("memory/model")), weights(Path("streamed/model"))
@@ -364,7 +364,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
     assert sorted(entry.name for entry in Path("cut").iterdir()) == ["model", "report.html", "report.json"]
 
 
-@pytest.mark.parametrize("moment", ["render_html", "_write_page"])
+@pytest.mark.parametrize("moment", ["_write_page", *slow("render_html")])
 def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
     invarlock, config, sharded, moment, monkeypatch
 ) -> None:
