@@ -191,11 +191,11 @@ class Calibrated(nn.Linear):
         self.register_buffer("computed", torch.ones(8), persistent=False)
 
 
-def changes_of(model: nn.Module, edit: Callable[[Any], Any], tokenizer: Any = None, measured: bool = True) -> Changes:
+def changes_of(model: nn.Module, edit: Callable[[Any], Any], tokenizer: Any = None) -> Changes:
     before = {name: tensor.detach().clone() for name, tensor in stored_tensors(model)}
     with torch.no_grad():
         edit(model)
-    return find_changes(model, before, tokenizer, measured=measured)
+    return find_changes(model, before, tokenizer)
 
 
 def changed(found: Changes) -> dict[str, tuple[str, str]]:
@@ -219,15 +219,14 @@ def test_biases_and_stored_buffers_count_and_computed_ones_do_not() -> None:
     ("build", "name"),
     [(architectures.gpt2, "transformer.h.0.attn.c_proj"), (architectures.llama, "model.layers.1.self_attn.o_proj")],
 )
-@pytest.mark.parametrize(("measured", "action"), [(True, "warn"), (False, "rollback")])
-def test_a_transposed_weight_is_a_finding(build, name: str, measured: bool, action: str) -> None:
+def test_a_transposed_weight_is_a_finding(build, name: str) -> None:
     def transpose(model: nn.Module) -> None:
         weight = model.get_submodule(name).weight
         weight.copy_(weight.mT.clone())
 
-    found = changes_of(build(), transpose, measured=measured)
+    found = changes_of(build(), transpose)
     assert [change for _, change in changed(found).values()] == ["transposed"]
-    assert said(found) == [(action, f"transposed: {name}")]
+    assert said(found) == [("rollback", f"transposed: {name}")]
 
 
 def gemma2() -> nn.Module:
@@ -275,7 +274,7 @@ NORMS = [(gemma2, 1), (llama, 0)]
 @pytest.mark.parametrize(("build", "offset"), NORMS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_smoothing_with_the_wrong_kind_of_norm_is_a_finding(build, offset: int, bits: int | None) -> None:
-    found = changes_of(build(), smooth(1 - offset, bits), measured=False)
+    found = changes_of(build(), smooth(1 - offset, bits))
     wrong, right = ("w", "1 + w") if offset else ("1 + w", "w")
     message = f"norm weights off by one: smoothed as if it multiplied by {wrong}, and it multiplies by {right}: "
     assert [(action, text.startswith(message)) for action, text in said(found)] == [("rollback", True)]
@@ -284,7 +283,7 @@ def test_smoothing_with_the_wrong_kind_of_norm_is_a_finding(build, offset: int, 
 @pytest.mark.parametrize(("build", "offset"), NORMS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_smoothing_done_right_is_named_and_no_finding(build, offset: int, bits: int | None) -> None:
-    found = changes_of(build(), smooth(offset, bits), measured=False)
+    found = changes_of(build(), smooth(offset, bits))
     assert said(found) == []
     norms = [change for role, change in changed(found).values() if role == "norm"]
     assert [text.partition(":")[0] for text in norms] == ["smoothed", "smoothed"]
@@ -295,7 +294,7 @@ def test_smoothing_done_right_is_named_and_no_finding(build, offset: int, bits: 
 def test_norms_off_by_one_are_a_finding(build, step: int) -> None:
     found = changes_of(build(), lambda model: model.model.norm.weight.add_(step))
     done = "added to" if step == 1 else "subtracted from"
-    assert said(found) == [("warn", f"norm weights off by one: 1 {done} every value: model.norm.weight")]
+    assert said(found) == [("rollback", f"norm weights off by one: 1 {done} every value: model.norm.weight")]
 
 
 @pytest.mark.parametrize("build", [gemma2, llama])
@@ -304,7 +303,7 @@ def test_norms_that_were_trained_are_no_finding(build) -> None:
         for parameter in model.parameters():
             parameter.add_(0.02 * random(*parameter.shape, number=6))
 
-    found = changes_of(build(), train, measured=False)
+    found = changes_of(build(), train)
     assert said(found) == []
     assert {text for _, text in changed(found).values()} == {"changed"}
 

@@ -39,16 +39,13 @@ class Changes:
     findings: list[Finding]
 
 
-def find_changes(
-    model: nn.Module, before: Mapping[str, Tensor], tokenizer: Any = None, *, measured: bool = True
-) -> Changes:
+def find_changes(model: nn.Module, before: Mapping[str, Tensor], tokenizer: Any = None) -> Changes:
     """Each tensor of a model against the baseline's, read for the comparison and let go.
 
     :param before: the baseline's tensors by every name that it has for each.
     :param tokenizer: the baseline's, which names rows of tokens, or None.
-    :param measured: whether outputs are measured, and decide.
     """
-    return _Comparison(model, before, TokenRows.of(model, tokenizer)).changes(measured)
+    return _Comparison(model, before, TokenRows.of(model, tokenizer)).changes()
 
 
 class _Comparison:
@@ -60,9 +57,9 @@ class _Comparison:
         self._weights = {name: target for target in find_weights(model) for name in target.names}
         self._lost_tokens: list[Finding] = []
 
-    def changes(self, measured: bool) -> Changes:
+    def changes(self) -> Changes:
         tensors = [*self._stored(), *self._missing()]
-        return Changes(tensors, [*_findings(tensors, measured), *self._lost_tokens])
+        return Changes(tensors, [*_findings(tensors), *self._lost_tokens])
 
     def _stored(self) -> Iterator[EditedWeight]:
         """Tensors of the model; a tied one again under a name of which the baseline has something else."""
@@ -178,16 +175,15 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
     return quotient if math.isfinite(quotient) else None
 
 
-def _findings(tensors: Sequence[EditedWeight], measured: bool) -> Iterator[Finding]:
-    """Mistakes that no edit makes on purpose; where outputs are measured, these decide how grave they are."""
-    decides = Action.WARN if measured else Action.ROLLBACK
+def _findings(tensors: Sequence[EditedWeight]) -> Iterator[Finding]:
+    """Mistakes that no edit makes on purpose, whatever a few windows show of them."""
     by_kind: defaultdict[str, list[EditedWeight]] = defaultdict(list)
     for tensor in tensors:
         by_kind[tensor.kind].append(tensor)
     if norms := [tensor for tensor in by_kind[OFF_BY_ONE] if tensor.role == "norm"]:
-        yield Finding(EDIT, decides, f"norm weights {norms[0].change}: {_some(norms)}")
+        yield Finding(EDIT, Action.ROLLBACK, f"norm weights {norms[0].change}: {_some(norms)}")
     if transposed := by_kind[TRANSPOSED]:
-        yield Finding(EDIT, decides, f"transposed: {_some(transposed)}")
+        yield Finding(EDIT, Action.ROLLBACK, f"transposed: {_some(transposed)}")
     if zeroed := by_kind[ZERO]:
         yield Finding(EDIT, Action.WARN, f"all zero, and not in the baseline: {_some(zeroed)}")
 

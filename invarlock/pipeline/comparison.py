@@ -145,8 +145,7 @@ class _Subject:
         model, adapter = load(session, self._subject, on_disk=guarding.windows is None, key=SUBJECT)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
-            tokenizer, measured = guarding.baseline.tokenizer, guarding.windows is not None
-            changes = find_changes(model, self._before, tokenizer, measured=measured)
+            changes = find_changes(model, self._before, guarding.baseline.tokenizer)
         with named_by(SUBJECT), session.clock.stage("windows"):
             own = LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
