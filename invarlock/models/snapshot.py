@@ -40,7 +40,7 @@ class Snapshot:
         self._places = {name: places[id(tensor)] for name, tensor in stored_tensors(model)}
         self._tensors = list(tensors.values())
         needed = sum(local(tensor).nbytes for tensor in self._tensors)
-        self._copies: _InMemory | _OnDisk = _InMemory() if has_room(needed) else _OnDisk(stored)
+        self._copies: _CopiesInMemory | _CopiesOnDisk = _CopiesInMemory() if has_room(needed) else _CopiesOnDisk(stored)
         for tensor in self._each():
             self._copies.keep(names[id(tensor)], local(tensor.detach()))
 
@@ -73,7 +73,7 @@ def has_room(needed: int) -> bool:
     return 2 * needed <= free_memory()
 
 
-class _InMemory:
+class _CopiesInMemory:
     """Tensors kept on the host."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class _InMemory:
         return self._kept[place].clone()
 
 
-class _OnDisk:
+class _CopiesOnDisk:
     """Tensors in the checkpoint that they came from, or kept in a folder, which is removed with this object.
 
     A checkpoint refuses a file that has changed, and whoever restores a model compares its fingerprint afterwards.

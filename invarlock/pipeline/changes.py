@@ -154,7 +154,7 @@ def _some_rows(target: WeightTarget, weight: Tensor) -> Tensor:
 
 
 def _moved(old: Tensor, new: Tensor, scales: Tensor, offset: int) -> bool:
-    """Whether a norm of weights (n) plus an offset was divided by scales (n)."""
+    """True if a norm of weights (n) plus an offset was divided by scales (n)."""
     before, after = old.cpu().float() + offset, new.cpu().float() + offset
     missing = torch.linalg.vector_norm(after * scales - before)
     return bool(missing <= MOVED * torch.linalg.vector_norm((scales - 1) * before))

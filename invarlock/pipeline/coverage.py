@@ -78,7 +78,7 @@ def coverage_of(
     perplexity: float,
     experts: Sequence[torch.Tensor | None] = (),
 ) -> CoverageSection:
-    """What the windows exercised of the baseline, and what they did not.
+    """The parts of the baseline that the windows exercised, and those that they did not.
 
     :param tokenizer: None where there is none; all tokens are then ordinary ones.
     :param perplexity: the baseline's.

@@ -38,7 +38,7 @@ class Reading:
 def read_with(
     choice: Choice, baseline: Baseline, windows: WindowPair | None, model: torch.nn.Module, tokenizer: Any
 ) -> Reading:
-    """How a subject reads the text of the windows.
+    """The text of the windows as a subject reads it.
 
     :param windows: the baseline's; None where no outputs are measured.
     :param tokenizer: the subject's own, or None.

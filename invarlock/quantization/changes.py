@@ -42,7 +42,7 @@ NOISE = 0.3
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """The change of one tensor."""
 
     text: str
@@ -54,17 +54,17 @@ class Change:
 
 
 @torch.no_grad()
-def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Change:
+def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> TensorChange:
     """The change from one tensor to another on the same device, of any data types.
 
     :param layout: of tensors with two axes or more; their rows are outputs, or the tokens of an embedding.
     """
     if old.shape != new.shape:
-        return Change(_resized(old, new))
+        return TensorChange(_resized(old, new))
     if torch.equal(old.float(), new.float()):
-        return Change(UNCHANGED)
+        return TensorChange(UNCHANGED)
     if not new.is_floating_point() or not old.is_floating_point():
-        return Change(CHANGED)
+        return TensorChange(CHANGED)
     old, new = _with_arithmetic(old), _with_arithmetic(new)
     return _of_all_values(old, new) or _of_rows(old, new, layout)
 
@@ -106,22 +106,22 @@ def _resized(old: Tensor, new: Tensor) -> str:
     return f"{abs(len(new) - len(old)):,} rows {'added' if len(new) > len(old) else 'removed'}, the others {others}"
 
 
-def _of_all_values(old: Tensor, new: Tensor) -> Change | None:
+def _of_all_values(old: Tensor, new: Tensor) -> TensorChange | None:
     """A change that does not depend on rows."""
     low, high = torch.aminmax(new)
     if not (low.isfinite() & high.isfinite()):
         spoiled = int((~new.isfinite() & old.isfinite()).sum())
-        return Change(f"{NOT_FINITE}: {spoiled:,} more values are NaN or Inf" if spoiled else CHANGED)
+        return TensorChange(f"{NOT_FINITE}: {spoiled:,} more values are NaN or Inf" if spoiled else CHANGED)
     if low == high == 0:
-        return Change(ZERO)
+        return TensorChange(ZERO)
     if old.ndim == 1 and (step := _step(old, new)):
-        return Change(f"{OFF_BY_ONE}: {step} every value")
+        return TensorChange(f"{OFF_BY_ONE}: {step} every value")
     if low == high and new.numel() > 1:
-        return Change(f"constant: {float(low):.4g}")
+        return TensorChange(f"constant: {float(low):.4g}")
     if old.ndim > 1 and _transposed(old, new):
-        return Change(TRANSPOSED)
+        return TensorChange(TRANSPOSED)
     text = _cast(old, new)
-    return Change(text) if text else None
+    return TensorChange(text) if text else None
 
 
 def _cast(old: Tensor, new: Tensor) -> str | None:
@@ -148,7 +148,7 @@ def _transposed(old: Tensor, new: Tensor) -> bool:
     return torch.equal(old.mT.reshape(new.shape).float(), new.float())
 
 
-def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
+def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> TensorChange:
     before, after = _rows(old, layout), _rows(new, layout)
     differing = (before != after).any(1).nonzero().flatten()
     some = len(differing) < len(before)
@@ -157,13 +157,13 @@ def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
     rows = tuple(differing.tolist()) if few else ()
     pair = (before[differing], after[differing]) if some else (before, after)
     if text := _first((_zeroed, _negated, _scaled), *pair):
-        return Change(f"rows {text}: {count}" if some else text, rows=rows)
+        return TensorChange(f"rows {text}: {count}" if some else text, rows=rows)
     if _first((_pruned,), *pair):
-        return Change(_zeros(after))
+        return TensorChange(_zeros(after))
     if few:
-        return Change(_scattered(*pair, after.numel()) or f"rows {_turned(*pair)}: {count}", rows=rows)
+        return TensorChange(_scattered(*pair, after.numel()) or f"rows {_turned(*pair)}: {count}", rows=rows)
     if old.ndim > 1 and (text := _permuted(before, after) or _of_columns(before, after) or _rescaled(before, after)):
-        return Change(text)
+        return TensorChange(text)
     return _of_matrix(old, new, layout)
 
 
@@ -184,15 +184,15 @@ def _of_columns(before: Tensor, after: Tensor) -> str | None:
     return f"columns {text}: {len(differing):,} of {before.shape[1]:,}" if text else None
 
 
-def _of_matrix(old: Tensor, new: Tensor, layout: WeightLayout) -> Change:
+def _of_matrix(old: Tensor, new: Tensor, layout: WeightLayout) -> TensorChange:
     grid = infer_grid(new, layout) if new.ndim > 1 else None
     if grid is not None and infer_grid(old, layout) != grid:
-        return Change(str(grid), grid.bits)
+        return TensorChange(str(grid), grid.bits)
     if rank := _low_rank(old, new):
-        return Change(rank)
+        return TensorChange(rank)
     zeroed = float(((new == 0) & (old != 0)).float().mean())
     # Rounding to the data type makes a zero here and there.
-    return Change(f"{_zeros(new)}, the others changed" if zeroed > 0.01 else CHANGED)
+    return TensorChange(f"{_zeros(new)}, the others changed" if zeroed > 0.01 else CHANGED)
 
 
 def _rows(tensor: Tensor, layout: WeightLayout) -> Tensor:
@@ -245,7 +245,7 @@ def _permuted(before: Tensor, after: Tensor) -> str | None:
 
 
 def _reordered(before: Tensor, after: Tensor) -> bool:
-    """Whether rows are the same ones in another order."""
+    """True if rows are the same ones in another order."""
     # Nearly every other change shows in the first column alone.
     if not torch.equal(before[:, 0].float().sort().values, after[:, 0].float().sort().values):
         return False

@@ -107,7 +107,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class CoverageSection:
-    """How much of the model the windows exercised; empty where no outputs were measured."""
+    """Parts of the model that the windows exercised; empty where no outputs were measured."""
 
     tokens: list[TokensSeen] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)

@@ -77,7 +77,7 @@ def _parsed_once() -> Iterator[None]:
     import gguf
     import numpy as np
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class PlainReader(gguf.GGUFReader):  # type: ignore[misc]
         """A reader of plain arrays: slices of ``numpy.memmap`` take several times as long."""
 
         @property
@@ -89,7 +89,7 @@ def _parsed_once() -> Iterator[None]:
             self._bytes = mapped.view(np.ndarray)
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(kept["get_tensor_name_map"])
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(kept["get_tensor_name_map"])
     try:
         yield
     finally:

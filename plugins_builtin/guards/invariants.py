@@ -57,7 +57,7 @@ def _constant_rows(matrices: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
+class _VocabularyRows:
     """Numbers of the embedding's rows; None where a model has no such embedding."""
 
     before: int | None
@@ -104,7 +104,7 @@ class _State:
         :param before: of the baseline; of what has grown with the vocabulary only the baseline's part is looked at.
         """
         old = before.tensors if before else {}
-        vocabulary = _Vocabulary(before.embedding_rows if before else None, _embedding_rows(model))
+        vocabulary = _VocabularyRows(before.embedding_rows if before else None, _embedding_rows(model))
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         shared = {id(each): vocabulary.shared(old[name].shape, each.shape) for name, each in named if name in old}
 
@@ -161,7 +161,7 @@ class InvariantsGuard(Guard):
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before, after = self._baseline, _State.of(model, self._baseline)
-        vocabulary = _Vocabulary(before.embedding_rows, after.embedding_rows)
+        vocabulary = _VocabularyRows(before.embedding_rows, after.embedding_rows)
         fatal = [
             *_named("missing", before.parameters.keys() - after.parameters.keys()),
             *_named("new", after.parameters.keys() - before.parameters.keys()),
@@ -232,7 +232,7 @@ def _newly(before: _State, after: _State, worse: Any) -> list[str]:
     return list(found.values())
 
 
-def _new_shapes(before: _State, after: _State, vocabulary: _Vocabulary) -> list[str]:
+def _new_shapes(before: _State, after: _State, vocabulary: _VocabularyRows) -> list[str]:
     names = _newly(before, after, lambda old, new: old.shape != new.shape)
     old, new = before.tensors, after.tensors
     return [
@@ -242,7 +242,7 @@ def _new_shapes(before: _State, after: _State, vocabulary: _Vocabulary) -> list[
     ]
 
 
-def _lost_rows(vocabulary: _Vocabulary, needed: int | None) -> list[str]:
+def _lost_rows(vocabulary: _VocabularyRows, needed: int | None) -> list[str]:
     """Lost rows that a token may need.
 
     :param needed: size of the tokenizer's vocabulary; None where there is no tokenizer.

@@ -1,4 +1,4 @@
-"""What a checkpoint's files declare, against what they hold: packing, tied weights, sets of weights."""
+"""Declarations of a checkpoint's files, held against what they store: packing, tied weights, sets of weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "
 
 
 def compare_files(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """What is wrong with the edited side's files and was not with the baseline's."""
+    """Problems of the edited side's files that the baseline's do not have."""
     return [problem for problem in after if problem not in before]
 
 

@@ -1,4 +1,4 @@
-"""Where generation stops, and the sampling defaults that a server takes from a checkpoint."""
+"""Stop tokens, and the sampling defaults that a server takes from a checkpoint."""
 
 from __future__ import annotations
 

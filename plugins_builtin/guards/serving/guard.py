@@ -1,4 +1,4 @@
-"""What a server reads besides weights: configuration, tokenizer, chat template, generation defaults, files."""
+"""Guard of what servers read besides weights: configuration, tokenizer, chat template, generation defaults, files."""
 
 from __future__ import annotations
 
