@@ -528,9 +528,10 @@ def test_a_guard_cannot_change_the_windows_or_another_guards_context(judged) -> 
     "body",
     [
         "import sys; sys.stdout = None",
-        "import atexit, os; atexit.register(os._exit, 1)", "import atexit, time; atexit.register(time.sleep, 999)",
+        "import atexit, os; atexit.register(os._exit, 1)",
         "import os, sys\n    child = os.fork()\n    if child == 0: sys.exit(0)\n    os.waitpid(child, 0)",
         *slow(
+            "import atexit, time; atexit.register(time.sleep, 999)",
             "import sys; sys.stdout = type('Tee', (), {'write': lambda self, text: None})()",
             "import threading\n    def work():\n        while True: print('x')\n    threading.Thread(target=work, daemon=True).start()",
         ),

@@ -56,7 +56,9 @@ def comparable(folder: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param((), marks=pytest.mark.slow), ("--stream",)], ids=["memory", "streamed"]
+)
 def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp_path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +108,9 @@ def told() -> list[list[str]]:
     return [line.split(maxsplit=1) for line in Path("told").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+@pytest.mark.parametrize(
+    "stream", [(), pytest.param(("--stream",), marks=pytest.mark.slow)], ids=["memory", "streamed"]
+)
 def test_a_guard_shares_its_work_and_the_others_are_the_first_ones(config, demo, module, together, stream) -> None:
     module("sharing", SHARING.format(before="note('asked')", action="rollback"))
     module(
@@ -301,7 +305,7 @@ def test_all_reject_what_one_would_and_the_first_tells_plugins(config, module, t
 @pytest.mark.parametrize(
     ("failing", "said", "adapter", "when"),
     [
-        ("raise UsageError('out of luck')", "rank 1: UsageError: out of luck", "auto", "before"),
+        *slow(("raise UsageError('out of luck')", "rank 1: UsageError: out of luck", "auto", "before")),
         ("os.kill(os.getpid(), 9)", "has ended", "hf_causal", "after"),
     ],
 )
@@ -440,7 +444,7 @@ def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -
         assert max(done) == 8, "2 + 6 windows, whichever process was the last to tell"
 
 
-@pytest.mark.parametrize("whom", [(0, 1), (1,)], ids=["all", "one"])
+@pytest.mark.parametrize("whom", [(0, 1), pytest.param((1,), marks=pytest.mark.slow)], ids=["all", "one"])
 def test_processes_that_are_told_to_end_do_not_wait_for_each_other(module, config, tmp_path, whom) -> None:
     """One waits for the other, which is busy."""
     module(
