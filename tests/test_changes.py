@@ -1,4 +1,4 @@
-"""What an edit did, named: of one tensor, of every tensor that a checkpoint stores, and on the command line."""
+"""Names of what an edit did: to one tensor, to every tensor that a checkpoint stores, and on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the windows did not exercise: it is reported, and warned of only where the edit touches it."""
+"""Parts of a model that the windows did not exercise: reported, and warned of only where the edit touches them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Each named edit of ``invarlock.testing.checkpoint_edits`` is made to a copy of the demo model that chats, and compared
 with it through the command line. A miss is a harmful edit that is accepted without a warning; a false alarm is a
-harmless one with a warning or a rejection. ``--only NAME`` shows what is said of one edit.
+harmless one with a warning or a rejection. ``--only NAME`` prints the whole report of one edit.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def files_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """Tensors in the folder that transformers says it loaded a model from; none where that is no sound checkpoint."""
+    """Tensors in the folder that transformers loaded a model from, by its own word; none if they cannot be read."""
     folder = getattr(model, "name_or_path", None)
     if not isinstance(folder, str) or not Path(folder).is_dir():
         return {}

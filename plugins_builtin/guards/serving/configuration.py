@@ -46,7 +46,7 @@ BOOKKEEPING = {
     r"^_|version$|^name|_id$|_ids$": "names, versions, and ids that are compared as tokens",
     r"use_cache|cache_implementation|return_dict|output_|^chunk_size": "is a setting of the call",
     r"drop|pdrop|initializer|aux_loss|z_loss|jitter|label_smoothing|gradient_checkpoint|loss_": "matters in training",
-    r"id2label|label2id|problem_type|task_specific|^summary_|pretraining_tp|finetuning": "is no part of the model",
+    r"id2label|label2id|problem_type|task_specific|^summary_|pretraining_tp|finetuning": "changes no output",
     r"attn_implementation|experts_implementation|torchscript|pruned_heads|is_decoder": "chooses an implementation",
 }
 

@@ -15,10 +15,10 @@ PACKED = re.compile(
 CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
 UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "aqlm", "bitnet")
-"""Methods whose tensors have names of other kinds; nothing is said of these."""
+"""Methods that name their tensors otherwise; their checkpoints are not held against what they declare."""
 
 
-def compare_files(before: Sequence[str], after: Sequence[str]) -> list[str]:
+def new_problems(before: Sequence[str], after: Sequence[str]) -> list[str]:
     """Problems of the edited side's files that the baseline's do not have."""
     return [problem for problem in after if problem not in before]
 

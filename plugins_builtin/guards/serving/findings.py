@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -45,7 +45,7 @@ def first_difference(before: Sequence[object], after: Sequence[object]) -> Diffe
     """The first place at which two sequences differ, with a little of what follows; None if they are the same."""
     if before == after:
         return None
-    pairs: Iterator[bool] = (one == other for one, other in zip(before, after, strict=False))
-    place = next((place for place, same in enumerate(pairs) if not same), min(len(before), len(after)))
+    pairs = enumerate(zip(before, after, strict=False))
+    place = next((place for place, (one, other) in pairs if one != other), min(len(before), len(after)))
     shown = [repr(each[place : place + AROUND]) for each in (before, after)]
     return Difference(place, *shown)

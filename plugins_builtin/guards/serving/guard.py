@@ -9,7 +9,7 @@ from typing import Any
 from invarlock.api import Guard
 from plugins_builtin.guards.figures import TOP, first_few
 from plugins_builtin.guards.serving.configuration import Field, changed_fields, fields_of
-from plugins_builtin.guards.serving.files import compare_files, problems_of
+from plugins_builtin.guards.serving.files import new_problems, problems_of
 from plugins_builtin.guards.serving.findings import Findings
 from plugins_builtin.guards.serving.generating import compare_sampling, compare_stops, settings_of, stop_tokens
 from plugins_builtin.guards.serving.tokens import compare_tokens
@@ -63,7 +63,7 @@ class ServingGuard(Guard):
         decides = found.warn if context.get("edited") else found.rollback
         for field in fields:
             (found.warn if field.loaders_disagree else decides).append(f"configuration: {field}")
-        for problem in compare_files(before.problems, after.problems):
+        for problem in new_problems(before.problems, after.problems):
             (found.rollback if problem.startswith("tie_word_embeddings") else found.warn).append(problem)
         tokenizers = context.get("tokenizers") or {}
         one, other = tokenizers.get("baseline"), tokenizers.get("edited")
