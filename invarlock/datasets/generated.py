@@ -7,7 +7,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +18,14 @@ from torch import Tensor, nn
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import WindowLayout
 from invarlock.datasets.noise import Noise
+from invarlock.models.decoding import Growing, Replayed, caches
 from invarlock.models.facts import batch_size, device_of, evaluating, logits_of, vocabulary_of
 from invarlock.models.sizes import sizes_of
 
 ROUNDS = 4
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Logits (rows, vocabulary) of the next token, from all tokens of the rows and those that are new since the last."""
 
 
 def write_text(model: nn.Module, layout: WindowLayout, count: int, *, seed: int) -> Tensor:
@@ -69,12 +72,8 @@ class _Writer:
         """Text of a causal model, after the tokenizer's prefix or from a token that begins a text."""
         prefix = self.tensor(self.layout.prefix).expand(count, -1)
         first = prefix if self.layout.prefix else self.first_tokens(count)
-        rows = self.extend(
-            first,
-            self.layout.length - len(self.layout.suffix),
-            lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)},
-        )
-        return rows[:, len(self.layout.prefix) :]
+        length = self.layout.length - len(self.layout.suffix)
+        return self.extend(first, length, self.causal_step(length))[:, len(self.layout.prefix) :]
 
     def answer(self, count: int, start: int) -> Tensor:
         """A source of random tokens, and the target that a seq2seq model makes of it."""
@@ -85,11 +84,10 @@ class _Writer:
         first = self.tensor((start, *self.layout.prefix)).expand(count, -1)
         # Not by the encoder alone: where its weights are spread over processes, only the whole model gathers them.
         encoded = self.model(input_ids=read, attention_mask=seen, decoder_input_ids=first).encoder_last_hidden_state
-        rows = self.extend(
-            first,
-            first.shape[1] + half,
-            lambda rows, fresh: {"encoder_outputs": (encoded,), "attention_mask": seen, "decoder_input_ids": fresh},
+        step = self.step(
+            lambda rows, fresh: {"encoder_outputs": (encoded,), "attention_mask": seen, "decoder_input_ids": fresh}
         )
+        rows = self.extend(first, first.shape[1] + half, step)
         return torch.cat([source, rows[:, -half:]], dim=1)
 
     def fill(self, count: int, mask: int) -> Tensor:
@@ -114,21 +112,28 @@ class _Writer:
             self.written.add(text.numel() // ROUNDS)
         return text
 
-    def extend(self, rows: Tensor, length: int, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Tensor:
-        """Draw token after token until the rows are ``length`` long.
-
-        :param inputs: the model's arguments, from all of the rows and the part of them that its cache has not seen.
-        """
-        fresh, cache = rows, {"use_cache": True} if self.caches else {}
+    def extend(self, rows: Tensor, length: int, step: Step) -> Tensor:
+        """Draw token after token until the rows are ``length`` long."""
+        fresh = rows
         while rows.shape[1] < length:
-            output = self.model(**inputs(rows, fresh), **cache)
-            drawn = self.draw(logits_of(self.model, output)[:, -1]).unsqueeze(1)
-            rows = torch.cat([rows, drawn], dim=1)
-            self.written.add(len(drawn))
-            fresh = drawn if self.caches else rows
-            if self.caches:
-                cache["past_key_values"] = output.past_key_values
+            fresh = self.draw(step(rows, fresh)).unsqueeze(1)
+            rows = torch.cat([rows, fresh], dim=1)
+            self.written.add(len(fresh))
         return rows
+
+    def causal_step(self, length: int) -> Step:
+        if replayed := Replayed.of(self.model, length):
+            return lambda rows, fresh: replayed(fresh)
+        return self.step(lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)})
+
+    def step(self, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Step:
+        """
+        :param inputs: the model's arguments, from all of the rows and the part of them that it has not read yet.
+        """
+        if self.caches:
+            growing = Growing(self.model)
+            return lambda rows, fresh: growing(**inputs(rows, fresh))
+        return lambda rows, fresh: logits_of(self.model, self.model(**inputs(rows, rows)))[:, -1]
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw from softmax(logits) along the last dimension: the largest of logits plus Gumbel noise (Gumbel 1954)."""
@@ -152,7 +157,7 @@ class _Writer:
 
     @cached_property
     def caches(self) -> bool:
-        return "past_key_values" in inspect.signature(self.model.forward).parameters
+        return caches(self.model)
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.noise.device)

@@ -1,13 +1,18 @@
 """Round-to-nearest in one pass over a matrix, as a Triton kernel: a program takes a row from memory and puts it back.
 
 The formulas are in the docstring of ``invarlock.quantization.rounding``; the codes, scales and zero points are equal to
-those of its plain operations bit for bit. Two choices make them so on every backend, Triton's interpreter included:
-division is IEEE's (``div_rn``), and whole numbers and bfloat16 are made by arithmetic that leaves a backend no choice.
+those of its plain operations bit for bit. So is every quotient: a program works out one reciprocal per scale, and two
+fused multiply-adds correct each product with it to what IEEE division gives (Markstein 1990, "Computation of elementary
+functions on the IBM RISC System/6000 processor"), as CUDA's own division does after an approximate reciprocal.
+
+Triton's interpreter has no fused multiply-add, and cuts bfloat16 off where hardware rounds: there ``compiled`` is false,
+and division and rounding are done by arithmetic that leaves a backend no choice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -61,24 +66,21 @@ def round_rows_(
     """
     rows, columns = matrix.shape
     size = min(scheme.group_size or columns, columns)
-    groups = triton.cdiv(columns, size)
+    groups = -(-columns // size)
     lowest, highest = scheme.code_range
     limits = torch.finfo(matrix.dtype)
-    with torch.device(matrix.device):
-        scales, zeros, signal, noise = torch.empty(4, rows, groups)
-        of_row = torch.empty(2, rows)
+    compiled = matrix.is_cuda
+    # Few allocations and one sum: at 30 us a matrix, the device is as fast as Python.
+    grids = torch.empty(1 if scheme.symmetric else 2, rows, groups, device=matrix.device)
+    sums = torch.empty(rows, 4, dtype=torch.float64, device=matrix.device)
     padded_groups, padded_size = _tile(columns, scheme.group_size)
     _round_row[(rows,)](
-        matrix.view(torch.int16) if matrix.dtype == torch.bfloat16 else matrix,
-        scales,
-        zeros,
-        signal,
-        noise,
-        of_row[0],
-        of_row[1],
+        matrix if compiled or matrix.dtype != torch.bfloat16 else matrix.view(torch.int16),
+        grids,
+        sums,
+        rows,
         columns,
-        matrix.stride(0),
-        matrix.stride(1),
+        *matrix.stride(),
         lowest,
         highest,
         scheme.levels,
@@ -94,44 +96,43 @@ def round_rows_(
         padded_size=padded_size,
         dtype=_DTYPES[matrix.dtype],
         scale_dtype=_DTYPES[scale_dtype],
+        compiled=compiled,
         num_warps=max(1, min(16, padded_groups * padded_size // 512)),
         enable_fp_fusion=False,
     )
-    squares = scales.double().square_() if measure else None
-    energies = [
-        (squares * part).sum() if measure else of_row.new_zeros((), dtype=torch.float64) for part in (signal, noise)
-    ]
-    return RoundedRows(scales, None if scheme.symmetric else zeros, torch.stack([*energies, *of_row.double().sum(1)]))
+    return RoundedRows(grids[0], None if scheme.symmetric else grids[1], sums.sum(0))
 
 
+@cache
 def _tile(columns: int, group_size: int | None) -> tuple[int, int]:
     """Groups of a row, and columns of a group, each rounded up to a power of two: what Triton takes as shapes."""
     size = min(group_size or columns, columns)
-    return triton.next_power_of_2(triton.cdiv(columns, size)), triton.next_power_of_2(size)
+    groups, width = triton.next_power_of_2(triton.cdiv(columns, size)), triton.next_power_of_2(size)
+    return int(groups), int(width)
 
 
 @triton.jit
-def _float32(stored, dtype: tl.constexpr):
-    """Numbers as they are stored, bfloat16 as int16, in float32."""
-    if dtype == tl.bfloat16:
+def _float32(stored, dtype: tl.constexpr, compiled: tl.constexpr):
+    """Numbers as they are stored, in float32; bfloat16 is int16 in the interpreter."""
+    if dtype == tl.bfloat16 and not compiled:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return stored.to(tl.float32)
 
 
 @triton.jit
-def _stored(x, dtype: tl.constexpr):
+def _stored(x, dtype: tl.constexpr, compiled: tl.constexpr):
     """Float32 numbers that a dtype holds exactly, as they are stored."""
-    if dtype == tl.bfloat16:
+    if dtype == tl.bfloat16 and not compiled:
         return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
     else:
         return x.to(dtype)
 
 
 @triton.jit
-def _round_to(x, dtype: tl.constexpr):
+def _round_to(x, dtype: tl.constexpr, compiled: tl.constexpr):
     """Float32 numbers rounded to a dtype, half to even."""
-    if dtype == tl.bfloat16:
+    if dtype == tl.bfloat16 and not compiled:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         return bits.to(tl.float32, bitcast=True)
@@ -148,14 +149,25 @@ def _round_half_to_even(x):
 
 
 @triton.jit
+def _quotient(x, divisor, reciprocal, compiled: tl.constexpr):
+    """``x / divisor``, correctly rounded for divisors between 2^-100 and 2^100.
+
+    :param reciprocal: of the divisor, correctly rounded.
+    """
+    if compiled:
+        quotient = x * reciprocal
+        quotient = tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
+        return tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
+    else:
+        return tl.div_rn(x, divisor)
+
+
+@triton.jit
 def _round_row(
     weights,
-    scales,
-    zeros,
-    signal,
-    noise,
-    clipped,
-    non_finite,
+    grids,
+    sums,
+    rows,
     columns,
     row_stride,
     column_stride,
@@ -176,6 +188,7 @@ def _round_row(
     padded_size: tl.constexpr,
     dtype: tl.constexpr,
     scale_dtype: tl.constexpr,
+    compiled: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, padded_groups)
@@ -184,18 +197,16 @@ def _round_row(
     there = (within[None, :] < size) & (column < columns)
     place = weights + row * row_stride + column.to(tl.int64) * column_stride
     # Numbers that are not there are 0: every grid holds zero, so that they change none.
-    weight = _float32(tl.load(place, mask=there, other=0), dtype)
+    weight = _float32(tl.load(place, mask=there, other=0), dtype, compiled)
     infinite = tl.sum(tl.sum(tl.where(tl.abs(weight) < float("inf"), 0, 1), 1), 0)
     finite = infinite == 0
     kept = there & (tl.zeros([padded_groups, padded_size], tl.int32) + infinite == 0)
     original = weight
+    outside = 0
     if clip:
-        outside = kept & ((weight < clip_low) | (weight > clip_high))
-        tl.store(clipped + row, tl.sum(tl.sum(outside.to(tl.int32), 1), 0).to(tl.float32))
+        beyond = there & ((weight < clip_low) | (weight > clip_high))
+        outside = tl.sum(tl.sum(beyond.to(tl.int32), 1), 0)
         weight = tl.where(there, tl.minimum(tl.maximum(weight, clip_low), clip_high), 0.0)
-    else:
-        tl.store(clipped + row, 0.0)
-    tl.store(non_finite + row, tl.where(finite, 0.0, 1.0))
 
     if symmetric:
         scale = tl.div_rn(tl.max(tl.abs(weight), 1), tl.zeros([padded_groups], tl.float32) + levels)
@@ -205,7 +216,7 @@ def _round_row(
         high = tl.maximum(tl.max(weight, 1), 0.0)
         scale = tl.div_rn(high - low, tl.zeros([padded_groups], tl.float32) + levels)
         zero = low
-    scale = tl.minimum(tl.maximum(_round_to(scale, scale_dtype), smallest_scale), largest_scale)
+    scale = tl.minimum(tl.maximum(_round_to(scale, scale_dtype, compiled), smallest_scale), largest_scale)
     scale = tl.where(finite, scale, 1.0)
     if not symmetric:
         zero = tl.minimum(tl.maximum(lowest - tl.div_rn(zero, scale), lowest), highest)
@@ -213,23 +224,33 @@ def _round_row(
         # With zero off the middle, codes reach further than the limits of the scale allow for.
         reach = tl.maximum(highest - zero, zero - lowest)
         held = tl.div_rn(tl.zeros([padded_groups], tl.float32) + 1.0, reach) * largest_weight
-        scale = tl.minimum(scale, _round_to(held, dtype))
+        scale = tl.minimum(scale, _round_to(held, dtype, compiled))
 
-    divisor = tl.broadcast_to(scale[:, None], [padded_groups, padded_size])
-    codes = tl.div_rn(weight, divisor)
+    # Both sides of a division times the same power of two, with which neither leaves float32.
+    unit = tl.where(scale < 2.0**-60, 2.0**60, tl.where(scale > 2.0**60, 2.0**-60, 1.0))
+    divisor = scale * unit
+    reciprocal = tl.div_rn(tl.zeros([padded_groups], tl.float32) + 1.0, divisor)
+    codes = _quotient(weight * unit[:, None], divisor[:, None], reciprocal[:, None], compiled)
     if not symmetric:
         codes += zero[:, None]
     codes = _round_half_to_even(tl.minimum(tl.maximum(codes, lowest), highest))
-    rounded = _round_to((codes - zero[:, None]) * divisor, dtype)
-    tl.store(place, _stored(rounded, dtype), mask=kept)
+    rounded = _round_to((codes - zero[:, None]) * scale[:, None], dtype, compiled)
+    tl.store(place, _stored(rounded, dtype, compiled), mask=kept)
 
     of_group = row * groups + group
-    tl.store(scales + of_group, scale, mask=group < groups)
+    tl.store(grids + of_group, scale, mask=group < groups)
     if not symmetric:
-        tl.store(zeros + of_group, zero, mask=group < groups)
+        tl.store(grids + rows * groups + of_group, zero, mask=group < groups)
+    signal = tl.zeros([padded_groups], tl.float32)
+    noise = tl.zeros([padded_groups], tl.float32)
     if measure:
         # In units of the scale: no square overflows or vanishes in float32.
-        parts = tl.where(kept, tl.div_rn(original, divisor), 0.0)
-        errors = tl.where(kept, tl.div_rn(original - rounded, divisor), 0.0)
-        tl.store(signal + of_group, tl.sum(parts * parts, 1), mask=group < groups)
-        tl.store(noise + of_group, tl.sum(errors * errors, 1), mask=group < groups)
+        each = (unit * reciprocal)[:, None]
+        parts, errors = original * each, (original - rounded) * each
+        signal, noise = tl.sum(parts * parts, 1), tl.sum(errors * errors, 1)
+    square = scale.to(tl.float64) * scale.to(tl.float64)
+    of_row = sums + row * 4
+    tl.store(of_row, tl.where(finite, tl.sum(square * signal, 0), 0.0))
+    tl.store(of_row + 1, tl.where(finite, tl.sum(square * noise, 0), 0.0))
+    tl.store(of_row + 2, tl.where(finite, outside, 0).to(tl.float64))
+    tl.store(of_row + 3, tl.where(finite, 0.0, 1.0).to(tl.float64))
