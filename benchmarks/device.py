@@ -80,6 +80,14 @@ class Bench:
         self._wait()
         return time.perf_counter() - started
 
+    def peak(self) -> int:
+        """Bytes of the device's memory that were in use at most."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def show(self, what: str, seconds: float, reference: float | None, limit: str) -> None:
         ratio = "" if reference is None else f"{seconds / reference:6.2f} x"
         print(f"{what:64} {1000 * seconds:9.1f} ms {ratio:>9}  {limit}", flush=True)
@@ -124,7 +132,10 @@ def _over(weights: list[Tensor], work: Callable[[Tensor], object]) -> Callable[[
     return lambda: [work(weight) for weight in weights]
 
 
-def passes(bench: Bench, name: str, model: Any, preview: int, final: int, length: int, limit: str) -> None:
+def passes(bench: Bench, name: str, model: Any, preview: int, final: int, length: int, limit: str) -> int:
+    """
+    :returns: bytes of the device that the bare loop took at most.
+    """
     ids = torch.randint(model.config.vocab_size, (preview + final, length))
     windows = Windows(ids, torch.ones_like(ids), ids)
     pair = windows[:preview], windows[preview:]
@@ -136,7 +147,9 @@ def passes(bench: Bench, name: str, model: Any, preview: int, final: int, length
             logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
             functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none")
 
+    bench.forget_peak()
     bare()
+    peak = bench.peak()
     reference = min(bench.seconds(bare) for _ in range(3))
     bench.show(f"{name}: bare loop over {preview} + {final} windows of {length} tokens", reference, None, "")
     record = measure(model, *pair, task="causal").record
@@ -145,6 +158,7 @@ def passes(bench: Bench, name: str, model: Any, preview: int, final: int, length
     )
     edited = bench.seconds(lambda: measure(model, *pair, task="causal", reference=record))
     bench.show("  edited pass", edited, reference, f"limit {limit}")
+    return peak
 
 
 def writing(bench: Bench, model: Any) -> None:
@@ -155,22 +169,31 @@ def writing(bench: Bench, model: Any) -> None:
     bench.show(f"{count} windows of {length} tokens, written by the model", seconds, None, "limit 5 s")
 
 
-def whole_runs(bench: Bench, model: Any) -> None:
+def whole_runs(bench: Bench, model: Any, bare_peak: int) -> None:
+    """
+    :param bare_peak: bytes of the device that a bare pass of the model took at most.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     with _saved(model) as folder:
         settings = [
             f"model.device={bench.device}",
+            "model.dtype=bfloat16",
             "edit.plan.bitwidth=4",
             "edit.plan.group_size=32" if bench.small else "edit.plan.group_size=128",
             "edit.plan.scope=all",
             "eval.max_pm_ratio=100",
             f"dataset.seq_len={64 if bench.small else 1024}",
+            f"dataset.stride={64 if bench.small else 1024}",
             "dataset.preview_n=2" if bench.small else "dataset.preview_n=8",
             "dataset.final_n=4" if bench.small else "dataset.final_n=56",
         ]
         config = load(str(demo_folder() / "config.yaml"), settings, {"model.id": str(folder)})
         for name, pipeline in (("run", run), ("run --stream", run_streamed)):
             output = OutputFolder(folder.parent / f"{folder.name}-{name.split()[-1]}")
+            bench.forget_peak()
             report = pipeline(config, PluginManager.load(Selection()), output=output).report
+            beyond = bench.peak() - bare_peak
+            print(f"{name}: {beyond / 2**30:.2f} GiB beyond a bare pass, limit {weights / 2**30 + 2:.2f} GiB")
             timings = report["timings"]
             needed = timings["load"] + timings["baseline pass"] + timings["edited pass"]
             guards = sum(guard["seconds"] for guard in report["guards"])
@@ -208,11 +231,11 @@ def main() -> None:
     del smol
 
     big = bench.llama(torch.bfloat16, vocab_size=_vocabulary(), **(TINY if bench.small else BIG))
-    passes(bench, "2.8 G, bfloat16", big, 8, 56, 64 if bench.small else 1024, "1.3")
+    bare_peak = passes(bench, "2.8 G, bfloat16", big, 8, 56, 64 if bench.small else 1024, "1.3")
     Fingerprint.of(big)
     bench.show("  fingerprint", bench.seconds(lambda: Fingerprint.of(big)), None, "limit 0.5 s, of all in a run")
     bench.show("  snapshot", bench.seconds(lambda: Snapshot(big)), None, "limit 1 s")
-    whole_runs(bench, big)
+    whole_runs(bench, big, bare_peak)
 
 
 def _vocabulary() -> int:

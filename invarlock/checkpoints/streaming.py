@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -35,11 +35,31 @@ class Part:
         return {self.stored[0]: weights[self.parameters[0]]}
 
 
+@dataclass
+class _Kept:
+    """Tensors as they were read, for they are read again and again: as many as a GPU has memory for."""
+
+    room: int
+    """Bytes that are left."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, device: torch.device) -> _Kept:
+        """Half of what is free on a CUDA device, for activations need some; the system itself keeps files in memory."""
+        return cls(torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0)
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        if tensor.nbytes <= self.room:
+            self.room -= tensor.nbytes
+            self.tensors[name] = tensor.clone()
+
+
 class Streaming:
     """A checkpoint and what is made of its weights: nothing for the baseline, the edit for the edited model."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
+        self._kept = _Kept.on(device)
         self.edit: WeightEdit | None = None
         self._in_force: WeightEdit | None = None
         self.stored: dict[str, str] = {}
@@ -68,8 +88,13 @@ class Streaming:
 
     def read(self, stored: str) -> Tensor:
         """A tensor of the checkpoint in memory of its own, of the type that the unedited model has it in."""
+        kept = self._kept.tensors.get(stored)
+        if kept is not None:
+            return kept.clone()
         tensor = self.checkpoint[stored]
-        return tensor.to(self.device, self._dtypes.get(stored, tensor.dtype), copy=True)
+        read = tensor.to(self.device, self._dtypes.get(stored, tensor.dtype), copy=True)
+        self._kept.take(stored, read)
+        return read
 
     def parts_in(self, file: str) -> list[Part]:
         """All that a shard holds, or holds some of, but for what is left out; what is no parameter, too."""

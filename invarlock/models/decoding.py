@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from invarlock.core.errors import one_line
 from invarlock.distributed.dtensor import sharding_of
 from invarlock.models.facts import logits_of, text_config_of
 
 if TYPE_CHECKING:
     from transformers import StaticCache
+
+log = logging.getLogger("invarlock")
+
+EAGER = 3
+"""Steps before the recording: libraries allocate what they work with on first use, which no graph can record."""
 
 
 def caches(model: nn.Module) -> bool:
@@ -45,12 +52,9 @@ class Replayed:
     their addresses stay, they are recorded once, and from then on started as one.
     """
 
-    EAGER = 2
-    """Steps before the recording: libraries allocate what they work with on first use, which no graph can record."""
-
     def __init__(self, model: nn.Module, cache: StaticCache) -> None:
         self.model, self.cache = model, cache
-        self.eager_left = self.EAGER
+        self.steps, self.recordable = 0, True
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @classmethod
@@ -72,12 +76,11 @@ class Replayed:
 
         They hold until the next step.
         """
-        if fresh.shape[1] > 1 or self.eager_left:
-            self.eager_left -= fresh.shape[1] == 1
-            return self._step(fresh)
-        if self.graph is None:
+        if fresh.shape[1] == 1 and self.steps >= EAGER and self.graph is None and self.recordable:
             self._record(fresh)
-        assert self.graph is not None
+        self.steps += 1
+        if self.graph is None:
+            return self._step(fresh)
         self.fresh.copy_(fresh)
         self.graph.replay()
         return self.logits
@@ -87,6 +90,14 @@ class Replayed:
         return logits_of(self.model, output)[:, -1]
 
     def _record(self, fresh: Tensor) -> None:
-        self.fresh, self.graph = fresh.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step(self.fresh)
+        self.fresh, graph, stream = fresh.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self.logits = self._step(self.fresh)
+        except RuntimeError as error:
+            # Some models wait for the device, or copy from the host, whatever transformers says of them.
+            torch.cuda.set_stream(stream)
+            log.info("the steps of %s cannot be recorded: %s", type(self.model).__name__, one_line(error))
+            self.recordable = False
+        else:
+            self.graph = graph

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional
 
+from invarlock.models.kernels import takes_triton
 from invarlock.models.sizes import sizes_of
 
 BLOCK = 1 << 16
@@ -32,6 +33,10 @@ def block_sums(tensor: Tensor) -> Tensor:
         return torch.empty(0, SUMS, dtype=torch.int64)
     words = _words(tensor)
     factors = _factors(words.device)
+    if takes_triton(words):
+        from invarlock.models.fused_sums import fused_block_sums
+
+        return fused_block_sums(words, factors)
     whole = len(words) // BLOCK * BLOCK
     at_once = max(1, sizes_of(words.device).words // BLOCK)
     parts = [*torch.split(words[:whole].view(-1, BLOCK), at_once), words[whole:].view(1, -1)]
@@ -39,11 +44,18 @@ def block_sums(tensor: Tensor) -> Tensor:
     return torch.cat(sums) if sums else factors.new_empty(0, SUMS)
 
 
-def digest_of(description: str, sums: Tensor) -> str:
-    """128-bit digest, as hexadecimal digits, of a text and a tensor's sums on the host."""
+def digest_of(description: str, numbers: Tensor) -> str:
+    """128-bit digest, as hexadecimal digits, of a text and of numbers: a tensor's sums, or its bytes."""
     state = xxhash.xxh3_128(description.encode())
-    state.update(sums.numpy().data)
+    state.update(numbers.cpu().numpy().data)
     return state.hexdigest()
+
+
+def octets_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8, not copied where they lie side by side; none of a tensor on ``meta``."""
+    if tensor.is_meta:
+        return torch.empty(0, dtype=torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _sums(words: Tensor, factors: Tensor) -> Tensor:
@@ -54,7 +66,7 @@ def _sums(words: Tensor, factors: Tensor) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """The bytes of a tensor as int32 words, zeros after the last."""
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    octets = octets_of(tensor)
     missing = -len(octets) % 4
     if missing or octets.storage_offset() % 4:
         octets = functional.pad(octets, (0, missing)) if missing else octets.clone()

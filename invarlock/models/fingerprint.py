@@ -11,7 +11,7 @@ import xxhash
 
 from invarlock.core.progress import counted
 from invarlock.distributed.dtensor import whole
-from invarlock.models.digest import block_sums, digest_of
+from invarlock.models.digest import block_sums, digest_of, octets_of
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -30,7 +30,7 @@ def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A 128-bit digest of each tensor's dtype, shape and bytes, the same on every device, and which names are tied.
+    """A 128-bit digest of each tensor's dtype, shape and bytes, and which names are tied.
 
     It tells accidents apart, not forgeries: the hash is not cryptographic.
     """
@@ -39,18 +39,26 @@ class Fingerprint:
     computed: frozenset[str] = frozenset()
     """Buffers that no checkpoint stores: the model's own code computes them, and some do so anew while they run."""
 
+    portable: bool = True
+
     @classmethod
-    def of(cls, model: torch.nn.Module, *, only_computed: bool = False) -> Fingerprint:
-        """Fingerprint of all tensors of a model, or of its computed buffers alone."""
+    def of(cls, model: torch.nn.Module, *, only_computed: bool = False, portable: bool = True) -> Fingerprint:
+        """Fingerprint of all tensors of a model, or of its computed buffers alone.
+
+        :param portable: digests that are the same on every device, made where the tensors are; or else hashes of the
+            host's, which take a quarter of the time on a CPU.
+        """
         computed = frozenset(_computed_buffers(model))
         names_by_identity: dict[int, str] = {}
-        sums: dict[str, torch.Tensor] = {}
+        numbers: dict[str, torch.Tensor] = {}
         tensors = [(name, tensor) for name, tensor in named_tensors(model) if not only_computed or name in computed]
         for name, tensor in counted(tensors, lambda named: named[1].nbytes):
             if names_by_identity.setdefault(id(tensor), name) == name:
-                sums[name] = block_sums(whole(tensor.detach()))
+                numbers[name] = (block_sums if portable else octets_of)(whole(tensor.detach()))
         # Only now on the host: a device works on the last tensors while the first ones are hashed.
-        return cls({name: _digest(tensor, name, names_by_identity, sums) for name, tensor in tensors}, computed)
+        return cls(
+            {name: _digest(tensor, name, names_by_identity, numbers) for name, tensor in tensors}, computed, portable
+        )
 
     @property
     def digest(self) -> str:
@@ -69,7 +77,7 @@ def _computed_buffers(model: torch.nn.Module) -> Iterator[str]:
         yield from (f"{path}.{name}" if path else name for name in module._non_persistent_buffers_set)
 
 
-def _digest(tensor: torch.Tensor, name: str, first: Mapping[int, str], sums: Mapping[str, torch.Tensor]) -> str:
-    if name not in sums:
+def _digest(tensor: torch.Tensor, name: str, first: Mapping[int, str], numbers: Mapping[str, torch.Tensor]) -> str:
+    if name not in numbers:
         return f"tied to {first[id(tensor)]}"
-    return digest_of(f"{tensor.dtype} {tuple(tensor.shape)} ", sums[name].cpu())
+    return digest_of(f"{tensor.dtype} {tuple(tensor.shape)} ", numbers[name])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import copy
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from invarlock.core.temporary import TemporaryFolder
 from invarlock.distributed.dtensor import assembler, local
 from invarlock.models.fingerprint import named_tensors, stored_tensors
 
+CPU = torch.device("cpu")
+
 
 class Snapshot:
     """Copies of a model's tensors, and references to its structure.
 
-    Copies are in memory where that has room for them twice over. Elsewhere the files that the model came from stand
-    for the tensors that they hold bit for bit, and the others are copied to a temporary folder, one file each;
-    ``TMPDIR`` says where, and the folder goes with the object. Structure (which module and parameter hangs where, and
+    Copies are in the memory of the CUDA device that a tensor is on, or of the machine, where that has room for them
+    twice over. Elsewhere the files that the model came from stand for the tensors that they hold bit for bit, and the
+    others are copied to a temporary folder, one file each; ``TMPDIR`` says where, and the folder goes with the object.
+    Structure (which module and parameter hangs where, and
     so what is tied) is kept by reference: it costs nothing, and parts that were swapped out come back too. Of a model
     that is spread over processes each keeps its own part.
 
@@ -39,8 +43,7 @@ class Snapshot:
         places = {identity: place for place, identity in enumerate(tensors)}
         self._places = {name: places[id(tensor)] for name, tensor in stored_tensors(model)}
         self._tensors = list(tensors.values())
-        needed = sum(local(tensor).nbytes for tensor in self._tensors)
-        self._copies: _CopiesInMemory | _CopiesOnDisk = _CopiesInMemory() if has_room(needed) else _CopiesOnDisk(stored)
+        self._copies = _copies_for([local(tensor) for tensor in self._tensors], stored)
         for tensor in self._each():
             self._copies.keep(names[id(tensor)], local(tensor.detach()))
 
@@ -56,31 +59,52 @@ class Snapshot:
                 tensor.data = saved.to(tensor.device)
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Parameters and stored buffers as they were, by name, tied ones under each of theirs; copied when asked for.
+        """Parameters and stored buffers as they were, by name, tied ones under each of theirs.
 
-        Weights that are spread over processes are gathered then: all have to ask for the same.
+        Each is copied when it is asked for, to the device of the model's own.
+
+        Weights that are spread over processes are gathered: all have to ask for the same.
         """
         # Not self, which would hold the model that was saved.
-        copies, places, assemblers = self._copies, self._places, [assembler(tensor) for tensor in self._tensors]
-        return ReadWeights(places, lambda name: assemblers[places[name]](copies.read(places[name])))
+        copies, places = self._copies, self._places
+        owners = [(assembler(tensor), tensor.device) for tensor in self._tensors]
+
+        def read(name: str) -> Tensor:
+            assemble, device = owners[places[name]]
+            return assemble(copies.read(places[name]).to(device))
+
+        return ReadWeights(places, read)
 
     def _each(self) -> Iterator[Tensor]:
         return counted(self._tensors, lambda tensor: tensor.nbytes)
 
 
-def has_room(needed: int) -> bool:
-    """True if memory can hold so many bytes twice over: the copies, and as much again for the run."""
-    return 2 * needed <= free_memory()
+def has_room(needed: int, device: torch.device = CPU) -> bool:
+    """True if a device's memory can hold so many bytes twice over: the copies, and as much again for the run."""
+    return 2 * needed <= (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory())
+
+
+def _copies_for(tensors: Sequence[Tensor], stored: Mapping[str, Tensor] | None) -> _CopiesInMemory | _CopiesOnDisk:
+    """A place with room for copies of some tensors."""
+    needed: Counter[torch.device] = Counter()
+    for tensor in tensors:
+        needed[tensor.device if tensor.is_cuda else CPU] += tensor.nbytes
+    # Memory of the machine that no process had yet takes ten times as long to fill as to copy to.
+    roomy = {device for device, nbytes in needed.items() if device != CPU and has_room(nbytes, device)}
+    elsewhere = sum(nbytes for device, nbytes in needed.items() if device not in roomy)
+    return _CopiesInMemory(roomy) if has_room(elsewhere) else _CopiesOnDisk(stored)
 
 
 class _CopiesInMemory:
-    """Tensors kept on the host."""
+    """Tensors kept on their own device, where that is one of those given, or on the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Set[torch.device]) -> None:
         self._kept: list[Tensor] = []
+        self._devices = devices
 
     def keep(self, names: Sequence[str], tensor: Tensor) -> None:
-        self._kept.append(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor))
+        device = tensor.device if tensor.device in self._devices else CPU
+        self._kept.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor))
 
     def read(self, place: int) -> Tensor:
         # A copy: whoever reads it may change it.

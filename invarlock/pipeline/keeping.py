@@ -11,7 +11,7 @@ import torch
 from invarlock.checkpoints.streaming import Streaming
 from invarlock.core.errors import PluginError
 from invarlock.distributed.dtensor import sharding_of
-from invarlock.models.fingerprint import Fingerprint
+from invarlock.models.fingerprint import Fingerprint, named_tensors
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.adapter import Adapter
@@ -43,6 +43,8 @@ class Loaded:
     clock: Clock
     state: ModelState
     fingerprint: Fingerprint
+    marks: Fingerprint
+    """Digests to compare with after every call of a plugin; on a CPU quicker ones than the fingerprint's."""
     bring_back: Callable[[], object]
     """Makes its weights that again."""
     recomputed: set[str] = field(default_factory=set)
@@ -53,11 +55,12 @@ class Loaded:
     def of(cls, model: torch.nn.Module, clock: Clock, bring_back: Callable[[], object] = lambda: None) -> Loaded:
         # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
         state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
-        return cls(model, clock, state, fingerprint_of(model, clock), bring_back)
+        return cls(model, clock, state, fingerprint_of(model, clock), _marks_of(model, clock), bring_back)
 
     def edited(self, bring_back: Callable[[], object]) -> Loaded:
         """The model as it has to be from now on: its weights are edited."""
-        return replace(self, fingerprint=fingerprint_of(self.model, self.clock), bring_back=bring_back)
+        fingerprint, marks = fingerprint_of(self.model, self.clock), _marks_of(self.model, self.clock)
+        return replace(self, fingerprint=fingerprint, marks=marks, bring_back=bring_back)
 
     @property
     def digest(self) -> str:
@@ -65,7 +68,7 @@ class Loaded:
 
     def differing(self) -> list[str]:
         """Names of tensors that are not what they have to be."""
-        changed = fingerprint_of(self.model, self.clock).changed_since(self.fingerprint)
+        changed = _marks_of(self.model, self.clock, portable=self.marks.portable).changed_since(self.marks)
         return [name for name in changed if name not in self.recomputed]
 
     def undo(self) -> list[str]:
@@ -78,8 +81,8 @@ class Loaded:
     def settle(self) -> None:
         self.state.settle()
         with self.clock.stage("fingerprint"):
-            now, before = Fingerprint.of(self.model, only_computed=True), self.fingerprint
-        self.recomputed.update(name for name in now.computed if now.tensors[name] != before.tensors.get(name))
+            now = Fingerprint.of(self.model, only_computed=True, portable=self.marks.portable)
+        self.recomputed.update(name for name in now.computed if now.tensors[name] != self.marks.tensors.get(name))
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,16 @@ class Keeper:
 def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:
     with clock.stage("fingerprint"):
         return Fingerprint.of(model)
+
+
+def _marks_of(model: torch.nn.Module, clock: Clock, *, portable: bool | None = None) -> Fingerprint:
+    """
+    :param portable: as those that they are compared with; by default what takes less time where the model is.
+    """
+    if portable is None:
+        portable = any(tensor.device.type != "cpu" for _, tensor in named_tensors(model))
+    with clock.stage("fingerprint"):
+        return Fingerprint.of(model, portable=portable)
 
 
 def some(names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.models.autograd import start_contexts
 from invarlock.models.facts import batch_size, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
@@ -106,6 +107,7 @@ class Session:
                     f"model.device: {name} is offloaded (on the meta device) and cannot be quantized in place; "
                     "load the whole model onto devices"
                 )
+        start_contexts(model)
         return model, adapter
 
     def _take_note_of(self, checkpoint: Path) -> None:

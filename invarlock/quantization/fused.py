@@ -5,8 +5,8 @@ those of its plain operations bit for bit. So is every quotient: a program works
 fused multiply-adds correct each product with it to what IEEE division gives (Markstein 1990, "Computation of elementary
 functions on the IBM RISC System/6000 processor"), as CUDA's own division does after an approximate reciprocal.
 
-Triton's interpreter has no fused multiply-add, and cuts bfloat16 off where hardware rounds: there ``compiled`` is false,
-and division and rounding are done by arithmetic that leaves a backend no choice.
+Triton's interpreter has no fused multiply-add, and cuts bfloat16 off where hardware rounds. There ``compiled`` is
+false, and division and rounding are done by arithmetic that leaves a backend no choice.
 """
 
 from __future__ import annotations
@@ -143,9 +143,14 @@ def _round_to(x, dtype: tl.constexpr, compiled: tl.constexpr):
 @triton.jit
 def _round_half_to_even(x):
     """Whole numbers next to numbers below 2^22, minus zero included: adding 2^23 leaves no bit for a fraction."""
-    whole = (tl.abs(x) + 8388608.0) - 8388608.0
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return _with_sign_of(x, (tl.abs(x) + 8388608.0) - 8388608.0)
+
+
+@triton.jit
+def _with_sign_of(x, size):
+    """Float32 numbers of a size and with the signs of others."""
+    bits = (size.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -157,7 +162,9 @@ def _quotient(x, divisor, reciprocal, compiled: tl.constexpr):
     if compiled:
         quotient = x * reciprocal
         quotient = tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
-        return tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
+        # The corrections of minus zero add up to zero.
+        return _with_sign_of(x, quotient)
     else:
         return tl.div_rn(x, divisor)
 

@@ -16,11 +16,9 @@ everything else is float32, and the product is rounded to the dtype of the weigh
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from invarlock.core.results import EditedWeight
+from invarlock.models.kernels import takes_triton
 from invarlock.models.sizes import sizes_of
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
@@ -327,8 +326,7 @@ class _Rounder:
 
 def kernel_for(matrix: Tensor, scheme: Scheme) -> Callable[..., Any] | None:
     """``round_rows_`` of the kernel that rounds a matrix in one pass, or None where plain operations have to."""
-    # Triton comes with torch's builds for CUDA, and with no other. Its interpreter takes tensors of the CPU.
-    if not (matrix.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not find_spec("triton"):
+    if not takes_triton(matrix):
         return None
     from invarlock.quantization.fused import round_rows_, takes
 

@@ -39,21 +39,26 @@ class _Tensor:
             return cls(shape, dtype, True, 0, 0, False)
         # The extremes tell finite and zero without a temporary of the weight's size.
         low, high = torch.aminmax(tensor)
-        finite = bool(low.isfinite() & high.isfinite())
+        all_finite = low.isfinite() & high.isfinite()
         if shared:
             tensor = tensor.narrow(shared[0], 0, shared[1])
             low, high = torch.aminmax(tensor)
-        rows, columns = (_constant_rows(tensor), _constant_rows(tensor.mT)) if tensor.ndim > 1 else (0, 0)
-        return cls(shape, dtype, finite, rows, columns, bool((low == 0) & (high == 0)))
+        sides = (tensor, tensor.mT) if tensor.ndim > 1 else ()
+        # All at once: each answer by itself would wait for the device.
+        told = [all_finite, (low == 0) & (high == 0), *(_constant_rows(side) for side in sides)]
+        finite, zero, *constant = torch.stack(told).tolist()
+        rows, columns = constant or (0, 0)
+        return cls(shape, dtype, bool(finite), rows, columns, bool(zero))
 
 
-def _constant_rows(matrices: torch.Tensor) -> int:
+def _constant_rows(matrices: torch.Tensor) -> torch.Tensor:
     """Number of rows of matrices (..., rows, columns) that hold one value throughout; 0 for rows of one number."""
     if matrices.shape[-1] < 2:
-        return 0
-    # Nearly every row is ruled out by two of its numbers.
-    candidates = matrices[matrices[..., 0] == matrices[..., -1]]
-    return int((candidates == candidates[:, :1]).all(-1).sum())
+        return matrices.new_zeros((), dtype=torch.int64)
+    if matrices.device.type == "cpu":
+        # Nearly every row is ruled out by two of its numbers. To choose the others, another device would have to wait.
+        matrices = matrices[matrices[..., 0] == matrices[..., -1]]
+    return (matrices == matrices[..., :1]).all(-1).sum()
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ MOST_VALUES = 32
 MOST_NUMBERS = 2**26
 """Largest matrix whose leading singular values are reported; a larger one takes seconds."""
 AT_ONCE = 64
-BYTES_AT_ONCE = 32 * 2**20
-"""Larger matrices gain nothing from batching, and a whole batch is in memory at once."""
+CPU_BYTES_AT_ONCE, GPU_BYTES_AT_ONCE = 2**25, 2**30
+"""A CPU gains nothing from batches of larger matrices, and a GPU waits for Python with smaller ones. A whole batch is
+in memory at once where a model is streamed, and on a GPU the Gram matrices of its columns are."""
 
 
 class SpectralGuard(Guard):
@@ -319,7 +320,10 @@ def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
     for weight in weights:
         group = together[weight.shape, weight.rows, weight.parameter.dtype, weight.parameter.device]
         group.append(weight)
-        if len(group) == AT_ONCE or len(group) * weight.parameter.nbytes >= BYTES_AT_ONCE:
+        nbytes, most = weight.parameter.nbytes, CPU_BYTES_AT_ONCE
+        if weight.parameter.is_cuda:
+            nbytes, most = max(nbytes, 4 * weight.shape[1] ** 2), GPU_BYTES_AT_ONCE
+        if len(group) == AT_ONCE or len(group) * nbytes >= most:
             yield _Alike([*group])
             group.clear()
     yield from (_Alike(group) for group in together.values() if group)

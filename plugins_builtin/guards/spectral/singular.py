@@ -8,13 +8,19 @@ of sigma. The estimate is never above sigma. That it is not further below is not
 eigenvalue may not be the largest; it was so for all 211 matrices of SmolLM2 and for matrices of noise, whose spectrum
 has no gap, against exact singular values.
 
-Matrices of one shape are worked on together: only the products with them are made one by one.
+Before the basis grows wider than ``WIDEST`` it is replaced by its leading Ritz vectors, a thick restart (Wu and Simon
+2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems").
+
+Matrices of one shape are worked on together: on a CPU only the products with them are made one by one. On a GPU, where
+a product of a matrix with a few vectors takes as long as with many, Wᵀ W is made once, in bfloat16: it only guides the
+search, and sigma is ||W v|| in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +40,14 @@ WIDTH = 4
 """Directions that a step adds; a product with 4 vectors costs less than twice a product with one."""
 ACCURACY = 0.01
 MOST_STEPS = 16
+WIDEST = 32
+"""Of wider bases a GPU decomposes the products one after the other, in milliseconds each."""
+KEPT = 16
+"""Ritz vectors that a restart keeps."""
+GRAM_COLUMNS = 8192
+"""Most columns of a matrix whose Gram matrix is made: it has 256 MiB."""
+RIDGE = 1e-6
+"""Added to the squares of unit vectors: above the rounding of float32 that makes dependent ones look independent."""
 GRAM_UP_TO = 128
 SUBSPACE_STEPS = 3
 
@@ -96,7 +110,7 @@ def _cold(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
         return _decomposed(matrices)
     start = probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
     images = torch.stack([matrix.back(start.to_basis @ matrix.sketch) for matrix in matrices])
-    return _largest(matrices, start.basis.expand(len(matrices), -1, -1), images)
+    return _largest(_Products.of(matrices), start.basis.expand(len(matrices), -1, -1), images)
 
 
 def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
@@ -110,8 +124,8 @@ def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
     leading = torch.stack([move.before.leading.to(pointed.device) for move in moved])
     # A change can be larger than any vector by far.
     start = _orthonormal(torch.cat([leading, torch.nn.functional.normalize(pointed, dim=-1)], dim=1))
-    images = torch.stack([matrix.gram(block) for matrix, block in zip(matrices, start, strict=True)])
-    return _largest(matrices, start, images)
+    products = _Products.of(matrices)
+    return _largest(products, start, products.images(start))
 
 
 def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
@@ -120,16 +134,52 @@ def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
     return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))
 
 
-def _largest(matrices: Sequence[Sketched], basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """Products of blocks of rows with ``Wᵀ W``, a block for each matrix."""
+
+    matrices: Sequence[Sketched]
+    grams: Tensor | None
+    """``Wᵀ W``, float32 (matrices, columns, columns), rounded to bfloat16; None where products are made by W."""
+
+    @classmethod
+    def of(cls, matrices: Sequence[Sketched]) -> _Products:
+        first = matrices[0].matrix
+        if not first.is_cuda or first.shape[1] > GRAM_COLUMNS:
+            return cls(matrices, None)
+        grams = torch.empty(len(matrices), first.shape[1], first.shape[1], device=first.device)
+        for gram, entry in zip(grams, matrices, strict=True):
+            half = (entry.matrix * entry.scale).bfloat16()
+            gram.copy_(half.T @ half)
+        return cls(matrices, grams)
+
+    def images(self, blocks: Tensor) -> Tensor:
+        """``blocks Wᵀ W``, (matrices, rows, columns)."""
+        if self.grams is not None:
+            return blocks @ self.grams
+        return torch.stack([matrix.gram(block) for matrix, block in zip(self.matrices, blocks, strict=True)])
+
+    def among(self, places: Sequence[int]) -> _Products:
+        """Products with some of the matrices."""
+        return _Products([self.matrices[place] for place in places], self.grams)
+
+    def sigma(self, place: int, square: float, vector: Tensor) -> float:
+        """
+        :param square: Rayleigh quotient of the vector.
+        """
+        return math.sqrt(max(square, 0.0)) if self.grams is None else self.matrices[place].stretch(vector)
+
+
+def _largest(products: _Products, basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
     """
     :param basis: for each matrix orthonormal rows to begin with, at least two: (matrices, rows, columns).
     :param images: ``basis Wᵀ W``.
     """
     found: dict[int, tuple[float, Tensor]] = {}
-    left = list(range(len(matrices)))
+    left = list(range(len(basis)))
     for step in range(MOST_STEPS):
-        rotation = torch.linalg.eigh(basis @ images.mT)[1][..., -WIDTH:].mT
-        vectors, moved = rotation @ basis, rotation @ images
+        ritz = torch.linalg.eigh(basis @ images.mT)[1].mT
+        vectors, moved = ritz[:, -WIDTH:] @ basis, ritz[:, -WIDTH:] @ images
         # Rayleigh quotients are never above the largest eigenvalue, even where the basis is not quite orthogonal.
         values = (vectors * moved).sum(dim=-1) / (vectors * vectors).sum(dim=-1)
         residuals = torch.addcmul(moved, values.unsqueeze(-1), vectors, value=-1)
@@ -138,23 +188,38 @@ def _largest(matrices: Sequence[Sketched], basis: Tensor, images: Tensor) -> lis
         full = step == MOST_STEPS - 1 or basis.shape[1] + WIDTH > basis.shape[2]
         sure = [full or close for close in (error <= 2 * ACCURACY * top).tolist()]
         for place, value in enumerate(top.tolist()):
-            if sure[place]:
-                found[left[place]] = math.sqrt(max(value, 0.0)), vectors[place, -2:].clone()
+            if sure[place] and left[place] not in found:
+                sigma = products.sigma(place, value, vectors[place, -1])
+                found[left[place]] = sigma, vectors[place, -2:].clone()
         open_ = [place for place, done in enumerate(sure) if not done]
         if not open_:
             break
-        left = [left[place] for place in open_]
-        basis, images, residuals = basis[open_], images[open_], residuals[open_]
+        if products.grams is None:
+            # Not on a GPU, which has to copy the Gram matrices of the others.
+            left, products = [left[place] for place in open_], products.among(open_)
+            basis, images, residuals, ritz = (each[open_] for each in (basis, images, residuals, ritz))
+        if basis.shape[1] + WIDTH > WIDEST:
+            basis, images = ritz[:, -KEPT:] @ basis, ritz[:, -KEPT:] @ images
         # In exact arithmetic residuals are orthogonal to the basis.
         added = _orthonormal(residuals - (residuals @ basis.mT) @ basis)
-        grown = torch.stack([matrices[place].gram(block) for place, block in zip(left, added, strict=True)])
-        basis, images = torch.cat([basis, added], dim=1), torch.cat([images, grown], dim=1)
-    return [found[place] for place in range(len(matrices))]
+        basis, images = torch.cat([basis, added], dim=1), torch.cat([images, products.images(added)], dim=1)
+    return [found[place] for place in range(len(found))]
 
 
 def _orthonormal(blocks: Tensor) -> Tensor:
-    columns: Tensor = torch.linalg.qr(blocks.mT)[0]
-    return columns.mT.contiguous()
+    """Orthonormal rows that span those of each block, (blocks, rows, columns) or (rows, columns)."""
+    columns: Tensor
+    if not blocks.is_cuda or blocks.ndim < 3:
+        columns = torch.linalg.qr(blocks.mT)[0]
+        return columns.mT.contiguous()
+    # By the Cholesky factor of their products: a GPU makes QR of tall matrices one after the other. Twice, because the
+    # condition of these is squared (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm").
+    blocks = torch.nn.functional.normalize(blocks, dim=-1)
+    ridge = RIDGE * torch.eye(blocks.shape[1], device=blocks.device)
+    for _ in range(2):
+        factor, _info = torch.linalg.cholesky_ex(blocks @ blocks.mT + ridge)
+        blocks = torch.linalg.solve_triangular(factor, blocks, upper=False)
+    return blocks
 
 
 def _is_small(sketched: Sketched) -> bool:

@@ -140,6 +140,11 @@ class Sketched:
         # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
         return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self.blocks()))
 
+    def stretch(self, vector: Tensor) -> float:
+        """``||W v|| / ||v||``."""
+        image = torch.cat([rows @ vector for rows in self.blocks()])
+        return float(torch.linalg.vector_norm(image) / torch.linalg.vector_norm(vector))
+
     def size(self, sigma: float) -> Size:
         return Size(sigma / self.scale, self.frobenius / self.scale)
 
