@@ -58,7 +58,7 @@ def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
 
     Each is gone through several times, and so had better be in memory.
     """
-    sketched = [Sketched.of(matrix) for matrix in matrices]
+    sketched = Sketched.of_each(matrices)
     finite = [entry for entry in sketched if entry]
     sigmas = _cold(finite) if finite else []
     found = (entry.spectrum(*sigma) for entry, sigma in zip(finite, sigmas, strict=True))
@@ -72,7 +72,7 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
     The search for sigma starts from the leading vectors that a matrix had and from where its change points, so that
     neither an old direction nor a new one is missed.
     """
-    sketched = [Sketched.of(matrix) for matrix in matrices]
+    sketched = Sketched.of_each(matrices)
     moved = [Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
     searched = [move for move in moved if move.is_searched]
     sigmas = iter(_warm(searched) if searched else [])
@@ -88,7 +88,7 @@ def leading_values(matrix: Tensor, count: int) -> list[float] | None:
 
     :returns: None for a matrix that holds NaN or Inf.
     """
-    sketched = Sketched.of(matrix)
+    (sketched,) = Sketched.of_each([matrix])
     if sketched is None:
         return None
     if min(matrix.shape) <= GRAM_UP_TO:

@@ -24,7 +24,7 @@ where w' is zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -109,26 +109,31 @@ class Sketched:
     """Frobenius norm of ``scale * matrix``."""
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Sketched | None:
-        sketched = cls._at(matrix, 1.0)
-        if TAME[0] <= sketched.frobenius <= TAME[1]:
-            return sketched
-        largest = float(torch.stack([rows.abs().max() for rows in torch.split(matrix, _rows_at_once(matrix))]).max())
-        if not math.isfinite(largest):
-            return None
-        return cls._at(matrix, 2.0 ** -math.frexp(largest)[1]) if largest else sketched
+    def of_each(cls, matrices: Sequence[Tensor]) -> list[Sketched | None]:
+        """Sketches of matrices on one device; None for one that holds NaN or Inf."""
+        return [
+            sketched if TAME[0] <= sketched.frobenius <= TAME[1] else cls._scaled(sketched)
+            for sketched in cls._at(matrices, 1.0)
+        ]
 
     @classmethod
-    def _at(cls, matrix: Tensor, scale: float) -> Sketched:
-        drawn = probes(matrix.shape[1], matrix.device).signs
-        parts, row_norms, columns = [], [], torch.zeros(matrix.shape[1], device=matrix.device)
-        for rows in _blocks(matrix, scale):
-            parts.append(rows @ drawn.T)
-            row_norms.append(torch.linalg.vector_norm(rows, dim=1))
-            columns += rows.square().sum(dim=0)
-        of_rows = torch.cat(row_norms)
-        frobenius = float(torch.linalg.vector_norm(of_rows))
-        return cls(matrix, scale, torch.cat(parts).T, (of_rows, columns.sqrt()), frobenius)
+    def _scaled(cls, sketched: Sketched) -> Sketched | None:
+        parts = torch.split(sketched.matrix, _rows_at_once(sketched.matrix))
+        largest = float(torch.stack([rows.abs().max() for rows in parts]).max())
+        if not math.isfinite(largest):
+            return None
+        return cls._at([sketched.matrix], 2.0 ** -math.frexp(largest)[1])[0] if largest else sketched
+
+    @classmethod
+    def _at(cls, matrices: Sequence[Tensor], scale: float) -> list[Sketched]:
+        made = [(matrix, *_sketch(matrix, scale)) for matrix in matrices]
+        if not made:
+            return []
+        # All at once: each number by itself would wait for the device.
+        sizes = torch.stack([torch.linalg.vector_norm(of_rows) for *_, (of_rows, _) in made]).tolist()
+        return [
+            cls(matrix, scale, sketch, norms, size) for (matrix, sketch, norms), size in zip(made, sizes, strict=True)
+        ]
 
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
@@ -189,7 +194,7 @@ class Moved:
     def change(self, sigma: float | None) -> Change:
         sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
         old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
-        rows = _lengths(self.difference) / old.clamp(min=max(float(old.median()), TINY))
+        rows = _lengths(self.difference) / torch.maximum(old, old.median().clamp(min=TINY))
         relative = ratio(self.distance, self.before.size.frobenius)
         row_norms, columns = self._norm_changes()
         return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
@@ -200,7 +205,7 @@ class Moved:
         for now, before, numbers in zip(self.now.norms, self.before.norms, reversed(self.before.shape), strict=True):
             old = before.to(now.device) * (self.unit / self.before.scale)
             moved = (now * (self.unit / self.now.scale) - old).abs()
-            found.append(moved / old.clamp(min=max(SMALL * float(old.median()), TINY)) * (numbers >= FEW))
+            found.append(moved / torch.maximum(old, (SMALL * old.median()).clamp(min=TINY)) * (numbers >= FEW))
         return found
 
 
@@ -223,6 +228,17 @@ def probes(columns: int, device: torch.device) -> Probes:
     rotated, triangle = torch.linalg.qr(signs.T)
     to_basis = torch.linalg.inv(triangle).T.contiguous()
     return Probes(signs.to(device), rotated.T.contiguous().to(device), to_basis.to(device))
+
+
+def _sketch(matrix: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``scale * W Ω``, transposed, and the norms of the rows and of the columns of ``scale * W``."""
+    drawn = probes(matrix.shape[1], matrix.device).signs
+    parts, row_norms, columns = [], [], torch.zeros(matrix.shape[1], device=matrix.device)
+    for rows in _blocks(matrix, scale):
+        parts.append(rows @ drawn.T)
+        row_norms.append(torch.linalg.vector_norm(rows, dim=1))
+        columns += rows.square().sum(dim=0)
+    return torch.cat(parts).T, (torch.cat(row_norms), columns.sqrt())
 
 
 def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
