@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from invarlock.models.digest import BLOCK, block_sums
 from invarlock.quantization import Scheme, WeightLayout, fake_quantize_
 
 SCHEMES = [
@@ -22,6 +23,7 @@ SCHEMES = [
 ]
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SHAPES = [(5, 100), (2, 4, 33)]
+TO_SUM = [torch.arange(-7.0, 84.0).view(7, 13), torch.ones(9).bfloat16()[1:], torch.arange(2.0 * BLOCK + 5)]
 
 
 def normal(weight: Tensor) -> Tensor:
@@ -72,7 +74,17 @@ def main() -> None:
     convolution = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     found["convolution"] = [*differences(convolution, Scheme(4), WeightLayout.CONV)]
     found["too long"] = [f"{weight.shape}" for weight in (torch.randn(1, (1 << 16) + 1),) if uses_kernel(weight)]
+    found["sums"] = [f"{tensor.shape}" for tensor in TO_SUM if not torch.equal(*sums_of(tensor))]
     print(json.dumps(found))
+
+
+def sums_of(tensor: Tensor) -> list[Tensor]:
+    """Sums for a digest by plain operations, and by the kernel."""
+    found = []
+    for interpreted in ("0", "1"):
+        os.environ["TRITON_INTERPRET"] = interpreted
+        found.append(block_sums(tensor))
+    return found
 
 
 def differences(weight: Tensor, scheme: Scheme, layout: WeightLayout = WeightLayout.OUT_IN) -> Iterator[str]:

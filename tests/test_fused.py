@@ -40,3 +40,7 @@ def test_a_convolution_is_rounded_by_its_output_channels(found: dict[str, list[s
 
 def test_a_row_longer_than_a_program_holds_is_left_to_plain_operations(found: dict[str, list[str]]) -> None:
     assert found["too long"] == []
+
+
+def test_the_sums_of_a_digest_are_those_of_plain_operations(found: dict[str, list[str]]) -> None:
+    assert found["sums"] == []
