@@ -134,7 +134,7 @@ def test_experts_that_no_token_was_routed_to(compare: Compare) -> None:
 
 def test_without_outputs_nothing_is_listed(compare: Compare) -> None:
     assert compare(BASELINE, BASELINE, "--weights-only").code == 0
-    assert coverage() == {"tokens": [], "gaps": []}
+    assert coverage() == {"tokens": [], "gaps": [], "conversations": 0}
 
 
 def test_a_warning_is_a_test_and_a_result_of_its_own(invarlock: Callable[..., Done], compare: Compare) -> None:

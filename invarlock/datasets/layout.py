@@ -105,7 +105,7 @@ class WindowLayout:
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).
         :raises UsageError: the window is too short, or a token that the task needs does not exist.
         """
-        prefix, suffix = _surrounding(tokenizer) if tokenizer else ((), ())
+        prefix, suffix = surrounding(tokenizer) if tokenizer else ((), ())
         layout = cls(
             length,
             prefix,
@@ -165,7 +165,7 @@ def _all_seen(input_ids: Tensor, labels: Tensor, decoder_input_ids: Tensor | Non
     return Windows(input_ids, torch.ones_like(input_ids), labels, decoder_input_ids)
 
 
-def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Special tokens before and after a text, from the encodings of a probe with and without them."""
     probe = "A a 1"
     bare, whole = encode(tokenizer, probe), encode(tokenizer, probe, special=True)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from invarlock.core.errors import InputError
+from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import UNSCORED, WindowLayout, Windows
-from invarlock.datasets.windows import Dataset, pieces, read_rows, read_tokens
+from invarlock.datasets.windows import Dataset, conversation_places, pieces, read_rows, read_tokens
 
 NO_TEXT = -1
 """In place of an end: a special token, the end of a document, or padding."""
@@ -45,22 +46,36 @@ class Side:
 
 
 def read_same_text(
-    dataset: Dataset, documents: Sequence[str], baseline: Side, subject: Side, *, most: int | None
+    dataset: Dataset,
+    documents: Sequence[str],
+    baseline: Side,
+    subject: Side,
+    *,
+    most: int | None,
+    chat: ChatTemplate | None = None,
 ) -> SameText:
     """The final windows of a dataset as the subject's tokenizer splits their text, for a causal model.
 
     The subject's tokens are those of whole documents: a window begins and ends within a word only where a token does.
 
+    :param chat: the baseline's; it renders the text of some windows as conversations, which both sides read.
     :param most: largest number of tokens that the subject reads at once; longer windows lose their last ones.
     :raises InputError: a tokenizer does not tell where its tokens stand in the text.
     """
-    rows = read_rows(documents, dataset, _Splitter(baseline.tokenizer), baseline.layout.text)[dataset.preview_n :]
+    rows = read_rows(documents, dataset, _Splitter(baseline.tokenizer), baseline.layout.text)
     read_to = max(row[-1].end for row in rows)
     generator = torch.Generator().manual_seed(dataset.seed)
     stream = read_tokens(documents, dataset, _Splitter(subject.tokenizer), generator)
     tokens = list(takewhile(lambda token: token.end <= read_to, stream))
     own = list(_covering(tokens, rows))
-    return SameText(*_padded(own, subject.layout, most), _padded(rows, baseline.layout, None)[1])
+    if chat is not None:
+        for place in conversation_places(dataset):
+            # A text of its own, where places are counted anew: windows are compared one by one.
+            text = chat.conversation([token.id for token in rows[place]], baseline.layout.text)
+            rows[place] = _split(baseline.tokenizer, text)[: baseline.layout.text]
+            own[place : place + 1] = _covering(_split(subject.tokenizer, text), [rows[place]])
+    final = slice(dataset.preview_n, None)
+    return SameText(*_padded(own[final], subject.layout, most), _padded(rows[final], baseline.layout, None)[1])
 
 
 class _Token(NamedTuple):
@@ -78,11 +93,16 @@ class _Splitter:
 
     def __call__(self, document: str) -> Iterator[_Token]:
         for piece in pieces(document):
-            ids, ends = _ends(self._tokenizer, piece)
-            yield from (_Token(token, self._read + end, True) for token, end in zip(ids, ends.tolist(), strict=True))
+            yield from _split(self._tokenizer, piece, self._read)
             self._read += _bytes(piece)
         if self._tokenizer.eos_token_id is not None:
             yield _Token(self._tokenizer.eos_token_id, self._read, False)
+
+
+def _split(tokenizer: Any, text: str, start: int = 0) -> list[_Token]:
+    """The tokens of a text that starts at a place."""
+    ids, ends = _ends(tokenizer, text)
+    return [_Token(token, start + end, True) for token, end in zip(ids, ends.tolist(), strict=True)]
 
 
 def _ends(tokenizer: Any, text: str) -> tuple[list[int], NDArray[np.int64]]:

@@ -103,7 +103,9 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
         trust_remote_code=False,
         revision=None,
     )
-    dataset = run.config.dataset
+    # A report of an older version, which rendered no conversations, lacks the key.
+    chat = run.config.dataset.chat if "chat" in run.report.config.get("dataset", {}) else "never"
+    dataset = dataclasses.replace(run.config.dataset, chat=chat)
     if checkpoints.dataset is not None:
         dataset = dataclasses.replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
     elif dataset.path is not None and not Path(dataset.path).is_file():
@@ -151,7 +153,10 @@ class _Again:
         # A saved model's format has tensors of its own; its files have digests.
         if self.run.report.edit.is_comparison:
             self._fingerprint("fingerprint_after", model)
-        if self.per_byte:
+        if self.run.report.coverage.conversations and self.first.session.config.model.id == checkpoint:
+            missing = "the baseline's chat template renders some of the windows; give --baseline, too"
+            self.verification.not_checked.append(f"losses of the edited model, measured again: {missing}")
+        elif self.per_byte:
             self._losses_per_byte(model, adapter, checkpoint)
         elif reason := unreadable_windows(self.windows, self.first.task, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])

@@ -90,9 +90,10 @@ class Guarding:
                 self.windows,
                 vocabulary=vocabulary_of(model),
                 tokenizer=self.baseline.tokenizer,
+                template=self.baseline.template,
                 dataset=self.config.dataset,
                 perplexity=self.baseline_pass.perplexity,
-                experts=[tap.result() for tap in routing.values()],
+                experts=[tap.result() for tap in dict.fromkeys(routing.values())],
             )
         shown = self.baseline.shown(model)
         self.prepared = [

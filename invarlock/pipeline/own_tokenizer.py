@@ -78,7 +78,7 @@ def _gives_same_windows(
 ) -> bool:
     dataset = baseline.session.config.dataset
     try:
-        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents)
+        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents, chat=baseline.chat)
     except UsageError:
         # Too few tokens in the text, or more than the model knows.
         return False
@@ -97,7 +97,9 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
         return Side(read_by, WindowLayout.of(model, read_by, task="causal", length=dataset.seq_len))
 
     try:
-        same_text = read_same_text(dataset, documents, side(baseline.tokenizer), side(tokenizer), most=context)
+        same_text = read_same_text(
+            dataset, documents, side(baseline.tokenizer), side(tokenizer), most=context, chat=baseline.chat
+        )
     except InputError as error:
         return Reading(unreadable=f"{different}, and {one_line(error)}; {MEASURE}")
     if reason := unreadable(same_text.windows, model):
