@@ -1,4 +1,4 @@
-"""Text in turns, rendered by a chat template: conversations hold the special tokens that chat models are served with."""
+"""Text in turns, rendered by a chat template: conversations hold the special tokens that a server gives a chat model."""
 
 from __future__ import annotations
 
