@@ -64,6 +64,7 @@ def chatting(template: str | None = CHATML) -> Any:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype="float32")
+    torch.manual_seed(0)
     model.resize_token_embeddings(1026, mean_resizing=False)
     return model
 
@@ -272,12 +273,15 @@ def test_chat_tokens_with_other_ids_are_compared_per_byte(compare, invarlock, ch
     windows = report["metrics"]["windows"]
     assert report["metrics"]["primary"]["unit"] == "byte"
     apart = np.abs(np.subtract(windows["edited"], windows["baseline"]))
-    assert apart[0] > 0.1 and apart[[1, 2, 3, 5]] == pytest.approx(0, abs=0.1)
+    assert apart[[0, 4]].max() > 0.1
+    assert apart[[1, 2, 3, 5]] == pytest.approx(0, abs=1e-3)
     again = invarlock("verify", "out", "--baseline", checkpoint, "--subject", subject)
     assert again.code == 0, again.out
 
 
-@pytest.mark.parametrize("options", [(), ("--stream", "--set", "output.format=dequantized")], ids=["memory", "streamed"])
+@pytest.mark.parametrize(
+    "options", [(), ("--stream", "--set", "output.format=dequantized")], ids=["memory", "streamed"]
+)
 def test_a_run_has_conversations_too(invarlock, config, checkpoint, options) -> None:
     dataset = {"provider": "local_jsonl", "path": str(DEMO / "text.jsonl"), "seq_len": 64, "preview_n": 2, "final_n": 6}
     file = config(model={"id": str(checkpoint), "dtype": "float32"}, dataset=dataset)

@@ -1,4 +1,4 @@
-"""Text in turns, rendered by a chat template: conversations hold the special tokens that a server gives a chat model."""
+"""Text in turns, rendered by a chat template: conversations hold the special tokens that chat models are given."""
 
 from __future__ import annotations
 
