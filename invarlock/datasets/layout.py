@@ -137,14 +137,16 @@ class WindowLayout:
         """
         if self.start is not None:
             source, target = text.chunk(2, dim=1)
-            # Teacher forcing: the decoder reads the target one step late, after its start token.
-            late = functional.pad(self.surround(target)[:, :-1], (1, 0), value=self.start)
-            return _all_seen(self.surround(source), self._labels(target), late)
+            return _all_seen(self.surround(source), self._labels(target), self.late(self.surround(target)))
         whole = self.surround(text)
         if self.mask is not None:
             hidden = self._hidden(whole, torch.Generator().manual_seed(seed))
             return _all_seen(whole.masked_fill(hidden, self.mask), whole.masked_fill(~hidden, UNSCORED))
         return _all_seen(whole, self._labels(text))
+
+    def late(self, target: Tensor) -> Tensor:
+        """Teacher forcing: the decoder reads the target one step late, after its start token."""
+        return functional.pad(target[:, :-1], (1, 0), value=self.start)
 
     def _labels(self, text: Tensor) -> Tensor:
         return functional.pad(text, (len(self.prefix), len(self.suffix)), value=UNSCORED)

@@ -32,7 +32,7 @@ class SameText:
     windows: Windows
     """Padded on the right, because they are not of one length; padding is masked, and never scored."""
     ends: Tensor
-    """Where in the text the token at each of their positions ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
+    """Where in the text the token at each of their labels ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
     baseline_ends: Tensor
     """The same of the windows that the text is taken from: int64 (n, their length)."""
 
@@ -54,11 +54,12 @@ def read_same_text(
     most: int | None,
     chat: ChatTemplate | None = None,
 ) -> SameText:
-    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal model.
+    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal or a seq2seq model.
 
     The subject's tokens are those of whole documents: a window begins and ends within a word only where a token does.
 
-    :param chat: the baseline's; it renders the text of some windows as conversations, which both sides read.
+    :param chat: the baseline's, of a causal model; it renders the text of some windows as conversations, which both
+        sides read.
     :param most: largest number of tokens that the subject reads at once; longer windows lose their last ones.
     :raises InputError: a tokenizer does not tell where its tokens stand in the text.
     """
@@ -74,8 +75,14 @@ def read_same_text(
             text = chat.conversation([token.id for token in rows[place]], baseline.layout.text)
             rows[place] = _split(baseline.tokenizer, text)[: baseline.layout.text]
             own[place : place + 1] = _covering(_split(subject.tokenizer, text), [rows[place]])
-    final = slice(dataset.preview_n, None)
-    return SameText(*_padded(own[final], subject.layout, most), _padded(rows[final], baseline.layout, None)[1])
+    rows, own = rows[dataset.preview_n :], own[dataset.preview_n :]
+    if subject.layout.start is None:
+        read = _padded(own, subject.layout, most)
+        return SameText(Windows(read.ids, read.mask, read.labels), read.ends, _padded(rows, baseline.layout).ends)
+    sources, targets = ([_half(row, place) for row in rows] for place in (0, 1))
+    source, target = (_padded(list(_covering(tokens, part)), subject.layout, most) for part in (sources, targets))
+    windows = Windows(source.ids, source.mask, target.labels, subject.layout.late(target.ids))
+    return SameText(windows, target.ends, _padded(targets, baseline.layout).ends)
 
 
 class _Token(NamedTuple):
@@ -132,8 +139,25 @@ def _covering(tokens: Sequence[_Token], rows: Sequence[Sequence[_Token]]) -> Ite
         yield tokens[min(first, len(tokens) - 1) : max(first + 1, last)]
 
 
-def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | None) -> tuple[Windows, Tensor]:
-    """Windows of rows of text in their layout, and the ends of their tokens."""
+def _half(row: Sequence[_Token], place: int) -> Sequence[_Token]:
+    """The source in a row of text, or the target."""
+    size = len(row) // 2
+    return row[place * size : (place + 1) * size]
+
+
+class _Padded(NamedTuple):
+    """Rows of text in their layout, padded on the right: int64 (n, length) each."""
+
+    ids: Tensor
+    mask: Tensor
+    ends: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.ids.masked_fill(self.ends == NO_TEXT, UNSCORED)
+
+
+def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | None = None) -> _Padded:
     around = len(layout.prefix) + len(layout.suffix)
     rows = [row if most is None else row[: max(1, most - around)] for row in rows]
     length = around + max(map(len, rows))
@@ -143,4 +167,4 @@ def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | 
         ids[place, : len(whole)], mask[place, : len(whole)] = torch.tensor(whole), 1
         text = torch.tensor([token.end if token.is_text else NO_TEXT for token in row])
         ends[place, len(layout.prefix) : len(layout.prefix) + len(row)] = text
-    return Windows(ids, mask, ids.masked_fill(ends == NO_TEXT, UNSCORED)), ends
+    return _Padded(ids, mask, ends)

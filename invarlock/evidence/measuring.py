@@ -199,7 +199,7 @@ class _Again:
             return
         edited, _ = self.first.run_pass(model, (self.windows[0][:0], same_text.windows), "pass")
         ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]))
+        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]), task=self.first.task)
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 

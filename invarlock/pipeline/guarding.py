@@ -312,7 +312,7 @@ class Guarding:
             return NO_OUTPUTS
         if same_text is not None:
             ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]))
+            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=self.baseline.task)
         metric = compare(
             baseline,
             edited,
