@@ -326,7 +326,9 @@ def test_a_target_is_compared_per_byte_of_the_same_text(comparing, invarlock, tr
     found = comparing(translating, subject, *TEXT)
     windows = found.report["metrics"]["windows"]
     assert (found.metric["kind"], found.metric["unit"]) == ("target_perplexity", "byte")
-    assert all(0 < tokens < 16 and tokens < size for tokens, size in zip(windows["tokens"], windows["bytes"], strict=True))
+    assert all(
+        0 < tokens < 16 and tokens < size for tokens, size in zip(windows["tokens"], windows["bytes"], strict=True)
+    )
     rise = (sum(windows["edited"]) - sum(windows["baseline"])) / sum(windows["bytes"])
     assert found.metric["ratio"] == pytest.approx(np.exp(rise))
     again = invarlock("verify", "out", "--baseline", translating, "--subject", subject)

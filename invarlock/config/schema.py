@@ -69,8 +69,8 @@ class DatasetConfig(_Section):
     seed: Annotated[int, Ge(0), "Seed of the choice of windows, of masks and of generation."] = 42
     chat: Annotated[
         Literal["auto", "never"],
-        "Conversations: with auto, where text is read and the baseline's tokenizer has a chat template, it renders one "
-        "window in four, made of the same text in turns, so that the tokens of a chat are measured.",
+        "Conversations: with auto, where text is read and the baseline's tokenizer has a chat template, one window in "
+        "four is a conversation that it renders of the same text, so that chat tokens are measured; with never, none.",
     ] = "auto"
 
     @property
