@@ -132,9 +132,68 @@ def test_experts_that_no_token_was_routed_to(compare: Compare) -> None:
     assert "experts" not in gaps()
 
 
+OLDER_STYLE = """
+import torch
+from torch import nn
+from invarlock.testing import tiny_model
+from plugins_builtin.adapters.hf import HF_Causal_Adapter
+
+class Expert(nn.Module):
+    def __init__(self, fused, place):
+        super().__init__()
+        self.act, (double, inner) = fused.act_fn, (part[place].shape for part in (fused.gate_up_proj, fused.down_proj))
+        self.up, self.down = nn.Linear(*double[::-1], bias=False), nn.Linear(*inner[::-1], bias=False)
+        self.up.weight.data, self.down.weight.data = fused.gate_up_proj[place].data, fused.down_proj[place].data
+
+    def forward(self, tokens):
+        gate, up = self.up(tokens).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+class Layer(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.gate = fused.gate
+        self.experts = nn.ModuleList(Expert(fused.experts, place) for place in range(fused.experts.num_experts))
+
+    def forward(self, hidden):
+        tokens = hidden.view(-1, hidden.shape[-1])
+        _, weights, chosen = self.gate(tokens)
+        out = torch.zeros_like(tokens)
+        for place, expert in enumerate(self.experts):
+            rows, rank = torch.where(chosen == place)
+            if len(rows) or CALLS_ALL:
+                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, rank, None])
+        return out.view_as(hidden)
+
+class Adapter(HF_Causal_Adapter):
+    name = "older"
+    def load_model(self, model_id, device="auto", **options):
+        model = super().load_model(model_id, device, **options)
+        for block in model.model.layers:
+            block.mlp = Layer(block.mlp)
+        return model
+"""
+
+
+@pytest.mark.parametrize("calls_all", [False, True], ids=["chosen are called", "all are called"])
+def test_experts_that_are_separate_modules(compare: Compare, module, calls_all: bool) -> None:
+    module("older", OLDER_STYLE.replace("CALLS_ALL", str(calls_all)))
+    model = tiny_model("mixtral", num_experts_per_tok=1)
+    with torch.no_grad():
+        gate = model.model.layers[1].mlp.gate.weight
+        # One of two opposites is always above zero.
+        gate[1] = -gate[0]
+        gate[3] = 0
+    folder = saved("moe", model)
+    compare(folder, folder)
+    fused = gaps()["experts"]["message"]
+    compare(folder, folder, "-p", "older", "--set", "model.adapter=older")
+    assert gaps()["experts"]["message"] == fused
+
+
 def test_without_outputs_nothing_is_listed(compare: Compare) -> None:
     assert compare(BASELINE, BASELINE, "--weights-only").code == 0
-    assert coverage() == {"tokens": [], "gaps": []}
+    assert coverage() == {"tokens": [], "gaps": [], "conversations": 0}
 
 
 def test_a_warning_is_a_test_and_a_result_of_its_own(invarlock: Callable[..., Done], compare: Compare) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from conftest import DEMO, read_report
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from invarlock.testing import architectures
 from invarlock.testing.checkpoint_edits import HARMFUL, HARMLESS, FolderEdit, chatting, config
@@ -88,3 +93,92 @@ def test_positions_that_are_turned_otherwise_are_the_cause(invarlock, baselines)
     _, serving = judged(invarlock, baselines["llama"], HARMFUL["positions"])
     assert [cause["cause"] for cause in serving["metrics"]["causes"]] == ["rope_parameters.rope_theta"]
     assert "turns positions into angles: 10000.0 became 500000.0" in serving["message"]
+
+
+# -- declared against stored -------------------------------------------------------------------------------------------
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+FORMATS = {"pack-quantized": INT4, "float-quantized": FLOAT8}
+
+
+def packed_rows(name: str, rows: torch.Tensor, form: str) -> dict[str, torch.Tensor]:
+    """The tensors of a weight in a format of compressed-tensors."""
+    if form == "float-quantized":
+        scale = rows.abs().amax(dim=1, keepdim=True) / 448
+        return {name: (rows / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    scale = rows.abs().amax(dim=1, keepdim=True) / 7.5
+    codes = (rows / scale).round().clamp(-8, 7).to(torch.int8)
+    return {
+        f"{name}_packed": pack_to_int32(codes, 4),
+        f"{name}_scale": scale,
+        f"{name}_shape": torch.tensor(rows.shape),
+    }
+
+
+def pack(folder: Path, wanted: str, left: str, form: str, ignore: tuple[str, ...] = ()) -> None:
+    """Pack weights whose names match, but those left, and declare it."""
+    packed: dict[str, torch.Tensor] = {}
+    for name, rows in load_file(folder / "model.safetensors").items():
+        taken = re.search(wanted, name) and not re.search(left, name)
+        packed |= packed_rows(name, rows, form) if taken else {name: rows}
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$", *ignore],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": FORMATS[form]}},
+    }
+    config(quantization_config=section)(folder)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints of two architectures whose experts are stored one by one, and of one without experts."""
+    folder = tmp_path_factory.mktemp("untouched")
+    sizes = {**architectures.UNTIED, "moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}
+    models = {
+        "mixtral": lambda: architectures.mixtral(num_local_experts=8),
+        "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)),
+        "llama": architectures.llama,
+    }
+
+    def saved(architecture: str) -> Path:
+        place = folder / architecture
+        if not place.exists():
+            models[architecture]().save_pretrained(place)
+        return place
+
+    return saved
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_an_expert_that_is_not_quantized_is_named(invarlock, untouched, architecture, form) -> None:
+    left = r"layers\.1\..*experts\.3\."
+    status, serving = judged(invarlock, untouched(architecture), lambda at: pack(at, r"experts\.\d", left, form))
+    assert (serving["action"], status) == ("warn", 1), serving
+    assert "1 of 8 experts is not quantized: model.layers.1." in serving["message"]
+    assert serving["message"].endswith(".experts.3")
+    errors = {each["name"]: each["relative_error"] for each in read_report(Path("out"))["edit"]["modules"]}
+    changed = {name for name, error in errors.items() if error}
+    assert all("experts" in name for name in changed) and len(changed) == 4
+    assert max(errors.values()) < 0.2
+
+
+def test_a_weight_that_is_not_quantized_is_named(invarlock, untouched) -> None:
+    _, serving = judged(
+        invarlock, untouched("llama"), lambda at: pack(at, r"mlp\.", r"layers\.1\.mlp\.down", "pack-quantized")
+    )
+    assert serving["message"].endswith("1 of 6 weights is not quantized: model.layers.1.mlp.down_proj")
+
+
+@pytest.mark.parametrize(("architecture", "left"), [("llama", r"1.mlp.down_proj"), ("mixtral", r"1\..*experts\.3\.")])
+def test_what_is_left_out_on_purpose_is_no_finding(invarlock, untouched, architecture, left) -> None:
+    wanted = r"mlp\.|experts\.\d"
+    ignoring = (f"re:.*{left}.*",)
+    status, serving = judged(
+        invarlock, untouched(architecture), lambda at: pack(at, wanted, left, "pack-quantized", ignoring)
+    )
+    assert (serving["action"], status) == ("continue", 0), serving

@@ -16,7 +16,7 @@ import torch
 from conftest import DEMO, read_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from invarlock.datasets.layout import WindowLayout
 from invarlock.datasets.same_text import Side, read_same_text
@@ -314,6 +314,53 @@ def test_more_entries_that_leave_the_others_alone_are_no_harm(comparing, trained
     assert (found.code, found.metric["ratio"], found.metric["unit"]) == (0, 1.0, "token"), found.out
 
 
+@pytest.fixture(scope="module")
+def translating(tokenizer, tmp_path_factory) -> Path:
+    model = architectures.t5(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=0)
+    return saved(model, tokenizer, str(tmp_path_factory.mktemp("t5")))
+
+
+def test_a_target_is_compared_per_byte_of_the_same_text(comparing, invarlock, translating) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(translating)
+    subject = saved(model, byte_level(VOCABULARY, regex=False), "subject")
+    found = comparing(translating, subject, *TEXT)
+    windows = found.report["metrics"]["windows"]
+    assert (found.metric["kind"], found.metric["unit"]) == ("target_perplexity", "byte")
+    assert all(
+        0 < tokens < 16 and tokens < size for tokens, size in zip(windows["tokens"], windows["bytes"], strict=True)
+    )
+    rise = (sum(windows["edited"]) - sum(windows["baseline"])) / sum(windows["bytes"])
+    assert found.metric["ratio"] == pytest.approx(np.exp(rise))
+    again = invarlock("verify", "out", "--baseline", translating, "--subject", subject)
+    assert again.code == 0, again.out
+
+
+def test_rows_of_a_target_that_moved_with_their_ids_have_the_same_loss(comparing, translating) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(translating)
+    order = torch.tensor([*range(100), *range(101, VOCABULARY), 100])
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        module.weight = nn.Parameter(module.weight.detach()[order])
+    model.tie_weights()
+    with_words(subject := saved(model, AutoTokenizer.from_pretrained(translating), "subject"), rotated)
+    found = comparing(translating, subject, *TEXT)
+    assert (found.metric["unit"], found.metric["action"]) == ("byte", "continue")
+    assert found.metric["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_masked_model_has_no_loss_per_byte(comparing) -> None:
+    names = {"mask_token": "<mask>"}
+    model = architectures.bert(vocab_size=VOCABULARY)
+    sides = [byte_level(VOCABULARY, "<mask>", regex=regex) for regex in (True, False)]
+    for side in sides:
+        side.add_special_tokens(names)
+    baseline, subject = (saved(model, side, name) for side, name in zip(sides, ("baseline", "subject"), strict=True))
+    found = comparing(baseline, subject, *TEXT)
+    assert (found.code, found.report["verdict"]["action"]) == (1, "abort")
+    message = found.finding("primary metric")["message"]
+    assert "a masked model has no loss per byte; --tokenizer baseline measures" in message
+    assert comparing(baseline, subject, *TEXT, "--tokenizer", "baseline").metric["ratio"] == 1.0
+
+
 # -- the same text -----------------------------------------------------------------------------------------------------
 
 
@@ -373,14 +420,16 @@ def test_both_sides_are_compared_over_the_same_bytes(tokenizer, other, documents
             assert measured.losses[row] == pytest.approx(expected)
 
 
-def test_the_same_tokenizer_gives_the_same_tokens_and_losses(tokenizer) -> None:
-    model, data = built("llama"), Data()
-    side = Side(tokenizer, WindowLayout.of(model, tokenizer, task="causal", length=data.seq_len))
+@pytest.mark.parametrize(("task", "scored"), [("causal", 24), ("seq2seq", 12)])
+def test_the_same_tokenizer_gives_the_same_tokens_and_losses(tokenizer, task, scored) -> None:
+    model, data = built("llama") if task == "causal" else architectures.t5(vocab_size=VOCABULARY), Data()
+    side = Side(tokenizer, WindowLayout.of(model, tokenizer, task=task, length=data.seq_len))
     same = read_same_text(data, CHAPTERS, side, side, most=None)
-    _, final = make_windows(data, model, tokenizer, task="causal", documents=CHAPTERS)
-    passes = [measure(model, final[:0], windows, task="causal") for windows in (final, same.windows)]
-    before, after = over_same_text((passes[0], same.baseline_ends.numpy()), (passes[1], same.ends.numpy()))
-    assert (before.tokens >= data.seq_len - 8).all(), "a token or two at each end are left out"
+    _, final = make_windows(data, model, tokenizer, task=task, documents=CHAPTERS)
+    passes = [measure(model, final[:0], windows, task=task) for windows in (final, same.windows)]
+    ends = same.baseline_ends.numpy(), same.ends.numpy()
+    before, after = over_same_text((passes[0], ends[0]), (passes[1], ends[1]), task=task)
+    assert (before.tokens >= scored - 8).all(), "a token or two at each end are left out"
     assert after.losses == pytest.approx(before.losses, rel=1e-4), "a window may begin a token earlier"
 
 

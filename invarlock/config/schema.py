@@ -67,6 +67,16 @@ class DatasetConfig(_Section):
     preview_n: Annotated[int, Ge(1), "Windows that the guards calibrate on."] = 8
     final_n: Annotated[int, Ge(2), "Windows that decide the primary metric; disjoint from the preview."] = 32
     seed: Annotated[int, Ge(0), "Seed of the choice of windows, of masks and of generation."] = 42
+    chat: Annotated[
+        Literal["auto", "never"],
+        "Conversations: with auto, where text is read and the baseline's tokenizer has a chat template, one window in "
+        "four is a conversation that it renders of the same text, so that chat tokens are measured; with never, none.",
+    ] = "auto"
+
+    @property
+    def has_conversations(self) -> bool:
+        """True if a chat template, where there is one, renders some windows."""
+        return self.chat == "auto" and not self.is_generated
 
     @property
     def is_generated(self) -> bool:

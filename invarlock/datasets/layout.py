@@ -105,7 +105,7 @@ class WindowLayout:
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).
         :raises UsageError: the window is too short, or a token that the task needs does not exist.
         """
-        prefix, suffix = _surrounding(tokenizer) if tokenizer else ((), ())
+        prefix, suffix = surrounding(tokenizer) if tokenizer else ((), ())
         layout = cls(
             length,
             prefix,
@@ -137,14 +137,16 @@ class WindowLayout:
         """
         if self.start is not None:
             source, target = text.chunk(2, dim=1)
-            # Teacher forcing: the decoder reads the target one step late, after its start token.
-            late = functional.pad(self.surround(target)[:, :-1], (1, 0), value=self.start)
-            return _all_seen(self.surround(source), self._labels(target), late)
+            return _all_seen(self.surround(source), self._labels(target), self.late(self.surround(target)))
         whole = self.surround(text)
         if self.mask is not None:
             hidden = self._hidden(whole, torch.Generator().manual_seed(seed))
             return _all_seen(whole.masked_fill(hidden, self.mask), whole.masked_fill(~hidden, UNSCORED))
         return _all_seen(whole, self._labels(text))
+
+    def late(self, target: Tensor) -> Tensor:
+        """Teacher forcing: the decoder reads the target one step late, after its start token."""
+        return functional.pad(target[:, :-1], (1, 0), value=self.start)
 
     def _labels(self, text: Tensor) -> Tensor:
         return functional.pad(text, (len(self.prefix), len(self.suffix)), value=UNSCORED)
@@ -165,7 +167,7 @@ def _all_seen(input_ids: Tensor, labels: Tensor, decoder_input_ids: Tensor | Non
     return Windows(input_ids, torch.ones_like(input_ids), labels, decoder_input_ids)
 
 
-def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Special tokens before and after a text, from the encodings of a probe with and without them."""
     probe = "A a 1"
     bare, whole = encode(tokenizer, probe), encode(tokenizer, probe, special=True)

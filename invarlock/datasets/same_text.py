@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from invarlock.core.errors import InputError
+from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import UNSCORED, WindowLayout, Windows
-from invarlock.datasets.windows import Dataset, pieces, read_rows, read_tokens
+from invarlock.datasets.windows import Dataset, conversation_places, pieces, read_rows, read_tokens
 
 NO_TEXT = -1
 """In place of an end: a special token, the end of a document, or padding."""
@@ -31,7 +32,7 @@ class SameText:
     windows: Windows
     """Padded on the right, because they are not of one length; padding is masked, and never scored."""
     ends: Tensor
-    """Where in the text the token at each of their positions ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
+    """Where in the text the token at each of their labels ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
     baseline_ends: Tensor
     """The same of the windows that the text is taken from: int64 (n, their length)."""
 
@@ -45,22 +46,43 @@ class Side:
 
 
 def read_same_text(
-    dataset: Dataset, documents: Sequence[str], baseline: Side, subject: Side, *, most: int | None
+    dataset: Dataset,
+    documents: Sequence[str],
+    baseline: Side,
+    subject: Side,
+    *,
+    most: int | None,
+    chat: ChatTemplate | None = None,
 ) -> SameText:
-    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal model.
+    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal or a seq2seq model.
 
     The subject's tokens are those of whole documents: a window begins and ends within a word only where a token does.
 
+    :param chat: the baseline's, of a causal model; it renders the text of some windows as conversations, which both
+        sides read.
     :param most: largest number of tokens that the subject reads at once; longer windows lose their last ones.
     :raises InputError: a tokenizer does not tell where its tokens stand in the text.
     """
-    rows = read_rows(documents, dataset, _Splitter(baseline.tokenizer), baseline.layout.text)[dataset.preview_n :]
+    rows = read_rows(documents, dataset, _Splitter(baseline.tokenizer), baseline.layout.text)
     read_to = max(row[-1].end for row in rows)
     generator = torch.Generator().manual_seed(dataset.seed)
     stream = read_tokens(documents, dataset, _Splitter(subject.tokenizer), generator)
     tokens = list(takewhile(lambda token: token.end <= read_to, stream))
     own = list(_covering(tokens, rows))
-    return SameText(*_padded(own, subject.layout, most), _padded(rows, baseline.layout, None)[1])
+    if chat is not None:
+        for place in conversation_places(dataset):
+            # A text of its own, where places are counted anew: windows are compared one by one.
+            text = chat.conversation([token.id for token in rows[place]], baseline.layout.text)
+            rows[place] = _split(baseline.tokenizer, text)[: baseline.layout.text]
+            own[place : place + 1] = _covering(_split(subject.tokenizer, text), [rows[place]])
+    rows, own = rows[dataset.preview_n :], own[dataset.preview_n :]
+    if subject.layout.start is None:
+        read = _padded(own, subject.layout, most)
+        return SameText(Windows(read.ids, read.mask, read.labels), read.ends, _padded(rows, baseline.layout).ends)
+    sources, targets = ([_half(row, place) for row in rows] for place in (0, 1))
+    source, target = (_padded(list(_covering(tokens, part)), subject.layout, most) for part in (sources, targets))
+    windows = Windows(source.ids, source.mask, target.labels, subject.layout.late(target.ids))
+    return SameText(windows, target.ends, _padded(targets, baseline.layout).ends)
 
 
 class _Token(NamedTuple):
@@ -78,11 +100,16 @@ class _Splitter:
 
     def __call__(self, document: str) -> Iterator[_Token]:
         for piece in pieces(document):
-            ids, ends = _ends(self._tokenizer, piece)
-            yield from (_Token(token, self._read + end, True) for token, end in zip(ids, ends.tolist(), strict=True))
+            yield from _split(self._tokenizer, piece, self._read)
             self._read += _bytes(piece)
         if self._tokenizer.eos_token_id is not None:
             yield _Token(self._tokenizer.eos_token_id, self._read, False)
+
+
+def _split(tokenizer: Any, text: str, start: int = 0) -> list[_Token]:
+    """The tokens of a text that starts at a place."""
+    ids, ends = _ends(tokenizer, text)
+    return [_Token(token, start + end, True) for token, end in zip(ids, ends.tolist(), strict=True)]
 
 
 def _ends(tokenizer: Any, text: str) -> tuple[list[int], NDArray[np.int64]]:
@@ -112,8 +139,25 @@ def _covering(tokens: Sequence[_Token], rows: Sequence[Sequence[_Token]]) -> Ite
         yield tokens[min(first, len(tokens) - 1) : max(first + 1, last)]
 
 
-def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | None) -> tuple[Windows, Tensor]:
-    """Windows of rows of text in their layout, and the ends of their tokens."""
+def _half(row: Sequence[_Token], place: int) -> Sequence[_Token]:
+    """The source in a row of text, or the target."""
+    size = len(row) // 2
+    return row[place * size : (place + 1) * size]
+
+
+class _Padded(NamedTuple):
+    """Rows of text in their layout, padded on the right: int64 (n, length) each."""
+
+    ids: Tensor
+    mask: Tensor
+    ends: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.ids.masked_fill(self.ends == NO_TEXT, UNSCORED)
+
+
+def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | None = None) -> _Padded:
     around = len(layout.prefix) + len(layout.suffix)
     rows = [row if most is None else row[: max(1, most - around)] for row in rows]
     length = around + max(map(len, rows))
@@ -123,4 +167,4 @@ def _padded(rows: Sequence[Sequence[_Token]], layout: WindowLayout, most: int | 
         ids[place, : len(whole)], mask[place, : len(whole)] = torch.tensor(whole), 1
         text = torch.tensor([token.end if token.is_text else NO_TEXT for token in row])
         ends[place, len(layout.prefix) : len(layout.prefix) + len(row)] = text
-    return Windows(ids, mask, ids.masked_fill(ends == NO_TEXT, UNSCORED)), ends
+    return _Padded(ids, mask, ends)

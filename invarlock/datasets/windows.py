@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from invarlock.core.errors import InputError, UsageError
+from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
 from invarlock.models.facts import Task, context_of, vocabulary_of
 
 PIECE = 2**16
 """Characters that are tokenized at once."""
+SHARE = 4
+"""One window in so many is a conversation, and one of each part at least: enough for the tokens between turns to show,
+while plain text, which does not depend on a template, decides."""
 
 Token = TypeVar("Token")
 
@@ -45,6 +49,7 @@ def make_windows(
     *,
     task: Task,
     documents: Sequence[str] | None = None,
+    chat: ChatTemplate | None = None,
 ) -> tuple[Windows, Windows]:
     """The preview windows and the final windows of a dataset; none of their text overlaps.
 
@@ -52,6 +57,7 @@ def make_windows(
 
     :param tokenizer: the model's own; None only where there are no documents and the model is causal.
     :param documents: the text of the dataset; None lets the model write its own.
+    :param chat: renders the text of some windows as conversations.
     :returns: ``dataset.preview_n`` and ``dataset.final_n`` windows of at most ``dataset.seq_len`` tokens.
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
@@ -63,11 +69,21 @@ def make_windows(
     elif tokenizer is None:
         raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        text = torch.tensor(read_rows(documents, dataset, partial(_tokens, tokenizer), layout.text))
+        rows = read_rows(documents, dataset, partial(_tokens, tokenizer), layout.text)
+        if chat is not None:
+            for place in conversation_places(dataset):
+                rows[place] = _beginning(encode(tokenizer, chat.conversation(rows[place], layout.text)), layout.text)
+        text = torch.tensor(rows)
     windows = layout.windows(text, seed=dataset.seed)
     if reason := unreadable(windows, model):
         raise InputError(f"its tokenizer does not fit it: {reason}")
     return windows[: dataset.preview_n], windows[dataset.preview_n :]
+
+
+def conversation_places(dataset: Dataset) -> list[int]:
+    """Numbers of the windows that are conversations where a chat template renders them; the preview ones come first."""
+    count = dataset.preview_n + dataset.final_n
+    return [*range(0, dataset.preview_n, SHARE), *range(dataset.preview_n, count, SHARE)]
 
 
 def check_lengths(dataset: Dataset, model: nn.Module) -> None:
@@ -137,6 +153,12 @@ def _cut(tokens: Iterator[Token], length: int, *, skipped: int) -> Iterator[list
     while len(row := list(islice(tokens, length))) == length:
         yield row
         next(islice(tokens, skipped, skipped), None)
+
+
+def _beginning(tokens: list[int], length: int) -> list[int]:
+    if len(tokens) < length:
+        raise UsageError(f"a conversation has {len(tokens)} tokens, and a window {length}")
+    return tokens[:length]
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> Iterator[int]:

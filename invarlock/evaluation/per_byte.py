@@ -6,13 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.evaluation.passes import PassResult
+from invarlock.models.facts import Task
 
 Side = tuple[PassResult, NDArray[np.int64]]
 """A pass, and the place in the text where the token at each position of its windows ends, in bytes; -1 for no text."""
 
 
-def over_same_text(baseline: Side, subject: Side) -> tuple[PassResult, PassResult]:
-    """Two passes of causal models over windows of the same text, cut down to what can be compared.
+def over_same_text(baseline: Side, subject: Side, *, task: Task = "causal") -> tuple[PassResult, PassResult]:
+    """Two passes of causal or seq2seq models over windows of the same text, cut down to what can be compared.
 
     A loss per token says nothing where tokens differ; the loss of a text does not depend on how it is split, but for
     what the model makes of it. So in each window a span is taken that begins and ends where a token ends on *both*
@@ -23,7 +24,7 @@ def over_same_text(baseline: Side, subject: Side) -> tuple[PassResult, PassResul
     :returns: both passes, with the losses of the spans in nats, their ``bytes``, and as ``tokens`` the number of the
         baseline's in them: by that a limit per token becomes one per byte. A window without such a span has neither.
     """
-    sides = [_by_target(*side) for side in (baseline, subject)]
+    sides = [_by_target(*side, task) for side in (baseline, subject)]
     spans = np.array([_span(*ends) for ends in zip(*(ends for _, ends in sides), strict=True)], dtype=np.int64)
     first, last = spans[:, :1], spans[:, 1:]
     inside = [(first < ends) & (ends <= last) for _, ends in sides]
@@ -32,11 +33,14 @@ def over_same_text(baseline: Side, subject: Side) -> tuple[PassResult, PassResul
     return PassResult(before, tokens, bytes=sizes), PassResult(after, tokens, bytes=sizes)
 
 
-def _by_target(measured: PassResult, ends: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _by_target(
+    measured: PassResult, ends: NDArray[np.int64], task: Task
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The loss and the end of each token that is predicted: a causal model's logits at i predict the token at i + 1."""
     if measured.position_losses is None:
         raise ValueError("a pass without the losses of its positions")
-    return measured.position_losses[:, :-1].astype(np.float64), ends[:, 1:]
+    losses = measured.position_losses.astype(np.float64)
+    return (losses[:, :-1], ends[:, 1:]) if task == "causal" else (losses, ends)
 
 
 def _span(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[int, int]:

@@ -103,7 +103,9 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
         trust_remote_code=False,
         revision=None,
     )
-    dataset = run.config.dataset
+    # A report of an older version, which rendered no conversations, lacks the key.
+    chat = run.config.dataset.chat if "chat" in run.report.config.get("dataset", {}) else "never"
+    dataset = dataclasses.replace(run.config.dataset, chat=chat)
     if checkpoints.dataset is not None:
         dataset = dataclasses.replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
     elif dataset.path is not None and not Path(dataset.path).is_file():
@@ -151,7 +153,10 @@ class _Again:
         # A saved model's format has tensors of its own; its files have digests.
         if self.run.report.edit.is_comparison:
             self._fingerprint("fingerprint_after", model)
-        if self.per_byte:
+        if self.run.report.coverage.conversations and self.first.session.config.model.id == checkpoint:
+            missing = "the baseline's chat template renders some of the windows; give --baseline, too"
+            self.verification.not_checked.append(f"losses of the edited model, measured again: {missing}")
+        elif self.per_byte:
             self._losses_per_byte(model, adapter, checkpoint)
         elif reason := unreadable_windows(self.windows, self.first.task, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
@@ -194,7 +199,7 @@ class _Again:
             return
         edited, _ = self.first.run_pass(model, (self.windows[0][:0], same_text.windows), "pass")
         ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]))
+        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]), task=self.first.task)
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 

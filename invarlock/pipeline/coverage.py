@@ -16,7 +16,9 @@ import torch
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import DatasetConfig
 from invarlock.core.results import Action
+from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
+from invarlock.datasets.windows import conversation_places
 from invarlock.evaluation.passes import PassResult
 from invarlock.models.facts import context_of, text_config_of
 from invarlock.reporting.report import CoverageSection, Gap, TokensSeen
@@ -74,6 +76,7 @@ def coverage_of(
     *,
     vocabulary: int,
     tokenizer: Any,
+    template: ChatTemplate | None,
     dataset: DatasetConfig,
     perplexity: float,
     experts: Sequence[torch.Tensor | None] = (),
@@ -81,6 +84,7 @@ def coverage_of(
     """The parts of the baseline that the windows exercised, and those that they did not.
 
     :param tokenizer: None where there is none; all tokens are then ordinary ones.
+    :param template: the tokenizer's chat template, or None.
     :param perplexity: the baseline's.
     :param experts: of each layer of experts, which of them received a token of the preview windows; None if not known.
     """
@@ -95,12 +99,14 @@ def coverage_of(
         # What it writes itself is as likely to it as can be, and near chance where it is unsure.
         *(() if dataset.is_generated else _near_chance(perplexity, vocabulary)),
         *_context(declared, windows[-1].input_ids.shape[1]),
-        *_special_gap([names[token] for token in sorted(special - seen)], len(special)),
+        *_special_gap([names[token] for token in sorted(special - seen)], len(special), template, dataset),
+        *_unrendered(template, dataset),
         *_ordinary_gap(len(ordinary - seen), len(ordinary), dataset),
         *_unrouted([routed for routed in experts if routed is not None], dataset),
         *_not_run(declared),
     ]
-    return CoverageSection(tokens, gaps)
+    rendering = template is not None and template.roles and dataset.has_conversations
+    return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0)
 
 
 def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None) -> list[Gap]:
@@ -125,7 +131,7 @@ def of_edit(
         for gap in baseline.gaps
         if gap.part not in parts
     ]
-    return CoverageSection(baseline.tokens, [*opened, *kept])
+    return replace(baseline, gaps=[*opened, *kept])
 
 
 # -- what a checkpoint declares ----------------------------------------------------------------------------------------
@@ -198,11 +204,31 @@ def _context(declared: Declared, length: int) -> Iterator[Gap]:
     yield Gap("context", Action.CONTINUE, message, f"--set dataset.seq_len={declared.context} exercises it")
 
 
-def _special_gap(missed: Sequence[str], known: int) -> Iterator[Gap]:
+def _special_gap(
+    missed: Sequence[str], known: int, template: ChatTemplate | None, dataset: DatasetConfig
+) -> Iterator[Gap]:
     if missed:
         names = ", ".join([*missed[:MOST_NAMES], *(["..."] if len(missed) > MOST_NAMES else [])])
         message = f"not exercised: {len(missed):,} of {known:,} special tokens ({names})"
-        yield Gap("special tokens", Action.CONTINUE, message, "text that contains them exercises them (dataset.path)")
+        remedy = "text that contains them exercises them (dataset.path)"
+        if rendered := sum(name in template.sample for name in missed) if template else 0:
+            remedy = f"{_conversing(dataset)} exercises {rendered:,} of them"
+        yield Gap("special tokens", Action.CONTINUE, message, remedy)
+
+
+def _conversing(dataset: DatasetConfig) -> str:
+    """The change that makes windows hold what a chat template renders."""
+    if dataset.is_generated:
+        return "text, of which the chat template renders a part (dataset.path),"
+    return f"--set dataset.seq_len={2 * dataset.seq_len}" if dataset.has_conversations else "--set dataset.chat=auto"
+
+
+def _unrendered(template: ChatTemplate | None, dataset: DatasetConfig) -> Iterator[Gap]:
+    if template and not template.roles and dataset.has_conversations:
+        message = f"not exercised: the chat template, which renders no conversation: {template.refusal}"
+        yield Gap(
+            "chat template", Action.CONTINUE, message, "text that holds conversations exercises it (dataset.path)"
+        )
 
 
 def _ordinary_gap(missed: int, known: int, dataset: DatasetConfig) -> Iterator[Gap]:

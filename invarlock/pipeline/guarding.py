@@ -90,9 +90,10 @@ class Guarding:
                 self.windows,
                 vocabulary=vocabulary_of(model),
                 tokenizer=self.baseline.tokenizer,
+                template=self.baseline.template,
                 dataset=self.config.dataset,
                 perplexity=self.baseline_pass.perplexity,
-                experts=[tap.result() for tap in routing.values()],
+                experts=[tap.result() for tap in dict.fromkeys(routing.values())],
             )
         shown = self.baseline.shown(model)
         self.prepared = [
@@ -311,7 +312,7 @@ class Guarding:
             return NO_OUTPUTS
         if same_text is not None:
             ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]))
+            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=self.baseline.task)
         metric = compare(
             baseline,
             edited,

@@ -78,7 +78,7 @@ def _gives_same_windows(
 ) -> bool:
     dataset = baseline.session.config.dataset
     try:
-        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents)
+        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents, chat=baseline.chat)
     except UsageError:
         # Too few tokens in the text, or more than the model knows.
         return False
@@ -90,14 +90,17 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
     if context is not None and context < dataset.seq_len:
         return Reading(unreadable=f"the windows are {dataset.seq_len} tokens long, and the model reads only {context}")
     different = "the subject's tokenizer gives other ids for this text"
-    if baseline.task != "causal":
-        return Reading(unreadable=f"{different}, and the loss per byte is that of causal models; {MEASURE}")
+    if baseline.task == "masked":
+        # Hidden tokens are predicted each on its own: the losses of a word's pieces do not add up to that of the word.
+        return Reading(unreadable=f"{different}, and a masked model has no loss per byte; {MEASURE}")
 
     def side(read_by: Any) -> Side:
-        return Side(read_by, WindowLayout.of(model, read_by, task="causal", length=dataset.seq_len))
+        return Side(read_by, WindowLayout.of(model, read_by, task=baseline.task, length=dataset.seq_len))
 
     try:
-        same_text = read_same_text(dataset, documents, side(baseline.tokenizer), side(tokenizer), most=context)
+        same_text = read_same_text(
+            dataset, documents, side(baseline.tokenizer), side(tokenizer), most=context, chat=baseline.chat
+        )
     except InputError as error:
         return Reading(unreadable=f"{different}, and {one_line(error)}; {MEASURE}")
     if reason := unreadable(same_text.windows, model):

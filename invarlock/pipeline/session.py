@@ -16,6 +16,7 @@ from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
+from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
@@ -171,6 +172,17 @@ class Baseline:
         """The baseline's, or None where there is none or nobody needs it."""
         return self._tokenizer.live
 
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template of a causal model's tokenizer, or None."""
+        return ChatTemplate.of(self.tokenizer) if self.task == "causal" else None
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The template, if it renders some of the windows."""
+        template = self.template if self.session.config.dataset.has_conversations else None
+        return template if template and template.roles else None
+
     def shown(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as guards see it."""
         return self.view.model if self.view else model
@@ -191,7 +203,9 @@ class Baseline:
         documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self._reads_text else None
-            return make_windows(self.session.config.dataset, model, tokenizer, task=self.task, documents=documents)
+            return make_windows(
+                self.session.config.dataset, model, tokenizer, task=self.task, documents=documents, chat=self.chat
+            )
 
     @property
     def sees_preview(self) -> bool:

@@ -126,12 +126,13 @@ def limits(metrics: MetricsSection) -> list[bool]:
 
 
 def seen(coverage: CoverageSection) -> str:
-    """The share of the tokens of each kind that occur in the windows."""
-    return ", ".join(
+    """The share of the tokens of each kind that occur in the windows, and how many of these are conversations."""
+    parts = [
         f"{shown(tokens.seen / tokens.known, '%', digits=3)} of {tokens.known:,} {tokens.kind} tokens"
         for tokens in coverage.tokens
         if tokens.known and tokens.seen is not None
-    )
+    ]
+    return ", ".join([*parts, f"{coverage.conversations} conversations"] if coverage.conversations else parts)
 
 
 def metric_line(metrics: MetricsSection) -> str:

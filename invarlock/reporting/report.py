@@ -111,6 +111,8 @@ class CoverageSection:
 
     tokens: list[TokensSeen] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    conversations: int = 0
+    """Windows, of preview and final ones together, that the chat template rendered."""
 
     @property
     def findings(self) -> list[Finding]:

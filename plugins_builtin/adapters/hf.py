@@ -60,6 +60,8 @@ class _TransformersAdapter(ModelAdapter):
             if streamed:
                 return _streamed(checkpoint, loader, device, options)
             settings = {**_parallel(model_id, device, wanted, options), **_dequantized(model_id, options)}
+            if "config" in settings and is_here(model_id):
+                loader = _loader_of_mixed_experts(checkpoint, loader, settings["config"], options)
             options = {"dtype": "auto", "use_safetensors": True, **options, **settings}
             return load_checkpoint(loader, model_id, device, **options)
 
@@ -184,6 +186,18 @@ def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     config = _config_of(model_id, options)
     config.quantization_config["dequantize"] = True
     return {"config": config}
+
+
+def _loader_of_mixed_experts(checkpoint: Checkpoint, loader: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """The loader, or one that unpacks the weights itself where experts of one layer are stored in two ways."""
+    from accelerate import init_empty_weights
+
+    from plugins_builtin.adapters.mixed_experts import Unpacking, has_mixed_experts
+
+    if not has_mixed_experts(checkpoint):
+        return loader
+    with init_empty_weights():
+        return Unpacking(type(_built(loader, config, options)), checkpoint)
 
 
 def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> Any:

@@ -7,11 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKED = re.compile(
-    r"\.(weight_packed|weight_scale|weight_scale_inv|weight_global_scale|qweight|SCB|absmax|weight_shape"
-    r"|weight\.(SCB|absmax|quant_map|quant_state.*))$|_(blocks|scales)$"
-)
-"""Tensors that a packed weight leaves in a file, by all methods that transformers unpacks from plain tensors."""
+from plugins_builtin.packing import experts_among, left_out, packed_modules
+
 CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
 UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "aqlm", "bitnet")
@@ -35,7 +32,7 @@ def problems_of(model: Any, folder: str | None) -> list[str]:
     except InputError:
         # Whoever loaded it has told what is wrong.
         return []
-    return [*_sets(Path(folder)), *_tie(model, config, stored), *_packing(model, config, list(stored))]
+    return [*_sets(Path(folder)), *_tie(model, config, stored), *_packing(config, list(stored))]
 
 
 def _sets(folder: Path) -> Iterator[str]:
@@ -74,23 +71,20 @@ def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> It
             )
 
 
-def _packing(model: Any, config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
+def _packing(config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
     section = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(section, Mapping) or str(section.get("quant_method", "")).startswith(UNSEEN_METHODS):
         return
     method = str(section.get("quant_method", "unknown method"))
-    packed = {name[: found.start()] for name in stored if (found := PACKED.search(name))}
+    packed = packed_modules(stored)
     groups = section.get("config_groups")
     of_weights = not isinstance(groups, Mapping) or any(_scheme(group, "weights") for group in groups.values())
     bits = _bits(section)
     declared = f"quantization_config declares {f'{bits} bits' if bits else method}"
     if of_weights and not packed and groups != {}:
         yield f"{declared}, and nothing is quantized"
-    elif packed:
-        left = _left_out(model, section, packed)
-        if left:
-            wanted = f"{len(left)} of {len(left) + len(packed)} weights are not quantized"
-            yield f"{declared}, and {wanted}: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}"
+    elif left := [name for name in left_out(stored) if not _is_ignored(name, section)]:
+        yield f"{declared}, and {_count(left, packed)}"
     cache = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo")
     if (
         cache
@@ -127,27 +121,20 @@ def _type(cache: Any) -> str:
     return f"{'FP' if cache.get('type') == 'float' else 'INT'}{cache.get('num_bits', '')}"
 
 
-def _left_out(model: Any, section: Mapping[str, Any], packed: set[str]) -> list[str]:
-    """Modules of a kind that is packed elsewhere, neither packed nor ignored: 1 of 8 experts."""
-    from torch import nn
-
-    ignored = [
-        str(name) for key in ("ignore", "modules_to_not_convert", "ignored_layers") for name in section.get(key) or []
-    ]
-    kinds = {_kind(name) for name in packed}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name not in packed
-        and _kind(name) in kinds
-        and not any(_matches(pattern, name) for pattern in ignored)
-    ]
+def _count(left: Sequence[str], packed: set[str]) -> str:
+    """The share of the weights that are not quantized, or of the experts of their layers, and the first ones."""
+    kind, missed, total = "weights", list(left), len(left) + len(packed)
+    if all(experts_among([name]) for name in left):
+        layers = experts_among(left)
+        others = [expert for expert, layer in experts_among(packed).items() if layer in layers.values()]
+        kind, missed, total = "experts", list(layers), len({*layers, *others})
+    shown = f"{', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}"
+    return f"{len(missed)} of {total} {kind} {'is' if len(missed) == 1 else 'are'} not quantized: {shown}"
 
 
-def _kind(name: str) -> str:
-    """A module's name without the numbers of its layer and its expert."""
-    return re.sub(r"\.\d+(?=\.|$)", ".N", name)
+def _is_ignored(name: str, section: Mapping[str, Any]) -> bool:
+    keys = ("ignore", "modules_to_not_convert", "ignored_layers")
+    return any(_matches(str(pattern), name) for key in keys for pattern in section.get(key) or [])
 
 
 def _matches(pattern: str, name: str) -> bool:
