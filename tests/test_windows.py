@@ -42,6 +42,7 @@ from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import WindowLayout, Windows, encode
 from invarlock.datasets.windows import PIECE
 from invarlock.models import facts as traits
+from invarlock.models.batches import batch_size, cached_batch_size
 from invarlock.models.facts import Task
 
 DEMO = Path(invarlock.__file__).parent / "demo" / "text.jsonl"
@@ -503,9 +504,39 @@ def test_a_model_without_a_vocabulary_is_said() -> None:
 
 
 def test_batches_are_bounded_by_logits_and_by_tokens() -> None:
-    assert traits.batch_size(llama(vocab_size=1000), 256) == 8
-    assert traits.batch_size(llama(vocab_size=50_000, hidden_size=8), 256) == 2
-    assert traits.batch_size(llama(vocab_size=200_000, hidden_size=8), 1024) == 1
+    assert batch_size(llama(vocab_size=1000), 256) == 8
+    assert batch_size(llama(vocab_size=50_000, hidden_size=8), 256) == 2
+    assert batch_size(llama(vocab_size=200_000, hidden_size=8), 1024) == 1
+
+
+def test_batches_with_a_cache_are_bounded_by_keys_and_values() -> None:
+    model = llama()
+    config = model.config
+    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert cached_batch_size(model, 256) == 2**30 // (256 * of_token)
+    assert cached_batch_size(model, 1 << 40) == 1
+    model.config.num_hidden_layers = 0
+    assert cached_batch_size(model, 256) == batch_size(model, 256), "as without a cache, where its size is not known"
+
+
+def test_text_that_a_device_has_no_memory_for_is_written_in_smaller_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, layout = llama(), WindowLayout(16)
+    expected = write_text(model, layout, 5, seed=0)
+    forward, most = model.forward, 2
+
+    def with_little_memory(input_ids: Any = None, past_key_values: Any = None, **inputs: Any) -> Any:
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+
+    monkeypatch.setattr(model, "forward", with_little_memory)
+    assert torch.equal(write_text(model, layout, 5, seed=0), expected)
+    assert "no memory for 5 windows at once; going on with 2" in caplog.text
+    most = 0
+    with pytest.raises(UsageError, match=r"^model\.device: cpu has no memory for a batch of 1 x 16 tokens"):
+        write_text(model, layout, 5, seed=0)
 
 
 # Windows that the model writes itself

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import WindowLayout
 from invarlock.datasets.noise import Noise
+from invarlock.models.batches import batch_size, cached_batch_size, halved
 from invarlock.models.decoding import Growing, Replayed, caches
-from invarlock.models.facts import batch_size, device_of, evaluating, logits_of, vocabulary_of
-from invarlock.models.sizes import sizes_of
+from invarlock.models.facts import device_of, evaluating, logits_of, vocabulary_of
 
 ROUNDS = 4
 
@@ -38,9 +38,16 @@ def write_text(model: nn.Module, layout: WindowLayout, count: int, *, seed: int)
     :raises PluginError: the model's output has no logits.
     """
     writer = _Writer(model, layout, Noise(seed, device_of(model)), Tally(count * layout.text))
-    size = writer.rows_at_once()
+    size, done, rows = writer.rows_at_once(), 0, []
     with evaluating(model):
-        return torch.cat([writer.write_from(done, min(size, count - done)).cpu() for done in range(0, count, size)])
+        while done < count:
+            size = min(size, count - done)
+            try:
+                rows.append(writer.write_from(done, size).cpu())
+                done += size
+            except torch.OutOfMemoryError as error:
+                size = halved(model, size, layout.length, error)
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,9 @@ class _Writer:
     written: Tally
 
     def rows_at_once(self) -> int:
-        # With a cache only the last token's logits exist; without one, or with masks, those of whole rows.
+        # Without a cache, or with masks, the logits of whole rows exist.
         cached = self.layout.mask is None and self.caches
-        if not cached:
-            return batch_size(self.model, self.layout.length)
-        return max(1, sizes_of(self.noise.device).cached_tokens // self.layout.length)
+        return (cached_batch_size if cached else batch_size)(self.model, self.layout.length)
 
     def write_from(self, first: int, count: int) -> Tensor:
         """Rows of text from the number of the first one on."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,18 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from invarlock.core.errors import InputError, UsageError
+from invarlock.core.errors import InputError
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.distributed.dtensor import sharding_of
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached, first_windows
-from invarlock.models.facts import Task, batch_size, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.batches import batch_size, halved
+from invarlock.models.facts import Task, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.sizes import sizes_of
 from invarlock.models.structure import find_blocks, output_head
-
-log = logging.getLogger("invarlock")
 
 UNMEASURED = "its outputs cannot be measured while it is streamed"
 
@@ -177,22 +175,8 @@ class _Batches:
             try:
                 return batch, _logits(self.model, batch)
             except torch.OutOfMemoryError as error:
-                self._halve(batch, error)
-
-    def _halve(self, batch: Windows, error: torch.OutOfMemoryError) -> None:
-        device = device_of(self.model)
-        if len(batch) == 1 or sharding_of(self.model):
-            raise UsageError(
-                f"model.device: {device} has no memory for a batch of {len(batch)} x {batch.length} tokens besides the "
-                "model; lower dataset.seq_len, or choose another device"
-            ) from error
-        self.largest = len(batch) // 2
-        _tell_once(f"{device} has no memory for {len(batch)} windows at once; going on with {self.largest}")
-
-
-@cache
-def _tell_once(message: str) -> None:
-    log.warning(message)
+                spread = bool(sharding_of(self.model))
+                self.largest = halved(self.model, len(batch), batch.length, error, one_only=spread)
 
 
 def _together(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import PluginError
-from invarlock.models.sizes import sizes_of
 
 Task = Literal["causal", "masked", "seq2seq"]
 
@@ -59,15 +58,6 @@ def device_of(model: nn.Module) -> torch.device:
 def is_streamed(model: nn.Module) -> bool:
     """True if the model's weights are on disk, and read at each use."""
     return hasattr(model, "streaming")
-
-
-def batch_size(model: nn.Module, length: int) -> int:
-    """Number of windows of ``length`` tokens that go through the model at once.
-
-    A batch has at most the logits and the tokens that suit the model's device, but one window at least.
-    """
-    sizes = sizes_of(device_of(model))
-    return max(1, min(sizes.logits // (4 * length * vocabulary_of(model)), sizes.batch_tokens // length))
 
 
 def logits_of(model: nn.Module, output: Any) -> Tensor:

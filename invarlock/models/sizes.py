@@ -23,8 +23,8 @@ class Sizes:
     """Bytes of a batch's logits in float32."""
     batch_tokens: int
     """Tokens of a batch."""
-    cached_tokens: int
-    """Tokens of a batch that a model writes with a cache of keys and values."""
+    cache: int
+    """Bytes of keys and values of the windows that a model writes at once."""
 
 
 CPU = Sizes(
@@ -33,7 +33,7 @@ CPU = Sizes(
     log_probs=4 * MIB,
     logits=128 * MIB,
     batch_tokens=2048,
-    cached_tokens=4096,
+    cache=1024 * MIB,
 )
 """For caches of a few MiB: larger pieces are slower, smaller ones pay more for each call."""
 
@@ -54,7 +54,7 @@ def sizes_of(device: torch.device) -> Sizes:
         log_probs=room // 8,
         logits=room // 2,
         batch_tokens=1 << 14,
-        cached_tokens=1 << 16,
+        cache=room // 2,
     )
 
 

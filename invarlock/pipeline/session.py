@@ -26,7 +26,8 @@ from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.models.autograd import start_contexts
-from invarlock.models.facts import batch_size, task_of
+from invarlock.models.batches import batch_size
+from invarlock.models.facts import task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
