@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from invarlock.models.structure import Role, block_of, role_of
 from invarlock.pipeline.keeping import some
 from invarlock.pipeline.token_rows import EDIT, TokenRows
 from invarlock.quantization.changes import CHANGED, OFF_BY_ONE, TRANSPOSED, UNCHANGED, ZERO, change_of, column_scales
+from invarlock.quantization.differences import relative_error
 from invarlock.quantization.grids import some_rows
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -169,10 +169,7 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
         old, new = (old[:shared], new[:shared]) if shared else (old, new)
     if old.shape != new.shape:
         return None
-    old, new = old.detach(), new.detach()
-    difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)
-    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64))
-    return quotient if math.isfinite(quotient) else None
+    return relative_error(old.detach(), new.detach())
 
 
 def _findings(tensors: Sequence[EditedWeight]) -> Iterator[Finding]:
