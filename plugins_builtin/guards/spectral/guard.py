@@ -9,7 +9,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.api import Guard, each
-from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
+from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects, unchanged
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
 
 if TYPE_CHECKING:
@@ -115,15 +115,19 @@ class SpectralGuard(Guard):
         before = {name: entry for name, entry in self._baseline.items() if entry}
         weights = list(_weights(model, self._families, {name: entry.shape[0] for name, entry in before.items()}))
         before |= _shared_spectra(weights, before, context.get("baseline_weights") or {})
-        found = each(lambda alike: self._moves(alike, before), _alike(weights))
+        same = unchanged(context)
+        looked_at = _alike(weight for weight in weights if weight.module not in same)
+        found = each(lambda alike: self._moves(alike, before), looked_at)
         moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
+        still = (matrix for weight in weights if weight.module in same for matrix in weight.matrices())
+        moves |= {one.name: (one, _Move.none(one, before[one.name].size)) for one in still if one.name in before}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", broken, "its weights hold NaN or Inf")
         if not moves:
             return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
-        shown = ranked[: TOP if result["warnings"] else FEW]
+        shown = [move for move in ranked[: TOP if result["warnings"] else FEW] if move.score > 0]
         result["metrics"]["spectra"] = _leading_values(shown, weights, context.get("baseline_weights") or {})
         return result
 
@@ -221,9 +225,11 @@ class _Weight:
     rows: int
     """Number of its rows to look at: those of tokens that the baseline has, too, or all."""
 
-    @property
-    def is_fused(self) -> bool:
-        return self.parameter.numel() != self.shape[0] * self.shape[1]
+    def matrices(self) -> list[_Matrix]:
+        """One, or each expert of a fused weight."""
+        count = self.parameter.numel() // (self.shape[0] * self.shape[1])
+        names = [self.module] if count == 1 else [f"{self.module}[{place}]" for place in range(count)]
+        return [_Matrix(name, self.module, self.family) for name in names]
 
     def read(self) -> torch.Tensor:
         """(matrices, ``rows``, columns); a streamed weight is read once for it."""
@@ -247,9 +253,7 @@ class _Alike:
 
     def read(self) -> Iterator[tuple[_Matrix, torch.Tensor]]:
         for weight in self.weights:
-            for place, values in enumerate(weight.read()):
-                name = f"{weight.module}[{place}]" if weight.is_fused else weight.module
-                yield _Matrix(name, weight.module, weight.family), values
+            yield from zip(weight.matrices(), weight.read(), strict=True)
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,10 @@ class _Move:
     beyond: float
     """Change in units of its cap."""
     score: float
+
+    @classmethod
+    def none(cls, matrix: _Matrix, size: Size) -> _Move:
+        return cls(matrix, size, size, 0.0, 0.0, 0, 0, 0.0, 0.0)
 
     @property
     def evidence(self) -> str:
@@ -366,10 +374,9 @@ def _leading_values(
             return None
         return {"module": weight.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]}
 
-    whole = {
-        weight.module: weight for weight in weights if not weight.is_fused and weight.parameter.numel() <= MOST_NUMBERS
-    }
-    shown = [_Alike([whole[move.matrix.module]]) for move in moves if move.matrix.module in whole]
+    whole = {weight.module: weight for weight in weights if weight.parameter.numel() <= MOST_NUMBERS}
+    # Experts have names of their own.
+    shown = [_Alike([whole[move.matrix.name]]) for move in moves if move.matrix.name in whole]
     return [found for found in each(values, shown) if found]
 
 
