@@ -282,7 +282,7 @@ def _low_rank(old: Tensor, new: Tensor) -> str | None:
         return None
     # A part has the rank of the whole, or a little less under the rounding; where it has none, neither has the whole.
     part = [some_rows(some_rows(matrix, 2 * most).mT, 2 * most) for matrix in (old, new)]
-    if (rank := _rank(*part, most)) is None or (rank := _rank(old, new, min(2 * rank, most))) is None:
+    if (rank := _rank(part[0], part[1], most)) is None or (rank := _rank(old, new, min(2 * rank, most))) is None:
         return None
     return f"LoRA-like, rank {rank}: {100 * (relative_error(old, new) or 0):.2g} % of the norm"
 
@@ -313,7 +313,8 @@ def _squares(difference: Tensor, most: int) -> Tensor:
 
 def _all_squares(matrix: Tensor) -> Tensor:
     wide = matrix.double()
-    return torch.linalg.eigvalsh(wide @ wide.mT).flip(0).clamp(min=0)
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return squares.flip(0).clamp(min=0)
 
 
 def _eps(old: Tensor, new: Tensor) -> float:

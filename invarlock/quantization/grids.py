@@ -24,8 +24,8 @@ FEW = 64
 SHARE_OF_FEW = 0.9
 """Of these units, which are too few to hold them to ``SHARE``."""
 MOST = 256
-"""Units looked at in the end, evenly spaced: of a block of rows that breaks ``SHARE`` several are among them, and a large
-weight takes no longer than a small one."""
+"""Units looked at in the end, evenly spaced: of a block of rows that breaks ``SHARE`` several are among them, and a
+large weight takes no longer than a small one."""
 
 
 @dataclass(frozen=True)

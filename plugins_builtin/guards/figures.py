@@ -81,12 +81,6 @@ def not_finite(what: str, found: Iterable[str], evidence: str, before: Sequence[
     }
 
 
-def unchanged(context: Mapping[str, Any]) -> frozenset[str]:
-    """Weights that hold the numbers that they held before, as far as a comparison has looked at all of them already."""
-    edited = context.get("edit", {}).get("modules", [])
-    return frozenset(weight["name"] for weight in edited if weight.get("change") == "unchanged")
-
-
 def first_few(findings: Sequence[str]) -> str:
     """Findings in one line, the first three in full."""
     rest = len(findings) - 3
