@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.norms import is_norm as is_norm
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
@@ -72,6 +73,7 @@ _HOMES = {
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
     "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.norms": ("is_norm",),
     "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
     "invarlock.models.tokens": ("ChangedVocabulary", "stop_tokens"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
