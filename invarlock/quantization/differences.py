@@ -39,10 +39,14 @@ def relative_error(old: Tensor, new: Tensor) -> float | None:
 
 
 def in_blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Rows of tensors of one shape as float32, at a time as many as stay in a cache."""
+    """Rows of tensors of one shape as float32, at a time as many as stay in a cache with what is made of them.
+
+    On a CPU these are so few that torch works on them with one thread: two that wait for each other after each small
+    step take ten times as long where something else keeps the cores busy.
+    """
     flat = [tensor.flatten(0, -2) if tensor.ndim > 1 else tensor.reshape(-1) for tensor in tensors]
     numbers = flat[0].numel() // max(1, len(flat[0]))
-    at_once = max(1, sizes_of(flat[0].device).words // max(1, numbers))
+    at_once = max(1, sizes_of(flat[0].device).words // (len(flat) + 1) // max(1, numbers))
     for rows in zip(*(torch.split(tensor, at_once) for tensor in flat), strict=True):
         yield [block.float() for block in rows]
 

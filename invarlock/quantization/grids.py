@@ -19,9 +19,9 @@ STEPS_TO_SOME = 4
 """Few units of any grid have a smallest number of more steps: where all do, it is none."""
 SHARE = 0.98
 """Of the units that must lie on a grid: in a small group the smallest number can be many steps."""
-FEW = 64
+FEW = 16
 """Units looked at first: enough to tell what lies on no grid."""
-SHARE_OF_FEW = 0.9
+SHARE_OF_FEW = 0.8
 """Of these units, which are too few to hold them to ``SHARE``."""
 MOST = 256
 """Units looked at in the end, evenly spaced: of a block of rows that breaks ``SHARE`` several are among them, and a
