@@ -37,14 +37,19 @@ if TYPE_CHECKING:
     from invarlock.evaluation.taps import Tap as Tap
     from invarlock.evaluation.taps import attached as attached
     from invarlock.exporters.exporter import Exporter as Exporter
+    from invarlock.models.configuration import POSITION_FIELDS as POSITION_FIELDS
+    from invarlock.models.configuration import fields_of as fields_of
     from invarlock.models.facts import context_of as context_of
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.norms import is_norm as is_norm
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
     from invarlock.models.structure import output_head as output_head
+    from invarlock.models.tokens import ChangedVocabulary as ChangedVocabulary
+    from invarlock.models.tokens import stop_tokens as stop_tokens
     from invarlock.plugins.classes import Guard as Guard
     from invarlock.plugins.classes import ModelAdapter as ModelAdapter
     from invarlock.plugins.classes import OptionNotTakenError as OptionNotTakenError
@@ -66,8 +71,11 @@ _HOMES = {
     "invarlock.distributed.process_group": ("Ranks",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
     "invarlock.exporters.exporter": ("Exporter",),
+    "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
     "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.norms": ("is_norm",),
     "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
+    "invarlock.models.tokens": ("ChangedVocabulary", "stop_tokens"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),
 }

@@ -179,6 +179,48 @@ def test_what_lies_on_no_grid_is_told_by_a_few_rows() -> None:
     assert 0 < looked_at.numbers < weight.numel() / 10
 
 
+@pytest.mark.parametrize(("first", "share"), [(0, 1), (1500, 0.1), (0, 0.3)])
+def test_a_weight_of_which_a_part_lies_on_no_grid_is_none(first: int, share: float) -> None:
+    """A fused weight whose last matrix was left out, or its experts that come first."""
+    weight = random(2048, 64)
+    quantized = rounded(weight)
+    rows = slice(first, first + int(share * len(weight)))
+    quantized[rows] = weight[rows]
+    assert infer_grid(quantized) is None
+    assert change_of(weight, quantized).bits is None
+
+
+@pytest.mark.parametrize("shape", [(96, 512), (512, 96), (300, 300)])
+@pytest.mark.parametrize("rank", [1, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rank_of_an_update_is_read_off(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    old = random(*shape).to(dtype)
+    assert change_of(old, low_rank(rank)(old).to(dtype)).text == f"LoRA-like, rank {rank}: 10 % of the norm"
+
+
+class LargestMade(TorchDispatchMode):
+    """Most bytes of a tensor that an operation made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, Tensor) and made.data_ptr() not in {
+            each.data_ptr() for each in args if isinstance(each, Tensor)
+        }:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_tensors_are_compared_without_a_copy_of_either(dtype: torch.dtype) -> None:
+    old = random(4096, 128).to(dtype)
+    new = old.clone()
+    with LargestMade() as made:
+        assert change_of(old, new).text == "unchanged"
+    assert made.nbytes < old.nbytes / 2
+
+
 # -- every tensor of a checkpoint --------------------------------------------------------------------------------------
 
 

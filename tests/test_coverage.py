@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+import transformers
 from conftest import DEMO, read_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,6 +273,17 @@ def test_a_change_beyond_the_windows_is_named_first(compare: Compare, name: str)
         assert reason.startswith("  - coverage: warn: changes outputs beyond what was measured: ")
         assert change in reason
     assert read_report(Path("out"))["metrics"]["primary"] is None
+
+
+def test_every_field_that_guard_serving_counts_among_positions_opens_the_gap(compare: Compare) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = transformers.SmolLM3Config(vocab_size=1024, pad_token_id=0, **size)
+    baseline = saved("original", transformers.SmolLM3ForCausalLM(fields))
+    subject = checkpoint("subject", baseline, no_rope_layers=[1, 0])
+    compare(baseline, subject, "--weights-only", "--set", "guards.order=[serving]")
+    reason, *_ = objections()
+    assert "changes outputs beyond what was measured: no_rope_layers ([1, 1] -> [1, 0])" in reason
+    assert "no_rope_layers, which turns positions into angles" in "".join(objections())
 
 
 def test_windows_as_long_as_the_context_show_it_at_the_outputs(compare: Compare) -> None:

@@ -17,6 +17,7 @@ from invarlock.models.fingerprint import Fingerprint
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.rounding import fake_quantize_
 from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.selection import find_weights
 from invarlock.testing import architectures
 from plugins_builtin.adapters.hf import HF_Causal_Adapter
 from plugins_builtin.guards.spectral import SpectralGuard, singular, sketches
@@ -29,7 +30,7 @@ def demo():
     return transformers.AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32).eval()
 
 
-def judge(model: nn.Module, damage=None, **options):
+def judge(model: nn.Module, damage=None, context=None, **options):
     guard = SpectralGuard(**options)
     assert guard.prepare(model, None, None, {})["ready"] is True
     edited = copy.deepcopy(model)
@@ -37,7 +38,7 @@ def judge(model: nn.Module, damage=None, **options):
         with torch.no_grad():
             damage(edited)
     before = Fingerprint.of(edited)
-    result = guard.validate(edited, None, {})
+    result = guard.validate(edited, None, context or {})
     assert Fingerprint.of(edited) == before
     json.dumps(result, allow_nan=False)
     return result
@@ -256,6 +257,22 @@ def test_a_round_trip_through_half_precision(demo) -> None:
             parameter.copy_(parameter.half())
 
     assert judge(demo, through)["action"] == "continue"
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_weights_that_a_comparison_found_equal_are_counted_and_not_looked_at_again(build) -> None:
+    model = build()
+    modules = [{"name": target.name, "change": "unchanged"} for target in find_weights(model)]
+
+    def scale(edited: nn.Module) -> None:
+        """What would show, were they looked at."""
+        for target in find_weights(edited):
+            target.parameter.mul_(3)
+
+    told = judge(model, scale, context={"edit": {"modules": modules}})["metrics"]
+    assert told["families"] == judge(model)["metrics"]["families"]
+    assert told["suspects"] == []
+    assert judge(model, scale)["action"] == "warn"
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from invarlock.models.structure import Role, block_of, role_of
 from invarlock.pipeline.keeping import some
 from invarlock.pipeline.token_rows import EDIT, TokenRows
 from invarlock.quantization.changes import CHANGED, OFF_BY_ONE, TRANSPOSED, UNCHANGED, ZERO, change_of, column_scales
+from invarlock.quantization.differences import relative_error
 from invarlock.quantization.grids import some_rows
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.selection import WeightTarget, find_weights
@@ -27,6 +28,9 @@ from invarlock.quantization.selection import WeightTarget, find_weights
 MOVED = 0.25
 """Of the change that scaled columns ask of a norm: what may be missing where it was made. Rounding leaves a hundredth,
 scales of columns that were quantized afterwards a tenth; a norm that was left alone misses all of it."""
+LEAST_MOVED = 0.02
+"""Relative change of a norm that is worth reading the matrices of its block again: scales that count as such (their
+logarithms spread by 0.05) ask for 0.03 at least, and a fine-tune changes every norm by less."""
 ROWS_FOR_SCALES = 256
 """Rows of a matrix that its columns' scales are read off."""
 
@@ -117,7 +121,9 @@ class _Comparison:
     def _smoothed(self, name: str, old: Tensor, new: Tensor) -> str | None:
         """Scales of columns that came out of a norm: rightly, or as if it multiplied by another number than it does."""
         path, _, key = name.rpartition(".")
-        offset = norm_offset(self._modules[path]) if key == "weight" else None
+        if key != "weight" or (relative_error(old, new) or math.inf) < LEAST_MOVED:
+            return None
+        offset = norm_offset(self._modules[path])
         if offset is None:
             return None
         factor, wrong = ("1 + w", "w") if offset else ("w", "1 + w")
@@ -169,10 +175,7 @@ def _relative_error(old: Tensor, new: Tensor, text: str) -> float | None:
         old, new = (old[:shared], new[:shared]) if shared else (old, new)
     if old.shape != new.shape:
         return None
-    old, new = old.detach(), new.detach()
-    difference = torch.linalg.vector_norm(new.float() - old.float(), dtype=torch.float64)
-    quotient = float(difference / torch.linalg.vector_norm(old.float(), dtype=torch.float64))
-    return quotient if math.isfinite(quotient) else None
+    return relative_error(old.detach(), new.detach())
 
 
 def _findings(tensors: Sequence[EditedWeight]) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import conversation_places
 from invarlock.evaluation.passes import PassResult
+from invarlock.models.configuration import position_fields_of
 from invarlock.models.facts import context_of, text_config_of
 from invarlock.reporting.report import CoverageSection, Gap, TokensSeen
 
@@ -27,11 +28,6 @@ NEAR_CHANCE = "baseline near chance"
 CHANCE = 0.5
 """Share of the vocabulary's size from which on a perplexity is near chance: the model then knows less than one bit of a
 token more than uniform guessing, where counting how often words occur yields several."""
-LONG_RANGE = (
-    "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
-    "sliding_window", "attention_chunk_size", "layer_types",
-)  # fmt: skip
-"""Fields of a configuration that decide how far tokens see each other: what they change grows with the distance."""
 TOWERS = {"vision_config": "vision", "audio_config": "audio"}
 CACHE, ACTIVATIONS = "quantization of the key-value cache", "quantization of activations"
 UNSIMULATED = {
@@ -50,7 +46,7 @@ class Declared:
 
     in_gguf: bool
     context: int | None
-    long_range: Mapping[str, Any]
+    positions: Mapping[str, Any]
     towers: tuple[str, ...]
     unsimulated: frozenset[str]
 
@@ -64,7 +60,7 @@ class Declared:
         return cls(
             in_gguf=model_id.endswith(".gguf"),
             context=context_of(model),
-            long_range=dict(_long_range(text_config_of(model))),
+            positions=position_fields_of(text_config_of(model)),
             towers=tuple(name for key, name in TOWERS.items() if stored.get(key) or getattr(config, key, None)),
             unsimulated=frozenset(_unsimulated(quantization)),
         )
@@ -113,7 +109,7 @@ def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None
     """Gaps that an edited checkpoint opens: it changes what the windows do not exercise."""
     length = windows[-1].input_ids.shape[1] if windows else 0
     opened = [replace(_simulation(part), action=Action.WARN) for part in sorted(after.unsimulated - before.unsimulated)]
-    return [*_long_range_changes(before, after, length), *opened]
+    return [*_position_changes(before, after, length), *opened]
 
 
 def of_edit(
@@ -140,26 +136,6 @@ def of_edit(
 def _stored(model_id: str, name: str) -> dict[str, Any]:
     path = Path(model_id) / name
     return read_json(path) if path.is_file() else {}
-
-
-def _long_range(config: Any) -> Iterator[tuple[str, Any]]:
-    """Fields that reach far, nested ones by dotted names, without those that have no effect."""
-    # The old name of rope_parameters, which transformers keeps as an alias.
-    alias = "rope_scaling" if getattr(config, "rope_parameters", None) else None
-    for name in LONG_RANGE:
-        if name != alias:
-            yield from _leaves(name, getattr(config, name, None))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        # The default rope knows no factor and no original length, and `type` is the old name of `rope_type`.
-        kept = ("rope_type", "rope_theta", "partial_rotary_factor") if value.get("rope_type") == "default" else value
-        for key in kept:
-            if key != "type":
-                yield from _leaves(f"{name}.{key}", value.get(key))
-    elif value is not None:
-        yield name, value
 
 
 def _unsimulated(value: Any) -> Iterator[str]:
@@ -198,7 +174,7 @@ def _near_chance(perplexity: float, vocabulary: int) -> Iterator[Gap]:
 def _context(declared: Declared, length: int) -> Iterator[Gap]:
     if declared.context is None or length >= declared.context:
         return
-    window = declared.long_range.get("sliding_window")
+    window = declared.positions.get("sliding_window")
     unmoved = f", nor its sliding window of {window:,} tokens" if isinstance(window, int) and window >= length else ""
     message = f"not exercised: context beyond {length:,} of {declared.context:,} tokens{unmoved}"
     yield Gap("context", Action.CONTINUE, message, f"--set dataset.seq_len={declared.context} exercises it")
@@ -261,13 +237,13 @@ def _simulation(part: str) -> Gap:
     return Gap(part, Action.CONTINUE, message, "an evaluation by the engine that serves the checkpoint exercises it")
 
 
-def _long_range_changes(before: Declared, after: Declared, length: int) -> Iterator[Gap]:
+def _position_changes(before: Declared, after: Declared, length: int) -> Iterator[Gap]:
     if before.in_gguf != after.in_gguf:
         # GGUF leaves out what llama.cpp knows by the architecture, and scales rope by a tensor: defaults are no change.
         return
     reach = max(before.context or 0, after.context or 0)
-    names = dict.fromkeys((*before.long_range, *after.long_range))
-    old_new = {name: (before.long_range.get(name), after.long_range.get(name)) for name in names}
+    names = dict.fromkeys((*before.positions, *after.positions))
+    old_new = {name: (before.positions.get(name), after.positions.get(name)) for name in names}
     changed = [f"{name} {_change(*values)}" for name, values in old_new.items() if values[0] != values[1]]
     if changed and length < reach:
         measured = f"{length:,} of {reach:,} tokens were measured" if length else "no outputs were measured"

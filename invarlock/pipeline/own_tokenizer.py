@@ -14,6 +14,7 @@ from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.same_text import SameText, Side, read_same_text
 from invarlock.datasets.windows import make_windows, unreadable
 from invarlock.models.facts import context_of
+from invarlock.models.tokens import ChangedVocabulary
 from invarlock.pipeline.session import Baseline, WindowPair
 
 Choice = Literal["own", "baseline"]
@@ -67,9 +68,8 @@ def _encodes_alike(one: Any, other: Any) -> bool:
 
 def _differing(one: Any, other: Any, used: str) -> Reading:
     """A warning where entries of the baseline's vocabulary are gone, or have other ids; more entries are no harm."""
-    # The tokenizer of an adapter's own may have no more methods than it needs.
-    before, after = (dict(getattr(tokenizer, "get_vocab", dict)()) for tokenizer in (one, other))
-    differing = len(before.items() - after.items())
+    vocabulary = ChangedVocabulary.of(one, other)
+    differing = len(vocabulary.moved) + len(vocabulary.lost)
     return Reading(warning=f"the subject's vocabulary differs in {differing} entries; {used}" if differing else None)
 
 

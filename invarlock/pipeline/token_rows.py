@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from invarlock.core.results import Action, Finding
 from invarlock.core.text import on_one_line
 from invarlock.models.structure import output_head
+from invarlock.models.tokens import stop_tokens
 from invarlock.pipeline.keeping import some
 from invarlock.quantization.changes import lost_rows
 from invarlock.quantization.grids import some_rows
@@ -30,7 +31,6 @@ class TokenRows:
 
     tokenizer: Any
     stops: frozenset[int]
-    """Tokens that end an answer, after the configurations and the tokenizer."""
     special: frozenset[int]
     """Tokens of chats, tools and padding; the stop tokens, too."""
     head: Tensor | None
@@ -39,11 +39,10 @@ class TokenRows:
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any) -> TokenRows:
         """:param tokenizer: may have no more than an adapter's has to have; None where there is none."""
-        owners = (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer)
-        stops = frozenset(stop for owner in owners for stop in _ids(getattr(owner, "eos_token_id", None)))
+        stops = stop_tokens(model, tokenizer)
         added = (*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ()))
         head = getattr(output_head(model), "weight", None)
-        return cls(tokenizer, stops, stops | frozenset(_ids(list(added))), head)
+        return cls(tokenizer, stops, stops.union(token for token in added if token is not None), head)
 
     def named(self, rows: Sequence[int]) -> str:
         """The tokens of rows that changed, special ones first, as the end of what is told of them."""
@@ -90,8 +89,3 @@ def _how(before: Tensor, after: Tensor) -> str:
     if not after.any():
         return "zeroed"
     return "negated" if torch.equal(before, -after) else "replaced"
-
-
-def _ids(given: int | Iterable[Any] | None) -> list[int]:
-    listed = given if isinstance(given, list | tuple) else [given]
-    return [each for each in listed if isinstance(each, int)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from invarlock.quantization.differences import are_equal, differing_rows, is_cast, relative_error
 from invarlock.quantization.grids import infer_grid, some_rows
 from invarlock.quantization.layout import WeightLayout
 
@@ -61,7 +62,7 @@ def change_of(old: Tensor, new: Tensor, layout: WeightLayout = WeightLayout.OUT_
     """
     if old.shape != new.shape:
         return TensorChange(_resized(old, new))
-    if torch.equal(old.float(), new.float()):
+    if are_equal(old, new):
         return TensorChange(UNCHANGED)
     if not new.is_floating_point() or not old.is_floating_point():
         return TensorChange(CHANGED)
@@ -102,7 +103,7 @@ def _resized(old: Tensor, new: Tensor) -> str:
     if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1]:
         return f"resized: {tuple(old.shape)} became {tuple(new.shape)}"
     shared = min(len(old), len(new))
-    others = UNCHANGED if torch.equal(old[:shared].float(), new[:shared].float()) else CHANGED
+    others = UNCHANGED if are_equal(old[:shared], new[:shared]) else CHANGED
     return f"{abs(len(new) - len(old)):,} rows {'added' if len(new) > len(old) else 'removed'}, the others {others}"
 
 
@@ -126,7 +127,7 @@ def _of_all_values(old: Tensor, new: Tensor) -> TensorChange | None:
 
 def _cast(old: Tensor, new: Tensor) -> str | None:
     for dtype in (torch.bfloat16, torch.float16):
-        if dtype != old.dtype and torch.equal(old.to(dtype).float(), new.float()):
+        if dtype != old.dtype and is_cast(old, new, dtype):
             return f"{_name(dtype)} of {_name(old.dtype)}"
     return None
 
@@ -150,7 +151,7 @@ def _transposed(old: Tensor, new: Tensor) -> bool:
 
 def _of_rows(old: Tensor, new: Tensor, layout: WeightLayout) -> TensorChange:
     before, after = _rows(old, layout), _rows(new, layout)
-    differing = (before != after).any(1).nonzero().flatten()
+    differing = differing_rows(before, after)
     some = len(differing) < len(before)
     few = len(differing) <= FEW * len(before)
     count = f"{len(differing):,} of {len(before):,}"
@@ -177,6 +178,8 @@ def _turned(before: Tensor, after: Tensor) -> str:
 
 
 def _of_columns(before: Tensor, after: Tensor) -> str | None:
+    if (some_rows(before) != some_rows(after)).any(0).all():
+        return None
     differing = (before != after).any(0).nonzero().flatten()
     if len(differing) == before.shape[1]:
         return None
@@ -190,9 +193,13 @@ def _of_matrix(old: Tensor, new: Tensor, layout: WeightLayout) -> TensorChange:
         return TensorChange(str(grid), grid.bits)
     if rank := _low_rank(old, new):
         return TensorChange(rank)
-    zeroed = float(((new == 0) & (old != 0)).float().mean())
-    # Rounding to the data type makes a zero here and there.
-    return TensorChange(f"{_zeros(new)}, the others changed" if zeroed > 0.01 else CHANGED)
+    return TensorChange(f"{_zeros(new)}, the others changed" if _has_new_zeros(old, new) else CHANGED)
+
+
+def _has_new_zeros(old: Tensor, new: Tensor) -> bool:
+    """More of them than the few that rounding to the data type makes."""
+    least = 0.01 * new.numel()
+    return new.numel() - int(new.count_nonzero()) > least and int(((new == 0) & (old != 0)).sum()) > least
 
 
 def _rows(tensor: Tensor, layout: WeightLayout) -> Tensor:
@@ -277,23 +284,37 @@ def _low_rank(old: Tensor, new: Tensor) -> str | None:
     part = [some_rows(some_rows(matrix, 2 * most).mT, 2 * most) for matrix in (old, new)]
     if (rank := _rank(part[0], part[1], most)) is None or (rank := _rank(old, new, min(2 * rank, most))) is None:
         return None
-    share = torch.linalg.vector_norm(new.float() - old.float()) / torch.linalg.vector_norm(old.float())
-    return f"LoRA-like, rank {rank}: {100 * float(share):.2g} % of the norm"
+    return f"LoRA-like, rank {rank}: {100 * (relative_error(old, new) or 0):.2g} % of the norm"
 
 
 def _rank(old: Tensor, new: Tensor, most: int) -> int | None:
     """The rank of the difference of two matrices, if it is at most ``most``."""
-    difference = new.float() - old.float()
-    with torch.random.fork_rng([difference.device] if difference.is_cuda else []):
-        torch.manual_seed(0)
-        _, values, _ = torch.svd_lowrank(difference, q=min(most + 8, *difference.shape))
-    squares = values.double().square().cumsum(0)[:most]
-    left = (difference.double().square().sum() - squares).clamp(min=0).sqrt()
-    total = torch.linalg.vector_norm(difference)
+    squares = _squares(new.float() - old.float(), most)
+    left = squares.flip(0).cumsum(0).flip(0).sqrt()
+    total, left = left[0], left[1 : most + 1]
     # A rounding is off by half a step at most, and by half of that in the root mean square.
     rounding = _eps(old, new) / 2 * torch.linalg.vector_norm(new.float())
     explained = (left <= torch.maximum(rounding, 1e-3 * total)) & (left <= NOISE * total)
     return int(explained.nonzero()[0]) + 1 if explained.any() else None
+
+
+def _squares(difference: Tensor, most: int) -> Tensor:
+    """Squares of the singular values of a matrix, largest first; of a large one the leading ones, and the sum of the
+    others, by a randomized range finder (Halko et al. 2011)."""
+    if max(difference.shape) <= 2 * most:
+        return _all_squares(difference)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(difference.shape[1], min(most + 8, *difference.shape), generator=generator)
+    basis = torch.linalg.qr(difference @ probe.to(difference.device))[0]
+    found = basis.mT @ difference
+    rest = torch.linalg.vector_norm(difference.addmm_(basis, found, alpha=-1)).double().square()
+    return torch.cat([_all_squares(found), rest[None]])
+
+
+def _all_squares(matrix: Tensor) -> Tensor:
+    wide = matrix.double()
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return squares.flip(0).clamp(min=0)
 
 
 def _eps(old: Tensor, new: Tensor) -> float:

@@ -15,12 +15,17 @@ MOST_LEVELS = 256
 """Of 8 bits, the widest grid of the schemes that are told apart."""
 STEPS_TO_SMALLEST = 12
 """A small group need not hold its grid's smallest step; its smallest number is at most so many."""
+STEPS_TO_SOME = 4
+"""Few units of any grid have a smallest number of more steps: where all do, it is none."""
 SHARE = 0.98
 """Of the units that must lie on a grid: in a small group the smallest number can be many steps."""
-FEW_ROWS = 64
-"""Looked at first: enough to tell what lies on no grid, and a small part of any weight that takes long."""
-SHARE_OF_FEW = 0.9
-"""Of the units of these rows, which are too few to hold them to the share of all."""
+FEW = 16
+"""Units looked at first: enough to tell what lies on no grid."""
+SHARE_OF_FEW = 0.8
+"""Of these units, which are too few to hold them to ``SHARE``."""
+MOST = 256
+"""Units looked at in the end, evenly spaced: of a block of rows that breaks ``SHARE`` several are among them, and a
+large weight takes no longer than a small one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Grid:
     """Numbers that are whole multiples of a scale."""
 
     bits: int
-    """The fewest that hold as many levels as any unit spans."""
+    """The fewest that hold as many levels as any unit spans, of those that were looked at."""
     group_size: int | None
     """None where a whole output channel shares a scale."""
 
@@ -45,32 +50,32 @@ def infer_grid(weight: Tensor, layout: WeightLayout = WeightLayout.OUT_IN) -> Gr
 
     A unit (a row, or a group of it) lies on a grid if all its numbers are whole multiples of one scale, up to the
     rounding of the weight's dtype. The scale is read off the small codes, where rounding cannot hide it: the smallest
-    magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares. A few rows are
-    looked at first, and all of them only where these lie on a grid.
+    magnitude is taken for a few steps, and the numbers up to sixteen steps refine it by least squares. A few units are
+    looked at first, and more of them only where these lie on a grid.
     """
     rows, eps = layout.matrices(weight.detach()).flatten(0, -2), torch.finfo(weight.dtype).eps
-    few = some_rows(rows, FEW_ROWS)
     for group_size in (None, *reversed(GROUP_SIZES)):
         if group_size is not None and (rows.shape[1] <= group_size or rows.shape[1] % group_size):
             continue
-        if _levels(_units(few, group_size), eps, SHARE_OF_FEW) is None:
+        if _levels(_units(rows, group_size, FEW), eps, SHARE_OF_FEW) is None:
             continue
-        levels = _levels(_units(rows, group_size), eps, SHARE)
+        levels = _levels(_units(rows, group_size, MOST), eps, SHARE)
         if levels is not None:
             return Grid(max(2, math.ceil(math.log2(levels))), group_size)
     return None
 
 
-def some_rows(rows: Tensor, count: int = FEW_ROWS) -> Tensor:
+def some_rows(rows: Tensor, count: int = 64) -> Tensor:
     """At most so many rows of a matrix, evenly spaced."""
     if len(rows) <= count:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
 
 
-def _units(rows: Tensor, group_size: int | None) -> Tensor:
-    """As float32 (units, numbers)."""
-    return (rows if group_size is None else rows.reshape(-1, group_size)).float()
+def _units(rows: Tensor, group_size: int | None, count: int) -> Tensor:
+    """At most so many units, evenly spaced, as float32 (units, numbers)."""
+    rows = some_rows(rows, count)
+    return some_rows(rows if group_size is None else rows.reshape(-1, group_size), count).float()
 
 
 def _levels(units: Tensor, eps: float, share: float) -> int | None:
@@ -85,7 +90,7 @@ def _levels(units: Tensor, eps: float, share: float) -> int | None:
     for steps in range(1, STEPS_TO_SMALLEST + 1):
         spans[left] = _spans(units[left], smallest[left] / steps, eps)
         left = left[spans[left] == 0]
-        if not len(left):
+        if not len(left) or (steps == STEPS_TO_SOME and len(left) == len(units)):
             break
     if (spans > 0).float().mean() < share:
         return None

@@ -108,6 +108,8 @@ class _State:
         """
         :param before: of the baseline; of what has grown with the vocabulary only the baseline's part is looked at.
         """
+        from invarlock.api import is_norm
+
         old = before.tensors if before else {}
         vocabulary = _VocabularyRows(before.embedding_rows if before else None, _embedding_rows(model))
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
@@ -126,7 +128,7 @@ class _State:
             parameters={name: found[id(parameter)] for name, parameter in parameters.items()},
             buffers={name: look(buffer) for name, buffer in model.named_buffers()},
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
-            norms=frozenset(name for name, module in model.named_modules() if _is_norm(module)),
+            norms=frozenset(name for name, module in model.named_modules() if is_norm(module)),
             embedding_rows=vocabulary.after,
             flagged_tied=bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False)),
         )
@@ -268,11 +270,6 @@ def _new_types(before: _State, after: _State) -> list[str]:
         if old != new and not ("float" in old and "float" in new):
             counts[f"{old.removeprefix('torch.')} became {new.removeprefix('torch.')}"] += 1
     return [f"dtype of {count} parameters: {change}" for change, count in sorted(counts.items())]
-
-
-def _is_norm(module: torch.nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
 
 
 def _torn_ties(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from invarlock.api import POSITION_FIELDS
+
 CHANGES_OUTPUTS = {
-    r"rope|rotary": "turns positions into angles",
-    r"sliding_window|layer_types|max_window_layers|attention_chunk|attn_layer|local_attention|no_rope": (
-        "chooses the tokens that each token attends to"
-    ),
+    **POSITION_FIELDS,
     r"softcap|logit_scale|logits_scal|final_logit": "bounds or scales the logits",
     r"hidden_act|activation_function|hidden_activation|ffn_act|dense_act|feed_forward_proj|is_gated": (
         "is the activation function"
@@ -25,7 +24,6 @@ CHANGES_OUTPUTS = {
     r"multiplier|query_pre_attn|attention_scal|scale_attn|residual_scal|embedding_scal|scale_emb|mup": (
         "scales hidden states or attention"
     ),
-    r"max_position_embeddings|n_positions|max_seq": "is the longest text that servers accept",
     r"num_hidden_layers|n_layer|num_.*heads|n_head|head_dim|hidden_size|intermediate_size|n_embd": (
         "is a size of the model"
     ),
@@ -43,7 +41,7 @@ REPRESENTATION = {
     r"^tie_word_embeddings$": "is how the head is stored; it is held against the files",
 }
 BOOKKEEPING = {
-    r"^_|version$|^name|_id$|_ids$": "names, versions, and ids that are compared as tokens",
+    r"version$|^name|_id$|_ids$": "names, versions, and ids that are compared as tokens",
     r"use_cache|cache_implementation|return_dict|output_|^chunk_size": "is a setting of the call",
     r"drop|pdrop|initializer|aux_loss|z_loss|jitter|label_smoothing|gradient_checkpoint|loss_": "matters in training",
     r"id2label|label2id|problem_type|task_specific|^summary_|pretraining_tp|finetuning": "changes no output",
@@ -63,12 +61,6 @@ class Field:
 
     def __str__(self) -> str:
         return f"{self.name}, which {self.reason}: {self.before!r} became {self.after!r}"
-
-
-def fields_of(model: Any) -> dict[str, Any]:
-    """A model's configuration as its class understands it, nested names with dots."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    return dict(_flat("", to_dict()))
 
 
 def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], config: Any) -> list[Field]:
@@ -105,14 +97,6 @@ def _classified(name: str, before: Any, after: Any, config: Any) -> Field | None
 
 def _reason(table: Mapping[str, str], name: str) -> str | None:
     return next((reason for pattern, reason in table.items() if re.search(pattern, name)), None)
-
-
-def _flat(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(f"{prefix}{name}.", value)
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _alike(one: Any, other: Any) -> bool:

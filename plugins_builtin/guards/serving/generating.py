@@ -36,16 +36,9 @@ def settings_of(model: Any) -> dict[str, Any]:
     return dict(to_dict())
 
 
-def stop_tokens(settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> set[int]:
-    """Ids at which servers stop: those of the generation configuration, else of the model's, and the tokenizer's."""
-    stated = settings.get("eos_token_id")
-    stated = config.get("eos_token_id") if stated is None else stated
-    own = getattr(tokenizer, "eos_token_id", None)
-    ids = [*(stated if isinstance(stated, list | tuple) else [stated]), own]
-    return {number for number in ids if isinstance(number, int)}
-
-
-def compare_stops(before: set[int], after: set[int], tokenizer: Any, found: Findings, *, converted: bool) -> None:
+def compare_stops(
+    before: frozenset[int], after: frozenset[int], tokenizer: Any, found: Findings, *, converted: bool
+) -> None:
     """Add stop tokens that are gone or new.
 
     :param converted: at least one side is a GGUF file, which has room for one of them.
@@ -71,7 +64,7 @@ def compare_sampling(before: Mapping[str, Any], after: Mapping[str, Any], found:
         found.warn.append(f"generation defaults: {', '.join(changed)}")
 
 
-def _named(ids: set[int], tokenizer: Any) -> str:
+def _named(ids: frozenset[int], tokenizer: Any) -> str:
     if not ids:
         return "none"
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)

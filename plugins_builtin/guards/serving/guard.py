@@ -8,10 +8,10 @@ from typing import Any
 
 from invarlock.api import Guard
 from plugins_builtin.guards.figures import TOP, first_few
-from plugins_builtin.guards.serving.configuration import Field, changed_fields, fields_of
+from plugins_builtin.guards.serving.configuration import Field, changed_fields
 from plugins_builtin.guards.serving.files import new_problems, problems_of
 from plugins_builtin.guards.serving.findings import Findings
-from plugins_builtin.guards.serving.generating import compare_sampling, compare_stops, settings_of, stop_tokens
+from plugins_builtin.guards.serving.generating import compare_sampling, compare_stops, settings_of
 from plugins_builtin.guards.serving.tokens import compare_tokens
 
 
@@ -21,13 +21,18 @@ class _Side:
 
     fields: Mapping[str, Any]
     settings: Mapping[str, Any]
+    stops: frozenset[int]
+    """Without the tokenizer's."""
     problems: list[str]
     is_gguf: bool
 
     @classmethod
     def of(cls, model: Any, place: str | None) -> _Side:
+        from invarlock.api import fields_of, stop_tokens
+
         is_gguf = place is not None and place.endswith(".gguf")
-        return cls(fields_of(model), settings_of(model), problems_of(model, None if is_gguf else place), is_gguf)
+        fields, problems = fields_of(getattr(model, "config", None)), problems_of(model, None if is_gguf else place)
+        return cls(fields, settings_of(model), stop_tokens(model, None), problems, is_gguf)
 
 
 class ServingGuard(Guard):
@@ -53,6 +58,8 @@ class ServingGuard(Guard):
         return {"ready": True, "problems_in_baseline": self._baseline.problems}
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+        from invarlock.api import stop_tokens
+
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before, after = self._baseline, _Side.of(model, context["edit"]["plan"].get("subject") or _place(model))
@@ -67,10 +74,8 @@ class ServingGuard(Guard):
             (found.rollback if problem.startswith("tie_word_embeddings") else found.warn).append(problem)
         tokenizers = context.get("tokenizers") or {}
         one, other = tokenizers.get("baseline"), tokenizers.get("edited")
-        stops = [
-            stop_tokens(side.settings, side.fields, tokenizer) for side, tokenizer in ((before, one), (after, other))
-        ]
-        compare_stops(stops[0], stops[1], one, found, converted=converted)
+        stops = before.stops | stop_tokens(None, one), after.stops | stop_tokens(None, other)
+        compare_stops(*stops, one, found, converted=converted)
         if not converted:
             compare_sampling(before.settings, after.settings, found)
         if one is None or other is None:

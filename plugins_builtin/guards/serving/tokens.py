@@ -72,7 +72,7 @@ def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool,
     if lacking := [name for name in NEEDED for side in (before, after) if not hasattr(side, name)]:
         found.not_compared.append(f"the tokenizers: there is no {lacking[0]}")
         return
-    _compare_vocabularies(before.get_vocab(), after.get_vocab(), found, measured)
+    _compare_vocabularies(before, after, found, measured)
     _compare_templates(before, after, found)
     if converted:
         found.not_compared.append("how text is split into tokens: a GGUF file's rules are not its reader's")
@@ -84,19 +84,19 @@ def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool,
     _compare_probe(before, after, found)
 
 
-def _compare_vocabularies(before: dict[str, int], after: dict[str, int], found: Findings, measured: bool) -> None:
-    moved = sorted(
-        (token for token, number in before.items() if after.get(token, number) != number), key=before.__getitem__
-    )
-    if moved:
-        first = moved[0]
+def _compare_vocabularies(before: Any, after: Any, found: Findings, measured: bool) -> None:
+    from invarlock.api import ChangedVocabulary
+
+    vocabulary = ChangedVocabulary.of(before, after)
+    if vocabulary.moved:
+        first, count = vocabulary.moved[0], len(vocabulary.moved)
+        ids = f"{vocabulary.after[first]} in place of {vocabulary.before[first]}"
         (found.warn if measured else found.rollback).append(
-            f"tokenizer: {len(moved)} tokens have another id, {first!r} {after[first]} in place of {before[first]}: "
-            "its rows have to have moved with it"
+            f"tokenizer: {count} tokens have another id, {first!r} {ids}: its rows have to have moved with it"
         )
-    lost = sorted(before.keys() - after.keys(), key=before.__getitem__)
-    if lost:
-        found.warn.append(f"tokenizer: {len(lost)} tokens are gone, {', '.join(map(repr, lost[:3]))}")
+    if vocabulary.lost:
+        some = ", ".join(map(repr, vocabulary.lost[:3]))
+        found.warn.append(f"tokenizer: {len(vocabulary.lost)} tokens are gone, {some}")
 
 
 def _compare_probe(before: Any, after: Any, found: Findings) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from invarlock.api import Guard, each
 from plugins_builtin.guards.figures import TOP, Suspect, measured, not_finite, not_measured, ratio, rounded, suspects
 from plugins_builtin.guards.options import by_family, families_in, family_of, number, refuse, whole
+from plugins_builtin.guards.spectral.moves import Matrix, Move, replaced
 
 if TYPE_CHECKING:
     import torch
@@ -116,19 +117,23 @@ class SpectralGuard(Guard):
         before = {name: entry for name, entry in self._baseline.items() if entry}
         weights = list(_weights(model, self._families, {name: entry.shape[0] for name, entry in before.items()}))
         before |= _shared_spectra(weights, before, context.get("baseline_weights") or {})
-        found = each(lambda alike: self._moves(alike, before), _alike(weights))
+        same = _unchanged(context)
+        looked_at = _alike(weight for weight in weights if weight.module not in same)
+        found = each(lambda alike: self._moves(alike, before), looked_at)
         moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
+        still = (matrix for weight in weights if weight.module in same for matrix in weight.matrices())
+        moves |= {one.name: (one, Move.none(one, before[one.name].size)) for one in still if one.name in before}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", broken, "its weights hold NaN or Inf")
         if not moves:
             return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
         result = self._result(ranked, [name for name in self._baseline if name not in moves])
-        shown = ranked[: TOP if result["warnings"] else FEW]
+        shown = [move for move in ranked[: TOP if result["warnings"] else FEW] if move.score > 0]
         result["metrics"]["spectra"] = _leading_values(shown, weights, context.get("baseline_weights") or {})
         return result
 
-    def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[_Matrix, _Move | None]]:
+    def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[Matrix, Move | None]]:
         """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
         from plugins_builtin.guards.spectral.singular import changes
 
@@ -143,20 +148,20 @@ class SpectralGuard(Guard):
             for (matrix, old), change in zip(matrices.items(), found, strict=True)
         ]
 
-    def _move(self, matrix: _Matrix, before: Size, change: Change) -> _Move:
+    def _move(self, matrix: Matrix, before: Size, change: Change) -> Move:
         lines = change.rows, change.columns
         rows, columns = (int((line > self._row_cap).sum()) for line in lines)
         sigma = ratio(change.after.sigma - before.sigma, before.sigma)
         cap = max(self._caps[matrix.family], 1e-9)
         beyond = max(change.relative, abs(sigma)) / cap
         replaced = max(float(line.max()) for line in lines) / max(self._row_cap, 1e-9) if rows or columns else 0.0
-        return _Move(matrix, before, change.after, change.relative, sigma, rows, columns, beyond, max(beyond, replaced))
+        return Move(matrix, before, change.after, change.relative, sigma, rows, columns, beyond, max(beyond, replaced))
 
-    def _result(self, moves: Sequence[_Move], unmeasured: Sequence[str]) -> dict[str, Any]:
-        families: dict[str, list[_Move]] = defaultdict(list)
+    def _result(self, moves: Sequence[Move], unmeasured: Sequence[str]) -> dict[str, Any]:
+        families: dict[str, list[Move]] = defaultdict(list)
         for move in moves:
             families[move.matrix.family].append(move)
-        warnings = [*self._beyond_caps(moves), *_replaced(moves), *self._drifts(families)]
+        warnings = [*self._beyond_caps(moves), *replaced(moves), *self._drifts(families)]
         message = "; ".join(warnings)
         message = message or f"{len(moves)} matrices within their caps; largest change: {moves[0].evidence}"
         blamed = (Suspect(move.matrix.module, move.score, move.evidence) for move in moves if move.score > 0)
@@ -168,26 +173,26 @@ class SpectralGuard(Guard):
         }
         return measured(message, warnings, metrics, unmeasured)
 
-    def _beyond_caps(self, moves: Sequence[_Move]) -> list[str]:
+    def _beyond_caps(self, moves: Sequence[Move]) -> list[str]:
         beyond = [move for move in moves if move.beyond > 1]
         if len(beyond) <= self._max_caps:
             return []
         worst = max(beyond, key=lambda move: move.beyond)
         return [f"{len(beyond)} of {len(moves)} matrices exceed their cap, most of all {worst.evidence}"]
 
-    def _drifts(self, families: Mapping[str, Sequence[_Move]]) -> list[str]:
+    def _drifts(self, families: Mapping[str, Sequence[Move]]) -> list[str]:
         return [
             f"the spectral norms of {family} have drifted by {drift:.1%}"
             for family, moves in families.items()
             if (drift := self._drift(moves)) > self._deadband
         ]
 
-    def _drift(self, moves: Sequence[_Move]) -> float:
+    def _drift(self, moves: Sequence[Move]) -> float:
         changes = sorted(abs(move.sigma_change) for move in moves)
         # The largest for a quantile of 1, and for less, of more than one matrix, never the largest.
         return changes[int(self._sigma_quantile * (len(changes) - 1))]
 
-    def _summary(self, family: str, moves: Sequence[_Move]) -> dict[str, Any]:
+    def _summary(self, family: str, moves: Sequence[Move]) -> dict[str, Any]:
         """Figures of a family, each beside its limit; a relative change of 1 is a matrix set to zero."""
         changes = [move.change for move in moves]
         return {
@@ -199,15 +204,6 @@ class SpectralGuard(Guard):
             "deadband": self._deadband,
             "beyond_cap": sum(move.beyond > 1 for move in moves),
         }
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """A weight in two dimensions, or one expert of a fused weight."""
-
-    name: str
-    module: str
-    family: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +218,11 @@ class _Weight:
     rows: int
     """Number of its rows to look at: those of tokens that the baseline has, too, or all."""
 
-    @property
-    def is_fused(self) -> bool:
-        return self.parameter.numel() != self.shape[0] * self.shape[1]
+    def matrices(self) -> list[Matrix]:
+        """One, or each expert of a fused weight."""
+        count = self.parameter.numel() // (self.shape[0] * self.shape[1])
+        names = [self.module] if count == 1 else [f"{self.module}[{place}]" for place in range(count)]
+        return [Matrix(name, self.module, self.family) for name in names]
 
     def read(self) -> torch.Tensor:
         """(matrices, ``rows``, columns); a streamed weight is read once for it."""
@@ -246,53 +244,9 @@ class _Alike:
     def nbytes(self) -> int:
         return sum(weight.parameter.nbytes for weight in self.weights)
 
-    def read(self) -> Iterator[tuple[_Matrix, torch.Tensor]]:
+    def read(self) -> Iterator[tuple[Matrix, torch.Tensor]]:
         for weight in self.weights:
-            for place, values in enumerate(weight.read()):
-                name = f"{weight.module}[{place}]" if weight.is_fused else weight.module
-                yield _Matrix(name, weight.module, weight.family), values
-
-
-@dataclass(frozen=True)
-class _Move:
-    """Change of a matrix by an edit."""
-
-    matrix: _Matrix
-    before: Size
-    after: Size
-    change: float
-    sigma_change: float
-    rows_replaced: int
-    columns_replaced: int
-    beyond: float
-    """Change in units of its cap."""
-    score: float
-
-    @property
-    def evidence(self) -> str:
-        replaced = f", {self.replaced} replaced" if self.replaced else ""
-        return (
-            f"{self.matrix.name}: relative change {self.change:.3g}, spectral norm {self.before.sigma:.3g} -> "
-            f"{self.after.sigma:.3g}, stable rank {self.before.stable_rank:.3g} -> {self.after.stable_rank:.3g}"
-            f"{replaced}"
-        )
-
-    @property
-    def replaced(self) -> str:
-        return _counted(self.rows_replaced, self.columns_replaced)
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return {
-            "module": self.matrix.name,
-            "family": self.matrix.family,
-            "relative_change": rounded(self.change),
-            "rows_replaced": self.rows_replaced,
-            "columns_replaced": self.columns_replaced,
-            "sigma": [rounded(self.before.sigma), rounded(self.after.sigma)],
-            "stable_rank": [rounded(self.before.stable_rank), rounded(self.after.stable_rank)],
-            "frobenius": [rounded(self.before.frobenius), rounded(self.after.frobenius)],
-        }
+            yield from zip(weight.matrices(), weight.read(), strict=True)
 
 
 def _weights(
@@ -312,6 +266,12 @@ def _weights(
         shape = (len(weight), weight.numel() // len(weight)) if flat else (weight.shape[-2], weight.shape[-1])
         known = (rows_before or {}).get(target.name, shape[0]) if family == "embed" else shape[0]
         yield _Weight(target.name, family, target.parameter_name, weight, shape, min(known, shape[0]))
+
+
+def _unchanged(context: Mapping[str, Any]) -> frozenset[str]:
+    """Names of weights all of whose numbers a comparison has found equal already."""
+    weights = context.get("edit", {}).get("modules", [])
+    return frozenset(weight["name"] for weight in weights if weight.get("change") == "unchanged")
 
 
 def _alike(weights: Iterable[_Weight]) -> Iterator[_Alike]:
@@ -352,7 +312,7 @@ def _shared_spectra(
 
 
 def _leading_values(
-    moves: Sequence[_Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
+    moves: Sequence[Move], weights: Sequence[_Weight], baseline: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """The leading singular values of matrices before and after; of those whose baseline can be read back."""
     from plugins_builtin.guards.spectral.singular import leading_values
@@ -370,23 +330,7 @@ def _leading_values(
             return None
         return {"module": weight.module, "before": [*map(rounded, before)], "after": [*map(rounded, after)]}
 
-    whole = {
-        weight.module: weight for weight in weights if not weight.is_fused and weight.parameter.numel() <= MOST_NUMBERS
-    }
-    shown = [_Alike([whole[move.matrix.module]]) for move in moves if move.matrix.module in whole]
+    whole = {weight.module: weight for weight in weights if weight.parameter.numel() <= MOST_NUMBERS}
+    # Experts have names of their own.
+    shown = [_Alike([whole[move.matrix.name]]) for move in moves if move.matrix.name in whole]
     return [found for found in each(values, shown) if found]
-
-
-def _replaced(moves: Sequence[_Move]) -> list[str]:
-    where = [move for move in moves if move.replaced]
-    if not where:
-        return []
-    most = max(where, key=lambda move: move.rows_replaced + move.columns_replaced)
-    counted = _counted(sum(move.rows_replaced for move in where), sum(move.columns_replaced for move in where))
-    return [f"{counted} replaced in {len(where)} of {len(moves)} matrices, most of them in {most.matrix.name}"]
-
-
-def _counted(rows: int, columns: int) -> str:
-    """``2 rows and 1 column``; empty where there are none."""
-    found = ((count, name) for count, name in ((rows, "row"), (columns, "column")) if count)
-    return " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for count, name in found)
