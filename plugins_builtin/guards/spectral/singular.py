@@ -73,10 +73,12 @@ def changes(matrices: Sequence[Tensor], before: Sequence[Spectrum]) -> list[Chan
     neither an old direction nor a new one is missed.
     """
     sketched = Sketched.of_each(matrices)
-    moved = [Moved.of(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
-    searched = [move for move in moved if move.is_searched]
-    sigmas = iter(_warm(searched) if searched else [])
-    found = (move.change(next(sigmas)[0] if move.is_searched else None) for move in moved)
+    finite = [(entry, old) for entry, old in zip(sketched, before, strict=True) if entry]
+    if not finite:
+        return [None for _ in sketched]
+    moved = Moved(*zip(*finite, strict=True))
+    sigmas = (sigma for sigma, _ in _warm(moved))
+    found = iter(moved.changes(dict(zip(moved.searched, sigmas, strict=True))))
     return [next(found) if entry else None for entry in sketched]
 
 
@@ -113,15 +115,15 @@ def _cold(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
     return _largest(_Products.of(matrices), start.basis.expand(len(matrices), -1, -1), images)
 
 
-def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
-    """The same as ``_cold``, begun with the old leading directions and those of the change."""
-    matrices = [move.now for move in moved]
-    if _is_small(matrices[0]):
+def _warm(moved: Moved) -> list[tuple[float, Tensor]]:
+    """The same of those that are searched, begun with their old leading directions and those of the change."""
+    matrices = [moved.now[place] for place in moved.searched]
+    if not matrices or _is_small(matrices[0]):
         return _decomposed(matrices)
-    differences = torch.stack([move.difference for move in moved])
+    differences = moved.differences[moved.searched]
     most = torch.linalg.eigh(differences @ differences.mT)[1][..., -2:].mT @ differences
     pointed = torch.stack([matrix.back(block) for matrix, block in zip(matrices, most, strict=True)])
-    leading = torch.stack([move.before.leading.to(pointed.device) for move in moved])
+    leading = torch.stack([moved.before[place].leading for place in moved.searched]).to(pointed.device)
     # A change can be larger than any vector by far.
     start = _orthonormal(torch.cat([leading, torch.nn.functional.normalize(pointed, dim=-1)], dim=1))
     products = _Products.of(matrices)
@@ -129,6 +131,8 @@ def _warm(moved: Sequence[Moved]) -> list[tuple[float, Tensor]]:
 
 
 def _decomposed(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
+    if not matrices:
+        return []
     stack = torch.stack([matrix.matrix.float() * matrix.scale for matrix in matrices])
     _, values, vectors = torch.linalg.svd(stack, full_matrices=False)
     return list(zip(values[:, 0].tolist(), vectors[:, :2], strict=True))

@@ -24,9 +24,9 @@ where w' is zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A matrix after an edit, against what was kept of it."""
+    """A matrix after an edit, against what was kept of it; its tensors are on the CPU."""
 
     after: Size
     """Its sigma is accurate to 1 %, or was left where it was and is accurate to 1 % + ``STILL``."""
@@ -163,50 +163,73 @@ class Sketched:
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """Difference of the sketches before and after, both scaled by ``unit`` to stay in range."""
+    """Matrices of one shape after an edit, and what was kept of each; all are worked on together."""
 
-    now: Sketched
-    before: Spectrum
-    difference: Tensor
-    unit: float
-    distance: float
-    """About ``||W' - W||_F``."""
-    bound: float
-    """About the Schatten 4-norm of the change, and never more than its Frobenius norm."""
+    now: Sequence[Sketched]
+    before: Sequence[Spectrum]
 
-    @classmethod
-    def of(cls, now: Sketched, before: Spectrum) -> Moved:
-        unit = min(now.scale, before.scale)
-        difference = now.sketch * (unit / now.scale) - before.sketch.to(now.sketch.device) * (unit / before.scale)
-        products = difference @ difference.T
-        squares = products.diagonal().sum()
-        fourth = (products.square().sum() - products.diagonal().square().sum()).clamp(min=0)
-        total, schatten = torch.stack([squares, fourth]).tolist()
-        distance = math.sqrt(total / PROBES)
-        bound = min(distance, (schatten / (PROBES * (PROBES - 1))) ** 0.25)
-        return cls(now, before, difference, unit, distance / unit, bound / unit)
+    @cached_property
+    def differences(self) -> Tensor:
+        """Differences of the sketches: (matrices, PROBES, rows)."""
+        return self._now([entry.sketch for entry in self.now]) - self._before([entry.sketch for entry in self.before])
 
-    @property
-    def is_searched(self) -> bool:
-        """True if sigma may have moved so far that it has to be found anew."""
-        return self.bound > STILL * self.before.size.sigma
+    @cached_property
+    def searched(self) -> list[int]:
+        """Places of matrices whose sigma may have moved so far that it has to be found anew."""
+        sizes = zip(self.before, self._sizes, strict=True)
+        return [place for place, (old, (_, bound)) in enumerate(sizes) if bound > STILL * old.size.sigma]
 
-    def change(self, sigma: float | None) -> Change:
-        sigma = self.before.size.sigma * self.now.scale if sigma is None else sigma
-        old = _lengths(self.before.sketch.to(self.difference.device)) * (self.unit / self.before.scale)
-        rows = _lengths(self.difference) / torch.maximum(old, old.median().clamp(min=TINY))
-        relative = ratio(self.distance, self.before.size.frobenius)
-        row_norms, columns = self._norm_changes()
-        return Change(self.now.size(sigma), relative, torch.maximum(rows, row_norms), columns)
-
-    def _norm_changes(self) -> list[Tensor]:
-        """Relative changes of row and column norms; 0 where they are too short to tell damage from rounding."""
+    def changes(self, sigmas: Mapping[int, float]) -> list[Change]:
+        """
+        :param sigmas: of the matrices at places where it was found anew, of ``scale * matrix``.
+        """
+        old = _lengths(self._before([entry.sketch for entry in self.before]))
+        turned = _lengths(self.differences) / torch.maximum(old, _medians(old).clamp(min=TINY))
+        rows = torch.maximum(turned, self._norm_changes(0)).cpu()
+        columns = self._norm_changes(1).cpu()
         found = []
-        for now, before, numbers in zip(self.now.norms, self.before.norms, reversed(self.before.shape), strict=True):
-            old = before.to(now.device) * (self.unit / self.before.scale)
-            moved = (now * (self.unit / self.now.scale) - old).abs()
-            found.append(moved / torch.maximum(old, (SMALL * old.median()).clamp(min=TINY)) * (numbers >= FEW))
+        for place, (now, before) in enumerate(zip(self.now, self.before, strict=True)):
+            sigma = sigmas.get(place, before.size.sigma * now.scale)
+            relative = ratio(self._sizes[place][0], before.size.frobenius)
+            found.append(Change(now.size(sigma), relative, rows[place], columns[place]))
         return found
+
+    @cached_property
+    def _sizes(self) -> list[tuple[float, float]]:
+        """About ``||W' - W||_F`` of each, and its Schatten 4-norm, never more than the first."""
+        products = self.differences @ self.differences.mT
+        squares = products.diagonal(dim1=-2, dim2=-1)
+        fourth = (products.square().sum((-2, -1)) - squares.square().sum(-1)).clamp(min=0)
+        found = []
+        for unit, total, schatten in zip(self._units, *torch.stack([squares.sum(-1), fourth]).tolist(), strict=True):
+            distance = math.sqrt(total / PROBES)
+            bound = min(distance, (schatten / (PROBES * (PROBES - 1))) ** 0.25)
+            found.append((distance / unit, bound / unit))
+        return found
+
+    def _norm_changes(self, side: int) -> Tensor:
+        """Relative changes of row or column norms, 0 where they are too short to tell damage from rounding."""
+        old = self._before([entry.norms[side] for entry in self.before])
+        moved = (self._now([entry.norms[side] for entry in self.now]) - old).abs()
+        long_enough = self.before[0].shape[1 - side] >= FEW
+        return moved / torch.maximum(old, (SMALL * _medians(old)).clamp(min=TINY)) * long_enough
+
+    @cached_property
+    def _units(self) -> list[float]:
+        """Scale of each pair, so that both sides stay in range."""
+        return [min(now.scale, before.scale) for now, before in zip(self.now, self.before, strict=True)]
+
+    def _now(self, numbers: Sequence[Tensor]) -> Tensor:
+        return self._scaled(numbers, [entry.scale for entry in self.now])
+
+    def _before(self, numbers: Sequence[Tensor]) -> Tensor:
+        return self._scaled(numbers, [entry.scale for entry in self.before])
+
+    def _scaled(self, numbers: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        """Numbers of each matrix that were scaled, in its unit, and where the matrices are."""
+        stacked = torch.stack([*numbers]).to(self.now[0].sketch.device)
+        factors = [unit / scale for unit, scale in zip(self._units, scales, strict=True)]
+        return stacked * torch.tensor(factors, device=stacked.device).view(-1, *[1] * (stacked.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,5 +290,9 @@ def _times(block: Tensor, rows: Tensor) -> Tensor:
 
 
 def _lengths(columns: Tensor) -> Tensor:
-    """The norms of the columns; ``norm(dim=0)`` would take ten times as long."""
-    return columns.square().sum(dim=0).sqrt()
+    """The norms of the columns of matrices; ``norm(dim=-2)`` would take ten times as long."""
+    return columns.square().sum(dim=-2).sqrt()
+
+
+def _medians(rows: Tensor) -> Tensor:
+    return rows.median(dim=-1, keepdim=True).values
