@@ -21,8 +21,10 @@ EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
 
 
 def plans_of(config: RunConfig) -> list[Plan]:
-    """The plan of each attempt: after a rollback one more bit, up to 8."""
+    """The plan of each attempt: after a rollback one more bit, up to 8; a format of floats has as many as it has."""
     plan = config.edit.plan
+    if plan.of_floats:
+        return [plan]
     widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
     return [dataclasses.replace(plan, bitwidth=width) for width in widths]
 

@@ -222,14 +222,19 @@ def _unmeasured_first(weight: EditedWeight) -> float:
 
 def _planned(edit: EditSection) -> str:
     plan = Node(edit.plan)
-    kind = "symmetric" if plan["symmetric"] else "asymmetric"
-    if plan["group_size"]:
-        grain = f"groups of {plan['group_size'].text()}"
-    else:
-        grain = "per output channel" if plan["per_channel"] else "per tensor"
-    bits, scope = plan["bitwidth"].text("unknown"), plan["scope"].text("unknown")
-    what = f"{edit.name}, {bits} bits, {kind}, {grain}, scope {scope}"
+    what = f"{edit.name}, {_numbers(plan)}, scope {plan['scope'].text('unknown')}"
     return f"{what}: {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
+
+
+def _numbers(plan: Node) -> str:
+    """The numbers that a plan rounds to, and what shares a scale."""
+    grain = "per output channel" if plan["per_channel"] else "per tensor"
+    size, bits = plan["group_size"].text(), plan["bitwidth"].text("unknown")
+    format_ = plan["format"].text("int")
+    if format_ != "int":
+        return f"{format_}, {bits} bits, {f'blocks of {size}' if plan['group_size'] else grain}"
+    grain = f"groups of {size}" if plan["group_size"] else grain
+    return f"{bits} bits, {'symmetric' if plan['symmetric'] else 'asymmetric'}, {grain}"
 
 
 def plan_cells(edit: EditSection) -> dict[str, str]:
