@@ -27,7 +27,7 @@ from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import Report
 
 NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
-_BITS = re.compile(r"\((\d+) bits\)$")
+_BITS = re.compile(r"\((\d+)(?:\.\d+)? bits(?: a weight)?\)$")
 """In the change of a weight that lies on a grid."""
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.adapter import Adapter
@@ -146,6 +148,7 @@ class _Subject:
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
             changes = find_changes(model, self._before, guarding.baseline.tokenizer)
+            tensors = named_by_format(changes.tensors, formats_of(model, Path(self._subject)))
         with named_by(SUBJECT), session.clock.stage("windows"):
             own = LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
@@ -160,7 +163,7 @@ class _Subject:
             self._watched,
             self.name,
             self.plans[0],
-            changes.tensors,
+            tensors,
             self._before,
             [*changes.findings, *findings],
             touched(guarding.baseline.declared, Declared.of(model, self._subject), guarding.windows),

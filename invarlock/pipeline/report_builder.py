@@ -10,18 +10,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from invarlock import __version__
+from invarlock.checkpoints.storage import storage_of
 from invarlock.core.results import EditedWeight
 from invarlock.pipeline.attempts import Attempt, Editor
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.session import Session
-from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report
+from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report, StorageSection
 
 
 def assemble(
@@ -55,6 +57,10 @@ def assemble(
         guards=last.guards,
         metrics=last.metrics,
         coverage=last.coverage,
+        storage=StorageSection(
+            storage_of(Path(guarding.config.model.id)),
+            storage_of(Path(edit.plan["subject"])) if edit.is_comparison else None,
+        ),
         verdict=last.verdict,
         attempts=[_summary(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},

@@ -13,7 +13,14 @@ from invarlock.core.errors import ExitCode
 from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardResult, SuspectedModule, Verdict
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import CoverageSection, EditSection, MetricsSection, ModelSection, Report
+from invarlock.reporting.report import (
+    CoverageSection,
+    EditSection,
+    MetricsSection,
+    ModelSection,
+    Report,
+    StorageSection,
+)
 
 NOT_MEASURED = "not measured"
 MOST_SUSPECTS = 3
@@ -61,7 +68,9 @@ def shown(value: Number | None, unit: str = "", digits: int = 4) -> str:
 def shown_bytes(count: int | None) -> str:
     if count is None:
         return NOT_MEASURED
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def word(verdict: Verdict) -> str:
@@ -250,8 +259,24 @@ def families(edit: EditSection) -> list[tuple[str, str, int]]:
     ]
 
 
+def storage_line(storage: StorageSection) -> str:
+    """Bits a weight and bytes before and after, and the types after by their share; empty where nothing is known."""
+    sides = [side for side in (storage.before, storage.after) if side]
+    if not sides:
+        return ""
+    bits = " -> ".join(f"{shown(side.bits_per_weight)}" for side in sides)
+    size = " -> ".join(shown_bytes(side.file_bytes) for side in sides)
+    types = [f"{shown(100 * (each.share or 0))} % {each.format}" for each in sides[-1].types]
+    return f"{bits} bits a weight, scales counted, {size}: {', '.join(types)}"
+
+
 def bits_per_parameter(report: Report) -> float | None:
-    """Mean over all parameters, without scales; what was not rounded has the bits of the model's data type."""
+    """Mean over all parameters: of the files, or, where nothing was saved, without scales.
+
+    What was not rounded then has the bits of the model's data type.
+    """
+    if report.storage.after:
+        return report.storage.after.bits_per_weight
     description = Node(report.model.description)
     stored, total = STORED_BITS.get(description["dtype"].text()), description["parameters"].whole()
     rounded = [(each.bits, each.parameters) for each in report.edit.modules if each.bits and each.parameters]

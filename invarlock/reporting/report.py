@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from invarlock.core.plain import OWN, Reader, plain
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
+from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 
@@ -119,6 +120,14 @@ class CoverageSection:
 
 
 @dataclass
+class StorageSection:
+    """Weights on disk, before and after the edit; null where that cannot be told, or where nothing was saved."""
+
+    before: Storage | None = None
+    after: Storage | None = None
+
+
+@dataclass
 class AttemptSection:
     attempt: int
     bitwidth: int | None
@@ -147,6 +156,7 @@ class Report:
     extra: dict[str, Any] = field(default_factory=dict)
     """Additions of plugins in ``invarlock_run_finished``."""
     coverage: CoverageSection = field(default_factory=CoverageSection)
+    storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
     format_version: Literal["report-v1"] = FORMAT_VERSION
