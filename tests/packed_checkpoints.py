@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from conftest import DEMO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from invarlock.exporters.gguf import _write_configuration, _write_tokenizer
 from invarlock.testing import architectures
 
 BASE = "dense"
@@ -190,3 +193,64 @@ def changed(folder: Path, part: str, change: Any) -> str:
     tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, path, {"format": "pt"})
     return name
+
+
+BLOCKS = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+    "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+]  # fmt: skip
+"""Types of GGUF that the package of this name dequantizes."""
+
+
+def in_gguf(kind: str, path: Path) -> dict[str, Tensor]:
+    """A Llama in a file whose matrices are blocks of one type; the model before lies in ``BASE``, and its tokenizer.
+
+    :returns: what the package ``gguf`` makes of the blocks, by the names in the file.
+    """
+    import gguf
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO / "checkpoint")
+    model = architectures.llama(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model.save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+    type_ = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    _write_configuration(writer, model.config, gguf.LlamaFileType.ALL_F32)
+    _write_tokenizer(writer, Path(BASE), tokenizer, model.config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        theirs = f"{names.get_name(stem)}.{suffix}"
+        if name.endswith("proj.weight"):
+            blocks = _blocks(type_, tuple(tensor.shape))
+            writer.add_tensor(theirs, blocks, raw_dtype=type_)
+            wanted[theirs] = torch.from_numpy(gguf.dequantize(blocks, type_).copy())
+        elif name != "lm_head.weight":
+            writer.add_tensor(theirs, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return wanted
+
+
+def _blocks(type_: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Bytes drawn at random, block by block, until all are numbers from -1 to 1: no package writes each type."""
+    import gguf
+
+    size, nbytes = gguf.GGML_QUANT_SIZES[type_]
+    generator = np.random.default_rng(0)
+    blocks = np.zeros((shape[0] * shape[1] // size, nbytes), dtype=np.uint8)
+    left = np.arange(len(blocks))
+    while len(left):
+        blocks[left] = generator.integers(0, 256, (len(left), nbytes), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            numbers = gguf.dequantize(blocks[left], type_)
+        largest = np.abs(np.nan_to_num(numbers, nan=np.inf)).max(1)
+        left = left[~((largest < 1) & (largest > 1e-3))]
+    return blocks.reshape(shape[0], -1)

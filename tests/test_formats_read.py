@@ -11,11 +11,12 @@ import packed_checkpoints
 import pytest
 import torch
 from conftest import read_report
-from packed_checkpoints import BASE, HOW, MIXED, SCHEMES, changed, compressed, packed_as
+from packed_checkpoints import BASE, BLOCKS, HOW, MIXED, SCHEMES, changed, compressed, in_gguf, packed_as
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from invarlock.adapters import HF_Causal_Adapter
 from invarlock.core.lazy import LazyTensor
+from plugins_builtin.adapters.gguf import HF_GGUF_Adapter
 
 # Of compressed-tensors, on import.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -250,3 +251,21 @@ def test_the_table_names_what_is_read() -> None:
     page = (Path(packed_checkpoints.__file__).parent.parent / "docs" / "formats.md").read_text()
     for scheme in (*SCHEMES, *HOW):
         assert f"`{scheme}`" in page, scheme
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    wanted = in_gguf(kind, Path("packed.gguf"))
+    found = dict(HF_GGUF_Adapter().load_model("packed.gguf", "cpu").named_parameters())
+    # Those of queries and keys are in another order.
+    for theirs, ours in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.0.attn_v", "self_attn.v_proj")):
+        assert torch.equal(found[f"model.layers.0.{ours}.weight"], wanted[f"{theirs}.weight"])
+    done = invarlock("compare", "--baseline", BASE, "--subject", "packed.gguf", "--out", "out", "--weights-only")
+    assert done.code in (0, 1), done.err
+    report = read_report(Path("out"))
+    size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    assert changes_in(report) == {f"{kind} ({8 * nbytes / size:.5g} bits a weight)"}
+    types = {each["format"]: each["bits_per_weight"] for each in report["storage"]["after"]["types"]}
+    assert types == {kind: 8 * nbytes / size, "F32": 32}
+    assert invarlock("verify", "out").code == 0

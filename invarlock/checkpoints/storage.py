@@ -47,7 +47,7 @@ class BlockWeight(StoredWeight):
 
     @property
     def change(self) -> str:
-        return f"{self.format} ({8 * self.nbytes / self.parameters:.4g} bits a weight)"
+        return f"{self.format} ({8 * self.nbytes / self.parameters:.5g} bits a weight)"
 
 
 def weights_in(checkpoint: Path) -> dict[str, StoredWeight]:
@@ -106,8 +106,7 @@ def _blocks(file: Path) -> Iterator[tuple[str, StoredWeight]]:
 
     for tensor in gguf.GGUFReader(file).tensors:
         count, kind = int(tensor.n_elements), tensor.tensor_type
-        size, nbytes = gguf.GGML_QUANT_SIZES[kind]
-        if size == 1:
+        if gguf.GGML_QUANT_SIZES[kind][0] == 1:
             yield tensor.name, StoredWeight(kind.name, count, int(tensor.n_bytes))
-        else:
-            yield tensor.name, BlockWeight(kind.name, count, int(tensor.n_bytes), 8 * nbytes // size)
+        elif bits := re.search(r"\d", kind.name):
+            yield tensor.name, BlockWeight(kind.name, count, int(tensor.n_bytes), int(bits[0]))

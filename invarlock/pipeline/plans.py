@@ -53,15 +53,18 @@ def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
     return Export(found.value, config.edit.plan, config.model.id)
 
 
-def check(export: Export, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> None:
-    """Refuse, before the run starts, what the format cannot hold.
+def check(
+    export: Export, plans: Sequence[Plan], model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any
+) -> None:
+    """Refuse, before the run starts, what the format cannot hold of any attempt.
 
     :raises UsageError: with the reason, and what to use instead.
     """
     exporter = export.exporter
-    if reason := exporter.refuse(export.plan, targets, model, tokenizer):
-        problem = f"{exporter.name}: {as_keys(reason)}"
-        raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
+    for plan in plans:
+        if reason := exporter.refuse(plan, targets, model, tokenizer):
+            problem = f"{exporter.name}: {as_keys(reason)}"
+            raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
 
 
 @contextmanager
