@@ -206,7 +206,8 @@ def edit_line(edit: EditSection) -> str:
 
 
 def _compared(edit: EditSection) -> str:
-    subject, changed = Node(edit.plan)["subject"].text("unnamed"), [each for each in edit.modules if each.is_changed]
+    plan, changed = Node(edit.plan), [each for each in edit.modules if each.is_changed]
+    subject = plan["subject"].text("unnamed") + (f" ({plan['merged'].text()})" if plan["merged"] else "")
     if edit.modules and not changed:
         return f"{subject} has the same numbers in all {len(edit.modules)} tensors"
     what = f"{len(changed)} of {len(edit.modules)} tensors, {edit.params_changed or 0:,} parameters"
