@@ -196,6 +196,7 @@ def test_what_is_no_plain_lora_is_one_line(invarlock, base, settings: Any, chang
     assert not Path("out").exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_merges_it_to_the_same(invarlock, base) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     adapter(base)

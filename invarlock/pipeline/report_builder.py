@@ -19,6 +19,7 @@ import transformers
 from invarlock import __version__
 from invarlock.checkpoints.storage import storage_of
 from invarlock.core.results import EditedWeight
+from invarlock.models.facts import own_code_of
 from invarlock.pipeline.attempts import Attempt, Editor
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
@@ -52,6 +53,7 @@ def assemble(
             fingerprint_after=after.digest,
             restored=restored,
             streamed=before.streamed,
+            own_code=_own_code(guarding, editor),
         ),
         edit=edit,
         guards=last.guards,
@@ -109,6 +111,11 @@ def _edit(editor: Editor, last: Attempt) -> EditSection:
     if edit.is_comparison:
         edit.plan["families"] = families(last.modules)
     return edit
+
+
+def _own_code(guarding: Guarding, editor: Editor) -> list[str]:
+    files = [guarding.baseline.own_code, own_code_of(editor.model)]
+    return sorted({file for file in files if file})
 
 
 def _summary(attempt: Attempt) -> AttemptSection:

@@ -24,7 +24,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.metric import kind_of
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
-from invarlock.models.facts import batch_size, task_of
+from invarlock.models.facts import batch_size, own_code_of, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
@@ -156,6 +156,7 @@ class Baseline:
         """Of a model that is spread over the processes."""
         self._view_state = ModelState.of(self.view.model) if self.view else None
         self.declared = Declared.of(model, config.model.id)
+        self.own_code = own_code_of(model)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
             reads_text = not config.dataset.is_generated or self.task == "masked"

@@ -188,7 +188,8 @@ def model_line(model: ModelSection) -> str:
     description = Node(model.description)
     parameters = description["parameters"].whole()
     size = f", {parameters / 1e6:.2f} M parameters" if parameters is not None else ""
-    return f"{model.id} (adapter {model.adapter}, {description['model_class'].text('unknown class')}{size})"
+    ran = f"; code beside the weights ran: {', '.join(model.own_code)}" if model.own_code else ""
+    return f"{model.id} (adapter {model.adapter}, {description['model_class'].text('unknown class')}{size}){ran}"
 
 
 def edit_line(edit: EditSection) -> str:

@@ -39,6 +39,8 @@ class ModelSection:
     """True where the baseline came back bit for bit; null when the edit was kept."""
     streamed: bool
     """True where weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
+    own_code: list[str] = field(default_factory=list)
+    """Files beside the weights, of the baseline or the subject, whose code ran (``model.trust_remote_code``)."""
 
 
 @dataclass

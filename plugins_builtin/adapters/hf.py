@@ -72,7 +72,8 @@ class _TransformersAdapter(ModelAdapter):
             return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
-        return self.auto_class
+        mapped = _own_classes(model_id, options)
+        return mapped[0] if mapped and self.auto_class not in mapped else self.auto_class
 
     @hookimpl
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
@@ -122,6 +123,8 @@ class HF_Auto_Adapter(_TransformersAdapter):
 
         if is_here(model_id):
             check_folder(folder_of(model_id, options))
+        if mapped := _own_classes(model_id, options):
+            return mapped[0]
         names = architectures(model_id, options)
         for name in names:
             if hasattr(transformers, name):
@@ -136,6 +139,13 @@ class HF_Auto_Adapter(_TransformersAdapter):
     @hookimpl(trylast=True)
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         return super().invarlock_load_model(model_id, device, options)
+
+
+def _own_classes(model_id: str, options: Mapping[str, Any]) -> list[str]:
+    """Auto classes that load code beside the weights, if that is trusted: those with a head first."""
+    mapped = read_config(model_id, options).get("auto_map") if options.get("trust_remote_code") else None
+    names = [name for name in mapped if name.startswith("AutoModel")] if isinstance(mapped, dict) else []
+    return sorted(names, key=lambda name: not name.startswith("AutoModelFor"))
 
 
 def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
