@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,18 @@ def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, k
     types = {each["format"]: each["bits_per_weight"] for each in report["storage"]["after"]["types"]}
     assert types == {kind: 8 * nbytes / size, "F32": 32}
     assert invarlock("verify", "out").code == 0
+
+
+def test_a_file_whose_library_is_missing_names_it(invarlock, config, monkeypatch) -> None:
+    def absent(name: str) -> Any:
+        if name == "gguf":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", absent)
+    Path("some.gguf").write_bytes(b"GGUF")
+    done = invarlock("run", "-c", config(model={"id": "some.gguf"}), "--out", "out")
+    assert done.code == 2
+    assert "hf_gguf needs gguf: pip install gguf" in done.err
+    assert done.err.count("\n") == 1

@@ -129,7 +129,10 @@ class HF_Auto_Adapter(_TransformersAdapter):
         for name in names:
             if hasattr(transformers, name):
                 return name
-        raise InputError(f"{model_id}: config.json names no known class of transformers (architectures: {names})")
+        todo = ""
+        if read_config(model_id, options).get("auto_map"):
+            todo = "; it may need code beside the weights: set model.trust_remote_code: true if you trust that code"
+        raise InputError(f"{model_id}: config.json names no known class of transformers (architectures: {names}){todo}")
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
         # Whatever is there and nobody else's, so that the reason why it cannot be loaded is found.
