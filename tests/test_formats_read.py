@@ -171,6 +171,7 @@ BROKEN = {
     "a factor of zero": ("NVFP4A16", ".weight_global_scale", scale(0), "holds scales that are zero"),
     "scales of too few rows": (SCHEMES["fp8-channel"], ".weight_scale", lambda scales: scales[1:], "has shape (31, 1), and "),
     "scales of too few blocks": ("MXFP4A16", ".weight_scale", lambda scales: scales[:, :1], "needs (32, 2)"),
+    "zero points of other groups": (SCHEMES["int4-asymmetric"], ".weight_zero_point", lambda zeros: zeros[:, 1:], "needs (32, 4) or (4, 4)"),
     "too few words": (SCHEMES["int4-group"], ".weight_packed", lambda packed: packed[:, 1:], "does not hold (32, 64)"),
     "too few bytes": ("NVFP4A16", ".weight_packed", lambda packed: packed[:, 8:], "needs (32, 3)"),
 }  # fmt: skip
@@ -209,6 +210,14 @@ def test_broken_words_are_one_line(invarlock, case: str) -> None:
     done = invarlock("compare", "--baseline", BASE, "--subject", "packed", "--out", "out", "--weights-only")
     assert done.code == 2
     assert said in done.err.splitlines()[-1]
+
+
+def test_an_order_that_points_nowhere_is_one_line(invarlock) -> None:
+    packed_as("gptq", Path("packed"))
+    changed(Path("packed"), ".g_idx", lambda index: index + 100)
+    done = invarlock("compare", "--baseline", BASE, "--subject", "packed", "--out", "out", "--weights-only")
+    assert done.code == 2
+    assert "mlp.down_proj.weight cannot be unpacked: IndexError" in done.err.splitlines()[-1]
 
 
 def described(**changes: Any) -> None:

@@ -273,12 +273,7 @@ def storage_line(storage: StorageSection) -> str:
 
 
 def bits_per_parameter(report: Report) -> float | None:
-    """Mean over all parameters: of the files, or, where nothing was saved, without scales.
-
-    What was not rounded then has the bits of the model's data type.
-    """
-    if report.storage.after:
-        return report.storage.after.bits_per_weight
+    """Mean over all parameters, without scales; what was not rounded has the bits of the model's data type."""
     description = Node(report.model.description)
     stored, total = STORED_BITS.get(description["dtype"].text()), description["parameters"].whole()
     rounded = [(each.bits, each.parameters) for each in report.edit.modules if each.bits and each.parameters]

@@ -69,7 +69,11 @@ def _packed(checkpoint: Checkpoint, stem: str, scheme: Any, format_: str) -> Pac
         if f"{stem}{suffix}" in checkpoint
     }
     shape = _shape(checkpoint, main, stem, weights.num_bits)
-    expect(checkpoint, stored["weight_scale"], *_scale_shapes(shape, weights), of=name)
+    grids = _scale_shapes(shape, weights)
+    expect(checkpoint, stored["weight_scale"], *grids, of=name)
+    if not weights.symmetric:
+        words = math.ceil(shape[0] * weights.num_bits / 32)
+        expect(checkpoint, f"{stem}.weight_zero_point", *grids, (words, grids[0][-1] if grids[0] else 1), of=name)
     if weights.strategy == "tensor_group":
         expect(checkpoint, f"{stem}.weight_global_scale", (1,), (), of=name)
     scale = checkpoint.entries[stored["weight_scale"]].dtype

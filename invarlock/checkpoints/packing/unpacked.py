@@ -12,6 +12,7 @@ from invarlock.checkpoints.packing import compressed_tensors, fine_grained, word
 from invarlock.checkpoints.packing.packed import Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
+from invarlock.core.inputs import complaints_of
 
 LAYOUTS: Mapping[str, Layout] = {
     "compressed-tensors": compressed_tensors.packed_weights,
@@ -43,7 +44,8 @@ class UnpackedCheckpoint(Checkpoint):
             return super().__getitem__(name)
         weight = self.packed[name]
         parts = {part: self._read(self._stored[stored].file, stored) for part, stored in weight.stored.items()}
-        return weight.unpack(parts).to(weight.dtype)
+        with complaints_of(f"{self.folder}: {name} cannot be unpacked"):
+            return weight.unpack(parts).to(weight.dtype)
 
     def check_scales(self) -> None:
         """Refuse scales that no quantizer writes; reads all of them.
@@ -87,5 +89,6 @@ def method_of(config: Mapping[str, Any]) -> str:
     """
     settings = settings_of(config)
     if not settings:
-        return ""
+        # What is no section is no method that anybody knows, either.
+        return str(config.get("quantization_config") or "")
     return str(settings.get("quant_method", "mlx" if "quantization" in config else "None"))
