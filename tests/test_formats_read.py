@@ -85,6 +85,8 @@ def test_other_layouts_are_read_as_the_weights_that_they_stand_for_and_named(inv
     report = compared(invarlock)
     assert NAMED[method] in changes_in(report)
     assert sum(module["bits"] is not None for module in report["edit"]["modules"]) == 7
+    # What the configuration declares is in the files.
+    assert report["verdict"]["reasons"] == []
 
 
 @pytest.mark.parametrize("method", HOW)

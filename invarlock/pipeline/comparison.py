@@ -85,10 +85,12 @@ def _compare(
     tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
+    # Before the baseline is measured: an adapter may be broken.
+    edited = Subject.of(session, subject)
     guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Comparing(guarding, subject, weights, tokenizer, output), gone)
+    return judge(guarding, _Comparing(guarding, edited, weights, tokenizer, output), gone)
 
 
 def _prepare_baseline(
@@ -122,13 +124,13 @@ class _Comparing:
     def __init__(
         self,
         guarding: Guarding,
-        subject: str,
+        subject: Subject,
         before: Mapping[str, torch.Tensor],
         tokenizer: Choice,
         output: OutputFolder | None,
     ) -> None:
-        self._subject = Subject.of(guarding.session, subject)
-        self.plans = [self._subject.plan]
+        self._subject = subject
+        self.plans = [subject.plan]
         self.model: torch.nn.Module | None = None
         self._guarding, self._session = guarding, guarding.session
         self._before, self._tokenizer, self._output = before, tokenizer, output

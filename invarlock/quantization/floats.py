@@ -33,6 +33,8 @@ EMAX = 2
 """Exponent of the largest power of two of E2M1."""
 BIAS = 127
 """Of the exponent in E8M0 and in float32."""
+POWER_OF_TWO = 0x7F800000
+"""Bits of a float32 that are the largest power of two in it."""
 SMALLEST_E4M3 = 2.0**-9
 """A block of zeros needs a scale that is not zero."""
 
@@ -135,6 +137,7 @@ def _e4m3_scale(largest: Tensor, factor: Tensor) -> Tensor:
 
 def _e2m1_(numbers: Tensor) -> Tensor:
     """Round float32 numbers from -6 to 6 to E2M1, in place: in steps of 0.5 up to 2, of 1 up to 4, then of 2."""
-    magnitudes = numbers.abs()
-    steps = torch.where(magnitudes < 2, 0.5, torch.where(magnitudes < 4, 1.0, 2.0))
-    return numbers.div_(steps).round_().mul_(steps)
+    powers = (numbers.view(torch.int32) & POWER_OF_TWO).view(torch.float32)
+    # A number this much larger has no room for less than a step, half a power of two: the sum is rounded to even.
+    added = powers.clamp_(min=1).mul_(1.5 * 2**22)
+    return numbers.add_(added).sub_(added)

@@ -274,6 +274,8 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     method = check_unpackable(str(folder), options)
     if method and not isinstance(checkpoint, UnpackedCheckpoint):
         raise NotStreamedError(f"{folder}: cannot be streamed, its weights are packed by {method}")
+    if isinstance(checkpoint, UnpackedCheckpoint):
+        checkpoint.device = torch.device(_resolve(device))
     config = packing_left_out(_config_of(str(folder), options))
     wanted = options.get("dtype", "auto")
     dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)

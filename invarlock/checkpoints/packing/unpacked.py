@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from invarlock.checkpoints.packing import compressed_tensors, fine_grained, word_layouts
@@ -32,6 +33,8 @@ class UnpackedCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, layout: Layout, settings: Mapping[str, Any]) -> None:
         self.packed: Mapping[str, PackedWeight] = {}
+        self.device = torch.device("cpu")
+        """Where packed weights are unpacked."""
         super().__init__(folder)
         self._stored, packed = self.entries, {weight.name: weight for weight in layout(self, settings)}
         used = {name for weight in packed.values() for name in weight.stored.values()}
@@ -43,7 +46,8 @@ class UnpackedCheckpoint(Checkpoint):
         if name not in self.packed:
             return super().__getitem__(name)
         weight = self.packed[name]
-        parts = {part: self._read(self._stored[stored].file, stored) for part, stored in weight.stored.items()}
+        stored = {part: self._read(self._stored[name].file, name) for part, name in weight.stored.items()}
+        parts = {part: tensor.to(self.device) for part, tensor in stored.items()}
         with complaints_of(f"{self.folder}: {name} cannot be unpacked"):
             return weight.unpack(parts).to(weight.dtype)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 PACKED = re.compile(
-    r"\.(weight_packed|weight_scale|weight_scale_inv|weight_global_scale|qweight|SCB|absmax|weight_shape"
+    r"\.(weight_packed|weight_scale|weight_scale_inv|weight_global_scale|qweight|biases|SCB|absmax|weight_shape"
     r"|weight\.(SCB|absmax|quant_map|quant_state.*))$|_(blocks|scales)$"
 )
-"""Tensors that a packed weight leaves in a file, by all methods that transformers unpacks from plain tensors."""
+"""Tensors that a packed weight leaves in a file, by all methods whose tensors are plain ones."""
 CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
 UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "aqlm", "bitnet")
