@@ -32,7 +32,7 @@ def adapter(model: Any, modules: Any = MODULES, *, size: float = 0.02, rank: int
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank)
     described = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/checkpoint", "r": rank,
-        "lora_alpha": 8, "target_modules": [module.rpartition(".")[2] for module in modules],
+        "lora_alpha": 8, "target_modules": list(modules),
     }  # fmt: skip
     Path("adapter").mkdir()
     save_file(tensors, "adapter/adapter_model.safetensors", {"format": "pt"})
@@ -128,6 +128,23 @@ def test_what_is_stored_whole_replaces_the_bases(invarlock, base) -> None:
     save_file(load_file(path) | norm, path, {"format": "pt"})
     changed = {module["name"]: module["change"] for module in compared(invarlock, "adapter")["edit"]["modules"]}
     assert changed["model.norm.weight"] != "unchanged"
+
+
+def test_an_embedding_has_factors_of_its_own_beside_its_weight(invarlock, base) -> None:
+    adapter(base)
+    path, stem = "adapter/adapter_model.safetensors", "base_model.model.model.embed_tokens"
+    weight = base.get_input_embeddings().weight.detach()
+    down, up = 0.02 * torch.randn(4, len(weight)), torch.randn(weight.shape[1], 4)
+    embedding = {"base_layer.weight": weight + 1, "lora_embedding_A": down, "lora_embedding_B": up}
+    save_file(load_file(path) | {f"{stem}.{part}": tensor for part, tensor in embedding.items()}, path)
+    report = compared(invarlock, "adapter", "--weights-only")
+    merged(base, 2)
+    model = AutoModelForCausalLM.from_pretrained("merged")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(weight + 1 + 2 * (up @ down).T)
+    model.save_pretrained("merged")
+    by_hand = compared(invarlock, "merged", "--weights-only", out="by hand")
+    assert figures(report) == pytest.approx(figures(by_hand), rel=1e-5)
 
 
 @pytest.mark.parametrize(("named", "warns"), [("org/other", True), ("org/checkpoint", False), (None, False)])

@@ -73,7 +73,7 @@ class LoraAdapter:
         for option in UNMERGED:
             if settings.get(option):
                 raise InputError(f"{absolute(folder)}: {option} is set, and only plain LoRA can be merged")
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _tensors(folder).items()}
+        tensors = {_in_base(name): tensor for name, tensor in _tensors(folder).items()}
         updates = dict(_updates(folder, settings, tensors))
         replaced = {name: tensor for name, tensor in tensors.items() if not LOW_RANK.match(name)}
         if magnitudes := [name for name in replaced if ".lora_" in name]:
@@ -103,9 +103,9 @@ class LoraAdapter:
             parameters[name].copy_(self._merged(name, parameters[name]))
 
     def _merged(self, name: str, weight: Tensor) -> Tensor:
-        if name in self.updates:
-            return self.updates[name].added_to(weight)
-        return self.replaced[name].to(weight.device, weight.dtype) if name in self.replaced else weight
+        if name in self.replaced:
+            weight = self.replaced[name].to(weight.device, weight.dtype)
+        return self.updates[name].added_to(weight) if name in self.updates else weight
 
     def _check(self, parameters: Mapping[str, Tensor]) -> None:
         shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in self.updates.items()}
@@ -120,6 +120,11 @@ class LoraAdapter:
 
 def is_adapter(path: Path) -> bool:
     return (path / ADAPTER).is_file()
+
+
+def _in_base(name: str) -> str:
+    """The name of an adapter's tensor without the modules that peft puts around those of the base."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
