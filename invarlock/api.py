@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from invarlock import hookimpl as hookimpl
+    from invarlock.checkpoints.packing.unpacked import LAYOUTS as LAYOUTS
+    from invarlock.checkpoints.packing.unpacked import UnpackedCheckpoint as UnpackedCheckpoint
+    from invarlock.checkpoints.packing.unpacked import method_of as method_of
+    from invarlock.checkpoints.packing.unpacked import open_checkpoint as open_checkpoint
     from invarlock.checkpoints.reader import Checkpoint as Checkpoint
     from invarlock.checkpoints.soundness import READ as READ
     from invarlock.checkpoints.soundness import check_file as check_file
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from invarlock.core.errors import one_line as one_line
     from invarlock.core.inputs import complaints_of as complaints_of
     from invarlock.core.inputs import panics_unprinted as panics_unprinted
+    from invarlock.core.lazy import LazyTensor as LazyTensor
     from invarlock.core.memory import free_memory as free_memory
     from invarlock.core.paths import absolute as absolute
     from invarlock.core.paths import is_hub_id as is_hub_id
@@ -57,11 +62,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "invarlock": ("hookimpl",),
+    "invarlock.checkpoints.packing.unpacked": ("LAYOUTS", "UnpackedCheckpoint", "method_of", "open_checkpoint"),
     "invarlock.checkpoints.reader": ("Checkpoint",),
     "invarlock.checkpoints.soundness": ("READ", "check_file", "check_folder", "read_json"),
     "invarlock.checkpoints.streaming": ("Part", "attach"),
     "invarlock.core.errors": ("InputError", "NotStreamedError", "UsageError", "named_by", "nearest", "one_line"),
     "invarlock.core.inputs": ("complaints_of", "panics_unprinted"),
+    "invarlock.core.lazy": ("LazyTensor",),
     "invarlock.core.memory": ("free_memory",),
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),

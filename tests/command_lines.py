@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -50,6 +51,22 @@ def _run(path: Path) -> None:
     assert main(["run", "--demo", "--quiet", "--out", str(path), *settings]) == 0
 
 
+def _adapter(path: Path) -> None:
+    """A LoRA of one weight of the demo model."""
+    import torch
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    stem = "base_model.model.model.layers.0.mlp.up_proj"
+    shapes = {"A": (2, 128), "B": (384, 2)}
+    save_file(
+        {f"{stem}.lora_{part}.weight": torch.full(shape, 1e-3) for part, shape in shapes.items()},
+        path / "adapter_model.safetensors",
+    )
+    described = {"peft_type": "LORA", "base_model_name_or_path": "original", "r": 2, "lora_alpha": 2}
+    (path / "adapter_config.json").write_text(json.dumps(described))
+
+
 def _keys(path: Path) -> None:
     """A pair of keys, as docs/evidence.md makes them."""
     openssl = partial(subprocess.run, check=True, capture_output=True)
@@ -59,6 +76,7 @@ def _keys(path: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     r"(path/to/)?(original|quantized|checkpoint)|CHECKPOINT": _checkpoint,
+    r"path/to/adapter": _adapter,
     r"held-out\.jsonl": _text,
     r"config\.yaml": _config,
     r"runs/[\w-]+(/model)?": _run,

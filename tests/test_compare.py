@@ -5,17 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-import transformers
 from conftest import DEMO, read_report
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from invarlock.config.loading import load
@@ -26,7 +22,6 @@ from invarlock.quantization import Plan, Scheme, WeightLayout, fake_quantize_, q
 from invarlock.quantization.grids import infer_grid
 from invarlock.reporting.report import json_schema
 from invarlock.testing import architectures
-from plugins_builtin.adapters.hf import HF_Causal_Adapter
 
 BASELINE = DEMO / "checkpoint"
 SMALL = ("--set", "dataset.seq_len=64", "--set", "dataset.final_n=6", "--set", "dataset.preview_n=2")
@@ -224,78 +219,3 @@ def test_codes_of_other_libraries_are_judged_as_the_weights_that_they_stand_for(
     changed = [module for module in modules if module["change"] != "unchanged"]
     assert len(changed) == 28
     assert all(0 < module["relative_error"] < 0.2 for module in changed)
-
-
-def words(codes: torch.Tensor, order: Iterable[int] = range(8)) -> torch.Tensor:
-    """Codes of 4 bits, eight to a word of 32 bits along the last axis."""
-    eights = codes.long().unflatten(-1, (-1, 8))
-    packed = sum(eights[..., which] << 4 * place for place, which in enumerate(order))
-    return packed.to(torch.uint32).view(torch.int32)
-
-
-def packed_as(method: str, folder: Path) -> dict[str, torch.Tensor]:
-    """A small Qwen2, which has biases, in 4 bits and groups of 32 as gptq or awq store them; its weights, by name."""
-    config = transformers.Qwen2Config(
-        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(config).half()
-    state, weights = model.state_dict(), {}
-    del state["lm_head.weight"]
-    for name in [name for name in state if name.endswith("proj.weight")]:
-        stem, weight = name.removesuffix(".weight"), state.pop(name)
-        if f"{stem}.bias" in state:
-            state[f"{stem}.bias"].normal_()
-        inputs = weight.shape[1]
-        groups = weight.float().unflatten(1, (-1, 32))
-        scales = ((groups.amax(-1) - groups.amin(-1)) / 15).half()
-        zeros = (-groups.amin(-1) / scales).round().clamp(1, 15)
-        codes = (groups / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
-        weights[name] = ((codes - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(1)
-        state[f"{stem}.scales"] = scales.T
-        if method == "gptq":
-            state[f"{stem}.qweight"] = words(codes.flatten(1)).T
-            state[f"{stem}.qzeros"] = words(zeros.T - 1)
-            state[f"{stem}.g_idx"] = torch.arange(inputs, dtype=torch.int32) // 32
-        else:
-            order = (0, 2, 4, 6, 1, 3, 5, 7)
-            state[f"{stem}.qweight"], state[f"{stem}.qzeros"] = words(codes.flatten(1).T, order), words(zeros.T, order)
-    model.save_pretrained("dense")
-    how = {"gptq": {"desc_act": False, "sym": False}, "awq": {"zero_point": True, "version": "gemm"}}[method]
-    config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 32} | how
-    config.save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(settings))
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
-    return weights | {name: tensor.float() for name, tensor in state.items() if name.endswith(".bias")}
-
-
-# Of gptqmodel, which leaves folders, too.
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_weights_that_gptq_and_awq_packed_are_judged_as_what_they_stand_for(invarlock, method: str) -> None:
-    pytest.importorskip("gptqmodel")
-    wanted = packed_as(method, Path("packed"))
-    model = HF_Causal_Adapter().load_model("packed", "cpu")
-    assert "quantization_config" not in model.config.to_dict()
-    found = {name: parameter.float() for name, parameter in model.named_parameters() if name in wanted}
-    assert found.keys() == wanted.keys()
-    assert all(torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-7) for name in wanted)
-    arguments = ("--baseline", "dense", "--subject", "packed", "--weights-only", "--out", "out")
-    assert invarlock("compare", *arguments).code in (0, 1)
-    modules = read_report(Path("out"))["edit"]["modules"]
-    assert sum("16 levels a group of 32" in module["change"] for module in modules) == 7
-
-
-@pytest.mark.parametrize(("method", "packages"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel")])
-def test_what_reads_packed_weights_is_named_where_it_is_missing(invarlock, monkeypatch, method, packages) -> None:
-    for package in packages.split():
-        monkeypatch.setitem(sys.modules, package, None)
-    packed_as(method, Path("packed"))
-    done = invarlock("compare", "--baseline", "dense", "--subject", "packed", "--weights-only", "--out", "out")
-    assert done.code == 2
-    said = f"subject: packed: its weights are packed by {method}; to unpack them: pip install {packages}\n"
-    assert done.err.splitlines()[-1:] == [f"invarlock: error: {said}".strip()]
-    assert not Path("out").exists()

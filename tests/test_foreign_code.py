@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, read_report
 
 from invarlock import adapters
 
@@ -148,3 +148,62 @@ def test_code_that_is_trusted_runs(needy: Path, invarlock) -> None:
     )
     assert done.code == 2
     assert Path("RAN").exists()
+
+
+TRUSTED = ("--set", "model.trust_remote_code=true")
+CODE = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class {name}(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def own_model(name: str, auto_class: str) -> Path:
+    """The demo model as a class that its own code defines."""
+    folder = Path("own")
+    shutil.copytree(DEMO / "checkpoint", folder)
+    mapped = {"AutoConfig": "modeling_own.OwnConfig", auto_class: f"modeling_own.{name}"}
+    edit_json(folder / "config.json", auto_map=mapped, model_type="own", architectures=[name])
+    (folder / "modeling_own.py").write_text(CODE.format(name=name))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class"),
+    [
+        ("OwnForCausalLM", "AutoModelForCausalLM"),
+        ("OwnModel", "AutoModelForCausalLM"),
+        ("OwnForCausalLM", "AutoModel"),
+        ("OwnForConditionalGeneration", "AutoModel"),
+    ],
+)
+@pytest.mark.parametrize("options", [("--generated",), ("--weights-only",)])
+def test_trusted_code_loads_what_transformers_loads_and_is_reported(invarlock, name, auto_class, options) -> None:
+    folder = own_model(name, auto_class)
+    done = invarlock(
+        "compare", "--baseline", DEMO / "checkpoint", "--subject", folder, "--out", "out", *TRUSTED, *options, *SMALL
+    )
+    assert done.code in (0, 1), done.err
+    report = read_report(Path("out"))
+    assert report["model"]["own_code"] == ["modeling_own.py"]
+    assert {module["change"] for module in report["edit"]["modules"]} == {"unchanged"}
+    assert "code beside the weights ran: modeling_own.py" in invarlock("report", "out").out
+
+
+def test_trusted_code_is_quantized_and_saved_with_the_model(invarlock, config) -> None:
+    path = config(model={"id": str(own_model("OwnModel", "AutoModelForCausalLM")), "trust_remote_code": True})
+    done = invarlock("run", "-c", path, "--out", "out", "--set", "output.save_model=true", *SMALL)
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["model"]["own_code"] == ["modeling_own.py"]
+    assert Path("out/model/modeling_own.py").is_file()
+
+
+def test_no_code_is_reported_where_none_ran(invarlock) -> None:
+    assert invarlock("run", "--demo", "--out", "out", *TRUSTED, *SMALL).code == 0
+    assert read_report(Path("out"))["model"]["own_code"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ import interpreted_kernel
 import pytest
 import torch
 from conftest import read_report
+from packed_checkpoints import HOW, compressed, packed_as
+from packed_checkpoints import SCHEMES as SCHEMES_OF_LIBRARY
 
+from invarlock.checkpoints.packing.unpacked import UnpackedCheckpoint, open_checkpoint
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.evaluation.passes import measure
@@ -47,6 +51,38 @@ def test_a_weight_is_rounded_to_the_same_bits(scheme, dtype, layout, triton, mon
         assert torch.equal(weight.view(bits), there.cpu().view(bits)), make.__name__
         assert done.effect.relative_error == pytest.approx(here.effect.relative_error, rel=1e-5)
         assert done.effect.non_finite_rows == here.effect.non_finite_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format_", ["fp8", "mxfp4", "nvfp4"])
+def test_a_weight_is_rounded_to_the_same_floats(format_: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(640, 960, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3, 5] = math.nan
+    there = weight.cuda()
+    for one in (weight, there):
+        fake_quantize_(one, Plan(format=format_))
+    assert torch.equal(weight.nan_to_num(), there.cpu().nan_to_num())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("scheme", ["fp8-block", "nvfp4", "mxfp4", "int4-asymmetric"])
+def test_a_packed_weight_is_unpacked_to_the_same_numbers(scheme: str) -> None:
+    compressed(Path("packed"), {"Linear": SCHEMES_OF_LIBRARY[scheme]})
+    _compare_devices()
+
+
+@pytest.mark.parametrize("method", HOW)
+def test_a_weight_in_words_is_unpacked_to_the_same_numbers(method: str) -> None:
+    packed_as(method, Path("packed"))
+    _compare_devices()
+
+
+def _compare_devices() -> None:
+    here, there = open_checkpoint(Path("packed")), open_checkpoint(Path("packed"))
+    assert isinstance(there, UnpackedCheckpoint)
+    there.device = torch.device("cuda")
+    for name in there.packed:
+        assert torch.equal(here[name], there[name].cpu()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

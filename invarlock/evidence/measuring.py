@@ -21,9 +21,10 @@ from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
-from invarlock.pipeline.comparison import load, unreadable_windows
+from invarlock.pipeline.comparison import unreadable_windows
 from invarlock.pipeline.own_tokenizer import read_with
-from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.subject import Subject, load
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -76,7 +77,7 @@ def measure_again(
         # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
         del model
         gc.collect()
-        model, adapter = load(session, subject, on_disk=streamed, key=SUBJECT)
+        model, adapter = Subject.of(session, subject).load(on_disk=streamed)
     if subject is not None:
         again.subject(model, adapter, subject)
     for side, given in (("baseline", checkpoints.baseline), ("edited", subject)):

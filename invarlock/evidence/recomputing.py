@@ -28,6 +28,8 @@ from invarlock.reporting.report import Report
 
 NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
 _BITS = re.compile(r"\((\d+) bits\)$")
+_OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits a weight\)$")
+"""A type of GGUF: its name has the bits of a code, and scales count among those a weight."""
 """In the change of a weight that lies on a grid."""
 
 
@@ -150,7 +152,7 @@ def _planned(weight: EditedWeight, report: Report, config: RunConfig) -> dict[st
 
 
 def _compared(weight: EditedWeight) -> dict[str, Any]:
-    grid = _BITS.search(weight.change)
+    grid = _BITS.search(weight.change) or _OF_BLOCKS.search(weight.change)
     found: dict[str, Any] = {"bits": int(grid[1]) if grid else None}
     return found | ({"relative_error": 0.0} if not weight.is_changed else {})
 

@@ -1,4 +1,4 @@
-"""Export as compressed-tensors, ``pack-quantized``: integer codes in int32 words, with a scale a channel or group.
+"""Export as compressed-tensors: integer codes in int32 words, FP8, MXFP4 or NVFP4, with their scales.
 
 vLLM and transformers load it. The numbers are those of ``code * scale``, as they stand in the model, exactly.
 """
@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
+from invarlock.quantization.floats import E4M3, FloatGrid, codes, exponents
 from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
+
+LAYOUTS = {
+    "int": "pack-quantized", "fp8": "float-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized",
+}  # fmt: skip
+"""The library's name for the layout of each format of a plan."""
+SCALE_DTYPES = {"mxfp4": torch.uint8, "nvfp4": E4M3}
+"""As the library's own presets have them."""
 
 
 class CompressedTensors(Exporter):
@@ -42,28 +50,17 @@ class CompressedTensors(Exporter):
     def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         if parameters is None:
             return {name: weight}
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-        scales = parameters.scales
-        return {
-            f"{name}_packed": pack_to_int32(parameters.codes(weight), plan.bitwidth),
-            f"{name}_scale": scales if plan.per_channel else scales.flatten(),
-            f"{name}_shape": torch.tensor(weight.shape),
-        }
+        pack = _integers if plan.format == "int" else _fp8 if plan.format == "fp8" else _fp4
+        return {f"{name}{suffix}": tensor for suffix, tensor in pack(weight, plan, parameters).items()}
 
     def finish(self, folder: Path, saved: SavedModel) -> None:
         """Say in ``config.json`` which weights are packed, and how."""
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-        plan = saved.plan
-        strategy = "group" if plan.group_size else "channel" if plan.per_channel else "tensor"
-        weights = QuantizationArgs(
-            num_bits=plan.bitwidth, type="int", symmetric=True, strategy=strategy, group_size=plan.group_size
-        )
         linear = (name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear))
         described = QuantizationConfig(
-            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-            format="pack-quantized",
+            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=_described(saved.plan))},
+            format=LAYOUTS[saved.plan.format],
             quantization_status="compressed",
             ignore=[name for name in linear if f"{name}.weight" not in saved.quantized],
         )
@@ -74,3 +71,47 @@ class CompressedTensors(Exporter):
 
 
 EXPORTER = CompressedTensors()
+
+
+def _described(plan: Plan) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    blocks = "tensor_group" if plan.format == "nvfp4" else "group"
+    scales = SCALE_DTYPES.get(plan.format)
+    return QuantizationArgs(
+        num_bits=plan.bitwidth,
+        type="float" if plan.of_floats else "int",
+        symmetric=True,
+        strategy=blocks if plan.group_size else "channel" if plan.per_channel else "tensor",
+        group_size=plan.group_size,
+        **({"scale_dtype": scales, "zp_dtype": scales} if scales else {}),
+    )
+
+
+def _integers(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    return {
+        "_packed": pack_to_int32(parameters.codes(weight), plan.bitwidth),
+        "_scale": _scales(plan, parameters),
+        "_shape": torch.tensor(weight.shape),
+    }
+
+
+def _fp8(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+    numbers = codes(plan.format, weight, parameters.scales)
+    return {"": numbers.to(E4M3), "_scale": _scales(plan, parameters)}
+
+
+def _fp4(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    scales, grid = parameters.scales, parameters.grids[0][0][0]
+    packed = {"_packed": pack_fp4_to_uint8(codes(plan.format, weight, scales).to(torch.bfloat16))}
+    if isinstance(grid, FloatGrid) and grid.factor is not None:
+        return {**packed, "_scale": (scales * grid.factor).to(E4M3), "_global_scale": grid.factor.view(1)}
+    return {**packed, "_scale": exponents(scales)}
+
+
+def _scales(plan: Plan, parameters: RoundedWeight) -> Tensor:
+    return parameters.scales if plan.per_channel else parameters.scales.flatten()

@@ -1,4 +1,4 @@
-"""Export as GGUF with Q8_0 blocks: 32 codes of 8 bits and a float16 scale, for llama.cpp and what is built on it.
+"""Export as GGUF for llama.cpp and what is built on it: Q4_0, Q5_0 and Q8_0, blocks of 32 codes and a float16 scale.
 
 The numbers are those of ``code * scale``, as they stand in the model, exactly, because weights are rounded to the same
 blocks and scales.
@@ -22,6 +22,8 @@ from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
 BLOCK = 32
+TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
+"""By the bits of a code."""
 ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
 USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -60,8 +62,10 @@ class Gguf(Exporter):
     loading = f'from_pretrained(".", gguf_file="{FILE}")'
 
     def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-        if (plan.bitwidth, plan.symmetric, plan.group_size) != (8, True, BLOCK):
-            return f"Q8_0 is 8 bits, symmetric, in groups of {BLOCK}: set `bitwidth` 8 and `group_size` 32"
+        if plan.of_floats or plan.bitwidth not in TYPES or not plan.symmetric or plan.group_size != BLOCK:
+            types = ", ".join(TYPES.values())
+            asked = f"set `bitwidth` 4, 5 or 8 and `group_size` {BLOCK}, not {plan.described}"
+            return f"its blocks are {types}, symmetric, in groups of {BLOCK}: {asked}"
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", None)
         if kind not in ARCHITECTURES:
@@ -79,7 +83,9 @@ class Gguf(Exporter):
         for target in targets:
             if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
                 held = f"weights of Linear with a multiple of {BLOCK} inputs"
-                return f"Q8_0 holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
+                return (
+                    f"{TYPES[plan.bitwidth]} holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
+                )
         if tokenizer is None or not _is_byte_level(tokenizer):
             return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
         if _splitting(tokenizer) is None:
@@ -91,10 +97,10 @@ class Gguf(Exporter):
         """Write ``model.gguf`` beside the tokenizer's own files."""
         import gguf
 
-        model, config = saved.model, saved.model.config
+        model, config, kind = saved.model, saved.model.config, TYPES[saved.plan.bitwidth]
         architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
         writer = gguf.GGUFWriter(folder / FILE, config.model_type)
-        _write_configuration(writer, config)
+        _write_configuration(writer, config, gguf.LlamaFileType[f"MOSTLY_{kind}"])
         _write_tokenizer(writer, folder, saved.tokenizer, config.vocab_size)
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -104,11 +110,11 @@ class Gguf(Exporter):
             stem, _, suffix = name.rpartition(".")
             target = f"{names.get_name(stem)}.{suffix}"
             if parameters := saved.quantized.get(name):
-                blocks = _rotary_order(name, _blocks(tensor, parameters), config).cpu().numpy()
-                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+                blocks = _rotary_order(name, _blocks(tensor, parameters, saved.plan.bitwidth), config).cpu().numpy()
+                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
             else:
-                numbers, kind = _plain(_rotary_order(name, tensor, config))
-                writer.add_tensor(target, numbers, raw_dtype=kind)
+                numbers, own = _plain(_rotary_order(name, tensor, config))
+                writer.add_tensor(target, numbers, raw_dtype=own)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -118,9 +124,7 @@ class Gguf(Exporter):
 EXPORTER = Gguf()
 
 
-def _write_configuration(writer: Any, config: Any) -> None:
-    import gguf
-
+def _write_configuration(writer: Any, config: Any, file_type: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -134,7 +138,7 @@ def _write_configuration(writer: Any, config: Any) -> None:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(file_type)
 
 
 def _write_tokenizer(writer: Any, folder: Path, tokenizer: Any, rows: int) -> None:
@@ -210,8 +214,19 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
     return tensor.cpu().contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
 
 
-def _blocks(rounded: Tensor, parameters: RoundedWeight) -> Tensor:
-    """Rows of Q8_0 blocks as bytes: for each block its float16 scale, then 32 codes."""
+def _blocks(rounded: Tensor, parameters: RoundedWeight, bits: int) -> Tensor:
+    """Rows of blocks as bytes: for each block its float16 scale, then 32 codes."""
     scales = parameters.scales.unsqueeze(-1)
     codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)
-    return torch.cat([scales.view(torch.uint8), codes.view(torch.uint8)], dim=-1).flatten(1)
+    packed = codes.view(torch.uint8) if bits == 8 else _nibbles((codes + 2 ** (bits - 1)).to(torch.uint8), bits)
+    return torch.cat([scales.view(torch.uint8), packed], dim=-1).flatten(1)
+
+
+def _nibbles(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 4 or 5 bits: the fifth bits in front, then the first 16 codes and the last 16 side by side."""
+    low, high = codes & 15, codes >> 4
+    halves = low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4
+    if bits == 4:
+        return halves
+    places = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=codes.device)
+    return torch.cat([(high.view(*high.shape[:-1], -1, 8) * places).sum(-1, dtype=torch.uint8), halves], dim=-1)

@@ -65,11 +65,7 @@ class Export:
 
     @property
     def described(self) -> str:
-        plan = self.plan
-        grain = f"groups of {plan.group_size}" if plan.group_size else "per output channel"
-        grain = grain if plan.per_channel else "per tensor"
-        kind = "symmetric" if plan.symmetric else "asymmetric"
-        return f"{plan.bitwidth} bits, {kind}, {grain}, {self.exporter.name}"
+        return f"{self.plan.described}, {self.exporter.name}"
 
 
 def _shard_size(source: str) -> int | str:

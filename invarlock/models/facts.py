@@ -92,3 +92,10 @@ def text_config_of(model: nn.Module) -> Any:
     """Configuration of the part that reads text; None where the model has no configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def own_code_of(loaded: object) -> str | None:
+    """The file beside a checkpoint's weights that defines the class of what was loaded; None where a library does."""
+    # The package that transformers makes of such files.
+    package, _, module = type(loaded).__module__.rpartition(".")
+    return f"{module}.py" if package.partition(".")[0] == "transformers_modules" else None

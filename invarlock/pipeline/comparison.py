@@ -9,7 +9,9 @@ import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import UsageError, named_by, one_line
+from invarlock.core.errors import named_by
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
@@ -33,10 +35,11 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
-from invarlock.pipeline.session import BASELINE, SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.stored_formats import formats_of, named_by_format
+from invarlock.pipeline.subject import Subject, load
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
-from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.reporting.report import COMPARE
 
@@ -82,10 +85,12 @@ def _compare(
     tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
+    # Before the baseline is measured: an adapter may be broken.
+    edited = Subject.of(session, subject)
     guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Subject(guarding, subject, weights, tokenizer, output), gone)
+    return judge(guarding, _Comparing(guarding, edited, weights, tokenizer, output), gone)
 
 
 def _prepare_baseline(
@@ -111,17 +116,7 @@ def _prepare_baseline(
     return guarding, weights, Gone(watched.digest, watched.streamed)
 
 
-def load(session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE) -> tuple[torch.nn.Module, Adapter]:
-    """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
-    if on_disk:
-        try:
-            return session.load(model_id, stream=True, key=key)
-        except UsageError as error:
-            log.info("%s; loading the whole model", one_line(error))
-    return session.load(model_id, key=key)
-
-
-class _Subject:
+class _Comparing:
     """Another checkpoint in place of an edit: it is loaded once, and only read."""
 
     name = COMPARE
@@ -129,30 +124,32 @@ class _Subject:
     def __init__(
         self,
         guarding: Guarding,
-        subject: str,
+        subject: Subject,
         before: Mapping[str, torch.Tensor],
         tokenizer: Choice,
         output: OutputFolder | None,
     ) -> None:
-        self.plans = [{"subject": subject}]
+        self._subject = subject
+        self.plans = [subject.plan]
         self.model: torch.nn.Module | None = None
-        self._guarding, self._session, self._subject = guarding, guarding.session, subject
+        self._guarding, self._session = guarding, guarding.session
         self._before, self._tokenizer, self._output = before, tokenizer, output
         self._watched: Watched = Gone()
 
     def apply(self, number: int) -> Edited:
-        guarding, session = self._guarding, self._session
-        model, adapter = load(session, self._subject, on_disk=guarding.windows is None, key=SUBJECT)
+        guarding, session, subject = self._guarding, self._session, self._subject
+        model, adapter = subject.load(on_disk=guarding.windows is None)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
             changes = find_changes(model, self._before, guarding.baseline.tokenizer)
+            tensors = named_by_format(changes.tensors, formats_of(model, Path(subject.model_id)))
         with named_by(SUBJECT), session.clock.stage("windows"):
-            own = LoadedTokenizer(adapter, self._subject, session.trust, required=False, wanted=True).live
+            own = LoadedTokenizer(adapter, subject.tokenizer_id, session.trust, required=False, wanted=True).live
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
         reason = reading.unreadable
         if reason is None and reading.same_text is None:
             reason = unreadable_windows(guarding.windows, guarding.baseline.task, model)
-        findings = reading.findings
+        findings = [*subject.findings(), *reading.findings]
         if reason:
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
         return Edited(
@@ -160,10 +157,10 @@ class _Subject:
             self._watched,
             self.name,
             self.plans[0],
-            changes.tensors,
+            tensors,
             self._before,
             [*changes.findings, *findings],
-            touched(guarding.baseline.declared, Declared.of(model, self._subject), guarding.windows),
+            touched(guarding.baseline.declared, Declared.of(model, subject.model_id), guarding.windows),
             unreadable=reason is not None,
             tokenizer=own if self._tokenizer == "own" else None,
             same_text=reading.same_text,
@@ -180,18 +177,18 @@ class _Subject:
     def _watching(self, model: torch.nn.Module) -> Watched:
         """The subject as it has to stay: its files can be read again."""
         if streaming := streaming_of(model):
-            return WatchingStreamed.of(model, streaming)
+            return replace(WatchingStreamed.of(model, streaming), plan=self._subject.plan)
         # Without self, which would be a cycle that keeps the baseline's weights on disk.
-        session, subject, structure = self._session, self._subject, Structure(model)
+        subject, clock, structure = self._subject, self._session.clock, Structure(model)
 
         def read_again() -> None:
             structure.restore()
-            fresh, _ = session.load(subject, key=SUBJECT)
+            fresh, _ = subject.load(on_disk=False)
             kept = dict(named_tensors(fresh))
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data
 
-        return Loaded.of(model, session.clock, read_again)
+        return Loaded.of(model, clock, read_again)
 
 
 def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:

@@ -21,8 +21,10 @@ EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
 
 
 def plans_of(config: RunConfig) -> list[Plan]:
-    """The plan of each attempt: after a rollback one more bit, up to 8."""
+    """The plan of each attempt: after a rollback one more bit, up to 8; a format of floats has as many as it has."""
     plan = config.edit.plan
+    if plan.of_floats:
+        return [plan]
     widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
     return [dataclasses.replace(plan, bitwidth=width) for width in widths]
 
@@ -51,15 +53,18 @@ def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
     return Export(found.value, config.edit.plan, config.model.id)
 
 
-def check(export: Export, model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any) -> None:
-    """Refuse, before the run starts, what the format cannot hold.
+def check(
+    export: Export, plans: Sequence[Plan], model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any
+) -> None:
+    """Refuse, before the run starts, what the format cannot hold of any attempt.
 
     :raises UsageError: with the reason, and what to use instead.
     """
     exporter = export.exporter
-    if reason := exporter.refuse(export.plan, targets, model, tokenizer):
-        problem = f"{exporter.name}: {as_keys(reason)}"
-        raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
+    for plan in plans:
+        if reason := exporter.refuse(plan, targets, model, tokenizer):
+            problem = f"{exporter.name}: {as_keys(reason)}"
+            raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
 
 
 @contextmanager

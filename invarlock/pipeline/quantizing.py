@@ -59,7 +59,7 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     targets = targets_of(config, model)
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        check(export, model, targets, baseline.tokenizer)
+        check(export, plans_of(config), model, targets, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper(loaded, adapter)

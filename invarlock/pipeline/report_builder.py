@@ -10,18 +10,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from invarlock import __version__
+from invarlock.checkpoints.storage import storage_of
 from invarlock.core.results import EditedWeight
+from invarlock.models.facts import own_code_of
 from invarlock.pipeline.attempts import Attempt, Editor
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.session import Session
-from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report
+from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report, StorageSection
 
 
 def assemble(
@@ -50,11 +53,16 @@ def assemble(
             fingerprint_after=after.digest,
             restored=restored,
             streamed=before.streamed,
+            own_code=_own_code(guarding, editor),
         ),
         edit=edit,
         guards=last.guards,
         metrics=last.metrics,
         coverage=last.coverage,
+        storage=StorageSection(
+            storage_of(Path(guarding.config.model.id)),
+            storage_of(Path(edit.plan["subject"])) if edit.is_comparison else None,
+        ),
         verdict=last.verdict,
         attempts=[_summary(attempt) for attempt in attempts],
         timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},
@@ -103,6 +111,11 @@ def _edit(editor: Editor, last: Attempt) -> EditSection:
     if edit.is_comparison:
         edit.plan["families"] = families(last.modules)
     return edit
+
+
+def _own_code(guarding: Guarding, editor: Editor) -> list[str]:
+    files = [guarding.baseline.own_code, own_code_of(editor.model)]
+    return sorted({file for file in files if file})
 
 
 def _summary(attempt: Attempt) -> AttemptSection:

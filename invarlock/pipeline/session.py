@@ -27,7 +27,7 @@ from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.models.autograd import start_contexts
 from invarlock.models.batches import batch_size
-from invarlock.models.facts import task_of
+from invarlock.models.facts import own_code_of, task_of
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
@@ -160,6 +160,7 @@ class Baseline:
         """Of a model that is spread over the processes."""
         self._view_state = ModelState.of(self.view.model) if self.view else None
         self.declared = Declared.of(model, config.model.id)
+        self.own_code = own_code_of(model)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
             reads_text = not config.dataset.is_generated or self.task == "masked"

@@ -80,7 +80,7 @@ def _run_streamed(
     reads_text = not config.dataset.is_generated
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
-        check(export, model, targets, baseline.tokenizer)
+        check(export, plans_of(config), model, targets, baseline.tokenizer)
         _check_packable(export, streaming, targets)
     windows = baseline.make_windows(model) if reads_text else None
     if windows is None:

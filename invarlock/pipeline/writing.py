@@ -11,7 +11,10 @@ from typing import Any
 from invarlock.checkpoints.checksums import digests
 from invarlock.checkpoints.output_folder import OutputFolder, unwritable_said, write_text
 from invarlock.checkpoints.shard_writer import ShardedOutput
+from invarlock.checkpoints.storage import storage_of
 from invarlock.core.errors import InvarlockError, one_line
+from invarlock.core.plain import OWN, plain
+from invarlock.core.storage import Storage
 from invarlock.pipeline.clock import Clock
 from invarlock.reporting.page import render_html
 from invarlock.reporting.report import to_json
@@ -42,6 +45,7 @@ def write(
                 folder.mkdir(exist_ok=True)
                 with clock.stage("save"):
                     save(folder, report=report)
+                report["storage"]["after"] = plain(_storage_of(folder), OWN)
                 with clock.stage("digests"):
                     report["artifacts"] |= digests(folder, "model")
                 write_text(folder / "report.json", to_json(report))
@@ -50,6 +54,11 @@ def write(
         unsigned = _sign(output, new)
     if unsigned:
         raise unsigned
+
+
+def _storage_of(folder: Path) -> Storage | None:
+    """Of a saved model, whichever of the formats it is in."""
+    return storage_of(next(iter(sorted(folder.glob("*.gguf"))), folder))
 
 
 def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:

@@ -237,8 +237,10 @@ class PluginManager:
         return self._ask_every_adapter(model_id, device, options)
 
     def _ask_every_adapter(self, model_id: str, device: str, options: Mapping[str, Any]) -> tuple[Any, Adapter]:
-        reasons = []
-        adapters = {id(plugin.instance): plugin for plugin in self.catalog.of_kind(Kind.ADAPTER)}
+        known = self.catalog.of_kind(Kind.ADAPTER)
+        # First: one that lacks its library may be the one that would own it.
+        reasons = [f"{plugin.name} {plugin.error}" for plugin in known if plugin.status is Status.MISSING]
+        adapters = {id(plugin.instance): plugin for plugin in known}
         called = [id(instance) for instance in self._in_call_order("invarlock_load_model")]
         for plugin in [adapters[instance] for instance in called if instance in adapters]:
             try:

@@ -28,13 +28,14 @@ from torch import Tensor
 from invarlock.core.results import EditedWeight
 from invarlock.models.kernels import takes_triton
 from invarlock.models.sizes import sizes_of
+from invarlock.quantization.floats import Clip, FloatGrid, grid_over
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Clip = tuple[float, float]
-"""The smallest and the largest number that clipping leaves."""
+GridOver = Callable[..., "_Grid | FloatGrid"]
+"""As ``_Grid.over``."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class RoundedWeight:
     """
 
     sums: Sums
-    grids: Sequence[Sequence[Sequence[_Grid]]]
+    grids: Sequence[Sequence[Sequence[_Grid | FloatGrid]]]
     """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     scale_dtype: torch.dtype
 
@@ -65,7 +66,7 @@ class RoundedWeight:
         """Whole numbers, float32; None where zero is in the middle of the grid."""
         return None if self.grids[0][0][0].zero is None else self._joined(lambda grid: grid.zero)
 
-    def _joined(self, of: Callable[[_Grid], Any]) -> Tensor:
+    def _joined(self, of: Callable[[Any], Any]) -> Tensor:
         matrices = [
             torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
             for rows in self.grids
@@ -128,7 +129,9 @@ def fake_quantize_(
     if reason := unfit(weight, layout):
         raise PlanError(f"the weight {reason}")
     sums = Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
-    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or weight.dtype)
+    # Scales of blocks are of a format's own type, which float32 holds.
+    kept = torch.float32 if scheme.of_floats and scheme.of_floats.block else weight.dtype
+    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or kept)
     if weight.numel():
         target = weight.detach()
         matrices = layout.matrices(target)
@@ -257,7 +260,7 @@ class _Rounder:
     sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
-    grids: list[list[list[_Grid]]] = field(default_factory=list)
+    grids: list[list[list[_Grid | FloatGrid]]] = field(default_factory=list)
 
     def matrix_(self, matrix: Tensor) -> None:
         """Round a matrix (out, in) in place."""
@@ -277,21 +280,22 @@ class _Rounder:
         self.sums.of_device.append(rows.sums)
         self.grids.append([[_Grid(rows.scales, rows.zero_points, *self.scheme.code_range, finite=True)]])
 
-    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[_Grid]]:
+    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[_Grid | FloatGrid]]:
         at_once = _rows_at_once(matrix)
         together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
-        return [self._rows_(rows, at_once, clip) for rows in together]
+        over = grid_over(matrix, self.scheme, clip) if self.scheme.of_floats else _Grid.over
+        return [self._rows_(rows, at_once, clip, over) for rows in together]
 
-    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None) -> list[_Grid]:
+    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None, over: GridOver) -> list[_Grid | FloatGrid]:
         """Round rows that share no scale with rows elsewhere."""
         parts = _parts(rows, self.scheme.group_size)
-        grids = [_Grid.over(part, self.scheme, clip, self.scale_dtype) for part in parts]
+        grids = [over(part, self.scheme, clip, self.scale_dtype) for part in parts]
         if clip or not all(grid.finite for grid in grids):
             finite = _finite_rows(rows)
             if not finite.all():
                 kept = rows[finite]
                 self.sums.non_finite_rows += len(rows) - len(kept)
-                of_finite = self._rows_(kept, at_once, clip) if len(kept) else grids
+                of_finite = self._rows_(kept, at_once, clip, over) if len(kept) else grids
                 rows[finite] = kept
                 return grids if self.scheme.per_channel else of_finite
         for part, grid in zip(parts, grids, strict=True):
@@ -299,7 +303,7 @@ class _Rounder:
                 self._block_(block, grid, clip)
         return grids
 
-    def _block_(self, block: Tensor, grid: _Grid, clip: Clip | None) -> None:
+    def _block_(self, block: Tensor, grid: _Grid | FloatGrid, clip: Clip | None) -> None:
         in_place = block.dtype == torch.float32
         if in_place and not self.sums.measure:
             grid.snap_(self._clip_(block, clip) if clip else block)
@@ -327,6 +331,8 @@ class _Rounder:
 def kernel_for(matrix: Tensor, scheme: Scheme) -> Callable[..., Any] | None:
     """``round_rows_`` of the kernel that rounds a matrix in one pass, or None where plain operations have to."""
     if not takes_triton(matrix):
+        return None
+    if scheme.of_floats:
         return None
     from invarlock.quantization.fused import round_rows_, takes
 

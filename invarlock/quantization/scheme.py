@@ -6,13 +6,39 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
 
 from invarlock.core.errors import UsageError, nearest
 
 Scope = Literal["ffn", "attn", "all"]
+Format = Literal["int", "fp8", "mxfp4", "nvfp4"]
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A format of small floating-point numbers, which leaves less open than whole numbers do."""
+
+    name: str
+    bits: int
+    block: int | None
+    """Weights along the input axis that share a scale; None where an output channel or the tensor does."""
+
+
+if TYPE_CHECKING:
+    # None stands for those of the format until ``__post_init__`` has put them there: nobody sees it.
+    Bits = int
+else:
+    Bits = Annotated[int | None, Ge(2), Le(8), "Bits a weight; null means those of the format, which are 8 for int."]
+
+FLOATS = {
+    "fp8": FloatFormat("FP8 (E4M3)", 8, None),
+    "mxfp4": FloatFormat("MXFP4", 4, 32),
+    "nvfp4": FloatFormat("NVFP4", 4, 16),
+}
+INTEGER_BITS = 8
+"""By default."""
 
 
 class PlanError(UsageError):
@@ -21,12 +47,13 @@ class PlanError(UsageError):
 
 @dataclass(frozen=True)
 class Scheme:
-    """Rounding of a weight to a grid of ``2 ** bitwidth`` numbers.
+    """Rounding of a weight to a grid of numbers: ``2 ** bitwidth`` whole ones, or small floating-point ones.
 
-    :raises PlanError: a value is outside its range, or ``group_size`` is given without ``per_channel``.
+    :raises PlanError: a value is outside its range, ``group_size`` is given without ``per_channel``, or ``format``
+        leaves no choice.
     """
 
-    bitwidth: Annotated[int, Ge(2), Le(8), "Bits a weight."] = 8
+    bitwidth: Bits = None  # type: ignore[assignment]
     symmetric: Annotated[bool, "Zero point at zero; else the range is min to max with a zero point."] = True
     per_channel: Annotated[bool, "A scale for each output channel; else one for the tensor."] = True
     group_size: Annotated[
@@ -35,8 +62,22 @@ class Scheme:
     clamp_ratio: Annotated[
         float, Ge(0.0), Le(0.5), "Share c of weights clipped first: to the quantiles c/2 and 1 - c/2."
     ] = 0.0
+    format: Annotated[
+        Format,
+        "Numbers that weights are rounded to: int, whole ones times a scale; fp8, E4M3 with a scale for each output "
+        "channel or the tensor; mxfp4 and nvfp4, E2M1 in blocks of 32 and 16.",
+    ] = "int"
 
     def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            known = ", ".join(get_args(Format))
+            raise PlanError(
+                f"`format` is {self.format!r}; known are {known}{nearest(str(self.format), get_args(Format))}"
+            )
+        if self.of_floats:
+            self._settle(self.of_floats)
+        elif self.bitwidth is None:
+            object.__setattr__(self, "bitwidth", INTEGER_BITS)
         if not _is_whole(self.bitwidth) or not 2 <= self.bitwidth <= 8:
             raise PlanError(f"`bitwidth` is {self.bitwidth!r}; set a whole number from 2 to 8")
         _check_size("group_size", self.group_size)
@@ -47,6 +88,37 @@ class Scheme:
             )
         if not isinstance(self.clamp_ratio, int | float) or not 0 <= self.clamp_ratio <= 0.5:
             raise PlanError(f"`clamp_ratio` is {self.clamp_ratio!r}; set a number from 0 to 0.5")
+
+    def _settle(self, floats: FloatFormat) -> None:
+        """Take what the format leaves open from it, and refuse what contradicts it."""
+        kept = {"bitwidth": floats.bits, "group_size": floats.block}
+        for field, value in kept.items():
+            given = getattr(self, field)
+            if given not in (None, value):
+                raise PlanError(f"`{field}` is {given!r}, but `format` {self.format} has {value}: set it to null")
+            object.__setattr__(self, field, value)
+        if not self.symmetric:
+            raise PlanError(f"`symmetric` is false, but `format` {self.format} has no zero point: set it to true")
+        if not self.per_channel and floats.block:
+            raise PlanError(
+                f"`per_channel` is false, but `format` {self.format} has a scale for each block of {floats.block}: "
+                "set it to true"
+            )
+
+    @property
+    def of_floats(self) -> FloatFormat | None:
+        """The format of floating-point numbers, or None where they are whole."""
+        return FLOATS.get(self.format)
+
+    @property
+    def described(self) -> str:
+        """Numbers and scales, in words."""
+        grain = "per output channel" if self.per_channel else "per tensor"
+        if self.of_floats:
+            block = self.of_floats.block
+            return f"{self.of_floats.name}, {f'blocks of {block}' if block else grain}"
+        grain = f"groups of {self.group_size}" if self.group_size else grain
+        return f"{self.bitwidth} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {grain}"
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class SideBySide:
             ("verdict", lambda run: f"{word(run.report.verdict).lower()} ({action_word(run.report.verdict.action)})"),
             ("decided by", lambda run: run.report.verdict.decided_by),
             ("bits a parameter", lambda run: shown(bits_per_parameter(run.report))),
+            ("bits a weight as saved, scales counted", lambda run: _stored_bits(run.report)),
             ("saved artifacts", lambda run: shown_bytes(run.saved_bytes)),
             ("model", lambda run: model_line(run.report.model)),
         ]
@@ -63,6 +64,10 @@ def _cost(report: Report) -> tuple[float, float]:
     bits, metric = bits_per_parameter(report), report.metrics.primary
     ratio = math.inf if metric is None or metric.ratio is None else float(metric.ratio)
     return math.inf if bits is None else bits, math.inf if math.isnan(ratio) else ratio
+
+
+def _stored_bits(report: Report) -> str:
+    return shown(report.storage.after.bits_per_weight) if report.storage.after else NOT_MEASURED
 
 
 def _limited(measure: Measure) -> str:

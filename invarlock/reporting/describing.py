@@ -13,7 +13,14 @@ from invarlock.core.errors import ExitCode
 from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardResult, SuspectedModule, Verdict
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import CoverageSection, EditSection, MetricsSection, ModelSection, Report
+from invarlock.reporting.report import (
+    CoverageSection,
+    EditSection,
+    MetricsSection,
+    ModelSection,
+    Report,
+    StorageSection,
+)
 
 NOT_MEASURED = "not measured"
 MOST_SUSPECTS = 3
@@ -61,7 +68,9 @@ def shown(value: Number | None, unit: str = "", digits: int = 4) -> str:
 def shown_bytes(count: int | None) -> str:
     if count is None:
         return NOT_MEASURED
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def word(verdict: Verdict) -> str:
@@ -180,7 +189,8 @@ def model_line(model: ModelSection) -> str:
     description = Node(model.description)
     parameters = description["parameters"].whole()
     size = f", {parameters / 1e6:.2f} M parameters" if parameters is not None else ""
-    return f"{model.id} (adapter {model.adapter}, {description['model_class'].text('unknown class')}{size})"
+    ran = f"; code beside the weights ran: {', '.join(model.own_code)}" if model.own_code else ""
+    return f"{model.id} (adapter {model.adapter}, {description['model_class'].text('unknown class')}{size}){ran}"
 
 
 def edit_line(edit: EditSection) -> str:
@@ -198,7 +208,8 @@ def edit_line(edit: EditSection) -> str:
 
 
 def _compared(edit: EditSection) -> str:
-    subject, changed = Node(edit.plan)["subject"].text("unnamed"), [each for each in edit.modules if each.is_changed]
+    plan, changed = Node(edit.plan), [each for each in edit.modules if each.is_changed]
+    subject = plan["subject"].text("unnamed") + (f" ({plan['merged'].text()})" if plan["merged"] else "")
     if edit.modules and not changed:
         return f"{subject} has the same numbers in all {len(edit.modules)} tensors"
     what = f"{len(changed)} of {len(edit.modules)} tensors, {edit.params_changed or 0:,} parameters"
@@ -223,14 +234,19 @@ def _unmeasured_first(weight: EditedWeight) -> float:
 
 def _planned(edit: EditSection) -> str:
     plan = Node(edit.plan)
-    kind = "symmetric" if plan["symmetric"] else "asymmetric"
-    if plan["group_size"]:
-        grain = f"groups of {plan['group_size'].text()}"
-    else:
-        grain = "per output channel" if plan["per_channel"] else "per tensor"
-    bits, scope = plan["bitwidth"].text("unknown"), plan["scope"].text("unknown")
-    what = f"{edit.name}, {bits} bits, {kind}, {grain}, scope {scope}"
+    what = f"{edit.name}, {_numbers(plan)}, scope {plan['scope'].text('unknown')}"
     return f"{what}: {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
+
+
+def _numbers(plan: Node) -> str:
+    """The numbers that a plan rounds to, and what shares a scale."""
+    grain = "per output channel" if plan["per_channel"] else "per tensor"
+    size, bits = plan["group_size"].text(), plan["bitwidth"].text("unknown")
+    format_ = plan["format"].text("int")
+    if format_ != "int":
+        return f"{format_}, {bits} bits, {f'blocks of {size}' if plan['group_size'] else grain}"
+    grain = f"groups of {size}" if plan["group_size"] else grain
+    return f"{bits} bits, {'symmetric' if plan['symmetric'] else 'asymmetric'}, {grain}"
 
 
 def plan_cells(edit: EditSection) -> dict[str, str]:
@@ -244,6 +260,17 @@ def families(edit: EditSection) -> list[tuple[str, str, int]]:
         for family in Node(edit.plan)["families"].entries()
         for change, count in family["changes"].items()
     ]
+
+
+def storage_line(storage: StorageSection) -> str:
+    """Bits a weight and bytes before and after, and the types after by their share; empty where nothing is known."""
+    sides = [side for side in (storage.before, storage.after) if side]
+    if not sides:
+        return ""
+    bits = " -> ".join(f"{shown(side.bits_per_weight)}" for side in sides)
+    size = " -> ".join(shown_bytes(side.file_bytes) for side in sides)
+    types = [f"{shown(100 * (each.share or 0))} % {each.format}" for each in sides[-1].types]
+    return f"{bits} bits a weight, scales counted, {size}: {', '.join(types)}"
 
 
 def bits_per_parameter(report: Report) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from invarlock.core.plain import OWN, Reader, plain
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, Verdict
 from invarlock.core.sections import ReportSection
+from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
 from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
 
@@ -38,6 +39,8 @@ class ModelSection:
     """True where the baseline came back bit for bit; null when the edit was kept."""
     streamed: bool
     """True where weights stayed on disk; the fingerprints are then of paths, sizes, times and inodes of their files."""
+    own_code: list[str] = field(default_factory=list)
+    """Files beside the weights, of the baseline or the subject, whose code ran (``model.trust_remote_code``)."""
 
 
 @dataclass
@@ -121,6 +124,14 @@ class CoverageSection:
 
 
 @dataclass
+class StorageSection:
+    """Weights on disk, before and after the edit; null where that cannot be told, or where nothing was saved."""
+
+    before: Storage | None = None
+    after: Storage | None = None
+
+
+@dataclass
 class AttemptSection:
     attempt: int
     bitwidth: int | None
@@ -149,6 +160,7 @@ class Report:
     extra: dict[str, Any] = field(default_factory=dict)
     """Additions of plugins in ``invarlock_run_finished``."""
     coverage: CoverageSection = field(default_factory=CoverageSection)
+    storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
     format_version: Literal["report-v1"] = FORMAT_VERSION

@@ -81,6 +81,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield f"model    {_line(describing.model_line(report.model))}"
     yield f"edit     {_line(describing.edit_line(report.edit))}"
+    if stored := describing.storage_line(report.storage):
+        yield f"storage  {_line(stored)}"
     yield f"metric   {_line(describing.metric_line(report.metrics))}"
     if report.metrics.predictions:
         yield f"tokens   {_line(report.metrics.predictions.message)}"

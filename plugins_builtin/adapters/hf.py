@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,17 +17,21 @@ from invarlock.api import (
     complaints_of,
     hookimpl,
     local_rank,
-    one_line,
 )
 from plugins_builtin.adapters.building import check_counts, check_size
 from plugins_builtin.adapters.locating import architectures, folder_of, is_here, read_config
+from plugins_builtin.adapters.unpacking import (
+    UnpackingLoader,
+    add_generation_config,
+    check_unpackable,
+    packing_left_out,
+    unpacked,
+)
 
 if TYPE_CHECKING:
-    from invarlock.api import Checkpoint
+    from invarlock.api import Checkpoint, UnpackedCheckpoint
 
 BALANCED = "balanced"
-UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
-"""Packages that transformers needs to unpack weights of a method and does not ask for by itself."""
 MARGIN = 1.2
 """Ratio of free memory to weights that a device needs: activations take some, too."""
 
@@ -53,20 +56,24 @@ class _TransformersAdapter(ModelAdapter):
         with complaints_of(f"{model_id}: cannot be loaded"):
             import transformers
 
+            from invarlock.api import LAYOUTS, UnpackedCheckpoint
+
             loader = getattr(transformers, self.auto_class_for(model_id, options))
-            if streamed or is_here(model_id):
+            checkpoint = None
+            if streamed or is_here(model_id) or check_unpackable(model_id, options) in LAYOUTS:
                 # Before transformers reads what an index names, wherever it is, or builds what the configuration says.
                 checkpoint = _checked(folder_of(model_id, options), loader, options)
-            if streamed:
+            if streamed and checkpoint is not None:
                 return _streamed(checkpoint, loader, device, options)
-            settings = {**_parallel(model_id, device, wanted, options), **_dequantized(model_id, options)}
-            if "config" in settings and is_here(model_id):
-                loader = _loader_of_mixed_experts(checkpoint, loader, settings["config"], options)
-            options = {"dtype": "auto", "use_safetensors": True, **options, **settings}
+            if isinstance(checkpoint, UnpackedCheckpoint):
+                loader = _unpacking(loader, checkpoint, options)
+            options |= _parallel(model_id, device, wanted, options)
+            options = {"dtype": "auto", "use_safetensors": True, **options}
             return load_checkpoint(loader, model_id, device, **options)
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
-        return self.auto_class
+        mapped = _own_classes(model_id, options)
+        return mapped[0] if mapped and self.auto_class not in mapped else self.auto_class
 
     @hookimpl
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
@@ -116,11 +123,16 @@ class HF_Auto_Adapter(_TransformersAdapter):
 
         if is_here(model_id):
             check_folder(folder_of(model_id, options))
+        if mapped := _own_classes(model_id, options):
+            return mapped[0]
         names = architectures(model_id, options)
         for name in names:
             if hasattr(transformers, name):
                 return name
-        raise InputError(f"{model_id}: config.json names no known class of transformers (architectures: {names})")
+        todo = ""
+        if read_config(model_id, options).get("auto_map"):
+            todo = "; it may need code beside the weights: set model.trust_remote_code: true if you trust that code"
+        raise InputError(f"{model_id}: config.json names no known class of transformers (architectures: {names}){todo}")
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
         # Whatever is there and nobody else's, so that the reason why it cannot be loaded is found.
@@ -130,6 +142,13 @@ class HF_Auto_Adapter(_TransformersAdapter):
     @hookimpl(trylast=True)
     def invarlock_load_model(self, model_id: str, device: str, options: Mapping[str, Any]) -> Any:
         return super().invarlock_load_model(model_id, device, options)
+
+
+def _own_classes(model_id: str, options: Mapping[str, Any]) -> list[str]:
+    """Auto classes that load code beside the weights, if that is trusted: those with a head first."""
+    mapped = read_config(model_id, options).get("auto_map") if options.get("trust_remote_code") else None
+    names = [name for name in mapped if name.startswith("AutoModel")] if isinstance(mapped, dict) else []
+    return sorted(names, key=lambda name: not name.startswith("AutoModelFor"))
 
 
 def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
@@ -143,12 +162,14 @@ def _config_of(model_id: str, options: Mapping[str, Any]) -> Any:
 def _checked(folder: Path, loader: Any, options: Mapping[str, Any]) -> Checkpoint:
     """The tensors of a checkpoint, once its configuration is known to fit them."""
     # Only here: torch is slow to import.
-    from invarlock.api import Checkpoint
+    from invarlock.api import UnpackedCheckpoint, open_checkpoint
 
     check_folder(folder)
-    checkpoint = Checkpoint(folder)
+    check_unpackable(str(folder), options)
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, UnpackedCheckpoint):
+        checkpoint.check_scales()
     check_counts(read_config(str(folder), options), checkpoint)
-    _check_unpackable(str(folder), options)
     config = _config_of(str(folder), options)
     check_size(config, partial(_built, loader, config, options), checkpoint)
     return checkpoint
@@ -161,43 +182,9 @@ def _built(loader: Any, config: Any, options: Mapping[str, Any], **settings: Any
     return loader._from_config(config, **settings)
 
 
-def _check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
-    """The method that packed the weights, once it is known that it can be undone; empty where they are not packed."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    packing = read_config(model_id, options).get("quantization_config")
-    if packing is None:
-        return ""
-    method = str(packing.get("quant_method")) if isinstance(packing, dict) else str(packing)
-    if not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")
-    missing = [package for package in UNPACKERS.get(method, ()) if find_spec(package) is None]
-    if missing:
-        raise InputError(
-            f"{model_id}: its weights are packed by {method}; to unpack them: pip install {' '.join(missing)}"
-        )
-    return method
-
-
-def _dequantized(model_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that let transformers dequantize packed weights while loading; empty for any other checkpoint."""
-    if _check_unpackable(model_id, options) != "compressed-tensors":
-        return {}
-    config = _config_of(model_id, options)
-    config.quantization_config["dequantize"] = True
-    return {"config": config}
-
-
-def _loader_of_mixed_experts(checkpoint: Checkpoint, loader: Any, config: Any, options: Mapping[str, Any]) -> Any:
-    """The loader, or one that unpacks the weights itself where experts of one layer are stored in two ways."""
-    from accelerate import init_empty_weights
-
-    from plugins_builtin.adapters.mixed_experts import Unpacking, has_mixed_experts
-
-    if not has_mixed_experts(checkpoint):
-        return loader
-    with init_empty_weights():
-        return Unpacking(type(_built(loader, config, options)), checkpoint)
+def _unpacking(loader: Any, checkpoint: UnpackedCheckpoint, options: Mapping[str, Any]) -> UnpackingLoader:
+    config = packing_left_out(_config_of(str(checkpoint.folder), options))
+    return UnpackingLoader(partial(_built, loader, config, options), config, checkpoint)
 
 
 def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> Any:
@@ -217,7 +204,7 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     unloaded = sorted(loading["missing_keys"])
     if unloaded:
         raise InputError(f"{shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
-    model = _unpacked(model, model_id).eval()
+    model = unpacked(model, model_id).eval()
     if hasattr(model, "set_reshard_after_forward"):
         # By default the outermost weights stay gathered, and the model would not be what it was.
         model.set_reshard_after_forward(True)
@@ -278,16 +265,18 @@ def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | 
 def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping[str, Any]) -> Any:
     """A model whose weights stay in its safetensors files."""
     import torch
-    import transformers
     from accelerate import init_empty_weights
 
-    from invarlock.api import attach
+    from invarlock.api import UnpackedCheckpoint, attach
     from plugins_builtin.adapters.conversions import parts_of
 
     folder = checkpoint.folder
-    if read_config(str(folder), options).get("quantization_config"):
-        raise NotStreamedError(f"{folder}: cannot be streamed, its weights are packed")
-    config = _config_of(str(folder), options)
+    method = check_unpackable(str(folder), options)
+    if method and not isinstance(checkpoint, UnpackedCheckpoint):
+        raise NotStreamedError(f"{folder}: cannot be streamed, its weights are packed by {method}")
+    if isinstance(checkpoint, UnpackedCheckpoint):
+        checkpoint.device = torch.device(_resolve(device))
+    config = packing_left_out(_config_of(str(folder), options))
     wanted = options.get("dtype", "auto")
     dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
     config.dtype = dtype
@@ -300,51 +289,8 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
         raise NotStreamedError(f"{folder}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
     attach(model, checkpoint, parts_of(model, checkpoint), device=_resolve(device))
-    if getattr(model, "generation_config", None) and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+    add_generation_config(model, folder)
     return model
-
-
-def _unpacked(model: Any, model_id: str) -> Any:
-    """The model with dequantized weights and no quantization config, so that it can be moved, edited and saved."""
-    from torch import Tensor
-    from torch.nn import Parameter
-
-    if getattr(model.config, "quantization_config", None) is None:
-        return model
-    method = model.config.quantization_config.quant_method
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        try:
-            model = model.dequantize()
-        except (NotImplementedError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{model_id}: weights packed by {method} cannot be unpacked: {one_line(error)}") from error
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            # Torchao's codes call themselves floating-point weights.
-            if hasattr(type(parameter.data), "dequantize") and type(parameter.data) not in (Tensor, Parameter):
-                setattr(module, name, Parameter(parameter.data.dequantize(), requires_grad=False))
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "qweight"):
-            model.set_submodule(name, _dense(module))
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    return model
-
-
-def _dense(packed: Any) -> Any:
-    """Linear layer that computes what a packed layer of gptqmodel computes."""
-    import torch
-
-    bias, packed.bias = packed.bias, None
-    dense = torch.nn.Linear(packed.in_features, packed.out_features, bias=bias is not None, device="meta")
-    with torch.no_grad():
-        # One product per number: no sum that could be rounded.
-        rows = packed(torch.eye(packed.in_features, dtype=packed.scales.dtype, device=packed.scales.device))
-    dense.weight = torch.nn.Parameter(rows.T.contiguous(), requires_grad=False)
-    if bias is not None:
-        dense.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return dense
 
 
 def _resolve(device: str) -> str:

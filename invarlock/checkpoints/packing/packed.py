@@ -1,0 +1,87 @@
+"""A weight that is stored as codes and scales, and the checks that all layouts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from invarlock.checkpoints.reader import Checkpoint
+from invarlock.core.errors import InputError
+
+Tensors = Mapping[str, Tensor]
+"""The stored tensors of a weight, by the part that each plays in it."""
+NAN_EXPONENT = 255
+"""In E8M0, which has neither zero nor infinity."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight of a checkpoint, the tensors that it is stored in, and how they become the weight."""
+
+    name: str
+    stored: Mapping[str, str]
+    """Name of each tensor, by its part."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    format: str
+    """As reports name it: ``FP8 (E4M3), per channel``."""
+    bits: int
+    """Of each code, without scales."""
+    unpack: Callable[[Tensors], Tensor]
+    scales: Sequence[str] = ("scale",)
+    """Parts that have to be finite and not zero."""
+
+
+class Layout(Protocol):
+    """Function that finds the weights of a checkpoint that are stored in one layout.
+
+    :param settings: section ``quantization_config`` of its configuration.
+    :raises InputError: a tensor is missing or has a wrong shape, or the layout is one that cannot be unpacked.
+    """
+
+    def __call__(self, checkpoint: Checkpoint, settings: Mapping[str, object]) -> Iterator[PackedWeight]: ...
+
+
+def stems(checkpoint: Checkpoint, suffix: str) -> list[str]:
+    """Names of the modules that have a tensor of this last name."""
+    return [name.removesuffix(suffix) for name in checkpoint if name.endswith(suffix)]
+
+
+def expect(checkpoint: Checkpoint, name: str, *shapes: tuple[int, ...], of: str) -> str:
+    """The name of a tensor that is there, and has one of some shapes.
+
+    :param of: the weight that it belongs to.
+    :raises InputError: it is missing, or has another shape.
+    """
+    entry = checkpoint.entries.get(name)
+    if entry is None:
+        raise broken(checkpoint, f"{of} is packed, and {name} is missing")
+    if entry.shape not in shapes:
+        raise broken(checkpoint, f"{name} has shape {entry.shape}, and {of} needs {' or '.join(map(str, shapes))}")
+    return name
+
+
+def unsound(scales: Tensor) -> str | None:
+    """The word for scales that no quantizer writes, or None."""
+    if scales.dtype == torch.uint8:
+        return "NaN" if (scales == NAN_EXPONENT).any() else None
+    numbers = scales.float()
+    if not numbers.isfinite().all():
+        return "not finite"
+    return "zero" if (numbers == 0).any() else None
+
+
+def broken(checkpoint: Checkpoint, what: str) -> InputError:
+    return InputError(f"{checkpoint.folder}: {what}")
+
+
+def words_unpacked(words: Tensor, bits: int) -> Tensor:
+    """Codes of ``bits`` bits, which divide 32, from words of 32 bits along the last axis, the lowest bits first."""
+    shifts = torch.arange(0, 32, bits, device=words.device)
+    codes: Tensor = (words.view(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)

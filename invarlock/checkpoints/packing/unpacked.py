@@ -1,0 +1,98 @@
+"""A checkpoint of codes and scales, read as the weights that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invarlock.checkpoints.packing import compressed_tensors, fine_grained, word_layouts
+from invarlock.checkpoints.packing.packed import Layout, PackedWeight, broken, unsound
+from invarlock.checkpoints.reader import Checkpoint, Entry
+from invarlock.checkpoints.soundness import read_json
+from invarlock.core.inputs import complaints_of
+
+LAYOUTS: Mapping[str, Layout] = {
+    "compressed-tensors": compressed_tensors.packed_weights,
+    "fp8": fine_grained.packed_weights,
+    "gptq": word_layouts.gptq_weights,
+    "awq": word_layouts.awq_weights,
+    "mlx": word_layouts.mlx_weights,
+}
+"""By method, as ``method_of`` has it."""
+
+
+class UnpackedCheckpoint(Checkpoint):
+    """Tensors by name, packed ones unpacked when asked for; what else belongs to these is left out.
+
+    :raises InputError: also where packed tensors do not fit each other.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, settings: Mapping[str, Any]) -> None:
+        self.packed: Mapping[str, PackedWeight] = {}
+        self.device = torch.device("cpu")
+        """Where packed weights are unpacked."""
+        super().__init__(folder)
+        self._stored, packed = self.entries, {weight.name: weight for weight in layout(self, settings)}
+        used = {name for weight in packed.values() for name in weight.stored.values()}
+        self.packed = packed
+        self.entries = {name: entry for name, entry in self._stored.items() if name not in used}
+        self.entries |= {weight.name: self._entry(weight) for weight in packed.values()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.packed:
+            return super().__getitem__(name)
+        weight = self.packed[name]
+        stored = {part: self._read(self._stored[name].file, name) for part, name in weight.stored.items()}
+        parts = {part: tensor.to(self.device) for part, tensor in stored.items()}
+        with complaints_of(f"{self.folder}: {name} cannot be unpacked"):
+            return weight.unpack(parts).to(weight.dtype)
+
+    def check_scales(self) -> None:
+        """Refuse scales that no quantizer writes; reads all of them.
+
+        :raises InputError: one is zero or not finite.
+        """
+        for weight in self.packed.values():
+            for part in weight.scales:
+                name = weight.stored[part]
+                if wrong := unsound(self._read(self._stored[name].file, name)):
+                    raise broken(self, f"{name} holds scales that are {wrong}")
+
+    def nbytes_stored(self, weight: PackedWeight) -> int:
+        """Bytes that a weight takes, scales and all."""
+        return sum(self._stored[name].nbytes for name in weight.stored.values())
+
+    def _entry(self, weight: PackedWeight) -> Entry:
+        return Entry(self._stored[next(iter(weight.stored.values()))].file, weight.shape, weight.dtype)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, its packed weights unpacked where the layout is known.
+
+    :raises InputError: as ``Checkpoint`` and ``UnpackedCheckpoint`` say.
+    """
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    layout = LAYOUTS.get(method_of(config))
+    return UnpackedCheckpoint(folder, layout, settings_of(config)) if layout else Checkpoint(folder)
+
+
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section of a configuration that says how weights are packed; empty where they are not."""
+    section = config.get("quantization_config") or config.get("quantization")
+    return section if isinstance(section, Mapping) else {}
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The method that packed a checkpoint's weights; empty where none did.
+
+    MLX writes no name of a method, and a section ``quantization`` besides.
+    """
+    settings = settings_of(config)
+    if not settings:
+        # What is no section is no method that anybody knows, either.
+        return str(config.get("quantization_config") or "")
+    return str(settings.get("quant_method", "mlx" if "quantization" in config else "None"))
