@@ -34,9 +34,18 @@ if TYPE_CHECKING:
     from invarlock.distributed.launchers import local_rank as local_rank
     from invarlock.distributed.parallel_map import each as each
     from invarlock.distributed.process_group import Ranks as Ranks
+    from invarlock.evaluation.labels import changed_labels as changed_labels
+    from invarlock.evaluation.labels import label_divergence as label_divergence
+    from invarlock.evaluation.results import FigureResult as FigureResult
     from invarlock.evaluation.taps import Tap as Tap
     from invarlock.evaluation.taps import attached as attached
+    from invarlock.evaluation.task import LanguageTask as LanguageTask
+    from invarlock.evaluation.task import Metric as Metric
+    from invarlock.evaluation.task import Task as Task
+    from invarlock.evaluation.task import VectorTask as VectorTask
+    from invarlock.evaluation.vectors import changed_neighbours as changed_neighbours
     from invarlock.exporters.exporter import Exporter as Exporter
+    from invarlock.models.facts import ModelClass as ModelClass
     from invarlock.models.facts import context_of as context_of
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
@@ -64,9 +73,13 @@ _HOMES = {
     "invarlock.distributed.launchers": ("local_rank",),
     "invarlock.distributed.parallel_map": ("each",),
     "invarlock.distributed.process_group": ("Ranks",),
+    "invarlock.evaluation.labels": ("changed_labels", "label_divergence"),
+    "invarlock.evaluation.results": ("FigureResult",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
+    "invarlock.evaluation.task": ("LanguageTask", "Metric", "Task", "VectorTask"),
+    "invarlock.evaluation.vectors": ("changed_neighbours",),
     "invarlock.exporters.exporter": ("Exporter",),
-    "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
     "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.errors import InputError, UsageError
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 
 UNSCORED = -100
 MASKED_SHARE = 0.15
@@ -74,6 +74,12 @@ class Windows:
         """The keyword arguments of the model's forward, on a device."""
         return {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "labels"}
 
+    def trimmed(self) -> Windows:
+        """Without the padding on the right that all of the windows share."""
+        used = int(self.attention_mask.any(dim=0).nonzero().max()) + 1
+        kept = {name: getattr(self, name)[:, :used] for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **kept)
+
     def equal(self, other: Windows) -> bool:
         """Compare all tensors; those of different shapes differ."""
         here, there = self._tensors(), other._tensors()
@@ -99,7 +105,7 @@ class WindowLayout:
     start: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> WindowLayout:
+    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Predicted, length: int) -> WindowLayout:
         """The layout that fits a model and its tokenizer; without a tokenizer there are no special tokens.
 
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).

@@ -13,7 +13,7 @@ from torch import nn
 from invarlock.core.errors import InputError, UsageError
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
-from invarlock.models.facts import Task, context_of, vocabulary_of
+from invarlock.models.facts import Predicted, context_of, vocabulary_of
 
 PIECE = 2**16
 """Characters that are tokenized at once."""
@@ -26,6 +26,8 @@ class Dataset(Protocol):
 
     @property
     def provider(self) -> str: ...
+    @property
+    def is_generated(self) -> bool: ...
     @property
     def seq_len(self) -> int: ...
     @property
@@ -43,7 +45,7 @@ def make_windows(
     model: nn.Module,
     tokenizer: Tokenizer | None,
     *,
-    task: Task,
+    task: Predicted,
     documents: Sequence[str] | None = None,
 ) -> tuple[Windows, Windows]:
     """The preview windows and the final windows of a dataset; none of their text overlaps.
@@ -63,7 +65,7 @@ def make_windows(
     elif tokenizer is None:
         raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        text = torch.tensor(read_rows(documents, dataset, partial(_tokens, tokenizer), layout.text))
+        text = torch.tensor(read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text))
     windows = layout.windows(text, seed=dataset.seed)
     if reason := unreadable(windows, model):
         raise InputError(f"its tokenizer does not fit it: {reason}")
@@ -139,7 +141,7 @@ def _cut(tokens: Iterator[Token], length: int, *, skipped: int) -> Iterator[list
         next(islice(tokens, skipped, skipped), None)
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> Iterator[int]:
+def tokens_of(tokenizer: Tokenizer, text: str) -> Iterator[int]:
     """The tokens of a document, which ends with the end-of-text token, if there is one."""
     for piece in pieces(text):
         yield from encode(tokenizer, piece)

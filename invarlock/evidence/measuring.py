@@ -153,7 +153,7 @@ class _Again:
             self._fingerprint("fingerprint_after", model)
         if self.per_byte:
             self._losses_per_byte(model, adapter, checkpoint)
-        elif reason := unreadable_windows(self.windows, self.first.task, model):
+        elif reason := unreadable_windows(self.windows, self.first, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
         else:
             self._losses("edited", 1, model)

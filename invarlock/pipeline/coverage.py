@@ -5,7 +5,7 @@ A gap informs, and warns only where the edit touches it: what was not measured m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from invarlock.config.schema import DatasetConfig
 from invarlock.core.results import Action
 from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.task import Task
 from invarlock.models.facts import context_of, text_config_of
 from invarlock.reporting.report import CoverageSection, Gap, TokensSeen
 
@@ -75,13 +76,14 @@ def coverage_of(
     vocabulary: int,
     tokenizer: Any,
     dataset: DatasetConfig,
+    task: Task,
     perplexity: float,
     experts: Sequence[torch.Tensor | None] = (),
 ) -> CoverageSection:
     """The parts of the baseline that the windows exercised, and those that they did not.
 
     :param tokenizer: None where there is none; all tokens are then ordinary ones.
-    :param perplexity: the baseline's.
+    :param perplexity: the baseline's, where its task is to predict tokens.
     :param experts: of each layer of experts, which of them received a token of the preview windows; None if not known.
     """
     seen = {token for part in windows for token in torch.cat([part.input_ids, part.labels], dim=1).flatten().tolist()}
@@ -93,12 +95,13 @@ def coverage_of(
     tokens.append(TokensSeen("special", len(special & seen), len(special)))
     gaps = [
         # What it writes itself is as likely to it as can be, and near chance where it is unsure.
-        *(() if dataset.is_generated else _near_chance(perplexity, vocabulary)),
+        *(() if dataset.is_generated or task.metric.statistic != "ratio" else _near_chance(perplexity, vocabulary)),
+        *(_made_up(task.made_up) if dataset.is_generated and task.made_up else ()),
         *_context(declared, windows[-1].input_ids.shape[1]),
         *_special_gap([names[token] for token in sorted(special - seen)], len(special)),
         *_ordinary_gap(len(ordinary - seen), len(ordinary), dataset),
         *_unrouted([routed for routed in experts if routed is not None], dataset),
-        *_not_run(declared),
+        *_not_run(declared, task.towers),
     ]
     return CoverageSection(tokens, gaps)
 
@@ -223,8 +226,13 @@ def _unrouted(experts: Sequence[torch.Tensor], dataset: DatasetConfig) -> Iterat
         yield Gap("experts", Action.CONTINUE, message, remedy)
 
 
-def _not_run(declared: Declared) -> Iterator[Gap]:
-    for tower in declared.towers:
+def _made_up(samples: str) -> Iterator[Gap]:
+    message = f"not exercised: real inputs, for samples are {samples}"
+    yield Gap("real inputs", Action.CONTINUE, message, "text exercises more (dataset.provider, dataset.path)")
+
+
+def _not_run(declared: Declared, given: Collection[str]) -> Iterator[Gap]:
+    for tower in (tower for tower in declared.towers if tower not in given):
         message = f"not exercised: the {tower} tower, for windows hold text alone"
         yield Gap(f"{tower} tower", Action.CONTINUE, message, f"an evaluation with {tower} inputs exercises it")
     yield from map(_simulation, sorted(declared.unsimulated))

@@ -22,13 +22,12 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, P
 from invarlock.datasets.same_text import SameText
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
-from invarlock.evaluation.divergence import compare_predictions
-from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.routing import RoutedExperts, routing_taps
+from invarlock.evaluation.task import Judging
 from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
@@ -91,6 +90,7 @@ class Guarding:
                 vocabulary=vocabulary_of(model),
                 tokenizer=self.baseline.tokenizer,
                 dataset=self.config.dataset,
+                task=self.baseline.task,
                 perplexity=self.baseline_pass.perplexity,
                 experts=[tap.result() for tap in routing.values()],
             )
@@ -204,7 +204,7 @@ class Guarding:
         verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
-            rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
+            rests_on=rests_on(self.config, self.baseline.task.made_up) if self.windows else WEIGHTS_ALONE,
             suspects=() if verdict.accepted else blame(results, weights),
         )
 
@@ -218,6 +218,7 @@ class Guarding:
                 "kind": metric.kind,
                 "value": metric.edited,
                 "ratio": metric.ratio,
+                "figure": metric.figure,
                 "ci": metric.ci,
                 "unit": metric.unit,
             },
@@ -312,19 +313,20 @@ class Guarding:
         if same_text is not None:
             ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
             baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]))
-        metric = compare(
-            baseline,
-            edited,
-            kind=self.baseline.kind,
-            limit=section.max_pm_ratio,
+        judging = Judging(
+            ratio=section.max_pm_ratio,
+            limit=section.metric.limit,
             level=section.metric.ci_level,
             reps=section.metric.reps,
             seed=self.config.dataset.seed,
+            improving=section.improving,
+            windows=self.config.dataset.final_n,
         )
-        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio, improving=section.improving)
-        sizes = None if baseline.bytes is None else baseline.bytes.tolist()
-        windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist(), sizes)
-        return MetricsSection(metric, predictions, windows)
+        found = self.baseline.task.compare(baseline, edited, judging)
+        before, after = found.passes
+        sizes = None if before.bytes is None else before.bytes.tolist()
+        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
+        return MetricsSection(found.primary, found.predictions, windows, list(found.figures))
 
 
 @contextmanager
@@ -343,11 +345,14 @@ def settings_kept() -> Iterator[None]:
             torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def rests_on(config: RunConfig) -> str:
-    """Outputs that the verdict rests on, where any were measured."""
+def rests_on(config: RunConfig, made_up: str) -> str:
+    """Outputs that the verdict rests on, where any were measured.
+
+    :param made_up: the samples of the task where there is no data; empty where the baseline writes its own text.
+    """
     dataset = config.dataset
-    source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
-    return f"{dataset.preview_n} + {dataset.final_n} {source}"
+    source = f"windows of {made_up}" if made_up else "windows that the baseline wrote"
+    return f"{dataset.preview_n} + {dataset.final_n} {source if dataset.is_generated else 'windows of text'}"
 
 
 def changed_message(names: Sequence[str]) -> str:

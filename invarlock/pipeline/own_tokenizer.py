@@ -12,7 +12,7 @@ from invarlock.core.errors import InputError, UsageError, one_line
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.same_text import SameText, Side, read_same_text
-from invarlock.datasets.windows import make_windows, unreadable
+from invarlock.datasets.windows import unreadable
 from invarlock.models.facts import context_of
 from invarlock.pipeline.session import Baseline, WindowPair
 
@@ -78,7 +78,7 @@ def _gives_same_windows(
 ) -> bool:
     dataset = baseline.session.config.dataset
     try:
-        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents)
+        own = baseline.task.make_windows(model, dataset, tokenizer, documents)
     except UsageError:
         # Too few tokens in the text, or more than the model knows.
         return False
@@ -90,7 +90,7 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
     if context is not None and context < dataset.seq_len:
         return Reading(unreadable=f"the windows are {dataset.seq_len} tokens long, and the model reads only {context}")
     different = "the subject's tokenizer gives other ids for this text"
-    if baseline.task != "causal":
+    if baseline.task.metric.kind != "perplexity":
         return Reading(unreadable=f"{different}, and the loss per byte is that of causal models; {MEASURE}")
 
     def side(read_by: Any) -> Side:

@@ -99,8 +99,11 @@ class HF_Seq2Seq_Adapter(_TransformersAdapter):
     auto_class = "AutoModelForSeq2SeqLM"
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
-        # Vision-language models carry the same suffix without being encoder-decoders.
-        return super().owns(model_id, options) and bool(read_config(model_id, options).get("is_encoder_decoder"))
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+        # Vision-language and speech models carry the same suffix, and the automatic class does not load them.
+        kind = read_config(model_id, options).get("model_type")
+        return super().owns(model_id, options) and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 class HF_Auto_Adapter(_TransformersAdapter):
