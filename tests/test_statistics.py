@@ -218,7 +218,7 @@ def test_a_task_has_one_metric() -> None:
     masked.check("auto", "masked")
     masked.check("masked_perplexity", "masked")
     with pytest.raises(
-        UsageError, match=r"^eval\.metric\.kind: perplexity does not apply to a masked model; use masked_perp"
+        UsageError, match=r"^eval\.metric\.kind: perplexity does not apply to masked models; use masked_perp"
     ):
         masked.check("perplexity", "masked")
 

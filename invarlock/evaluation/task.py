@@ -40,7 +40,7 @@ class Metric:
     def check(self, wanted: str, task: str) -> None:
         """:raises UsageError: ``eval.metric.kind`` asks for another metric than the one of the task."""
         if wanted not in ("auto", self.kind):
-            raise UsageError(f"eval.metric.kind: {wanted} does not apply to a {task} model; use {self.kind} or auto")
+            raise UsageError(f"eval.metric.kind: {wanted} does not apply to {task} models; use {self.kind} or auto")
 
 
 @dataclass(frozen=True)

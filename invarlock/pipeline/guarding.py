@@ -27,7 +27,6 @@ from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.routing import RoutedExperts, routing_taps
-from invarlock.evaluation.task import Judging
 from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
@@ -35,6 +34,7 @@ from invarlock.pipeline.coverage import coverage_of, of_edit
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
+from invarlock.pipeline.tasks import judging_of
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -307,22 +307,13 @@ class Guarding:
 
     def _compare(self, edited: PassResult | None, same_text: SameText | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
-        baseline, section = self.baseline_pass, self.config.eval
+        baseline = self.baseline_pass
         if baseline is None or edited is None:
             return NO_OUTPUTS
         if same_text is not None:
             ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
             baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]))
-        judging = Judging(
-            ratio=section.max_pm_ratio,
-            limit=section.metric.limit,
-            level=section.metric.ci_level,
-            reps=section.metric.reps,
-            seed=self.config.dataset.seed,
-            improving=section.improving,
-            windows=self.config.dataset.final_n,
-        )
-        found = self.baseline.task.compare(baseline, edited, judging)
+        found = self.baseline.task.compare(baseline, edited, judging_of(self.config))
         before, after = found.passes
         sizes = None if before.bytes is None else before.bytes.tolist()
         windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)

@@ -1,0 +1,160 @@
+"""Tasks: what is measured of each kind of models, on a tiny model of a real class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from conftest import DEMO, Done, read_report
+from tiny_models import MODELS
+
+from invarlock.quantization import Plan, quantize_model
+
+SMALL = {"dataset.seq_len": 64, "dataset.preview_n": 2, "dataset.final_n": 24, "model.device": "cpu"}
+TASK_OF = {
+    "LlamaForCausalLM": ("perplexity", "ratio"),
+    "BertForMaskedLM": ("masked_perplexity", "ratio"),
+    "T5ForConditionalGeneration": ("target_perplexity", "ratio"),
+    "BertModel": ("cosine_distance", "mean"),
+    "BertForSequenceClassification": ("label_disagreement", "share"),
+    "BertForTokenClassification": ("label_disagreement", "mean"),
+    "LlamaForSequenceClassification": ("label_disagreement", "share"),
+    "MambaForCausalLM": ("perplexity", "ratio"),
+    "JambaForCausalLM": ("perplexity", "ratio"),
+}
+MINE = """
+from invarlock import hookimpl
+from invarlock.api import Metric, VectorTask
+
+class Mine(VectorTask):
+    name, metric = "mine", Metric("mine", "mean", limit=0.5)
+
+    def owns(self, model_class):
+        return "BertModel" in model_class.names
+
+    def vectors(self, model, batch):
+        output = model(**batch).pooler_output
+        return {"text": output}
+
+@hookimpl
+def invarlock_tasks():
+    return [Mine()]
+"""
+ROOT = Path(__file__).parent.parent
+TEXT = ("--dataset", DEMO / "text.jsonl")
+
+
+@pytest.fixture
+def judged(invarlock: Callable[..., Done]) -> Callable[..., Done]:
+    """Compare a model with itself after an edit; the report goes to ``out``."""
+
+    def call(model: Any, edit: Callable[[Any], object], *arguments: object) -> Done:
+        tiny_models.save(model, Path("baseline"))
+        with torch.no_grad():
+            edit(model)
+        tiny_models.save(model, Path("subject"))
+        settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+        return invarlock(
+            "compare", "--baseline", "baseline", "--subject", "subject", "--out", "out", *settings, *arguments
+        )
+
+    return call
+
+
+def rounded(bits: int, **plan: Any) -> Callable[[Any], object]:
+    return lambda model: quantize_model(model, Plan(bitwidth=bits, scope="all", **plan))
+
+
+@pytest.mark.parametrize("text", [TEXT, ()], ids=["text", "no data"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple[Any, ...], judged) -> None:
+    done = judged(MODELS[name](), lambda model: None, *text, "--strict")
+    assert done.code == 0, done.out + done.err
+    report = read_report(Path("out"))
+    metric = report["metrics"]["primary"]
+    assert (metric["kind"], metric["statistic"]) == TASK_OF[name]
+    assert metric["ratio"] == (1.0 if metric["statistic"] == "ratio" else None)
+    assert report["verdict"]["action"] == "continue"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
+    done = judged(MODELS[name](), rounded(8), *TEXT)
+    assert done.code == 0, done.out + done.err
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
+    done = judged(MODELS[name](), rounded(2, per_channel=False), *TEXT)
+    assert done.code == 1, done.out + done.err
+    # Of an untrained model, text is as unlikely before as after: the predictions tell.
+    metrics = read_report(Path("out"))["metrics"]
+    outputs = [metrics["primary"], metrics["predictions"], *metrics["figures"]]
+    assert "rollback" in [each["action"] for each in outputs if each]
+
+
+def test_what_no_task_owns_is_refused_before_its_weights_are_read(judged, monkeypatch) -> None:
+    monkeypatch.setattr("invarlock.checkpoints.reader.Checkpoint.__init__", lambda *_: pytest.fail("weights were read"))
+    model = tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE)
+    done = judged(model, lambda model: None, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "no task measures models of class BertForQuestionAnswering; there are causal, embedding," in done.err
+    assert "invarlock_tasks" in done.err
+
+
+def test_invarlock_tasks_of_a_plugin_measure_what_no_other_owns(judged, module) -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text().split("## `invarlock_tasks()`")[1]
+    module("next_sentence", re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    model = tiny_models.built("BertForNextSentencePrediction", **tiny_models.SIZE)
+    done = judged(model, lambda model: None, "--strict", "-p", "next_sentence")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["metrics"]["primary"]["kind"] == "cosine_distance"
+
+
+def test_a_task_of_a_plugin_goes_before_a_built_in_one(judged, module) -> None:
+    module("mine", MINE)
+    done = judged(MODELS["BertModel"](), lambda model: None, "-p", "mine")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["metrics"]["primary"]["kind"] == "mine"
+
+
+def test_a_task_that_fails_is_named(judged, module) -> None:
+    module("mine", MINE.replace('{"text": output}', '{"text": 1 / 0}'))
+    done = judged(MODELS["BertModel"](), lambda model: None, "-p", "mine", "--quiet")
+    assert done.code == 3
+    assert "hooks mine" in done.err and "division by zero" in done.err
+
+
+def test_a_metric_of_another_task_is_a_mistake(judged) -> None:
+    done = judged(MODELS["BertModel"](), lambda model: None, "--set", "eval.metric.kind=perplexity", "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "eval.metric.kind: perplexity does not apply to embedding models; use cosine_distance" in done.err
+
+
+def test_the_limit_of_a_distance_can_be_set(judged) -> None:
+    assert judged(MODELS["BertModel"](), rounded(8), *TEXT, "--set", "eval.metric.limit=1e-9").code == 1
+    assert read_report(Path("out"))["metrics"]["primary"]["limit"] == 1e-9
+
+
+@pytest.mark.parametrize("form", ["terminal", "markdown", "html", "junit"])
+def test_no_rendering_calls_a_cosine_a_perplexity(form: str, judged, invarlock) -> None:
+    judged(MODELS["BertModel"](), rounded(4), *TEXT)
+    shown = invarlock("report", "out", "--format", form).out
+    assert "cosine distance" in shown
+    assert "perplexity" not in shown.replace("max_pm_ratio", "")
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_report_of_a_distance_is_verified(bits: int, judged, invarlock) -> None:
+    judged(MODELS["BertForSequenceClassification"](), rounded(bits, per_channel=False), *TEXT)
+    done = invarlock("verify", "out")
+    assert done.code == 0, done.out + done.err
+    again = invarlock(
+        "verify", "out", "--baseline", "baseline", "--subject", "subject", "--dataset", DEMO / "text.jsonl"
+    )
+    assert again.code == 0, again.out + again.err
