@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from invarlock.core.paths import regular_file as regular_file
     from invarlock.core.progress import counted as counted
     from invarlock.core.results import Action as Action
+    from invarlock.datasets.layout import UNSCORED as UNSCORED
+    from invarlock.datasets.layout import WindowLayout as WindowLayout
+    from invarlock.datasets.layout import Windows as Windows
+    from invarlock.datasets.noise import Noise as Noise
+    from invarlock.datasets.samples import read_text as read_text
     from invarlock.distributed.launchers import local_rank as local_rank
     from invarlock.distributed.parallel_map import each as each
     from invarlock.distributed.process_group import Ranks as Ranks
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from invarlock.evaluation.task import Metric as Metric
     from invarlock.evaluation.task import Task as Task
     from invarlock.evaluation.task import VectorTask as VectorTask
+    from invarlock.evaluation.vectors import changed_matches as changed_matches
     from invarlock.evaluation.vectors import changed_neighbours as changed_neighbours
     from invarlock.exporters.exporter import Exporter as Exporter
     from invarlock.models.facts import ModelClass as ModelClass
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
+    from invarlock.models.structure import input_embeddings as input_embeddings
     from invarlock.models.structure import output_head as output_head
     from invarlock.plugins.classes import Guard as Guard
     from invarlock.plugins.classes import ModelAdapter as ModelAdapter
@@ -70,6 +77,9 @@ _HOMES = {
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),
     "invarlock.core.results": ("Action",),
+    "invarlock.datasets.layout": ("UNSCORED", "WindowLayout", "Windows"),
+    "invarlock.datasets.noise": ("Noise",),
+    "invarlock.datasets.samples": ("read_text",),
     "invarlock.distributed.launchers": ("local_rank",),
     "invarlock.distributed.parallel_map": ("each",),
     "invarlock.distributed.process_group": ("Ranks",),
@@ -77,10 +87,10 @@ _HOMES = {
     "invarlock.evaluation.results": ("FigureResult",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
     "invarlock.evaluation.task": ("LanguageTask", "Metric", "Task", "VectorTask"),
-    "invarlock.evaluation.vectors": ("changed_neighbours",),
+    "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
-    "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
+    "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "input_embeddings", "output_head"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),
 }

@@ -24,6 +24,7 @@ TASK_OF = {
     "BertForSequenceClassification": ("label_disagreement", "share"),
     "BertForTokenClassification": ("label_disagreement", "mean"),
     "LlamaForSequenceClassification": ("label_disagreement", "share"),
+    "CLIPModel": ("cosine_distance", "mean"),
     "MambaForCausalLM": ("perplexity", "ratio"),
     "JambaForCausalLM": ("perplexity", "ratio"),
 }

@@ -24,6 +24,10 @@ JAMBA = GROUPED | {
     "num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2,
     "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 T5 = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0,
@@ -51,6 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "BertForSequenceClassification": lambda: built("BertForSequenceClassification", **SIZE, **LABELS),
     "BertForTokenClassification": lambda: built("BertForTokenClassification", **SIZE, **LABELS),
     "LlamaForSequenceClassification": lambda: built("LlamaForSequenceClassification", **GROUPED, num_labels=1),
+    "CLIPModel": lambda: built("CLIPModel", text_config=SIZE, vision_config=VISION, projection_dim=16),
     "MambaForCausalLM": lambda: built("MambaForCausalLM", **MAMBA),
     "JambaForCausalLM": lambda: built("JambaForCausalLM", **JAMBA),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,8 @@ class Windows:
     attention_mask: Tensor
     labels: Tensor
     decoder_input_ids: Tensor | None = None
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further arguments of the model's forward, each (n, ...): images or sounds."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -58,13 +60,13 @@ class Windows:
         return max(self.input_ids.shape[1], self.labels.shape[1])
 
     def __getitem__(self, rows: slice) -> Windows:
-        return Windows(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+        return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
 
     @classmethod
     def joined(cls, *parts: Windows) -> Windows:
         """Windows of the same layout, one after the other."""
         tensors = [part._tensors() for part in parts]
-        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+        return parts[0]._of({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
     def batches(self, size: int) -> Iterator[Windows]:
         """The windows in order, ``size`` at a time; the last batch may be smaller."""
@@ -86,7 +88,13 @@ class Windows:
         return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        own = {name: tensor for name, tensor in vars(self).items() if name != "media" and tensor is not None}
+        return {**own, **self.media}
+
+    def _of(self, tensors: Mapping[str, Tensor]) -> Windows:
+        """Windows of other rows."""
+        own = {name: tensor for name, tensor in tensors.items() if name not in self.media}
+        return Windows(**own, media={name: tensors[name] for name in self.media})
 
 
 @dataclass(frozen=True)

@@ -33,21 +33,33 @@ def make_samples(
     :param documents: the text of the dataset; None for random tokens.
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
-    check_lengths(dataset, model)
     layout = WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len)
-    wanted = dataset.preview_n + dataset.final_n
-    if documents is None:
-        text = random_tokens(model, layout, wanted, seed=dataset.seed)
-    elif tokenizer is None:
-        raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
-    else:
-        text = torch.tensor(read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text))
-    windows = layout.windows(text, seed=dataset.seed)
-    if reason := unreadable(windows, model):
-        raise InputError(f"its tokenizer does not fit it: {reason}")
-    pad = padding_of(model)
+    text, pad = read_text(dataset, model, layout, tokenizer, documents), padding_of(model)
     preview, final = text[: dataset.preview_n], text[dataset.preview_n :]
     return _samples(preview, layout, pad), _samples(final, layout, pad)
+
+
+def read_text(
+    dataset: Dataset,
+    model: nn.Module,
+    layout: WindowLayout,
+    tokenizer: Tokenizer | None,
+    documents: Sequence[str] | None,
+) -> Tensor:
+    """The text of each preview window and each final one, int64 (n, ``layout.text``).
+
+    :param documents: the text of the dataset; None for random tokens.
+    :raises UsageError: the windows do not fit the model, or there is too little text for them.
+    """
+    check_lengths(dataset, model)
+    if documents is None:
+        return random_tokens(model, layout, dataset.preview_n + dataset.final_n, seed=dataset.seed)
+    if tokenizer is None:
+        raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
+    text = torch.tensor(read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text))
+    if reason := unreadable(layout.windows(text, seed=dataset.seed), model):
+        raise InputError(f"its tokenizer does not fit it: {reason}")
+    return text
 
 
 def random_tokens(model: nn.Module, layout: WindowLayout, count: int, *, seed: int) -> Tensor:

@@ -102,6 +102,12 @@ def changed_neighbours(before: NDArray[np.float32], after: NDArray[np.float32]) 
     return float((nearest[0] != nearest[1]).mean())
 
 
+def changed_matches(before: Vectors, after: Vectors, one: str, other: str) -> float:
+    """Share of the vectors of one kind whose best match among those of the other kind is another one."""
+    best = [(unit(side[one]) @ unit(side[other]).T).argmax(axis=1) for side in (before, after)]
+    return float((best[0] != best[1]).mean())
+
+
 def _nearest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
     similarity = rows @ rows.T
     np.fill_diagonal(similarity, -np.inf)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from invarlock.core.errors import PluginError
 from invarlock.models.sizes import sizes_of
+from invarlock.models.structure import input_embeddings
 
 Predicted = Literal["causal", "masked", "seq2seq"]
 """Tokens that a language model predicts: the next one, masked ones, or the target of a source."""
@@ -76,8 +77,8 @@ def context_of(model: nn.Module) -> int | None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the input embeddings, where the model takes its token ids."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: model)
-    device = next(embeddings().parameters()).device
+    embeddings = input_embeddings(model)
+    device = next((model if embeddings is None else embeddings).parameters()).device
     # Offloaded embeddings are on meta until their layer runs; its hook then moves what it is given.
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -58,6 +58,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns token ids into hidden states, or None where the model has no such module, or two towers."""
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """True if a module is a linear layer of GPT-2, which stores its weight as (in, out)."""
     # By name, because transformers need not be installed, and a model without it has no such class.

@@ -15,7 +15,7 @@ import torch
 
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import DatasetConfig
-from invarlock.core.results import Action
+from invarlock.core.results import Action, EditedWeight
 from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.task import Task
@@ -111,6 +111,26 @@ def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None
     length = windows[-1].input_ids.shape[1] if windows else 0
     opened = [replace(_simulation(part), action=Action.WARN) for part in sorted(after.unsimulated - before.unsimulated)]
     return [*_long_range_changes(before, after, length), *opened]
+
+
+def unreached(weights: Sequence[EditedWeight], never_ran: Collection[str]) -> list[Gap]:
+    """The gap of edited weights that no window reaches.
+
+    :param never_ran: names of modules.
+    """
+    edited = [weight.name for weight in weights if weight.is_changed]
+    missed = [name for name in edited if name in never_ran or name.rpartition(".")[0] in never_ran]
+    if not missed:
+        return []
+    message = f"not exercised: {len(missed)} of {len(edited)} edited weights, which no window reaches (as {missed[0]})"
+    return [
+        Gap(
+            "weights that never ran",
+            Action.WARN,
+            message,
+            "an evaluation with the inputs that they read exercises them",
+        )
+    ]
 
 
 def of_edit(

@@ -25,12 +25,13 @@ from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.reach import never_ran, reach_taps
 from invarlock.evaluation.results import MetricResult
-from invarlock.evaluation.routing import RoutedExperts, routing_taps
+from invarlock.evaluation.routing import routing_taps
 from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
-from invarlock.pipeline.coverage import coverage_of, of_edit
+from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
@@ -46,7 +47,6 @@ Found = TypeVar("Found")
 
 SHARED = ("baseline_weights", "tokenizers")
 """Entries of a guard's context that would take long to copy; a baseline's tokenizer that was changed is undone."""
-NO_ROUTING: Mapping[str, RoutedExperts] = {}
 NO_OUTPUTS = MetricsSection(None, None, None)
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -65,6 +65,8 @@ class Guarding:
     baseline_pass: PassResult | None = None
     coverage: CoverageSection = field(default_factory=CoverageSection)
     """Of the baseline."""
+    _never_ran: frozenset[str] = frozenset()
+    """Modules of the baseline that no preview window reaches."""
     _record: TokenRecord | None = None
     _observed: list[Observation] = field(default_factory=list)
 
@@ -81,8 +83,12 @@ class Guarding:
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the windows once, and prepare the guards one by one."""
-        routing = routing_taps(model) if self.baseline.sees_preview else {}
-        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched, routing=routing)
+        observed = self.baseline.sees_preview and self.windows is not None
+        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
+        self._observed, self.baseline_pass = self._observed_pass(
+            model, "baseline pass", watched, own=(routing, reached)
+        )
+        self._never_ran = never_ran(model, reached)
         if self.windows and self.baseline_pass:
             self.coverage = coverage_of(
                 self.baseline.declared,
@@ -145,7 +151,8 @@ class Guarding:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
         metrics = self._compare(edited_pass, edited.same_text)
-        coverage = of_edit(self.coverage, edited.gaps, (self.baseline_pass, edited_pass))
+        gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
+        coverage = of_edit(self.coverage, gaps, (self.baseline_pass, edited_pass))
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -254,12 +261,12 @@ class Guarding:
         stage: str,
         watched: Watched,
         same_text: SameText | None = None,
-        routing: Mapping[str, RoutedExperts] = NO_ROUTING,
+        own: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[Observation], PassResult | None]:
         """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
         :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
-        :param routing: taps of our own.
+        :param own: taps of our own.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
@@ -288,7 +295,7 @@ class Guarding:
             model,
             windows,
             stage,
-            taps=[*(observation.taps for observation in observations), routing],
+            taps=[*(observation.taps for observation in observations), *own],
             reference=None if same_text else self._record,
             taps_off=taps_off,
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from invarlock.api import Task, hookimpl
 from plugins_builtin.tasks.classification import SequenceClassification, TokenClassification
 from plugins_builtin.tasks.embedding import Embedding
+from plugins_builtin.tasks.image_text import ImageText
 from plugins_builtin.tasks.language import Causal, Masked, Seq2Seq
 
 
 @hookimpl
 def invarlock_tasks() -> list[Task]:
-    return [Masked(), Seq2Seq(), SequenceClassification(), TokenClassification(), Embedding(), Causal()]
+    return [Masked(), Seq2Seq(), SequenceClassification(), TokenClassification(), ImageText(), Embedding(), Causal()]

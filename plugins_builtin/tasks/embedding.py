@@ -47,10 +47,15 @@ class Embedding(VectorTask):
         return {"text": pooling(model(**batch).last_hidden_state, batch["attention_mask"])}
 
     def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
-        from invarlock.api import changed_neighbours
+        return [neighbours("text", before, after)]
 
-        share = changed_neighbours(before["text"], after["text"])
-        return [FigureResult.held("nearest neighbours that changed", share, "%", REORDERED)]
+
+def neighbours(name: str, before: Any, after: Any) -> FigureResult:
+    """The neighbours of vectors of one kind, against their limit."""
+    from invarlock.api import changed_neighbours
+
+    share = changed_neighbours(before[name], after[name])
+    return FigureResult.held(f"nearest neighbours of {name} that changed", share, "%", REORDERED)
 
 
 def _stated(model: Any) -> Pooling | None:
