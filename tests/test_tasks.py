@@ -25,6 +25,9 @@ TASK_OF = {
     "BertForTokenClassification": ("label_disagreement", "mean"),
     "LlamaForSequenceClassification": ("label_disagreement", "share"),
     "CLIPModel": ("cosine_distance", "mean"),
+    "WhisperForConditionalGeneration": ("target_perplexity", "ratio"),
+    "LlavaForConditionalGeneration": ("perplexity", "ratio"),
+    "Qwen2VLForConditionalGeneration": ("perplexity", "ratio"),
     "MambaForCausalLM": ("perplexity", "ratio"),
     "JambaForCausalLM": ("perplexity", "ratio"),
 }

@@ -28,6 +28,17 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
+WHISPER = {
+    "vocab_size": VOCABULARY, "d_model": 32, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "max_source_positions": 50, "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+PATCHES = {
+    "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
 T5 = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0,
@@ -56,6 +67,22 @@ MODELS: dict[str, Callable[[], Any]] = {
     "BertForTokenClassification": lambda: built("BertForTokenClassification", **SIZE, **LABELS),
     "LlamaForSequenceClassification": lambda: built("LlamaForSequenceClassification", **GROUPED, num_labels=1),
     "CLIPModel": lambda: built("CLIPModel", text_config=SIZE, vision_config=VISION, projection_dim=16),
+    "WhisperForConditionalGeneration": lambda: built("WhisperForConditionalGeneration", **WHISPER),
+    "LlavaForConditionalGeneration": lambda: built(
+        "LlavaForConditionalGeneration",
+        text_config=GROUPED | {"model_type": "llama"},
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        image_token_index=5,
+    ),
+    "Qwen2VLForConditionalGeneration": lambda: built(
+        "Qwen2VLForConditionalGeneration",
+        text_config=GROUPED | {"rope_parameters": ROPE},
+        vision_config=PATCHES,
+        image_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+        video_token_id=8,
+    ),
     "MambaForCausalLM": lambda: built("MambaForCausalLM", **MAMBA),
     "JambaForCausalLM": lambda: built("JambaForCausalLM", **JAMBA),
 }

@@ -56,8 +56,9 @@ class Windows:
 
     @property
     def length(self) -> int:
-        """Tokens of a window: of the source or of the target, whichever is longer."""
-        return max(self.input_ids.shape[1], self.labels.shape[1])
+        """Tokens of a window, or frames of its sound: of the source or of the target, whichever is longer."""
+        sound = self.media.get("input_features", self.labels)
+        return max(self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1])
 
     def __getitem__(self, rows: slice) -> Windows:
         return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
@@ -74,7 +75,13 @@ class Windows:
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The keyword arguments of the model's forward, on a device."""
-        return {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "labels"}
+        # A model that hears reads the tokens of its decoder, and no others.
+        left = {"labels", "input_ids", "attention_mask"} if "input_features" in self.media else {"labels"}
+        given = {name: tensor.to(device) for name, tensor in self._tensors().items() if name not in left}
+        if "image_grid_thw" in given:
+            # Patches of all images stand in one row.
+            given["pixel_values"] = given["pixel_values"].flatten(0, 1)
+        return given
 
     def trimmed(self) -> Windows:
         """Without the padding on the right that all of the windows share."""

@@ -73,9 +73,11 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
-    made_up: ClassVar[str] = ""
+    made_up: str = ""
     """The samples where there is no data: "random tokens"; empty where the baseline writes its own text."""
-    towers: ClassVar[frozenset[str]] = frozenset()
+    made_up_media: str = ""
+    """The part of the samples that is made up even where there is text: "random pixels"."""
+    towers: frozenset[str] = frozenset()
     """Parts beside the text model that the samples exercise: "vision", "audio"."""
 
     @abstractmethod

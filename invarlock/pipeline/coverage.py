@@ -96,7 +96,7 @@ def coverage_of(
     gaps = [
         # What it writes itself is as likely to it as can be, and near chance where it is unsure.
         *(() if dataset.is_generated or task.metric.statistic != "ratio" else _near_chance(perplexity, vocabulary)),
-        *(_made_up(task.made_up) if dataset.is_generated and task.made_up else ()),
+        *_made_up(task.made_up if dataset.is_generated else task.made_up_media),
         *_context(declared, windows[-1].input_ids.shape[1]),
         *_special_gap([names[token] for token in sorted(special - seen)], len(special)),
         *_ordinary_gap(len(ordinary - seen), len(ordinary), dataset),
@@ -247,8 +247,11 @@ def _unrouted(experts: Sequence[torch.Tensor], dataset: DatasetConfig) -> Iterat
 
 
 def _made_up(samples: str) -> Iterator[Gap]:
-    message = f"not exercised: real inputs, for samples are {samples}"
-    yield Gap("real inputs", Action.CONTINUE, message, "text exercises more (dataset.provider, dataset.path)")
+    if samples:
+        message = f"not exercised: real inputs, for samples are {samples}"
+        yield Gap(
+            "real inputs", Action.CONTINUE, message, "an evaluation with data exercises them (dataset.path for text)"
+        )
 
 
 def _not_run(declared: Declared, given: Collection[str]) -> Iterator[Gap]:

@@ -24,7 +24,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.models.facts import ModelClass, batch_size
-from invarlock.models.state import ModelState
+from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
@@ -107,6 +107,7 @@ class Session:
                     f"model.device: {name} is offloaded (on the meta device) and cannot be quantized in place; "
                     "load the whole model onto devices"
                 )
+        put_on_hooks_of_its_own(model)
         return model, adapter
 
     def _check_owned(self, model_id: str) -> None:

@@ -17,8 +17,8 @@ from invarlock.api import InputError
 if TYPE_CHECKING:
     from invarlock.api import Checkpoint
 
-COUNTS = re.compile(r"(layers?|blocks?|labels|depth|experts|stages|heads)$")
-"""Keys that count modules."""
+COUNTS = re.compile(r"((?<!feature_)layers?|blocks?|labels|depth|experts|stages|heads)$")
+"""Keys that count modules; ``vision_feature_layer`` is the place of one."""
 FEW = 1000
 """Counts up to this one are always accepted: not every expert and head has a tensor of its own."""
 MODULES_PER_TENSOR = 10

@@ -22,7 +22,7 @@ LEGACY_END = 2
 class ImageText(VectorTask):
     """The vectors of an image and of a text: CLIP, SigLIP."""
 
-    name, made_up = "image-text", "random pixels and tokens"
+    name, made_up, made_up_media = "image-text", "random pixels and tokens", "random pixels"
     metric = Metric("cosine_distance", "mean", limit=MOVED)
     towers = frozenset({"vision"})
 
