@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
     from invarlock.models.structure import input_embeddings as input_embeddings
+    from invarlock.models.structure import is_backbone as is_backbone
     from invarlock.models.structure import output_head as output_head
     from invarlock.plugins.classes import Guard as Guard
     from invarlock.plugins.classes import ModelAdapter as ModelAdapter
@@ -90,7 +91,14 @@ _HOMES = {
     "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
-    "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "input_embeddings", "output_head"),
+    "invarlock.models.structure": (
+        "block_of",
+        "find_blocks",
+        "has_weights",
+        "input_embeddings",
+        "is_backbone",
+        "output_head",
+    ),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),
 }

@@ -13,6 +13,8 @@ import torch
 from conftest import DEMO, Done, read_report
 from tiny_models import MODELS
 
+from invarlock.plugins.catalog import Selection
+from invarlock.plugins.manager import PluginManager
 from invarlock.quantization import Plan, quantize_model
 
 SMALL = {"dataset.seq_len": 64, "dataset.preview_n": 2, "dataset.final_n": 24, "model.device": "cpu"}
@@ -100,6 +102,40 @@ def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
     metrics = read_report(Path("out"))["metrics"]
     outputs = [metrics["primary"], metrics["predictions"], *metrics["figures"]]
     assert "rollback" in [each["action"] for each in outputs if each]
+
+
+def test_weights_alone_judge_an_embedding(judged) -> None:
+    assert judged(MODELS["BertModel"](), rounded(8), "--weights-only").code == 0
+    done = judged(MODELS["BertModel"](), rounded(2, per_channel=False), "--weights-only", "--force")
+    assert done.code == 1, done.out + done.err
+    assert read_report(Path("out"))["verdict"]["decided_by"] == "guard reconstruction"
+
+
+def test_edited_weights_that_no_window_reaches_warn(judged, monkeypatch) -> None:
+    """Of a vision-language model whose images cannot be made, text alone is measured."""
+    from plugins_builtin.tasks import vision_language
+
+    def cannot(*_: object) -> None:
+        raise ValueError("another processor")
+
+    monkeypatch.setattr(vision_language._Images, "of", cannot)
+    name = "Qwen2VLForConditionalGeneration"
+    assert judged(MODELS[name](), lambda model: None, *TEXT, "--strict").code == 0
+    coverage = [gap["part"] for gap in read_report(Path("out"))["coverage"]["gaps"]]
+    assert "vision tower" in coverage and "real inputs" not in coverage
+    done = judged(MODELS[name](), rounded(8), *TEXT, "--force")
+    assert done.code == 0, done.err
+    report = read_report(Path("out"))
+    assert report["verdict"]["decided_by"] == "coverage"
+    gap = next(gap for gap in report["coverage"]["gaps"] if gap["part"] == "weights that never ran")
+    assert re.search(r"[1-9]\d* of \d+ edited weights, which no window reaches \(as model\.visual\.", gap["message"])
+
+
+def test_the_page_of_models_lists_the_classes_that_are_tested() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.count("|") == 6]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[2])} == {*MODELS}
+    tasks = PluginManager.load(Selection(autoload=False)).tasks()
+    assert {row[1].strip() for row in rows} - {"task", "---"} == {*tasks}
 
 
 def test_what_no_task_owns_is_refused_before_its_weights_are_read(judged, monkeypatch) -> None:

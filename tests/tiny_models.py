@@ -41,7 +41,7 @@ PATCHES = {
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
 T5 = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0, "scale_decoder_outputs": False,
 }  # fmt: skip
 LABELS = {"num_labels": 3}
 

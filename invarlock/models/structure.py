@@ -58,6 +58,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def is_backbone(model: nn.Module) -> bool:
+    """True if a model of transformers has no head: it gives hidden states or vectors, and no scores."""
+    return output_head(model) is None and getattr(model, "base_model", None) is model
+
+
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that turns token ids into hidden states, or None where the model has no such module, or two towers."""
     try:
