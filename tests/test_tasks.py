@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,52 @@ def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
     metrics = read_report(Path("out"))["metrics"]
     outputs = [metrics["primary"], metrics["predictions"], *metrics["figures"]]
     assert "rollback" in [each["action"] for each in outputs if each]
+
+
+def test_an_embedding_model_may_be_stored_without_a_pooler(judged) -> None:
+    import transformers
+
+    config = transformers.BertConfig(**tiny_models.SIZE)
+    done = judged(transformers.BertModel(config, add_pooling_layer=False).eval(), lambda model: None, *TEXT, "--strict")
+    assert done.code == 0, done.out + done.err
+
+
+def test_a_run_rounds_an_embedding(invarlock, config) -> None:
+    tiny_models.save(MODELS["BertModel"](), Path("baseline"))
+    dataset = {"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 4}
+    edit = {"plan": {"bitwidth": 8, "scope": "all"}}
+    done = invarlock("run", "-c", config(model={"id": "baseline"}, dataset=dataset, edit=edit), "--out", "out")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["attempts"][0]["figure"] > 0
+
+
+@pytest.mark.parametrize(
+    ("stated", "same"),
+    [({"pooling_mode_mean_tokens": True}, True), ({"pooling_mode": "cls"}, False)],
+    ids=["mean", "cls"],
+)
+def test_the_pooling_of_a_folder_is_read(judged, stated: dict[str, Any], same: bool) -> None:
+    """The vectors of a subject whose files state another pooling are others."""
+    model = MODELS["BertModel"]()
+
+    def pool(_: Any) -> None:
+        modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+        Path("subject/1_Pooling").mkdir(parents=True)
+        Path("subject/modules.json").write_text(json.dumps(modules))
+        Path("subject/1_Pooling/config.json").write_text(json.dumps(stated))
+
+    assert judged(model, pool, *TEXT).code == (0 if same else 1)
+
+
+def test_an_unknown_pooling_is_refused(judged) -> None:
+    def pool(_: Any) -> None:
+        Path("baseline/modules.json").write_text('[{"type": "x.Pooling", "path": ""}]')
+        config = json.loads(Path("baseline/config.json").read_text())
+        Path("baseline/config.json").write_text(json.dumps(config | {"pooling_mode": "magic"}))
+
+    done = judged(MODELS["BertModel"](), pool, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "pooling 'magic' is none of mean, cls," in done.err
 
 
 def test_weights_alone_judge_an_embedding(judged) -> None:

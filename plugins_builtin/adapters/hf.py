@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 BALANCED = "balanced"
 UNPACKERS = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
 """Packages that transformers needs to unpack weights of a method and does not ask for by itself."""
+POOLER = "pooler."
 MARGIN = 1.2
 """Ratio of free memory to weights that a device needs: activations take some, too."""
 
@@ -204,6 +206,8 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
             f"{shown}: {name} has shape {tuple(stored)}, but the configuration describes {tuple(described)}"
         )
     unloaded = sorted(loading["missing_keys"])
+    if unloaded and all(name.startswith(POOLER) for name in unloaded) and _may_lack_pooler(loader, options):
+        return load_checkpoint(loader, model_id, device, **options, add_pooling_layer=False)
     if unloaded:
         raise InputError(f"{shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
     model = _unpacked(model, model_id).eval()
@@ -216,6 +220,11 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         return model.to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _may_lack_pooler(loader: Any, options: Mapping[str, Any]) -> bool:
+    """True for a class that can be built without the head for pairs of sentences: many embedding models have none."""
+    return "add_pooling_layer" in inspect.signature(loader).parameters and "add_pooling_layer" not in options
 
 
 def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Embedding(VectorTask):
     name = "embedding"
     metric = Metric("cosine_distance", "mean", limit=MOVED)
 
-    _baseline: Pooling
+    def __init__(self) -> None:
+        self._baseline: Pooling | None = None
 
     def owns(self, model_class: ModelClass) -> bool:
         known = transformers_class(model_class) is not None
@@ -38,12 +39,15 @@ class Embedding(VectorTask):
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Sequence[str] | None) -> Any:
         from plugins_builtin.tasks.pooling import Pooling
 
-        self._baseline = _stated(model) or Pooling()
+        # The baseline's come first; those of a subject with a tokenizer of its own may follow.
+        self._baseline = self._baseline or _stated(model) or Pooling()
         return super().make_windows(model, dataset, tokenizer, documents)
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        from plugins_builtin.tasks.pooling import Pooling
+
         # An edited model that was saved without the files of sentence-transformers is served with the baseline's.
-        pooling = _stated(model) or self._baseline
+        pooling = _stated(model) or self._baseline or Pooling()
         return {"text": pooling(model(**batch).last_hidden_state, batch["attention_mask"])}
 
     def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
