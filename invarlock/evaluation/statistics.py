@@ -41,7 +41,8 @@ def ratio_interval(
 def share_interval(differing: int, count: int, *, level: float) -> Interval:
     """The exact confidence interval of a share (Clopper and Pearson 1934): each end holds at least its half of the
     level, however small the share or the count."""
-    tail = (1 - level) / 2
+    # A report that somebody changed may count anything.
+    differing, tail = min(max(differing, 0), count), (1 - level) / 2
     low = float(stats.beta.ppf(tail, differing, count - differing + 1)) if differing else 0.0
     high = float(stats.beta.isf(tail, differing + 1, count - differing)) if differing < count else 1.0
     return low, high

@@ -83,7 +83,7 @@ def _limit(stored: MetricResult, config: RunConfig) -> float:
     """The limit of the configuration; where that leaves it to the task, which no report holds, the stored one."""
     section = config.eval
     own = stored.limit if section.metric.limit is None else section.metric.limit
-    return own if stored.is_distance else section.max_pm_ratio
+    return (own or 0.0) if stored.is_distance else section.max_pm_ratio
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
