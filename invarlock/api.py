@@ -36,14 +36,29 @@ if TYPE_CHECKING:
     from invarlock.core.paths import regular_file as regular_file
     from invarlock.core.progress import counted as counted
     from invarlock.core.results import Action as Action
+    from invarlock.datasets.layout import UNSCORED as UNSCORED
+    from invarlock.datasets.layout import WindowLayout as WindowLayout
+    from invarlock.datasets.layout import Windows as Windows
+    from invarlock.datasets.noise import Noise as Noise
+    from invarlock.datasets.samples import read_text as read_text
     from invarlock.distributed.launchers import local_rank as local_rank
     from invarlock.distributed.parallel_map import each as each
     from invarlock.distributed.process_group import Ranks as Ranks
+    from invarlock.evaluation.labels import changed_labels as changed_labels
+    from invarlock.evaluation.labels import label_divergence as label_divergence
+    from invarlock.evaluation.results import FigureResult as FigureResult
     from invarlock.evaluation.taps import Tap as Tap
     from invarlock.evaluation.taps import attached as attached
+    from invarlock.evaluation.task import LanguageTask as LanguageTask
+    from invarlock.evaluation.task import Metric as Metric
+    from invarlock.evaluation.task import Task as Task
+    from invarlock.evaluation.task import VectorTask as VectorTask
+    from invarlock.evaluation.vectors import changed_matches as changed_matches
+    from invarlock.evaluation.vectors import changed_neighbours as changed_neighbours
     from invarlock.exporters.exporter import Exporter as Exporter
     from invarlock.models.configuration import POSITION_FIELDS as POSITION_FIELDS
     from invarlock.models.configuration import fields_of as fields_of
+    from invarlock.models.facts import ModelClass as ModelClass
     from invarlock.models.facts import context_of as context_of
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
@@ -52,6 +67,8 @@ if TYPE_CHECKING:
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
+    from invarlock.models.structure import input_embeddings as input_embeddings
+    from invarlock.models.structure import is_backbone as is_backbone
     from invarlock.models.structure import output_head as output_head
     from invarlock.models.tokens import ChangedVocabulary as ChangedVocabulary
     from invarlock.models.tokens import stop_tokens as stop_tokens
@@ -73,15 +90,29 @@ _HOMES = {
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),
     "invarlock.core.results": ("Action",),
+    "invarlock.datasets.layout": ("UNSCORED", "WindowLayout", "Windows"),
+    "invarlock.datasets.noise": ("Noise",),
+    "invarlock.datasets.samples": ("read_text",),
     "invarlock.distributed.launchers": ("local_rank",),
     "invarlock.distributed.parallel_map": ("each",),
     "invarlock.distributed.process_group": ("Ranks",),
+    "invarlock.evaluation.labels": ("changed_labels", "label_divergence"),
+    "invarlock.evaluation.results": ("FigureResult",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
+    "invarlock.evaluation.task": ("LanguageTask", "Metric", "Task", "VectorTask"),
+    "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
-    "invarlock.models.facts": ("context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
     "invarlock.models.norms": ("is_norm",),
-    "invarlock.models.structure": ("block_of", "find_blocks", "has_weights", "output_head"),
+    "invarlock.models.structure": (
+        "block_of",
+        "find_blocks",
+        "has_weights",
+        "input_embeddings",
+        "is_backbone",
+        "output_head",
+    ),
     "invarlock.models.tokens": ("ChangedVocabulary", "stop_tokens"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),
     "invarlock.quantization.selection": ("find_weights",),

@@ -65,7 +65,7 @@ def truncated(folder: Path) -> None:
 DEEP = "[" * 100_000 + "]" * 100_000
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no head": (of_config(architectures=["LlamaModel"]), "no language-model head"),
+    "no task": (of_config(architectures=["LlamaForQuestionAnswering"]), "no task measures models of class LlamaFor"),
     "architectures a number": (of_config(architectures=5), "architectures: expected a list of names"),
     "architectures numbers": (of_config(architectures=[5]), "architectures: expected a list of names"),
     "architectures unknown": (of_config(architectures=["NoSuchModel"]), "no known class of transformers"),

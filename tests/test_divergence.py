@@ -37,12 +37,12 @@ from invarlock.evaluation.predictions import (
 )
 from invarlock.evaluation.results import DivergenceResult
 from invarlock.models import sizes
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 from invarlock.testing import architectures
 
 VOCABULARY = architectures.VOCABULARY
 CAUSAL = WindowLayout(24)
-MODELS: dict[str, tuple[Callable[[], nn.Module], Task, WindowLayout]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Predicted, WindowLayout]] = {
     "llama": (architectures.llama, "causal", CAUSAL),
     "gpt2": (architectures.gpt2, "causal", CAUSAL),
     "bert": (architectures.bert, "masked", WindowLayout(24, prefix=(1,), suffix=(2,), special=(1, 2, 3), mask=3)),
@@ -56,7 +56,7 @@ def windows_of(layout: WindowLayout, count: int = 5) -> Windows:
 
 
 def passed(
-    model: nn.Module, windows: Windows, task: Task = "causal", reference: TokenRecord | None = None
+    model: nn.Module, windows: Windows, task: Predicted = "causal", reference: TokenRecord | None = None
 ) -> PassResult:
     return measure(model, windows[:0], windows, task=task, reference=reference)
 

@@ -110,6 +110,7 @@ SHOWN = {
     "half_models": ("adapter", "half"),
     "chapters": ("provider", "chapters"),
     "state_dicts": ("exporter", "state-dict"),
+    "next_sentences": ("task", "next sentence"),
     "one_line": ("report format", "line"),
     "weigh": ("command", "weigh"),
 }

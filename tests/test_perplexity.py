@@ -41,7 +41,7 @@ from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult, measure
 from invarlock.evaluation.taps import attached
 from invarlock.models import sizes
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 
 CHECKPOINT = Path(invarlock.__file__).parent / "demo" / "checkpoint"
 VOCABULARY = 97
@@ -77,7 +77,7 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
-ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Task, WindowLayout]] = {
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Predicted, WindowLayout]] = {
     "gpt2": (gpt2, "causal", WindowLayout(24)),
     "llama": (llama, "causal", WindowLayout(24, prefix=(1,), special=(1,))),
     "mixtral": (mixtral, "causal", WindowLayout(24)),

@@ -239,7 +239,7 @@ def test_the_trace_goes_to_stderr_and_leaves_stdout_as_it_was(invarlock, monkeyp
 
 def test_kinds_are_what_the_listing_promises() -> None:
     assert {kind.value for kind in Kind} == {
-        "adapter", "edit", "guard", "hooks", "provider", "exporter", "report format", "command",
+        "adapter", "edit", "guard", "hooks", "provider", "exporter", "report format", "command", "task",
     }  # fmt: skip
 
 

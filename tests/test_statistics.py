@@ -13,10 +13,11 @@ from scipy import stats
 from invarlock.core.errors import UsageError
 from invarlock.core.plain import plain
 from invarlock.core.results import Action
-from invarlock.evaluation.metric import compare, kind_of
+from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.results import MetricResult
-from invarlock.evaluation.statistics import ratio_interval
+from invarlock.evaluation.statistics import ratio_interval, share_interval
+from invarlock.evaluation.task import Metric
 
 TOKENS = np.array([255, 255, 200, 31, 128, 255, 90, 10])
 LOSSES = TOKENS * np.array([2.5, 2.8, 2.4, 3.3, 2.2, 2.6, 2.9, 2.0])
@@ -208,16 +209,22 @@ def test_a_result_fits_a_report() -> None:
     assert written == {
         "kind": "perplexity", "baseline": pytest.approx(13.213, abs=1e-3), "edited": pytest.approx(13.213, abs=1e-3),
         "ratio": 1.0, "ci": [1.0, 1.0], "ci_level": 0.95, "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
-        "message": judged(LOSSES).message, "unit": "token",
+        "message": judged(LOSSES).message, "unit": "token", "statistic": "ratio",
     }  # fmt: skip
 
 
 def test_a_task_has_one_metric() -> None:
-    assert [kind_of(task) for task in ("causal", "masked", "seq2seq")] == [
-        "perplexity", "masked_perplexity", "target_perplexity",
-    ]  # fmt: skip
-    assert kind_of("causal", "perplexity") == "perplexity"
+    masked = Metric("masked_perplexity", "ratio")
+    masked.check("auto", "masked")
+    masked.check("masked_perplexity", "masked")
     with pytest.raises(
-        UsageError, match=r"^eval\.metric\.kind: perplexity does not apply to a masked model; use masked_perp"
+        UsageError, match=r"^eval\.metric\.kind: perplexity does not apply to masked models; use masked_perp"
     ):
-        kind_of("masked", "perplexity")
+        masked.check("perplexity", "masked")
+
+
+def test_a_share_has_the_exact_interval() -> None:
+    """Clopper and Pearson 1934: of 10 samples, 0, 1 and all."""
+    assert share_interval(0, 10, level=0.95) == (0.0, pytest.approx(0.3085, abs=1e-4))
+    assert share_interval(1, 10, level=0.95) == (pytest.approx(0.0025, abs=1e-4), pytest.approx(0.4450, abs=1e-4))
+    assert share_interval(10, 10, level=0.95) == (pytest.approx(0.6915, abs=1e-4), 1.0)

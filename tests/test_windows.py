@@ -43,7 +43,7 @@ from invarlock.datasets.layout import WindowLayout, Windows, encode
 from invarlock.datasets.windows import PIECE
 from invarlock.models import facts as traits
 from invarlock.models.batches import batch_size, cached_batch_size
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 
 DEMO = Path(invarlock.__file__).parent / "demo" / "text.jsonl"
 CHAPTERS = [json.loads(line)["text"] for line in DEMO.read_text().splitlines()]
@@ -66,7 +66,7 @@ class Data:
     seed: int = 42
 
 
-def make_windows(data: Data, model: nn.Module, tokenizer: Any, *, task: Task) -> tuple[Windows, Windows]:
+def make_windows(data: Data, model: nn.Module, tokenizer: Any, *, task: Predicted) -> tuple[Windows, Windows]:
     return invarlock.datasets.windows.make_windows(data, model, tokenizer, task=task, documents=texts_of(data))
 
 
@@ -162,7 +162,7 @@ def same(one: Windows, other: Windows) -> bool:
     return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-def refused(data: Data, tokenizer: Any, *, model: nn.Module | None = None, task: Task = "causal") -> str:
+def refused(data: Data, tokenizer: Any, *, model: nn.Module | None = None, task: Predicted = "causal") -> str:
     """The message of a mistake: one line that names what to change."""
     with pytest.raises(UsageError) as error:
         make_windows(data, model or llama(), tokenizer, task=task)
@@ -541,7 +541,7 @@ def test_text_that_a_device_has_no_memory_for_is_written_in_smaller_batches(
 
 # Windows that the model writes itself
 
-MAKERS: dict[str, tuple[Callable[[], nn.Module], str | None, Task]] = {
+MAKERS: dict[str, tuple[Callable[[], nn.Module], str | None, Predicted]] = {
     "gpt2": (gpt2, None, "causal"),
     "llama": (llama, "llama_tokenizer", "causal"),
     "llama without a tokenizer": (llama, None, "causal"),

@@ -116,9 +116,18 @@ class GuardsConfig(_Section):
 @dataclass(frozen=True)
 class MetricConfig(_Section):
     kind: Annotated[
-        Literal["auto", "perplexity", "masked_perplexity", "target_perplexity"],
+        Literal[
+            "auto", "perplexity", "masked_perplexity", "target_perplexity", "cosine_distance", "label_disagreement"
+        ],
         "Primary metric; auto takes the one that the model's task calls for.",
     ] = "auto"
+    limit: Annotated[
+        float | None,
+        Gt(0.0),
+        IsFinite,
+        "Largest value of a primary metric that is no ratio of perplexities, as a cosine distance; null leaves it to "
+        "the task. The interval's upper end is held against it.",
+    ] = None
     reps: Annotated[int, Ge(100), Le(1_000_000), "Bootstrap resamples."] = 2000
     ci_level: Annotated[float, Gt(0.5), Lt(1.0), "Confidence level of the interval."] = 0.95
 

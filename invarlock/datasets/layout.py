@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.core.errors import InputError, UsageError
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 
 UNSCORED = -100
 MASKED_SHARE = 0.15
@@ -48,23 +48,26 @@ class Windows:
     attention_mask: Tensor
     labels: Tensor
     decoder_input_ids: Tensor | None = None
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further arguments of the model's forward, each (n, ...): images or sounds."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def length(self) -> int:
-        """Tokens of a window: of the source or of the target, whichever is longer."""
-        return max(self.input_ids.shape[1], self.labels.shape[1])
+        """Tokens of a window, or frames of its sound: of the source or of the target, whichever is longer."""
+        sound = self.media.get("input_features", self.labels)
+        return max(self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1])
 
     def __getitem__(self, rows: slice) -> Windows:
-        return Windows(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+        return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
 
     @classmethod
     def joined(cls, *parts: Windows) -> Windows:
         """Windows of the same layout, one after the other."""
         tensors = [part._tensors() for part in parts]
-        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+        return parts[0]._of({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
     def batches(self, size: int) -> Iterator[Windows]:
         """The windows in order, ``size`` at a time; the last batch may be smaller."""
@@ -72,7 +75,19 @@ class Windows:
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The keyword arguments of the model's forward, on a device."""
-        return {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "labels"}
+        # A model that hears reads the tokens of its decoder, and no others.
+        left = {"labels", "input_ids", "attention_mask"} if "input_features" in self.media else {"labels"}
+        given = {name: tensor.to(device) for name, tensor in self._tensors().items() if name not in left}
+        if "image_grid_thw" in given:
+            # Patches of all images stand in one row.
+            given["pixel_values"] = given["pixel_values"].flatten(0, 1)
+        return given
+
+    def trimmed(self) -> Windows:
+        """Without the padding on the right that all of the windows share."""
+        used = int(self.attention_mask.any(dim=0).nonzero().max()) + 1
+        kept = {name: getattr(self, name)[:, :used] for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **kept)
 
     def equal(self, other: Windows) -> bool:
         """Compare all tensors; those of different shapes differ."""
@@ -80,7 +95,13 @@ class Windows:
         return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        own = {name: tensor for name, tensor in vars(self).items() if name != "media" and tensor is not None}
+        return {**own, **self.media}
+
+    def _of(self, tensors: Mapping[str, Tensor]) -> Windows:
+        """Windows of other rows."""
+        own = {name: tensor for name, tensor in tensors.items() if name not in self.media}
+        return Windows(**own, media={name: tensors[name] for name in self.media})
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,7 @@ class WindowLayout:
     start: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Task, length: int) -> WindowLayout:
+    def of(cls, model: nn.Module, tokenizer: Tokenizer | None, *, task: Predicted, length: int) -> WindowLayout:
         """The layout that fits a model and its tokenizer; without a tokenizer there are no special tokens.
 
         :param length: tokens in a window, special tokens included (``dataset.seq_len``).

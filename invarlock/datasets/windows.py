@@ -14,7 +14,7 @@ from invarlock.core.errors import InputError, UsageError
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.generated import write_text
 from invarlock.datasets.layout import Tokenizer, WindowLayout, Windows, encode
-from invarlock.models.facts import Task, context_of, vocabulary_of
+from invarlock.models.facts import Predicted, context_of, vocabulary_of
 
 PIECE = 2**16
 """Characters that are tokenized at once."""
@@ -30,6 +30,8 @@ class Dataset(Protocol):
 
     @property
     def provider(self) -> str: ...
+    @property
+    def is_generated(self) -> bool: ...
     @property
     def seq_len(self) -> int: ...
     @property
@@ -47,7 +49,7 @@ def make_windows(
     model: nn.Module,
     tokenizer: Tokenizer | None,
     *,
-    task: Task,
+    task: Predicted,
     documents: Sequence[str] | None = None,
     chat: ChatTemplate | None = None,
 ) -> tuple[Windows, Windows]:
@@ -69,7 +71,7 @@ def make_windows(
     elif tokenizer is None:
         raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        rows = read_rows(documents, dataset, partial(_tokens, tokenizer), layout.text)
+        rows = read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text)
         if chat is not None:
             for place in conversation_places(dataset):
                 rows[place] = _beginning(encode(tokenizer, chat.conversation(rows[place], layout.text)), layout.text)
@@ -161,7 +163,7 @@ def _beginning(tokens: list[int], length: int) -> list[int]:
     return tokens[:length]
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> Iterator[int]:
+def tokens_of(tokenizer: Tokenizer, text: str) -> Iterator[int]:
     """The tokens of a document, which ends with the end-of-text token, if there is one."""
     for piece in pieces(text):
         yield from encode(tokenizer, piece)

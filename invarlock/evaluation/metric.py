@@ -1,34 +1,37 @@
-"""Primary metric: the ratio of edited to baseline perplexity, against a limit."""
+"""Primary metric of two passes, against a limit: a ratio of perplexities, a mean distance, or a share that differs."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from invarlock.core.errors import UsageError
 from invarlock.core.results import Action
 from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.results import Kind, MetricResult
-from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval
-from invarlock.models.facts import Task
-
-KINDS: dict[Task, Kind] = {"causal": "perplexity", "masked": "masked_perplexity", "seq2seq": "target_perplexity"}
-
-
-def kind_of(task: Task, wanted: str = "auto") -> Kind:
-    """The metric of a task.
-
-    :param wanted: ``eval.metric.kind``; ``auto`` leaves it to the task.
-    :raises UsageError: another metric is wanted than the one that the task has.
-    """
-    if wanted not in ("auto", KINDS[task]):
-        raise UsageError(f"eval.metric.kind: {wanted} does not apply to a {task} model; use {KINDS[task]} or auto")
-    return KINDS[task]
+from invarlock.evaluation.results import MetricResult, Statistic
+from invarlock.evaluation.statistics import (
+    Interval,
+    exp,
+    mean_interval,
+    mean_per_token,
+    ratio_interval,
+    share_interval,
+)
 
 
 def compare(
-    baseline: PassResult, edited: PassResult, *, kind: Kind, limit: float, level: float, reps: int, seed: int
+    baseline: PassResult,
+    edited: PassResult,
+    *,
+    kind: str,
+    limit: float,
+    level: float,
+    reps: int,
+    seed: int,
+    statistic: Statistic = "ratio",
 ) -> MetricResult:
     """Compare two passes over the same windows.
+
+    A pass over samples that are not predictions of tokens (``statistic``) holds the distances from the baseline, summed
+    over the samples of each window: their mean, or the share of samples that differ, is held against the limit.
 
     The ratio is exp of the paired differences of log loss, every token weighing the same. What was not measured is
     never accepted: rollback where the edited model's loss is not finite or one window gives no interval, abort where
@@ -43,6 +46,8 @@ def compare(
     """
     if not np.array_equal(baseline.tokens, edited.tokens):
         raise ValueError("the two passes did not score the same tokens")
+    if statistic != "ratio":
+        return _distance(baseline, edited, kind, statistic, limit, level, reps, seed)
     tokens, sizes = baseline.tokens, baseline.sizes
     per_token, per_byte = limit, baseline.bytes is not None
     if per_byte and sizes.any():
@@ -78,11 +83,58 @@ def compare(
     )
 
 
-def _judge(before: float | None, after: float | None, interval: Interval | None, limit: float) -> tuple[Action, str]:
+def _distance(
+    baseline: PassResult,
+    edited: PassResult,
+    kind: str,
+    statistic: Statistic,
+    limit: float,
+    level: float,
+    reps: int,
+    seed: int,
+) -> MetricResult:
+    before, after = (_finite_mean(measured) for measured in (baseline, edited))
+    interval = None
+    if before is not None and after is not None and statistic == "mean":
+        interval = mean_interval(edited.losses - baseline.losses, edited.tokens, level=level, reps=reps, seed=seed)
+    elif before is not None and after is not None:
+        interval = share_interval(int(edited.losses.sum()), int(edited.tokens.sum()), level=level)
+    action, reason = _judge(before, after, interval, limit, measured="output")
+    if statistic == "share" and after == 0 and action is Action.ROLLBACK:
+        # As good as so few samples can show: what else is compared has to tell.
+        action, reason = Action.CONTINUE, f"no sample differs, too few of them for the limit {limit:g}"
+    numbers = f"{kind.replace('_', ' ')} {_shown(after)}"
+    if interval is not None:
+        numbers += f" ({level * 100:g} % interval {interval[0]:.4g} to {interval[1]:.4g})"
+    return MetricResult(
+        kind=kind,
+        baseline=before,
+        edited=after,
+        ratio=None,
+        ci=interval,
+        ci_level=level,
+        windows=len(edited.tokens),
+        tokens=int(edited.tokens.sum()),
+        limit=limit,
+        action=action,
+        message=f"{numbers} on {int(edited.tokens.sum())} samples in {len(edited.tokens)} windows: {reason}",
+        unit="sample",
+        statistic=statistic,
+    )
+
+
+def _finite_mean(measured: PassResult) -> float | None:
+    finite = np.isfinite(measured.losses).all() and measured.tokens.any()
+    return float(mean_per_token(measured.losses, measured.tokens)) if finite else None
+
+
+def _judge(
+    before: float | None, after: float | None, interval: Interval | None, limit: float, *, measured: str = "loss"
+) -> tuple[Action, str]:
     if before is None:
-        return Action.ABORT, "not measured, the baseline's own loss is not finite"
+        return Action.ABORT, f"not measured, the baseline's own {measured} is not finite"
     if after is None:
-        return Action.ROLLBACK, "the edited model's loss is not finite"
+        return Action.ROLLBACK, f"the edited model's {measured} is not finite"
     if interval is None:
         return Action.ROLLBACK, "not measured, an interval needs two windows; raise dataset.final_n"
     if interval[1] <= limit:

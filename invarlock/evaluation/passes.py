@@ -6,9 +6,9 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, T
 from invarlock.evaluation.statistics import exp, mean_per_token
 from invarlock.evaluation.taps import Tap, attached, first_windows
 from invarlock.models.batches import batch_size, halved
-from invarlock.models.facts import Task, device_of, evaluating, is_streamed, logits_of
+from invarlock.models.facts import Predicted, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.sizes import sizes_of
 from invarlock.models.structure import find_blocks, output_head
 
 UNMEASURED = "its outputs cannot be measured while it is streamed"
 
+Output = TypeVar("Output")
 Result = TypeVar("Result")
 
 Taps = Iterable[Mapping[str, Tap]]
@@ -60,6 +61,9 @@ class PassResult:
     changes: TokenChanges | None = None
     position_losses: NDArray[np.float32] | None = None
     bytes: NDArray[np.int64] | None = None
+    vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Of each sample, (n, numbers) by name, where a model makes vectors and no predictions of tokens; ``losses`` are
+    then 0."""
 
     @classmethod
     def joined(cls, parts: Sequence[PassResult]) -> PassResult:
@@ -71,6 +75,7 @@ class PassResult:
             np.concatenate([part.tokens for part in parts]),
             changes=TokenChanges.joined(changes) if changes else None,
             position_losses=np.concatenate(positions) if positions else None,
+            vectors={name: np.concatenate([part.vectors[name] for part in parts]) for name in parts[0].vectors},
         )
 
     @property
@@ -89,7 +94,7 @@ def measure(
     preview: Windows,
     final: Windows,
     *,
-    task: Task,
+    task: Predicted,
     taps: Taps = (),
     reference: TokenRecord | None = None,
     vocabulary: int | None = None,
@@ -120,7 +125,7 @@ def measure(
             scores = [_together(model, preview, final, task, taps, watch, vocabulary)]
             taps_off()
         else:
-            batches = _Batches(model, Tally(len(preview) + len(final)))
+            batches = Batches(model, Tally(len(preview) + len(final)), _logits)
             with ExitStack() as stack:
                 for wanted in batches.tried(preview, taps):
                     stack.enter_context(attached(model, wanted))
@@ -138,25 +143,26 @@ def measure(
 
 
 @dataclass
-class _Batches:
+class Batches(Generic[Output]):
     """Windows on their way through a model, as many at once as its device has memory for."""
 
     model: nn.Module
     tally: Tally
+    forward: Callable[[nn.Module, Windows], Output]
     largest: int | None = None
     """Number of windows that is known to fit, once more did not."""
 
-    def run(self, windows: Windows, use: Callable[[Windows, Tensor], Result]) -> list[Result]:
-        """Results of ``use`` for each batch and its logits, in the order of the windows.
+    def run(self, windows: Windows, use: Callable[[Windows, Output], Result]) -> list[Result]:
+        """Results of ``use`` for each batch and the model's output, in the order of the windows.
 
         :raises UsageError: the device has no memory for a single window.
         """
         done, results = 0, []
         while done < len(windows):
-            batch, logits = self._passed(windows[done:])
-            results.append(use(batch, logits))
-            # Before the next ones are made.
-            del logits
+            batch, output = self._passed(windows[done:])
+            results.append(use(batch, output))
+            # Before the next one is made.
+            del output
             done += len(batch)
             self.tally.add(len(batch))
         return results
@@ -168,12 +174,12 @@ class _Batches:
             self._passed(windows)
         return wanted
 
-    def _passed(self, windows: Windows) -> tuple[Windows, Tensor]:
-        """The first of some windows, as many as fit at once, and their logits."""
+    def _passed(self, windows: Windows) -> tuple[Windows, Output]:
+        """The first of some windows, as many as fit at once, and the model's output."""
         while True:
             batch = windows[: min(batch_size(self.model, windows.length), self.largest or len(windows))]
             try:
-                return batch, _logits(self.model, batch)
+                return batch, self.forward(self.model, batch)
             except torch.OutOfMemoryError as error:
                 spread = bool(sharding_of(self.model))
                 self.largest = halved(self.model, len(batch), batch.length, error, one_only=spread)
@@ -183,7 +189,7 @@ def _together(
     model: nn.Module,
     preview: Windows,
     final: Windows,
-    task: Task,
+    task: Predicted,
     taps: Taps,
     watch: Watch,
     vocabulary: int | None,
@@ -258,7 +264,7 @@ def _logits(model: nn.Module, batch: Windows) -> Tensor:
     return logits_of(model, model(**batch.inputs(device_of(model)), **uncached))
 
 
-def _targets(batch: Windows, task: Task) -> Tensor:
+def _targets(batch: Windows, task: Predicted) -> Tensor:
     """The token that the logits at each position predict, or -100; shaped as the labels."""
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.evaluation.passes import PassResult
-from invarlock.models.facts import Task
+from invarlock.models.facts import Predicted
 
 Side = tuple[PassResult, NDArray[np.int64]]
 """A pass, and the place in the text where the token at each position of its windows ends, in bytes; -1 for no text."""
 
 
-def over_same_text(baseline: Side, subject: Side, *, task: Task = "causal") -> tuple[PassResult, PassResult]:
+def over_same_text(baseline: Side, subject: Side, *, task: Predicted = "causal") -> tuple[PassResult, PassResult]:
     """Two passes of causal or seq2seq models over windows of the same text, cut down to what can be compared.
 
     A loss per token says nothing where tokens differ; the loss of a text does not depend on how it is split, but for
@@ -34,7 +34,7 @@ def over_same_text(baseline: Side, subject: Side, *, task: Task = "causal") -> t
 
 
 def _by_target(
-    measured: PassResult, ends: NDArray[np.int64], task: Task
+    measured: PassResult, ends: NDArray[np.int64], task: Predicted
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The loss and the end of each token that is predicted: a causal model's logits at i predict the token at i + 1."""
     if measured.position_losses is None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from invarlock.core.results import Action
 
-Kind = Literal["perplexity", "masked_perplexity", "target_perplexity"]
-Unit = Literal["token", "byte"]
+Unit = Literal["token", "byte", "sample"]
+Statistic = Literal["ratio", "mean", "share"]
+"""Of two passes: the ratio of exp of the mean losses; the mean difference; the share of samples that differ."""
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no number that is not finite."""
 
@@ -20,9 +21,14 @@ class MetricResult:
     ``ratio`` is edited over baseline perplexity, ``ci`` its confidence interval, whose upper end is held against
     ``limit``. ``tokens`` counts scored tokens. All perplexities, and so the ratio, its interval and the limit, are per
     ``unit``: exp of the loss in nats per token or, where two tokenizers split the same text, per byte of UTF-8.
+
+    Of any other ``statistic`` than the ratio, ``edited`` is the figure that ``ci`` is about: the mean over samples of a
+    distance from the baseline, or the share of samples that differ. ``baseline`` is then 0, and ``tokens`` counts
+    samples.
     """
 
-    kind: Kind
+    kind: str
+    """Its name: "perplexity", "cosine_distance"."""
     baseline: Number | None
     edited: Number | None
     ratio: Number | None
@@ -34,6 +40,49 @@ class MetricResult:
     action: Action
     message: str
     unit: Unit = "token"
+    statistic: Statistic = "ratio"
+
+    @property
+    def name(self) -> str:
+        """Its name in words."""
+        return self.kind.replace("_", " ")
+
+    @property
+    def figure(self) -> Number | None:
+        """The number that is held against the limit, by its interval."""
+        return self.edited if self.is_distance else self.ratio
+
+    @property
+    def is_distance(self) -> bool:
+        """True where samples are compared with the baseline's, and not the perplexity of two models."""
+        return self.statistic in ("mean", "share")
+
+
+@dataclass(frozen=True)
+class FigureResult:
+    """A further figure of the outputs, and its limit; None stands for what was not measured, or has no limit."""
+
+    name: str
+    value: Number | None
+    unit: str
+    """As "nats", or "%" for a share."""
+    limit: float | None
+    action: Action
+    message: str
+
+    @classmethod
+    def held(cls, name: str, value: float | None, unit: str, limit: float, *, rejects: bool = False) -> FigureResult:
+        """A figure held against its limit.
+
+        :param value: None where the edited model gives what is not finite, or there is too little to compare.
+        :param rejects: above the limit the edit is rejected; else there is a warning.
+        """
+        scale = 100 if unit == "%" else 1
+        shown = "not measured" if value is None else f"{value * scale:.4g} {unit}"
+        if value is None or value <= limit:
+            return cls(name, value, unit, limit, Action.CONTINUE, f"{name} {shown}")
+        action = Action.ROLLBACK if rejects else Action.WARN
+        return cls(name, value, unit, limit, action, f"{name} {shown}, above {limit * scale:.4g} {unit}")
 
 
 @dataclass(frozen=True)

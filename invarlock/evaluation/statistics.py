@@ -1,4 +1,4 @@
-"""Paired statistics over windows: the ratio of perplexities and its confidence interval."""
+"""Paired statistics over windows: a ratio of perplexities, a mean, a share, each with its confidence interval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,25 @@ def mean_per_token(totals: NDArray[np.float64], tokens: NDArray[np.int64], axis:
 def ratio_interval(
     differences: NDArray[np.float64], tokens: NDArray[np.int64], *, level: float, reps: int, seed: int
 ) -> Interval | None:
-    """A confidence interval of exp(sum of differences / sum of tokens), never narrower than Student's t.
+    """A confidence interval of exp(sum of differences / sum of tokens): exp of that of the mean."""
+    interval = mean_interval(differences, tokens, level=level, reps=reps, seed=seed)
+    return None if interval is None else (exp(interval[0]), exp(interval[1]))
+
+
+def share_interval(differing: int, count: int, *, level: float) -> Interval:
+    """The exact confidence interval of a share (Clopper and Pearson 1934): each end holds at least its half of the
+    level, however small the share or the count."""
+    # A report that somebody changed may count anything.
+    differing, tail = min(max(differing, 0), count), (1 - level) / 2
+    low = float(stats.beta.ppf(tail, differing, count - differing + 1)) if differing else 0.0
+    high = float(stats.beta.isf(tail, differing + 1, count - differing)) if differing < count else 1.0
+    return low, high
+
+
+def mean_interval(
+    differences: NDArray[np.float64], tokens: NDArray[np.int64], *, level: float, reps: int, seed: int
+) -> Interval | None:
+    """A confidence interval of sum of differences / sum of tokens, never narrower than Student's t.
 
     It is the wider, at either end, of t with n - 1 degrees of freedom and of the studentized bootstrap, which draws
     whole windows (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5). BCa and percentile
@@ -41,7 +59,7 @@ def ratio_interval(
     windows rise much more than others its upper end is too low, and the bootstrap sees the skew (Hall 1988,
     "Theoretical Comparison of Bootstrap Confidence Intervals"). ``benchmarks/coverage.py`` measures both.
 
-    The interval is sought for the logarithm. Where all windows agree, no draw can differ, and it is that point.
+    Where all windows agree, no draw can differ, and it is that point.
 
     :param differences: (n,), edited minus baseline loss of each window, in nats; all finite.
     :param tokens: (n,), the scored tokens of each window; a window without any says nothing.
@@ -55,7 +73,7 @@ def ratio_interval(
         return None
     point = float(mean_per_token(differences, tokens))
     if np.all(differences * tokens[0] == differences[0] * tokens):
-        return exp(point), exp(point)
+        return point, point
     error = _standard_error(differences, tokens)
     tails = np.array([(1 + level) / 2, (1 - level) / 2])
     low, high = point - stats.t.ppf(tails, len(differences) - 1) * error
@@ -63,7 +81,7 @@ def ratio_interval(
     if len(drawn):
         low_drawn, high_drawn = point - np.quantile(drawn, tails) * error
         low, high = min(low, low_drawn), max(high, high_drawn)
-    return exp(low), exp(high)
+    return float(low), float(high)
 
 
 def _standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> Any:

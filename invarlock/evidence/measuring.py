@@ -22,9 +22,10 @@ from invarlock.evidence.recomputing import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.comparison import unreadable_windows
-from invarlock.pipeline.own_tokenizer import read_with
+from invarlock.pipeline.own_tokenizer import PER_BYTE, read_with
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.subject import Subject, load
+from invarlock.pipeline.tasks import judging_of
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -136,16 +137,21 @@ class _Again:
     windows: WindowPair | None
     """None where the report has no losses."""
     passes: list[PassResult] = field(default_factory=list)
-    """Of the baseline, where losses are per byte: they cannot be told before the subject has been run."""
+    """Of the baseline, where what is compared cannot be told before the subject has been run."""
 
     @property
     def per_byte(self) -> bool:
         stored = self.run.report.metrics.windows
         return stored is not None and stored.bytes is not None
 
+    @property
+    def is_distance(self) -> bool:
+        metric = self.run.report.metrics.primary
+        return metric is not None and metric.is_distance
+
     def baseline(self, model: torch.nn.Module) -> None:
         self._fingerprint("fingerprint_before", model)
-        if self.per_byte and self.windows is not None:
+        if (self.per_byte or self.is_distance) and self.windows is not None:
             self.passes.append(self.first.run_pass(model, self.windows, "pass")[0])
         else:
             self._losses("baseline", 0, model)
@@ -159,8 +165,10 @@ class _Again:
             self.verification.not_checked.append(f"losses of the edited model, measured again: {missing}")
         elif self.per_byte:
             self._losses_per_byte(model, adapter, checkpoint)
-        elif reason := unreadable_windows(self.windows, self.first.task, model):
+        elif reason := unreadable_windows(self.windows, self.first, model):
             self.verification.check("losses of the edited model", [Disagreement(checkpoint, "a model", reason)])
+        elif self.is_distance:
+            self._distances(model)
         else:
             self._losses("edited", 1, model)
 
@@ -200,7 +208,18 @@ class _Again:
             return
         edited, _ = self.first.run_pass(model, (self.windows[0][:0], same_text.windows), "pass")
         ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]), task=self.first.task)
+        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]), task=PER_BYTE[self.first.task.name])
+        for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
+            self._compare(side, old, new)
+
+    def _distances(self, model: torch.nn.Module) -> None:
+        """Both sides' distances from the baseline, which takes both models."""
+        stored = passes(self.run.report)
+        if stored is None or self.windows is None or not self.passes:
+            self.verification.not_checked.append("distances, measured again: give --baseline, too")
+            return
+        edited, _ = self.first.run_pass(model, self.windows, "pass")
+        found = self.first.task.compare(self.passes[0], edited, judging_of(self.run.config)).passes
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 
@@ -208,6 +227,11 @@ class _Again:
         judged = self.run.report.model.description.get("dtype")
         tolerance = TOLERANCE if judged == "float32" else TOLERANCE_16_BITS
         what = f"losses of the {side} model, measured again, to {tolerance:g} nats per token"
+        metric = self.run.report.metrics.primary
+        if metric is not None and metric.is_distance:
+            # A label at a boundary may be another one on another processor.
+            tolerance = 1 / max(1, int(stored.tokens.min())) if metric.statistic == "share" else tolerance
+            what = f"{metric.name} of the {side} model, measured again, to {tolerance:g} per sample"
         self.verification.check(what, _differing(side, stored, found, tolerance))
 
 

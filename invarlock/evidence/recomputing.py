@@ -17,7 +17,7 @@ from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_fi
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
-from invarlock.evaluation.results import Unit
+from invarlock.evaluation.results import MetricResult, Unit
 from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, of_attributes
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
@@ -27,6 +27,8 @@ from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import Report
 
 NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), np.empty(0))
+MADE_UP = re.compile("for samples are (.+)$")
+"""In the gap of samples that are no data."""
 _BITS = re.compile(r"\((\d+) bits\)$")
 _OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits a weight\)$")
 """A type of GGUF: its name has the bits of a code, and scales count among those a weight."""
@@ -63,22 +65,36 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     wanted = section.metric.kind
     yield from differences("metrics.primary.kind", stored.kind, stored.kind if wanted == "auto" else wanted)
     yield from differences("metrics.windows (how many)", len(measured[0].tokens), config.dataset.final_n)
+    # Earlier builds named neither: the unit was the token, and the metric a ratio.
+    unit = "token" if stored.unit not in get_args(Unit) else stored.unit
+    statistic = stored.statistic if stored.is_distance else "ratio"
+    stored = dataclasses.replace(stored, unit=unit, statistic=statistic)
     found = compare(
         *measured,
         kind=stored.kind,
-        limit=section.max_pm_ratio,
+        statistic=stored.statistic,
+        limit=_limit(stored, config),
         level=section.metric.ci_level,
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    # Earlier builds named no unit: it was the token.
-    unit = "token" if stored.unit not in get_args(Unit) else stored.unit
-    yield from differences("metrics.primary", dataclasses.replace(stored, unit=unit), found)
+    yield from differences("metrics.primary", stored, found)
+
+
+def _limit(stored: MetricResult, config: RunConfig) -> float:
+    """The limit of the configuration; where that leaves it to the task, which no report holds, the stored one."""
+    section = config.eval
+    own = stored.limit if section.metric.limit is None else section.metric.limit
+    return (own or 0.0) if stored.is_distance else section.max_pm_ratio
 
 
 def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The windows' rises, and what follows from the figures that only a pass can measure."""
-    stored = report.metrics.predictions
+    stored, metric = report.metrics.predictions, report.metrics.primary
+    if metric is not None and metric.is_distance:
+        yield from differences("metrics.predictions (whether measured)", stored is not None, False)
+        yield from _figures(report)
+        return
     if (measured := passes(report)) is None or stored is None:
         yield from differences("metrics.predictions (whether measured)", stored is not None, measured is not None)
         return
@@ -94,6 +110,15 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
     found = judge_figures(figures, limits, improving=config.eval.improving)
     yield from differences("metrics.predictions", stored, found)
+
+
+def _figures(report: Report) -> Iterator[Disagreement]:
+    """The action of each further figure, against its limit: the figures themselves follow from no window."""
+    for place, stored in enumerate(report.metrics.figures):
+        where = f"metrics.figures[{place}].action"
+        if stored.value is not None and stored.limit is not None:
+            above = not float(stored.value) <= stored.limit
+            yield from differences(f"{where} (above its limit)", stored.action is not Action.CONTINUE, above)
 
 
 def findings(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -163,7 +188,7 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     found = {name: getattr(folded, name) for name in ("action", "accepted", "decided_by", "reasons", "exit_code")}
     found["suspects"] = [] if folded.accepted else blame(report.guards, report.edit.modules)
     if report.metrics.windows is not None or not report.edit.is_comparison:
-        found["rests_on"] = rests_on(config)
+        found["rests_on"] = rests_on(config, _samples(report))
     elif _made(report):
         found["rests_on"] = WEIGHTS_ALONE
     yield from of_attributes("verdict", report.verdict, found)
@@ -175,8 +200,10 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     A rollback is the last one only where the plan has no bits left to try.
     """
     folded, last = folded_anew(report), report.attempts[-1]
-    ratio = report.metrics.primary.ratio if report.metrics.primary else None
-    expected = {"action": folded.action, "decided_by": folded.decided_by, "ratio": ratio}
+    metric = report.metrics.primary
+    expected = {"action": folded.action, "decided_by": folded.decided_by, "ratio": metric.ratio if metric else None}
+    if last.figure is not None:  # Earlier builds had none.
+        expected["figure"] = metric.figure if metric else None
     yield from of_attributes("attempts[-1]", last, expected)
     count = len(report.attempts)
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
@@ -220,6 +247,12 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
     if sizes is not None and (len(sizes) != len(tokens) or sizes.min() < 0):
         raise UsageError("report.json: metrics.windows: each window of text has a number of bytes")
     return PassResult(before, tokens, bytes=sizes), PassResult(after, tokens, bytes=sizes)
+
+
+def _samples(report: Report) -> str:
+    """The samples of a task that makes its own, as the report's coverage has them; empty for text of the baseline."""
+    told = (MADE_UP.search(gap.message) for gap in report.coverage.gaps)
+    return next((found[1] for found in told if found), "")
 
 
 def folded_anew(report: Report) -> Verdict:

@@ -1,21 +1,48 @@
-"""Facts of a model that measuring needs: its task, vocabulary, context and device."""
+"""Facts of a model that measuring needs: its class, vocabulary, context and device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import PluginError
+from invarlock.models.structure import input_embeddings
 
-Task = Literal["causal", "masked", "seq2seq"]
+Predicted = Literal["causal", "masked", "seq2seq"]
+"""Tokens that a language model predicts: the next one, masked ones, or the target of a source."""
 
 
-def task_of(model: nn.Module) -> Task:
-    """Task of a model: predicting the next token, masked tokens, or the target of a source.
+@dataclass(frozen=True)
+class ModelClass:
+    """The class of a model, as far as it is known before the weights are loaded."""
+
+    names: tuple[str, ...]
+    """Its own name, where there is a model, then those that its configuration gives as ``architectures``."""
+    encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelClass:
+        config = getattr(model, "config", None)
+        declared = getattr(config, "architectures", None) or []
+        return cls((type(model).__name__, *declared), bool(getattr(config, "is_encoder_decoder", False)))
+
+    @classmethod
+    def declared(cls, config: Mapping[str, Any]) -> ModelClass:
+        """:param config: as ``config.json`` holds it."""
+        names = config.get("architectures")
+        # Whoever loads it complains of anything else.
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            names = []
+        return cls(tuple(names), bool(config.get("is_encoder_decoder")))
+
+
+def task_of(model: nn.Module) -> Predicted:
+    """Tokens that a language model predicts, by its class.
 
     :param model: a transformers model, or one with a ``config`` and a class name like theirs.
     """
@@ -49,8 +76,8 @@ def context_of(model: nn.Module) -> int | None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the input embeddings, where the model takes its token ids."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: model)
-    device = next(embeddings().parameters()).device
+    embeddings = input_embeddings(model)
+    device = next((model if embeddings is None else embeddings).parameters()).device
     # Offloaded embeddings are on meta until their layer runs; its hook then moves what it is given.
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -40,7 +40,7 @@ class ModelState:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelState:
-        _put_on_hooks_of_its_own(model)
+        put_on_hooks_of_its_own(model)
         return cls(
             [_Namespace(name, owner) for name, owner in _owners(model)],
             {name: (tensor, type(tensor), tensor.requires_grad) for name, tensor in model.named_parameters()},
@@ -92,8 +92,11 @@ def _kinds(objects: Iterable[Any]) -> Iterator[tuple[str, type]]:
     return ((kind.__name__, kind) for kind in kinds)
 
 
-def _put_on_hooks_of_its_own(model: nn.Module) -> None:
-    """Let transformers put on its hooks that capture hidden states, as it does once a model is asked for any."""
+def put_on_hooks_of_its_own(model: nn.Module) -> None:
+    """Let transformers put on its hooks that capture hidden states, as it does once a model is asked for any.
+
+    Before the model runs: a tower in it that was asked alone would have them twice.
+    """
     with suppress(ImportError):
         from transformers import PreTrainedModel
         from transformers.utils.output_capturing import maybe_install_capturing_hooks

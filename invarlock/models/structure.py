@@ -58,6 +58,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def is_backbone(model: nn.Module) -> bool:
+    """True if a model of transformers has no head: it gives hidden states or vectors, and no scores."""
+    return output_head(model) is None and getattr(model, "base_model", None) is model
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns token ids into hidden states, or None where the model has no such module, or two towers."""
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """True if a module is a linear layer of GPT-2, which stores its weight as (in, out)."""
     # By name, because transformers need not be installed, and a model without it has no such class.
@@ -91,9 +105,9 @@ def role_of(model: nn.Module, modules: Mapping[str, nn.Module], path: str, param
         return Role.ROUTER
     if any(map(_ATTENTION.search, kinds)):
         return Role.ATTENTION
-    # Recurrent layers stand in for attention; a class may be called ...Moe...DeltaNet only for the model it is in.
+    # A class may be called ...Moe...DeltaNet only for the model it is in.
     if any(map(_RECURRENT.search, kinds)):
-        return Role.OTHER
+        return _recurrent_role(modules, path)
     if any(map(_FFN.search, kinds)):
         return Role.FFN
     # BERT's intermediate, OPT's fc1, T5's wi: what is beside attention in a block, under whatever name.
@@ -103,6 +117,19 @@ def role_of(model: nn.Module, modules: Mapping[str, nn.Module], path: str, param
     if _ATTENTION.search(type(block).__name__):
         return Role.ATTENTION
     return Role.FFN if _DENSE_FFN.search(type(block).__name__) else Role.OTHER
+
+
+def _recurrent_role(modules: Mapping[str, nn.Module], path: str) -> Role:
+    """Role of a weight in a recurrent layer, which stands in for attention.
+
+    Where there are no other layers, as in Mamba, it is the feed-forward, too (Gu and Dao 2023, section 3.4). Its short
+    convolution is neither: it has no more numbers than a norm.
+    """
+    if isinstance(modules[path], nn.Conv1d):
+        return Role.OTHER
+    kinds = [type(module).__name__ for place, module in modules.items() if _lineage(modules, place)]
+    others = any(_FFN.search(kind) or _ATTENTION.search(kind) for kind in kinds if not _RECURRENT.search(kind))
+    return Role.ATTENTION if others else Role.FFN
 
 
 def _lineage(modules: Mapping[str, nn.Module], path: str) -> list[str]:

@@ -12,7 +12,7 @@ from invarlock.datasets.layout import Windows
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of ``input_ids`` and ``attention_mask``, to be read at will."""
+    """Batches of ``input_ids`` and ``attention_mask``, and of images or sounds, to be read at will."""
 
     windows: Windows | None
     """Copies: nothing that a guard does to them reaches the windows that are measured."""
@@ -20,7 +20,8 @@ class Calibration:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.windows.batches(self.batch_size) if self.windows else ():
-            yield {"input_ids": batch.input_ids.clone(), "attention_mask": batch.attention_mask.clone()}
+            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.media}
+            yield {name: tensor.clone() for name, tensor in given.items()}
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.batch_size) if self.windows else 0

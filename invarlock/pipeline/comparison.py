@@ -25,7 +25,7 @@ from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
-from invarlock.models.facts import Task, task_of
+from invarlock.models.facts import ModelClass
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.pipeline.attempts import Edited, RunResult
@@ -38,6 +38,7 @@ from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load
+from invarlock.pipeline.tasks import find_task
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -148,7 +149,7 @@ class _Comparing:
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
         reason = reading.unreadable
         if reason is None and reading.same_text is None:
-            reason = unreadable_windows(guarding.windows, guarding.baseline.task, model)
+            reason = unreadable_windows(guarding.windows, guarding.baseline, model)
         findings = [*subject.findings(), *reading.findings]
         if reason:
             findings.append(Finding("primary metric", Action.ABORT, f"not measured, {reason}"))
@@ -191,10 +192,11 @@ class _Comparing:
         return Loaded.of(model, clock, read_again)
 
 
-def unreadable_windows(windows: WindowPair | None, task: Task, model: torch.nn.Module) -> str | None:
-    """The reason that the subject cannot be run over the windows of a baseline of this task, or None."""
+def unreadable_windows(windows: WindowPair | None, baseline: Baseline, model: torch.nn.Module) -> str | None:
+    """The reason that the subject cannot be run over the windows of a baseline, or None."""
     if windows is None:
         return None
-    if (own := task_of(model)) != task:
+    own, task = find_task(baseline.session.plugins, ModelClass.of(model)).name, baseline.task.name
+    if own != task:
         return f"the subject is a {own} model and the baseline a {task} one"
     return next(filter(None, (unreadable(part, model) for part in windows)), None)

@@ -5,7 +5,7 @@ A gap informs, and warns only where the edit touches it: what was not measured m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import DatasetConfig
-from invarlock.core.results import Action
+from invarlock.core.results import Action, EditedWeight
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import conversation_places
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.task import Task
 from invarlock.models.configuration import position_fields_of
 from invarlock.models.facts import context_of, text_config_of
 from invarlock.reporting.report import CoverageSection, Gap, TokensSeen
@@ -74,6 +75,7 @@ def coverage_of(
     tokenizer: Any,
     template: ChatTemplate | None,
     dataset: DatasetConfig,
+    task: Task,
     perplexity: float,
     experts: Sequence[torch.Tensor | None] = (),
 ) -> CoverageSection:
@@ -81,7 +83,7 @@ def coverage_of(
 
     :param tokenizer: None where there is none; all tokens are then ordinary ones.
     :param template: the tokenizer's chat template, or None.
-    :param perplexity: the baseline's.
+    :param perplexity: the baseline's, where its task is to predict tokens.
     :param experts: of each layer of experts, which of them received a token of the preview windows; None if not known.
     """
     seen = {token for part in windows for token in torch.cat([part.input_ids, part.labels], dim=1).flatten().tolist()}
@@ -93,13 +95,14 @@ def coverage_of(
     tokens.append(TokensSeen("special", len(special & seen), len(special)))
     gaps = [
         # What it writes itself is as likely to it as can be, and near chance where it is unsure.
-        *(() if dataset.is_generated else _near_chance(perplexity, vocabulary)),
+        *(() if dataset.is_generated or task.metric.statistic != "ratio" else _near_chance(perplexity, vocabulary)),
+        *_made_up(task.made_up if dataset.is_generated else task.made_up_media),
         *_context(declared, windows[-1].input_ids.shape[1]),
         *_special_gap([names[token] for token in sorted(special - seen)], len(special), template, dataset),
         *_unrendered(template, dataset),
         *_ordinary_gap(len(ordinary - seen), len(ordinary), dataset),
         *_unrouted([routed for routed in experts if routed is not None], dataset),
-        *_not_run(declared),
+        *_not_run(declared, task.towers),
     ]
     rendering = template is not None and template.roles and dataset.has_conversations
     return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0)
@@ -110,6 +113,26 @@ def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None
     length = windows[-1].input_ids.shape[1] if windows else 0
     opened = [replace(_simulation(part), action=Action.WARN) for part in sorted(after.unsimulated - before.unsimulated)]
     return [*_position_changes(before, after, length), *opened]
+
+
+def unreached(weights: Sequence[EditedWeight], never_ran: Collection[str]) -> list[Gap]:
+    """The gap of edited weights that no window reaches.
+
+    :param never_ran: names of modules.
+    """
+    edited = [weight.name for weight in weights if weight.is_changed]
+    missed = [name for name in edited if name in never_ran or name.rpartition(".")[0] in never_ran]
+    if not missed:
+        return []
+    message = f"not exercised: {len(missed)} of {len(edited)} edited weights, which no window reaches (as {missed[0]})"
+    return [
+        Gap(
+            "weights that never ran",
+            Action.WARN,
+            message,
+            "an evaluation with the inputs that they read exercises them",
+        )
+    ]
 
 
 def of_edit(
@@ -225,8 +248,16 @@ def _unrouted(experts: Sequence[torch.Tensor], dataset: DatasetConfig) -> Iterat
         yield Gap("experts", Action.CONTINUE, message, remedy)
 
 
-def _not_run(declared: Declared) -> Iterator[Gap]:
-    for tower in declared.towers:
+def _made_up(samples: str) -> Iterator[Gap]:
+    if samples:
+        message = f"not exercised: real inputs, for samples are {samples}"
+        yield Gap(
+            "real inputs", Action.CONTINUE, message, "an evaluation with data exercises them (dataset.path for text)"
+        )
+
+
+def _not_run(declared: Declared, given: Collection[str]) -> Iterator[Gap]:
+    for tower in (tower for tower in declared.towers if tower not in given):
         message = f"not exercised: the {tower} tower, for windows hold text alone"
         yield Gap(f"{tower} tower", Action.CONTINUE, message, f"an evaluation with {tower} inputs exercises it")
     yield from map(_simulation, sorted(declared.unsimulated))

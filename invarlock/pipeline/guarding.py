@@ -22,20 +22,21 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, P
 from invarlock.datasets.same_text import SameText
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
-from invarlock.evaluation.divergence import compare_predictions
-from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.reach import never_ran, reach_taps
 from invarlock.evaluation.results import MetricResult
-from invarlock.evaluation.routing import RoutedExperts, routing_taps
+from invarlock.evaluation.routing import routing_taps
 from invarlock.models.facts import vocabulary_of
 from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
-from invarlock.pipeline.coverage import coverage_of, of_edit
+from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.own_tokenizer import PER_BYTE
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
+from invarlock.pipeline.tasks import judging_of
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -47,7 +48,6 @@ Found = TypeVar("Found")
 
 SHARED = ("baseline_weights", "tokenizers")
 """Entries of a guard's context that would take long to copy; a baseline's tokenizer that was changed is undone."""
-NO_ROUTING: Mapping[str, RoutedExperts] = {}
 NO_OUTPUTS = MetricsSection(None, None, None)
 WEIGHTS_ALONE = "weights alone, no outputs were measured"
 
@@ -66,6 +66,8 @@ class Guarding:
     baseline_pass: PassResult | None = None
     coverage: CoverageSection = field(default_factory=CoverageSection)
     """Of the baseline."""
+    _never_ran: frozenset[str] = frozenset()
+    """Modules of the baseline that no preview window reaches."""
     _record: TokenRecord | None = None
     _observed: list[Observation] = field(default_factory=list)
 
@@ -82,8 +84,12 @@ class Guarding:
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the windows once, and prepare the guards one by one."""
-        routing = routing_taps(model) if self.baseline.sees_preview else {}
-        self._observed, self.baseline_pass = self._observed_pass(model, "baseline pass", watched, routing=routing)
+        observed = self.baseline.sees_preview and self.windows is not None
+        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
+        self._observed, self.baseline_pass = self._observed_pass(
+            model, "baseline pass", watched, own=(routing, reached)
+        )
+        self._never_ran = never_ran(model, reached)
         if self.windows and self.baseline_pass:
             self.coverage = coverage_of(
                 self.baseline.declared,
@@ -92,6 +98,7 @@ class Guarding:
                 tokenizer=self.baseline.tokenizer,
                 template=self.baseline.template,
                 dataset=self.config.dataset,
+                task=self.baseline.task,
                 perplexity=self.baseline_pass.perplexity,
                 experts=[tap.result() for tap in dict.fromkeys(routing.values())],
             )
@@ -146,7 +153,8 @@ class Guarding:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
         metrics = self._compare(edited_pass, edited.same_text)
-        coverage = of_edit(self.coverage, edited.gaps, (self.baseline_pass, edited_pass))
+        gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
+        coverage = of_edit(self.coverage, gaps, (self.baseline_pass, edited_pass))
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -205,7 +213,7 @@ class Guarding:
         verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
-            rests_on=rests_on(self.config) if self.windows else WEIGHTS_ALONE,
+            rests_on=rests_on(self.config, self.baseline.task.made_up) if self.windows else WEIGHTS_ALONE,
             suspects=() if verdict.accepted else blame(results, weights),
         )
 
@@ -219,6 +227,7 @@ class Guarding:
                 "kind": metric.kind,
                 "value": metric.edited,
                 "ratio": metric.ratio,
+                "figure": metric.figure,
                 "ci": metric.ci,
                 "unit": metric.unit,
             },
@@ -254,12 +263,12 @@ class Guarding:
         stage: str,
         watched: Watched,
         same_text: SameText | None = None,
-        routing: Mapping[str, RoutedExperts] = NO_ROUTING,
+        own: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[Observation], PassResult | None]:
         """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
 
         :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
-        :param routing: taps of our own.
+        :param own: taps of our own.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
@@ -288,7 +297,7 @@ class Guarding:
             model,
             windows,
             stage,
-            taps=[*(observation.taps for observation in observations), routing],
+            taps=[*(observation.taps for observation in observations), *own],
             reference=None if same_text else self._record,
             taps_off=taps_off,
         )
@@ -307,25 +316,18 @@ class Guarding:
 
     def _compare(self, edited: PassResult | None, same_text: SameText | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
-        baseline, section = self.baseline_pass, self.config.eval
+        baseline = self.baseline_pass
         if baseline is None or edited is None:
             return NO_OUTPUTS
         if same_text is not None:
             ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=self.baseline.task)
-        metric = compare(
-            baseline,
-            edited,
-            kind=self.baseline.kind,
-            limit=section.max_pm_ratio,
-            level=section.metric.ci_level,
-            reps=section.metric.reps,
-            seed=self.config.dataset.seed,
-        )
-        predictions = compare_predictions(baseline, edited, ratio=section.max_pm_ratio, improving=section.improving)
-        sizes = None if baseline.bytes is None else baseline.bytes.tolist()
-        windows = WindowsSection(baseline.tokens.tolist(), baseline.losses.tolist(), edited.losses.tolist(), sizes)
-        return MetricsSection(metric, predictions, windows)
+            predicted = PER_BYTE[self.baseline.task.name]
+            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=predicted)
+        found = self.baseline.task.compare(baseline, edited, judging_of(self.config))
+        before, after = found.passes
+        sizes = None if before.bytes is None else before.bytes.tolist()
+        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
+        return MetricsSection(found.primary, found.predictions, windows, list(found.figures))
 
 
 @contextmanager
@@ -344,11 +346,14 @@ def settings_kept() -> Iterator[None]:
             torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def rests_on(config: RunConfig) -> str:
-    """Outputs that the verdict rests on, where any were measured."""
+def rests_on(config: RunConfig, made_up: str) -> str:
+    """Outputs that the verdict rests on, where any were measured.
+
+    :param made_up: the samples of the task where there is no data; empty where the baseline writes its own text.
+    """
     dataset = config.dataset
-    source = "windows that the baseline wrote" if dataset.is_generated else "windows of text"
-    return f"{dataset.preview_n} + {dataset.final_n} {source}"
+    source = f"windows of {made_up}" if made_up else "windows that the baseline wrote"
+    return f"{dataset.preview_n} + {dataset.final_n} {source if dataset.is_generated else 'windows of text'}"
 
 
 def changed_message(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,13 +12,15 @@ from invarlock.core.errors import InputError, UsageError, one_line
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.layout import WindowLayout, Windows
 from invarlock.datasets.same_text import SameText, Side, read_same_text
-from invarlock.datasets.windows import make_windows, unreadable
-from invarlock.models.facts import context_of
+from invarlock.datasets.windows import unreadable
+from invarlock.models.facts import Predicted, context_of
 from invarlock.models.tokens import ChangedVocabulary
 from invarlock.pipeline.session import Baseline, WindowPair
 
 Choice = Literal["own", "baseline"]
 """The tokenizer that encodes the text for the subject."""
+PER_BYTE: Mapping[str, Predicted] = {"causal": "causal", "seq2seq": "seq2seq"}
+"""Tasks whose losses add up to that of a text, by name: they predict it token after token."""
 MEASURE = "--tokenizer baseline measures with the baseline's"
 
 
@@ -76,9 +78,8 @@ def _differing(one: Any, other: Any, used: str) -> Reading:
 def _gives_same_windows(
     baseline: Baseline, windows: WindowPair, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str]
 ) -> bool:
-    dataset = baseline.session.config.dataset
     try:
-        own = make_windows(dataset, model, tokenizer, task=baseline.task, documents=documents, chat=baseline.chat)
+        own = baseline.windows_of(model, tokenizer, documents)
     except UsageError:
         # Too few tokens in the text, or more than the model knows.
         return False
@@ -90,12 +91,15 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
     if context is not None and context < dataset.seq_len:
         return Reading(unreadable=f"the windows are {dataset.seq_len} tokens long, and the model reads only {context}")
     different = "the subject's tokenizer gives other ids for this text"
-    if baseline.task == "masked":
+    if baseline.task.name == "masked":
         # Hidden tokens are predicted each on its own: the losses of a word's pieces do not add up to that of the word.
         return Reading(unreadable=f"{different}, and a masked model has no loss per byte; {MEASURE}")
+    predicted = PER_BYTE.get(baseline.task.name)
+    if predicted is None:
+        return Reading(unreadable=f"{different}, and a {baseline.task.name} model has no loss per byte; {MEASURE}")
 
     def side(read_by: Any) -> Side:
-        return Side(read_by, WindowLayout.of(model, read_by, task=baseline.task, length=dataset.seq_len))
+        return Side(read_by, WindowLayout.of(model, read_by, task=predicted, length=dataset.seq_len))
 
     try:
         same_text = read_same_text(

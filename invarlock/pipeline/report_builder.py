@@ -120,6 +120,5 @@ def _own_code(guarding: Guarding, editor: Editor) -> list[str]:
 
 def _summary(attempt: Attempt) -> AttemptSection:
     verdict, metric = attempt.verdict, attempt.metrics.primary
-    return AttemptSection(
-        attempt.number, attempt.bitwidth, verdict.action, verdict.decided_by, metric.ratio if metric else None
-    )
+    ratio, figure = (metric.ratio, metric.figure) if metric else (None, None)
+    return AttemptSection(attempt.number, attempt.bitwidth, verdict.action, verdict.decided_by, ratio, figure)

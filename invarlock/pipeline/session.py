@@ -12,26 +12,27 @@ import torch
 
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
+from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
-from invarlock.datasets.windows import make_windows
 from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
 from invarlock.distributed.process_group import ALONE, Ranks
-from invarlock.evaluation.metric import kind_of
-from invarlock.evaluation.passes import PassResult, measure
+from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.task import LanguageTask
 from invarlock.models.autograd import start_contexts
 from invarlock.models.batches import batch_size
-from invarlock.models.facts import own_code_of, task_of
-from invarlock.models.state import ModelState
+from invarlock.models.facts import ModelClass, own_code_of
+from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.tasks import find_task
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -93,6 +94,7 @@ class Session:
         """
         section = self.config.model
         with named_by(key):
+            self._check_owned(model_id)
             self._take_note_of(Path(model_id))
         torch.manual_seed(self.config.dataset.seed)
         options = {"dtype": section.dtype, **self.trust, **({"stream": True} if stream else {})}
@@ -110,7 +112,21 @@ class Session:
                     "load the whole model onto devices"
                 )
         start_contexts(model)
+        put_on_hooks_of_its_own(model)
         return model, adapter
+
+    def _check_owned(self, model_id: str) -> None:
+        """Refuse a checkpoint of a class that no task owns, before its weights are loaded.
+
+        An adapter that is named may make another class of it.
+
+        :raises UsageError: with the tasks that there are.
+        """
+        config = Path(model_id) / "config.json"
+        if self.config.model.adapter == "auto" and config.is_file():
+            model_class = ModelClass.declared(read_json(config))
+            if model_class.names:
+                find_task(self.plugins, model_class)
 
     def _take_note_of(self, checkpoint: Path) -> None:
         """Hold the files of a checkpoint against digests that lie beside them; processes share the files.
@@ -154,8 +170,8 @@ class Baseline:
     ) -> None:
         config = session.config
         self.session, self.adapter = session, adapter
-        self.task, self.sharding = task_of(model), sharding_of(model)
-        self.kind = kind_of(self.task, config.eval.metric.kind)
+        self.task, self.sharding = find_task(session.plugins, ModelClass.of(model)), sharding_of(model)
+        self.task.metric.check(config.eval.metric.kind, self.task.name)
         self.view = WholeView(model) if self.sharding else None
         """Of a model that is spread over the processes."""
         self._view_state = ModelState.of(self.view.model) if self.view else None
@@ -163,7 +179,7 @@ class Baseline:
         self.own_code = own_code_of(model)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
-            reads_text = not config.dataset.is_generated or self.task == "masked"
+            reads_text = self.task.needs_tokenizer(config.dataset)
         self._reads_text = reads_text
         self._tokenizer = LoadedTokenizer(
             adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
@@ -177,7 +193,7 @@ class Baseline:
     @property
     def template(self) -> ChatTemplate | None:
         """The chat template of a causal model's tokenizer, or None."""
-        return ChatTemplate.of(self.tokenizer) if self.task == "causal" else None
+        return ChatTemplate.of(self.tokenizer) if self.task.name == "causal" else None
 
     @property
     def chat(self) -> ChatTemplate | None:
@@ -205,9 +221,14 @@ class Baseline:
         documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self._reads_text else None
-            return make_windows(
-                self.session.config.dataset, model, tokenizer, task=self.task, documents=documents, chat=self.chat
-            )
+            return self.windows_of(model, tokenizer, documents)
+
+    def windows_of(self, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str] | None) -> WindowPair:
+        """Windows that the task makes, some of them conversations where the baseline's template renders any."""
+        task, given = self.task, (model, self.session.config.dataset, tokenizer, documents)
+        if isinstance(task, LanguageTask) and self.chat:
+            return task.make_windows(*given, chat=self.chat)
+        return task.make_windows(*given)
 
     @property
     def sees_preview(self) -> bool:
@@ -240,11 +261,10 @@ class Baseline:
         whole = self.sharding is Sharding.TENSOR
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
         with self.session.clock.stage(stage), nullcontext() if whole else ranks.progress_summed():
-            measured = measure(
+            measured = self.task.measure(
                 model,
                 preview if self.sees_preview else preview[:0],
                 final[share],
-                task=self.task,
                 taps=taps,
                 reference=reference,
                 vocabulary=vocabulary,
@@ -258,7 +278,7 @@ class Baseline:
     def run_alone(self, model: torch.nn.Module, windows: WindowPair) -> None:
         """Run one window, with nobody looking on."""
         preview, final = windows
-        measure(model, preview[:0], final[:1], task=self.task)
+        self.task.measure(model, preview[:0], final[:1])
 
     def _share_of(self, final: Windows, *, ahead: int, model: torch.nn.Module) -> tuple[slice, int]:
         """This process's part of the final windows, and how often all of them have to run the model."""

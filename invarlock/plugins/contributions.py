@@ -14,7 +14,7 @@ from invarlock.plugins.plugin import Kind, Plugin
 
 @dataclass(frozen=True)
 class Contribution:
-    """A provider, an exporter, a report format or a command, and the plugin that it is from, by its label."""
+    """A provider, a task, an exporter, a report format or a command, and the plugin that it is from, by its label."""
 
     kind: Kind
     name: str

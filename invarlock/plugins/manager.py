@@ -165,6 +165,10 @@ class PluginManager:
         """Formats of a report by name, as ``report --format`` has them; PluginError where a plugin fails."""
         return self._contributed(Kind.REPORT_FORMAT, "invarlock_report_formats")
 
+    def tasks(self) -> dict[str, Contribution]:
+        """Tasks by name, built-ins first."""
+        return self._contributed(Kind.TASK, "invarlock_tasks")
+
     def _contributed(self, kind: Kind, hook: str, wanted: str | None = None) -> dict[str, Contribution]:
         found: dict[str, Contribution] = {}
         built_in = {plugin.label for plugin in self.catalog.plugins if plugin.origin is Origin.BUILTIN}
@@ -180,7 +184,7 @@ class PluginManager:
     def brought(self) -> list[Plugin]:
         """Contributions of plugins, as a plugin each; a failed hook is logged as a warning."""
         found = [*self._commands, *(Contribution(Kind.PROVIDER, each.name, each.label) for each in self._providers())]
-        for collect in (self.exporters, self.report_formats):
+        for collect in (self.tasks, self.exporters, self.report_formats):
             try:
                 found += collect().values()
             except InvarlockError as error:

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     EXPORTER = "exporter"
     REPORT_FORMAT = "report format"
     COMMAND = "command"
+    TASK = "task"
 
 
 class Origin(StrEnum):

@@ -23,7 +23,7 @@ from invarlock.reporting.describing import (
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import Report
 
-RULE = "The best is the accepted run with the fewest bits a parameter; among equals, with the lowest perplexity ratio."
+RULE = "The best is the accepted run with the fewest bits a parameter; among equals, with the lowest primary metric."
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def best(reports: Sequence[Report]) -> int | None:
 
 
 def _cost(report: Report) -> tuple[float, float]:
-    """Bits and ratio; a figure that was not measured costs more than any that was."""
+    """Bits and primary metric; what was not measured costs more than any figure that was."""
     bits, metric = bits_per_parameter(report), report.metrics.primary
-    ratio = math.inf if metric is None or metric.ratio is None else float(metric.ratio)
-    return math.inf if bits is None else bits, math.inf if math.isnan(ratio) else ratio
+    figure = math.inf if metric is None or metric.figure is None else float(metric.figure)
+    return math.inf if bits is None else bits, math.inf if math.isnan(figure) else figure
 
 
 def _stored_bits(report: Report) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from invarlock.core.errors import ExitCode
 from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardResult, SuspectedModule, Verdict
-from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
+from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import (
     CoverageSection,
@@ -120,13 +120,13 @@ def reasons(report: Report) -> list[str]:
     """Findings that decided, and those that no metric and no guard reports."""
     shown_elsewhere = [f"{GUARD}{guard.name}" for guard in report.guards]
     if report.metrics.primary:
-        shown_elsewhere += ["primary metric", "predictions"]
+        shown_elsewhere += ["primary metric", "predictions", *(figure.name for figure in report.metrics.figures)]
     others = tuple(f"{source}: " for source in shown_elsewhere if source != report.verdict.decided_by)
     return [reason for reason in report.verdict.reasons if not reason.startswith(others)]
 
 
 def measures(metrics: MetricsSection) -> list[Measure]:
-    return [*_perplexity(metrics.primary), *_predictions(metrics.predictions)]
+    return [*_primary(metrics.primary), *_predictions(metrics.predictions), *map(_figure, metrics.figures)]
 
 
 def limits(metrics: MetricsSection) -> list[bool]:
@@ -157,11 +157,17 @@ def improvement(metric: MetricResult) -> str:
     return f"{shown(1 - float(metric.ratio), '%', digits=3)} lower perplexity on this text"
 
 
-def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
-    if not metric:
-        yield Measure("perplexity ratio", NOT_MEASURED, "", None)
-        return
-    kind = metric.kind.replace("_", " ") + (" per byte" if metric.unit == "byte" else "")
+def _primary(metric: MetricResult | None) -> Iterator[Measure]:
+    if metric is None:
+        yield Measure("primary metric", NOT_MEASURED, "", None)
+    elif metric.is_distance:
+        yield from _distance(metric)
+    else:
+        yield from _perplexity(metric)
+
+
+def _perplexity(metric: MetricResult) -> Iterator[Measure]:
+    kind = metric.name + (" per byte" if metric.unit == "byte" else "")
     yield Measure(f"{kind}, baseline", shown(metric.baseline, digits=5), "", None)
     yield Measure(f"{kind}, edited", shown(metric.edited, digits=5), "", None)
     ratio = ", ".join(filter(None, (shown(metric.ratio, digits=6), improvement(metric))))
@@ -174,6 +180,23 @@ def _perplexity(metric: MetricResult | None) -> Iterator[Measure]:
         None if upper is None or metric.limit is None else float(upper) <= metric.limit,
     )
     yield Measure("measured on", f"{metric.windows or 0:,} windows, {metric.tokens or 0:,} tokens", "", None)
+
+
+def _distance(metric: MetricResult) -> Iterator[Measure]:
+    yield Measure(f"{metric.name}, mean over samples", shown(metric.edited), "", None)
+    yield Measure(
+        f"{metric.name}, {shown(metric.ci_level, '%')} interval",
+        " to ".join(map(shown, metric.ci or ())) or NOT_MEASURED,
+        f"upper end at most {shown(metric.limit)}",
+        None if metric.ci is None or metric.action is None else metric.action.accepted,
+    )
+    yield Measure("measured on", f"{metric.windows or 0:,} windows, {metric.tokens or 0:,} samples", "", None)
+
+
+def _figure(figure: FigureResult) -> Measure:
+    limit = "" if figure.limit is None else f"at most {shown(figure.limit, figure.unit)}"
+    within = None if figure.value is None or figure.limit is None else float(figure.value) <= figure.limit
+    return Measure(figure.name, shown(figure.value, figure.unit), limit, within)
 
 
 def _predictions(divergence: DivergenceResult | None) -> Iterator[Measure]:

@@ -17,7 +17,7 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, MetricResult, Number
+from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -61,9 +61,9 @@ class WindowsSection:
     """Of each window that decides the primary metric: what the figures are computed from."""
 
     tokens: list[int]
-    """Scored tokens."""
+    """Scored tokens, or samples that were compared."""
     baseline: list[Number]
-    """Sum of the log loss over them, nats."""
+    """Sum of the log loss over them, nats; of samples, of their distances from the baseline: 0."""
     edited: list[Number]
     bytes: list[int] | None = None
     """Bytes of text (UTF-8), where two tokenizers split it differently: the losses are of that text, and are compared
@@ -75,12 +75,15 @@ class MetricsSection:
     primary: MetricResult | None
     predictions: DivergenceResult | None
     windows: WindowsSection | None
+    figures: list[FigureResult] = field(default_factory=list)
+    """Of tasks that compare more than the primary metric and the predictions of tokens."""
 
     @property
     def findings(self) -> list[Finding]:
         """The voices of the outputs in the verdict, where they were measured."""
         voices = {"primary metric": self.primary, "predictions": self.predictions}
-        return [Finding(source, each.action, each.message) for source, each in voices.items() if each]
+        found = [Finding(source, each.action, each.message) for source, each in voices.items() if each]
+        return found + [Finding(each.name, each.action, each.message) for each in self.figures]
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,13 @@ class AttemptSection:
     action: Action
     decided_by: str
     ratio: Number | None
+    figure: Number | None = None
+    """Of the primary metric, whatever it is; equal to ``ratio`` where that is one of perplexities."""
+
+    @property
+    def metric(self) -> Number | None:
+        """The figure; earlier builds wrote the ratio alone."""
+        return self.ratio if self.figure is None else self.figure
 
 
 @dataclass

@@ -86,6 +86,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"metric   {_line(describing.metric_line(report.metrics))}"
     if report.metrics.predictions:
         yield f"tokens   {_line(report.metrics.predictions.message)}"
+    for figure in report.metrics.figures:
+        yield f"besides  {_line(figure.message)}"
     yield f"rests on {_line(report.verdict.rests_on)}"
     if seen := describing.seen(report.coverage):
         yield f"coverage {_line(seen)} seen"

@@ -23,7 +23,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import plans_of
 from invarlock.pipeline.session import Baseline, Session
-from invarlock.plugins.catalog import Catalog
+from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.classes import ModelAdapter
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.plugins.plugin import Kind, Origin, Plugin
@@ -104,7 +104,9 @@ class GuardRun:
         return Session(config, plugins), slots
 
     def _catalog(self, name: str) -> Catalog:
-        catalog = Catalog()
+        # Built-in tasks, and no other plugin that is installed.
+        installed = Catalog.discover(Selection(autoload=False)).plugins
+        catalog = Catalog([plugin for plugin in installed if "invarlock_tasks" in plugin.hooks])
         catalog.add(Plugin(ADAPTER, Kind.ADAPTER, Origin.LOCAL, __name__, factory=_InMemory(self.model)))
         for observer, wrappers in self.observers.items():
             catalog.add(Plugin(observer, Kind.HOOKS, Origin.LOCAL, __name__, factory=wrappers))

@@ -17,8 +17,8 @@ from invarlock.api import InputError
 if TYPE_CHECKING:
     from invarlock.api import Checkpoint
 
-COUNTS = re.compile(r"(layers?|blocks?|labels|depth|experts|stages|heads)$")
-"""Keys that count modules."""
+COUNTS = re.compile(r"((?<!feature_)layers?|blocks?|labels|depth|experts|stages|heads)$")
+"""Keys that count modules; ``vision_feature_layer`` is the place of one."""
 FEW = 1000
 """Counts up to this one are always accepted: not every expert and head has a tensor of its own."""
 MODULES_PER_TENSOR = 10
@@ -48,11 +48,9 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
 
     :param config: the configuration as transformers has it.
     :param make: builds the model.
-    :raises InputError: it is larger than the tensors allow, or has no language-model head.
+    :raises InputError: it is larger than the tensors allow.
     """
     import torch
-
-    from invarlock.api import output_head
 
     if not getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1):
         raise _disagrees(checkpoint, "num_hidden_layers is 0")
@@ -60,11 +58,6 @@ def check_size(config: Any, make: Any, checkpoint: Checkpoint) -> None:
         # Of tensors without numbers, which are refused below.
         warnings.simplefilter("ignore")
         model = make()
-    if output_head(model) is None:
-        raise InputError(
-            f"{checkpoint.folder}: {type(model).__name__}, which architectures in config.json names, has no "
-            "language-model head, so its predictions cannot be measured; name a class that has one, as LlamaForCausalLM"
-        )
     empty = next((name for name, weight in model.named_parameters() if weight.numel() == 0), None)
     if empty is not None:
         raise _disagrees(checkpoint, f"{empty} would have no numbers")

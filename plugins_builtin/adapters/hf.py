@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from invarlock.api import Checkpoint, UnpackedCheckpoint
 
 BALANCED = "balanced"
+POOLER = "pooler."
 MARGIN = 1.2
 """Ratio of free memory to weights that a device needs: activations take some, too."""
 
@@ -108,8 +110,11 @@ class HF_Seq2Seq_Adapter(_TransformersAdapter):
     auto_class = "AutoModelForSeq2SeqLM"
 
     def owns(self, model_id: str, options: Mapping[str, Any]) -> bool:
-        # Vision-language models carry the same suffix without being encoder-decoders.
-        return super().owns(model_id, options) and bool(read_config(model_id, options).get("is_encoder_decoder"))
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+        # Vision-language and speech models carry the same suffix, and the automatic class does not load them.
+        kind = read_config(model_id, options).get("model_type")
+        return super().owns(model_id, options) and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 class HF_Auto_Adapter(_TransformersAdapter):
@@ -202,6 +207,8 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
             f"{shown}: {name} has shape {tuple(stored)}, but the configuration describes {tuple(described)}"
         )
     unloaded = sorted(loading["missing_keys"])
+    if unloaded and all(name.startswith(POOLER) for name in unloaded) and _may_lack_pooler(loader, options):
+        return load_checkpoint(loader, model_id, device, **options, add_pooling_layer=False)
     if unloaded:
         raise InputError(f"{shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
     model = unpacked(model, model_id).eval()
@@ -214,6 +221,11 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
         return model.to(_resolve(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"model.device: {device}: {str(error).splitlines()[0]}") from error
+
+
+def _may_lack_pooler(loader: Any, options: Mapping[str, Any]) -> bool:
+    """True for a class that can be built without the head for pairs of sentences: many embedding models have none."""
+    return "add_pooling_layer" in inspect.signature(loader).parameters and "add_pooling_layer" not in options
 
 
 def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -292,7 +292,9 @@ def _new_ties(before: frozenset[frozenset[str]], after: frozenset[frozenset[str]
 
 
 def _embedding_rows(model: Any) -> int | None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    from invarlock.api import input_embeddings
+
+    embeddings: Any = input_embeddings(model)
     return None if embeddings is None else int(embeddings.weight.shape[0])
 
 

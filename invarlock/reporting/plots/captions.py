@@ -40,19 +40,33 @@ def rises(windows: int, finite: int, drawn: int, metric: MetricResult | None) ->
     :param finite: in how many of them the rise is a finite number.
     :param drawn: points of the plot.
     """
-    caption = f"Edited minus baseline loss of {windows:,} windows."
-    if metric:
-        span = " to ".join(shown(log(end)) for end in metric.ci or () if log(end) is not None) or NOT_MEASURED
-        caption += (
-            f" The mean is {shown(log(metric.ratio), nats_per(metric))}, its {shown(metric.ci_level, '%')} interval "
-            f"{span}; the upper end may be {shown(log(metric.limit))} at most, the logarithm of the limit "
-            f"{shown(metric.limit)} on the ratio of the perplexities."
-        )
+    caption = _distances(windows, metric) if metric and metric.is_distance else _losses(windows, metric)
     if finite < windows:
         caption += f" {windows - finite:,} windows whose loss is not a finite number are not drawn."
     if drawn < finite:
         caption += f" Each point is the mean of up to {-(-finite // MOST_POINTS)} windows."
     return caption
+
+
+def _losses(windows: int, metric: MetricResult | None) -> str:
+    caption = f"Edited minus baseline loss of {windows:,} windows."
+    if not metric:
+        return caption
+    span = " to ".join(shown(log(end)) for end in metric.ci or () if log(end) is not None) or NOT_MEASURED
+    return (
+        f"{caption} The mean is {shown(log(metric.ratio), nats_per(metric))}, its {shown(metric.ci_level, '%')} "
+        f"interval {span}; the upper end may be {shown(log(metric.limit))} at most, the logarithm of the limit "
+        f"{shown(metric.limit)} on the ratio of the perplexities."
+    )
+
+
+def _distances(windows: int, metric: MetricResult) -> str:
+    span = " to ".join(map(shown, metric.ci or ())) or NOT_MEASURED
+    return (
+        f"The {metric.name} of the edited model from the baseline in {windows:,} windows. The mean is "
+        f"{shown(metric.edited)}, its {shown(metric.ci_level, '%')} interval {span}; the upper end may be "
+        f"{shown(metric.limit)} at most."
+    )
 
 
 def stages(total: float) -> str:

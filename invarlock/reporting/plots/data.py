@@ -74,8 +74,17 @@ def thinned(found: Sequence[Point]) -> list[Point]:
 
 
 def nats_per(metric: MetricResult | None) -> str:
-    """The unit of the rise of the loss."""
+    """The unit of the rise of the loss, or the distance that stands in its place."""
+    if metric and metric.is_distance:
+        return metric.name
     return "nats per byte" if metric and metric.unit == "byte" else "nats per token"
+
+
+def rise_of(metric: MetricResult, value: Number | None) -> float | None:
+    """A value of the primary metric as the rise of a window is drawn: the logarithm of a ratio of perplexities."""
+    if not metric.is_distance:
+        return log(value)
+    return None if value is None else float(value)
 
 
 def rises(windows: WindowsSection | None) -> list[tuple[int, float | None]]:

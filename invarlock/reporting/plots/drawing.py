@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from invarlock.evaluation.results import MetricResult
-from invarlock.reporting.plots.data import Point, SpectrumChange, log, nats_per
+from invarlock.reporting.plots.data import Point, SpectrumChange, nats_per, rise_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,8 +55,8 @@ def _scatter(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResult | None) -> None:
-    mean, limit = (log(metric.ratio), log(metric.limit)) if metric else (None, None)
-    ends = [end for ratio in (metric.ci if metric else None) or () if (end := log(ratio)) is not None]
+    mean, limit = (rise_of(metric, metric.figure), rise_of(metric, metric.limit)) if metric else (None, None)
+    ends = [end for value in (metric and metric.ci) or () if metric and (end := rise_of(metric, value)) is not None]
     if len(ends) == 2:
         axes.axhspan(*ends, color=BAND)
     if mean is not None:

@@ -106,8 +106,15 @@ def _roles(points: Sequence[data.Point]) -> list[Legend]:
     return [Legend(names[role], f"plot-{role}", SHAPES[role]) for role in sorted({point.role for point in points})]
 
 
+def _counted(windows: WindowsSection | None, of_samples: bool) -> str:
+    if of_samples:
+        return "samples"
+    return "bytes of text" if windows and windows.bytes else "scored tokens"
+
+
 def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
-    title = "Rise of the loss, window by window"
+    of_samples = metric is not None and metric.is_distance
+    title = f"{metric.name.capitalize() if metric and of_samples else 'Rise of the loss'}, window by window"
     rises = list(enumerate(data.rises(windows), start=1))
     finite = [(place, rise) for place, (_, rise) in rises if rise is not None]
     if not finite:
@@ -117,7 +124,11 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
         "windows",
         title,
         captions.rises(len(rises), len(finite), len(points), metric),
-        ["window", "bytes of text" if windows and windows.bytes else "scored tokens", f"rise, {data.nats_per(metric)}"],
+        [
+            "window",
+            _counted(windows, of_samples),
+            data.nats_per(metric) if of_samples else f"rise, {data.nats_per(metric)}",
+        ],
         [[str(place), f"{size:,}", shown(rise)] for place, (size, rise) in rises[:MOST_ROWS]],
         drawing.drawn("windows", title, drawing.rises, points, metric),
         [

@@ -44,6 +44,10 @@ class ReconstructionGuard(Guard):
     ones. Final norm and head cost the divergence of their distributions, exactly. Rows of an embedding that the probe
     did not read count as often as tokens of their ids occur.
 
+    Of a model without a head, as an embedding model, no likelihood tells what an error costs: the score is then half
+    the sum of the squared relative errors. That of all-MiniLM-L6-v2 is 0.0013 at 8 bits per channel, 0.02 at 6, 0.26 at
+    4, and 1.8 at 4 bits per tensor; its vectors move by a cosine distance of 0.0005, 0.007, 0.08 and 0.6.
+
     The probe is the first window, as it passes through the model anyway. Where there are no windows it is random
     tokens, in one forward pass of the baseline.
 
@@ -134,7 +138,7 @@ class ReconstructionGuard(Guard):
         # Of an edit that seems harmless the costliest part alone is looked into, in case that others reject it.
         most = 1 if action == "continue" else self.suspects
         suspects = find_suspects(self._reference, judgement, model, most)
-        message = _message(judgement, suspects if action != "continue" else [])
+        message = _message(judgement, suspects if action != "continue" else [], self._reference.is_backbone)
         return {
             "passed": action in ("continue", "warn"),
             "action": action,
@@ -159,11 +163,13 @@ class ReconstructionGuard(Guard):
         return "warn" if judgement.score > self.warn_score else "continue"
 
 
-def _message(judgement: PartJudgement, suspects: Sequence[Suspect]) -> str:
+def _message(judgement: PartJudgement, suspects: Sequence[Suspect], is_backbone: bool) -> str:
     failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
     if failed:
         return first_few(failed)
     estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
+    if is_backbone:
+        estimate = f"the errors of its parts add up to {judgement.score:.3g}"
     if suspects:
         return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"
     worst = max(judgement.errors, key=lambda error: error.nats)

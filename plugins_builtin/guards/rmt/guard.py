@@ -174,12 +174,12 @@ def _places(model: Any) -> list[Place]:
 
     What changes there comes from the modules since the place before: the one that holds them all is blamed.
     """
-    from invarlock.api import block_of, find_weights, output_head
+    from invarlock.api import block_of, find_weights, input_embeddings, output_head
     from plugins_builtin.guards.activations import Place
 
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
-    first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    first = input_embeddings(model)
     found: dict[tuple[str | None, str], Place] = {}
     since = [names[first]] if first in names else []
     for target in find_weights(model):

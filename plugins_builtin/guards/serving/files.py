@@ -53,13 +53,13 @@ def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> It
     """A flag that ties the head to the embedding, and a stored head that is another one."""
     import torch
 
-    from invarlock.api import output_head
+    from invarlock.api import input_embeddings, output_head
 
     flag = config.get("tie_word_embeddings", getattr(getattr(model, "config", None), "tie_word_embeddings", None))
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     head, embedding = (
         output_head(model),
-        model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None,
+        input_embeddings(model),
     )
     pair = [names.get(id(module), "") for module in (head, embedding)]
     if flag and all(name in stored for name in pair) and pair[0] != pair[1]:

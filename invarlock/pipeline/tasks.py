@@ -1,0 +1,40 @@
+"""The task of a model, and how it is to judge."""
+
+from __future__ import annotations
+
+from invarlock.config.schema import RunConfig
+from invarlock.core.errors import InputError
+from invarlock.evaluation.task import Judging, Task
+from invarlock.models.facts import ModelClass
+from invarlock.plugins.contributions import Contained
+from invarlock.plugins.manager import PluginManager
+
+
+def find_task(plugins: PluginManager, model_class: ModelClass) -> Task:
+    """The first task that owns a class, those of plugins before the built-in ones.
+
+    :raises InputError: no task owns it.
+    """
+    known = plugins.tasks()
+    # What plugins bring is contained; sorting keeps the order among them, and among the built-in ones.
+    for contribution in sorted(known.values(), key=lambda each: not isinstance(each.value, Contained)):
+        task: Task = contribution.value
+        if task.owns(model_class):
+            return task
+    raise InputError(
+        f"no task measures models of class {model_class.names[0]}; there are {', '.join(sorted(known))}; a plugin can "
+        "add one by the hook invarlock_tasks"
+    )
+
+
+def judging_of(config: RunConfig) -> Judging:
+    section = config.eval
+    return Judging(
+        ratio=section.max_pm_ratio,
+        limit=section.metric.limit,
+        level=section.metric.ci_level,
+        reps=section.metric.reps,
+        seed=config.dataset.seed,
+        improving=section.improving,
+        windows=config.dataset.final_n,
+    )

@@ -1,0 +1,71 @@
+"""Models of images and texts: a vector of each, and which belong together, as CLIP and SigLIP make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from invarlock.api import FigureResult, Metric, VectorTask
+from plugins_builtin.tasks.classes import is_in
+from plugins_builtin.tasks.embedding import MOVED, REORDERED, neighbours
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from invarlock.api import ModelClass, WindowLayout
+
+LEGACY_END = 2
+"""``eos_token_id`` of CLIP checkpoints whose text vector is that of their last token by number."""
+
+
+class ImageText(VectorTask):
+    """The vectors of an image and of a text: CLIP, SigLIP."""
+
+    name, made_up, made_up_media = "image-text", "random pixels and tokens", "random pixels"
+    metric = Metric("cosine_distance", "mean", limit=MOVED)
+    towers = frozenset({"vision"})
+
+    def owns(self, model_class: ModelClass) -> bool:
+        return is_in(model_class, "ZERO_SHOT_IMAGE_CLASSIFICATION", ending="CLIPModel")
+
+    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Sequence[str] | None) -> Any:
+        import torch
+
+        from invarlock.api import UNSCORED, WindowLayout, Windows, context_of, read_text
+        from plugins_builtin.tasks.images import noise_images
+
+        # Their text is a caption: few of them read as much as a window is by default.
+        dataset = replace(dataset, seq_len=min(dataset.seq_len, context_of(model) or dataset.seq_len))
+        layout = _ended(WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len), model)
+        ids = layout.surround(read_text(dataset, model, layout, tokenizer, documents))
+        side = model.config.vision_config.image_size
+        images = noise_images(model, len(ids), (side, side), seed=dataset.seed)
+        labels = torch.full_like(ids, UNSCORED)
+        windows = Windows(ids, torch.ones_like(ids), labels, media={"pixel_values": images})
+        return windows[: dataset.preview_n], windows[dataset.preview_n :]
+
+    def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        dtype = next(model.parameters()).dtype
+        output = model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)})
+        return {"images": output.image_embeds, "text": output.text_embeds}
+
+    def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
+        from invarlock.api import changed_matches
+
+        matches = changed_matches(before, after, "text", "images")
+        return [
+            neighbours("images", before, after),
+            neighbours("text", before, after),
+            FigureResult.held("texts whose best image changed", matches, "%", REORDERED),
+        ]
+
+
+def _ended(layout: WindowLayout, model: Any) -> WindowLayout:
+    """The layout with the end token, whose vector is that of the text, where the tokenizer puts none."""
+    end = getattr(model.config.text_config, "eos_token_id", None)
+    if not isinstance(end, int) or layout.suffix:
+        return layout
+    last = model.config.text_config.vocab_size - 1
+    end = last if end == LEGACY_END else end
+    return replace(layout, suffix=(end,), special=tuple(sorted({*layout.special, end})))

@@ -1,0 +1,156 @@
+"""Vision-language models: the next token of a text that an image goes before, as LLaVA and Qwen-VL read it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from invarlock.api import LanguageTask, Metric
+from plugins_builtin.tasks.classes import is_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from invarlock.api import ModelClass, Windows
+
+SIDE = 8
+"""Patches along each side of an image whose size the model leaves open, before they are merged."""
+CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""Exceptions of a model that takes its images otherwise."""
+
+
+class VisionLanguage(LanguageTask):
+    """The next token of a text after an image: LLaVA, Qwen2-VL."""
+
+    name, predicted = "vision-language", "causal"
+    metric = Metric("perplexity", "ratio")
+    made_up, made_up_media = "random pixels, and text that the baseline writes", "random pixels"
+
+    towers = frozenset({"vision"})
+
+    def owns(self, model_class: ModelClass) -> bool:
+        return is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
+
+    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
+        """Windows of text, each after an image; of text alone where no image can be made, which coverage tells."""
+        from invarlock.api import Windows, context_of
+
+        images = self._images(model, dataset)
+        if images is None:
+            return super().make_windows(model, dataset, tokenizer, documents, **how)
+        room = (context_of(model) or math.inf) - images.length
+        text = replace(dataset, seq_len=int(min(dataset.seq_len, max(room, 0))))
+        windows = images.before(Windows.joined(*super().make_windows(model, text, tokenizer, documents, **how)))
+        return windows[: dataset.preview_n], windows[dataset.preview_n :]
+
+    def _images(self, model: Any, dataset: Any) -> _Images | None:
+        """An image for each window; None where the model is known to take them otherwise, by trying one."""
+        import torch
+
+        from invarlock.api import Windows, device_of, evaluating
+
+        one = torch.ones(1, 1, dtype=torch.int64)
+        try:
+            with evaluating(model):
+                images = _Images.of(model, dataset.preview_n + dataset.final_n, dataset.seed)
+                model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
+        except CANNOT_SEE:
+            self.towers, self.made_up, self.made_up_media = frozenset(), "", ""
+            return None
+        finally:
+            _forget(model)
+        return images
+
+
+def _forget(model: Any) -> None:
+    """Qwen-VL keeps by how much an image has shifted the positions of the text, and text alone is then misplaced."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Random images, one for each window, and the tokens that stand for one in the text."""
+
+    media: Mapping[str, Tensor]
+    tokens: tuple[int, ...]
+    image_token: int
+    reserved: tuple[int, ...]
+    """Tokens of images and films, which no text may have."""
+    types: bool
+    """Whether the model is told which tokens are of an image."""
+
+    @classmethod
+    def of(cls, model: Any, images: int, seed: int) -> _Images:
+        from invarlock.api import device_of
+
+        config, arguments = model.config, inspect.signature(model.forward).parameters
+        media = _patches(model, images, seed) if "image_grid_thw" in arguments else _whole(model, images, seed)
+        first = {name: tensor[:1].to(device_of(model)) for name, tensor in media.items()}
+        if "image_grid_thw" in first:
+            first["pixel_values"] = first["pixel_values"].flatten(0, 1)
+        features = model.get_image_features(**first)
+        length = len(getattr(features, "pooler_output", features)[0])
+        names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+        start, image, end, film = (getattr(config, name, None) for name in names)
+        image = config.image_token_index if image is None else image
+        tokens, reserved = [start, *[image] * length, end], (start, image, end, film)
+        kept, taken = (tuple(token for token in each if token is not None) for each in (tokens, reserved))
+        return cls(media, kept, image, taken, "mm_token_type_ids" in arguments)
+
+    @property
+    def plain(self) -> int:
+        """A token that is of no image."""
+        return next(token for token in count() if token not in self.reserved)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> _Images:
+        return replace(self, media={name: tensor[rows] for name, tensor in self.media.items()})
+
+    def before(self, text: Windows) -> Windows:
+        """Windows of an image and then the text."""
+        import torch
+
+        from invarlock.api import UNSCORED, Windows
+
+        image = torch.tensor(self.tokens).expand(len(text), -1)
+        # What the baseline writes may hold the token of an image that is not there.
+        written, wanted = (
+            torch.where(torch.isin(each, torch.tensor(self.reserved)), self.plain, each)
+            for each in (text.input_ids, text.labels)
+        )
+        ids = torch.cat([image, written], dim=1)
+        labels = torch.cat([torch.full_like(image, UNSCORED), wanted], dim=1)
+        types = {"mm_token_type_ids": (ids == self.image_token).int()} if self.types else {}
+        return Windows(ids, torch.ones_like(ids), labels, media={**self.media, **types})
+
+
+def _whole(model: Any, images: int, seed: int) -> dict[str, Tensor]:
+    """Images of the one size that a model reads."""
+    from plugins_builtin.tasks.images import noise_images
+
+    side = model.config.vision_config.image_size
+    return {"pixel_values": noise_images(model, images, (side, side), seed=seed).to(next(model.parameters()).dtype)}
+
+
+def _patches(model: Any, images: int, seed: int) -> dict[str, Tensor]:
+    """Images of any size, cut into patches, each a row of numbers; and how many there are in time, height and width."""
+    import torch
+    from torch.nn import functional
+
+    from plugins_builtin.tasks.images import noise_images
+
+    vision = model.config.vision_config
+    pixels = noise_images(model, images, (SIDE * vision.patch_size, SIDE * vision.patch_size), seed=seed)
+    rows = functional.unfold(pixels, vision.patch_size, stride=vision.patch_size).transpose(1, 2)
+    # A still image is a film of as many frames as a patch takes.
+    rows = rows.repeat(1, 1, vision.temporal_patch_size).to(next(model.parameters()).dtype)
+    return {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, SIDE, SIDE]]).expand(images, -1)}

@@ -1,0 +1,247 @@
+"""Tasks: what is measured of each kind of models, on a tiny model of a real class."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from conftest import DEMO, Done, read_report
+from tiny_models import MODELS
+
+from invarlock.plugins.catalog import Selection
+from invarlock.plugins.manager import PluginManager
+from invarlock.quantization import Plan, quantize_model
+
+SMALL = {"dataset.seq_len": 64, "dataset.preview_n": 2, "dataset.final_n": 24, "model.device": "cpu"}
+TASK_OF = {
+    "LlamaForCausalLM": ("perplexity", "ratio"),
+    "BertForMaskedLM": ("masked_perplexity", "ratio"),
+    "T5ForConditionalGeneration": ("target_perplexity", "ratio"),
+    "BertModel": ("cosine_distance", "mean"),
+    "BertForSequenceClassification": ("label_disagreement", "share"),
+    "BertForTokenClassification": ("label_disagreement", "mean"),
+    "LlamaForSequenceClassification": ("label_disagreement", "share"),
+    "CLIPModel": ("cosine_distance", "mean"),
+    "WhisperForConditionalGeneration": ("target_perplexity", "ratio"),
+    "LlavaForConditionalGeneration": ("perplexity", "ratio"),
+    "Qwen2VLForConditionalGeneration": ("perplexity", "ratio"),
+    "MambaForCausalLM": ("perplexity", "ratio"),
+    "JambaForCausalLM": ("perplexity", "ratio"),
+}
+MINE = """
+from invarlock import hookimpl
+from invarlock.api import Metric, VectorTask
+
+class Mine(VectorTask):
+    name, metric = "mine", Metric("mine", "mean", limit=0.5)
+
+    def owns(self, model_class):
+        return "BertModel" in model_class.names
+
+    def vectors(self, model, batch):
+        output = model(**batch).pooler_output
+        return {"text": output}
+
+@hookimpl
+def invarlock_tasks():
+    return [Mine()]
+"""
+ROOT = Path(__file__).parent.parent
+TEXT = ("--dataset", DEMO / "text.jsonl")
+
+
+@pytest.fixture
+def judged(invarlock: Callable[..., Done]) -> Callable[..., Done]:
+    """Compare a model with itself after an edit; the report goes to ``out``."""
+
+    def call(model: Any, edit: Callable[[Any], object], *arguments: object) -> Done:
+        tiny_models.save(model, Path("baseline"))
+        with torch.no_grad():
+            edit(model)
+        tiny_models.save(model, Path("subject"))
+        settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+        return invarlock(
+            "compare", "--baseline", "baseline", "--subject", "subject", "--out", "out", *settings, *arguments
+        )
+
+    return call
+
+
+def rounded(bits: int, **plan: Any) -> Callable[[Any], object]:
+    return lambda model: quantize_model(model, Plan(bitwidth=bits, scope="all", **plan))
+
+
+@pytest.mark.parametrize("text", [TEXT, ()], ids=["text", "no data"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple[Any, ...], judged) -> None:
+    done = judged(MODELS[name](), lambda model: None, *text, "--strict")
+    assert done.code == 0, done.out + done.err
+    report = read_report(Path("out"))
+    metric = report["metrics"]["primary"]
+    assert (metric["kind"], metric["statistic"]) == TASK_OF[name]
+    assert metric["ratio"] == (1.0 if metric["statistic"] == "ratio" else None)
+    assert report["verdict"]["action"] == "continue"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
+    done = judged(MODELS[name](), rounded(8), *TEXT)
+    assert done.code == 0, done.out + done.err
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
+    done = judged(MODELS[name](), rounded(2, per_channel=False), *TEXT)
+    assert done.code == 1, done.out + done.err
+    # Of an untrained model, text is as unlikely before as after: the predictions tell.
+    metrics = read_report(Path("out"))["metrics"]
+    outputs = [metrics["primary"], metrics["predictions"], *metrics["figures"]]
+    assert "rollback" in [each["action"] for each in outputs if each]
+
+
+def test_an_embedding_model_may_be_stored_without_a_pooler(judged) -> None:
+    import transformers
+
+    config = transformers.BertConfig(**tiny_models.SIZE)
+    done = judged(transformers.BertModel(config, add_pooling_layer=False).eval(), lambda model: None, *TEXT, "--strict")
+    assert done.code == 0, done.out + done.err
+
+
+def test_a_run_rounds_an_embedding(invarlock, config) -> None:
+    tiny_models.save(MODELS["BertModel"](), Path("baseline"))
+    dataset = {"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 4}
+    edit = {"plan": {"bitwidth": 8, "scope": "all"}}
+    done = invarlock("run", "-c", config(model={"id": "baseline"}, dataset=dataset, edit=edit), "--out", "out")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["attempts"][0]["figure"] > 0
+
+
+@pytest.mark.parametrize(
+    ("stated", "same"),
+    [({"pooling_mode_mean_tokens": True}, True), ({"pooling_mode": "cls"}, False)],
+    ids=["mean", "cls"],
+)
+def test_the_pooling_of_a_folder_is_read(judged, stated: dict[str, Any], same: bool) -> None:
+    """The vectors of a subject whose files state another pooling are others."""
+    model = MODELS["BertModel"]()
+
+    def pool(_: Any) -> None:
+        modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+        Path("subject/1_Pooling").mkdir(parents=True)
+        Path("subject/modules.json").write_text(json.dumps(modules))
+        Path("subject/1_Pooling/config.json").write_text(json.dumps(stated))
+
+    assert judged(model, pool, *TEXT).code == (0 if same else 1)
+
+
+def test_an_unknown_pooling_is_refused(judged) -> None:
+    def pool(_: Any) -> None:
+        Path("baseline/modules.json").write_text('[{"type": "x.Pooling", "path": ""}]')
+        config = json.loads(Path("baseline/config.json").read_text())
+        Path("baseline/config.json").write_text(json.dumps(config | {"pooling_mode": "magic"}))
+
+    done = judged(MODELS["BertModel"](), pool, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "pooling 'magic' is none of mean, cls," in done.err
+
+
+def test_weights_alone_judge_an_embedding(judged) -> None:
+    assert judged(MODELS["BertModel"](), rounded(8), "--weights-only").code == 0
+    done = judged(MODELS["BertModel"](), rounded(2, per_channel=False), "--weights-only", "--force")
+    assert done.code == 1, done.out + done.err
+    assert read_report(Path("out"))["verdict"]["decided_by"] == "guard reconstruction"
+
+
+def test_edited_weights_that_no_window_reaches_warn(judged, monkeypatch) -> None:
+    """Of a vision-language model whose images cannot be made, text alone is measured."""
+    from plugins_builtin.tasks import vision_language
+
+    def cannot(*_: object) -> None:
+        raise ValueError("another processor")
+
+    monkeypatch.setattr(vision_language._Images, "of", cannot)
+    name = "Qwen2VLForConditionalGeneration"
+    assert judged(MODELS[name](), lambda model: None, *TEXT, "--strict").code == 0
+    coverage = [gap["part"] for gap in read_report(Path("out"))["coverage"]["gaps"]]
+    assert "vision tower" in coverage and "real inputs" not in coverage
+    done = judged(MODELS[name](), rounded(8), *TEXT, "--force")
+    assert done.code == 0, done.err
+    report = read_report(Path("out"))
+    assert report["verdict"]["decided_by"] == "coverage"
+    gap = next(gap for gap in report["coverage"]["gaps"] if gap["part"] == "weights that never ran")
+    assert re.search(r"[1-9]\d* of \d+ edited weights, which no window reaches \(as model\.visual\.", gap["message"])
+
+
+def test_the_page_of_models_lists_the_classes_that_are_tested() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.count("|") == 6]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[2])} == {*MODELS}
+    tasks = PluginManager.load(Selection(autoload=False)).tasks()
+    assert {row[1].strip() for row in rows} - {"task", "---"} == {*tasks}
+
+
+def test_what_no_task_owns_is_refused_before_its_weights_are_read(judged, monkeypatch) -> None:
+    monkeypatch.setattr("invarlock.checkpoints.reader.Checkpoint.__init__", lambda *_: pytest.fail("weights were read"))
+    model = tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE)
+    done = judged(model, lambda model: None, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "no task measures models of class BertForQuestionAnswering; there are causal, embedding," in done.err
+    assert "invarlock_tasks" in done.err
+
+
+def test_invarlock_tasks_of_a_plugin_measure_what_no_other_owns(judged, module) -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text().split("## `invarlock_tasks()`")[1]
+    module("next_sentence", re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    model = tiny_models.built("BertForNextSentencePrediction", **tiny_models.SIZE)
+    done = judged(model, lambda model: None, "--strict", "-p", "next_sentence")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["metrics"]["primary"]["kind"] == "cosine_distance"
+
+
+def test_a_task_of_a_plugin_goes_before_a_built_in_one(judged, module) -> None:
+    module("mine", MINE)
+    done = judged(MODELS["BertModel"](), lambda model: None, "-p", "mine")
+    assert done.code == 0, done.err
+    assert read_report(Path("out"))["metrics"]["primary"]["kind"] == "mine"
+
+
+def test_a_task_that_fails_is_named(judged, module) -> None:
+    module("mine", MINE.replace('{"text": output}', '{"text": 1 / 0}'))
+    done = judged(MODELS["BertModel"](), lambda model: None, "-p", "mine", "--quiet")
+    assert done.code == 3
+    assert "hooks mine" in done.err and "division by zero" in done.err
+
+
+def test_a_metric_of_another_task_is_a_mistake(judged) -> None:
+    done = judged(MODELS["BertModel"](), lambda model: None, "--set", "eval.metric.kind=perplexity", "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "eval.metric.kind: perplexity does not apply to embedding models; use cosine_distance" in done.err
+
+
+def test_the_limit_of_a_distance_can_be_set(judged) -> None:
+    assert judged(MODELS["BertModel"](), rounded(8), *TEXT, "--set", "eval.metric.limit=1e-9").code == 1
+    assert read_report(Path("out"))["metrics"]["primary"]["limit"] == 1e-9
+
+
+@pytest.mark.parametrize("form", ["terminal", "markdown", "html", "junit"])
+def test_no_rendering_calls_a_cosine_a_perplexity(form: str, judged, invarlock) -> None:
+    judged(MODELS["BertModel"](), rounded(4), *TEXT)
+    shown = invarlock("report", "out", "--format", form).out
+    assert "cosine distance" in shown
+    assert "perplexity" not in shown.replace("max_pm_ratio", "")
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_report_of_a_distance_is_verified(bits: int, judged, invarlock) -> None:
+    judged(MODELS["BertForSequenceClassification"](), rounded(bits, per_channel=False), *TEXT)
+    done = invarlock("verify", "out")
+    assert done.code == 0, done.out + done.err
+    again = invarlock(
+        "verify", "out", "--baseline", "baseline", "--subject", "subject", "--dataset", DEMO / "text.jsonl"
+    )
+    assert again.code == 0, again.out + again.err
