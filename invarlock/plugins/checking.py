@@ -19,6 +19,11 @@ def hook_marks(function: Any) -> dict[str, Any]:
     return marks if isinstance(marks, dict) else {}
 
 
+def is_wrapper(function: Any) -> bool:
+    """True if a hook implementation goes around the others."""
+    return bool(hook_marks(function).get("wrapper"))
+
+
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("invarlock_"))
 
 

@@ -30,7 +30,7 @@ from invarlock.core.results import GuardResult, PrepareResult
 from invarlock.core.sections import ReportSection, extra_from_plugin
 from invarlock.plugins.adapter import Adapter, DefaultAdapter
 from invarlock.plugins.catalog import Catalog, Selection
-from invarlock.plugins.checking import hook_marks
+from invarlock.plugins.checking import is_wrapper
 from invarlock.plugins.classes import Guard, OptionNotTakenError
 from invarlock.plugins.construction import construct
 from invarlock.plugins.contributions import Contribution, Documents, add_contributions
@@ -380,7 +380,7 @@ class PluginManager:
         others = [
             plugin
             for plugin in self._pluggy.get_plugins()
-            if not any(plugin is instance for instance in instances) and not _wraps(plugin, hook)
+            if not any(plugin is instance for instance in instances) and not is_wrapper(getattr(plugin, hook, None))
         ]
         return self._pluggy.subset_hook_caller(hook, others)
 
@@ -395,7 +395,3 @@ class PluginManager:
     def _in_call_order(self, hook: str) -> list[Any]:
         implementations = reversed(getattr(self._pluggy.hook, hook).get_hookimpls())
         return [implementation.plugin for implementation in implementations if not implementation.wrapper]
-
-
-def _wraps(plugin: Any, hook: str) -> bool:
-    return bool(hook_marks(getattr(plugin, hook, None)).get("wrapper"))

@@ -83,7 +83,7 @@ class _Images:
     reserved: tuple[int, ...]
     """Tokens of images and films, which no text may have."""
     types: bool
-    """Whether the model is told which tokens are of an image."""
+    """True if the model is told which tokens are of an image."""
 
     @classmethod
     def of(cls, model: Any, images: int, seed: int) -> _Images:
