@@ -277,9 +277,9 @@ def test_all_that_belongs_to_a_model_travels_along(invarlock, config) -> None:
         ("compressed-tensors", {"format": "mxfp4"}, "MXFP4, blocks of 32 (4 bits)"),
         ("compressed-tensors", {"format": "nvfp4"}, "NVFP4, blocks of 16 (4 bits)"),
         ("dequantized", {"bitwidth": 8, "group_size": 32}, "a grid of 256 levels a group of 32 (8 bits)"),
-        ("gguf", {"bitwidth": 8, "group_size": 32}, "Q8_0 (8.5 bits a weight)"),
-        ("gguf", {"bitwidth": 5, "group_size": 32}, "Q5_0 (5.5 bits a weight)"),
-        ("gguf", {"bitwidth": 4, "group_size": 32}, "Q4_0 (4.5 bits a weight)"),
+        ("gguf", {"bitwidth": 8, "group_size": 32}, "Q8_0 (8.5 bits per weight)"),
+        ("gguf", {"bitwidth": 5, "group_size": 32}, "Q5_0 (5.5 bits per weight)"),
+        ("gguf", {"bitwidth": 4, "group_size": 32}, "Q4_0 (4.5 bits per weight)"),
     ],
 )
 def test_compare_reads_every_format_that_is_written(invarlock, config, format_: str, plan: Any, named: str) -> None:

@@ -143,7 +143,7 @@ def test_storage_is_reported_before_and_after(invarlock) -> None:
     assert (first["format"], first["bits_per_weight"]) == ("MXFP4, blocks of 32", 4.25)
     assert first["share"] == pytest.approx(first["parameters"] / storage["after"]["parameters"])
     shown = invarlock("report", "out").out
-    assert f"16 -> {storage['after']['bits_per_weight']:.4g} bits a weight, scales counted" in shown
+    assert f"16 -> {storage['after']['bits_per_weight']:.4g} bits per weight, scales counted" in shown
     assert "% MXFP4, blocks of 32" in shown
 
 
@@ -277,7 +277,7 @@ def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, k
     assert done.code in (0, 1), done.err
     report = read_report(Path("out"))
     size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    assert changes_in(report) == {f"{kind} ({8 * nbytes / size:.5g} bits a weight)"}
+    assert changes_in(report) == {f"{kind} ({8 * nbytes / size:.5g} bits per weight)"}
     types = {each["format"]: each["bits_per_weight"] for each in report["storage"]["after"]["types"]}
     assert types == {kind: 8 * nbytes / size, "F32": 32}
     assert invarlock("verify", "out").code == 0

@@ -47,7 +47,7 @@ class BlockWeight(StoredWeight):
 
     @property
     def change(self) -> str:
-        return f"{self.format} ({8 * self.nbytes / self.parameters:.5g} bits a weight)"
+        return f"{self.format} ({8 * self.nbytes / self.parameters:.5g} bits per weight)"
 
 
 def weights_in(checkpoint: Path) -> dict[str, StoredWeight]:

@@ -30,7 +30,7 @@ NO_TOKENS = TokenChanges(np.empty(0), np.empty(0, dtype=np.bool_), np.empty(0), 
 MADE_UP = re.compile("for samples are (.+)$")
 """In the gap of samples that are no data."""
 _BITS = re.compile(r"\((\d+) bits\)$")
-_OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits a weight\)$")
+_OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits per weight\)$")
 """A type of GGUF: its name has the bits of a code, and scales count among those a weight."""
 """In the change of a weight that lies on a grid."""
 

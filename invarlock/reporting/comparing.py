@@ -42,7 +42,7 @@ class SideBySide:
             ("verdict", lambda run: f"{word(run.report.verdict).lower()} ({action_word(run.report.verdict.action)})"),
             ("decided by", lambda run: run.report.verdict.decided_by),
             ("bits a parameter", lambda run: shown(bits_per_parameter(run.report))),
-            ("bits a weight as saved, scales counted", lambda run: _stored_bits(run.report)),
+            ("bits per weight as saved, scales counted", lambda run: _stored_bits(run.report)),
             ("saved artifacts", lambda run: shown_bytes(run.saved_bytes)),
             ("model", lambda run: model_line(run.report.model)),
         ]

@@ -293,7 +293,7 @@ def storage_line(storage: StorageSection) -> str:
     bits = " -> ".join(f"{shown(side.bits_per_weight)}" for side in sides)
     size = " -> ".join(shown_bytes(side.file_bytes) for side in sides)
     types = [f"{shown(100 * (each.share or 0))} % {each.format}" for each in sides[-1].types]
-    return f"{bits} bits a weight, scales counted, {size}: {', '.join(types)}"
+    return f"{bits} bits per weight, scales counted, {size}: {', '.join(types)}"
 
 
 def bits_per_parameter(report: Report) -> float | None:
