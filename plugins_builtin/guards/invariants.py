@@ -53,6 +53,8 @@ class _Tensor:
 
 def _constant_rows(matrices: torch.Tensor) -> torch.Tensor:
     """Number of rows of matrices (..., rows, columns) that hold one value throughout; 0 for rows of one number."""
+    import torch
+
     if matrices.shape[-1] < 2:
         return matrices.new_zeros((), dtype=torch.int64)
     if matrices.device.type == "cpu":
