@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
+from numpy.typing import NDArray
 
 from invarlock.core.errors import UsageError
 from invarlock.core.results import Action
 from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.results import Kind, MetricResult
-from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval
+from invarlock.evaluation.power import detectable, windows_to_detect
+from invarlock.evaluation.results import Kind, MetricResult, Undecided
+from invarlock.evaluation.statistics import Interval, exp, mean_per_token, ratio_interval, standard_error
 from invarlock.models.facts import Task
 
 KINDS: dict[Task, Kind] = {"causal": "perplexity", "masked": "masked_perplexity", "seq2seq": "target_perplexity"}
@@ -32,7 +37,8 @@ def compare(
 
     The ratio is exp of the paired differences of log loss, every token weighing the same. What was not measured is
     never accepted: rollback where the edited model's loss is not finite or one window gives no interval, abort where
-    the baseline's loss is not finite, because then no edit can be judged.
+    the baseline's loss is not finite, because then no edit can be judged. Where the interval straddles the limit the
+    rollback is inconclusive, and ``undecided`` has what would decide.
 
     Of passes over the same text in different tokens (``PassResult.bytes``) all figures are per byte, every byte
     weighing the same; the limit becomes that of a byte: the same loss of the whole text reaches either.
@@ -48,11 +54,13 @@ def compare(
     if per_byte and sizes.any():
         limit = per_token ** float(tokens.sum() / sizes.sum())
     before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
-    ratio = interval = None
+    ratio = interval = undecided = None
     if before is not None and after is not None:
         differences = edited.losses - baseline.losses
         ratio = exp(mean_per_token(differences, sizes))
         interval = ratio_interval(differences, sizes, level=level, reps=reps, seed=seed)
+        if interval is not None and interval[0] <= limit < interval[1]:
+            undecided = _undecided(differences, sizes, limit, level)
     action, reason = _judge(before, after, interval, limit)
     name = kind.replace("_", " ") + (" per byte" if per_byte else "")
     numbers = f"{name} {_shown(before)} -> {_shown(after)}"
@@ -62,7 +70,7 @@ def compare(
         numbers += f" ({level * 100:g} % interval {interval[0]:.6g} to {interval[1]:.6g})"
     if per_byte:
         reason += f" per byte ({per_token:g} per token of the baseline)"
-    return MetricResult(
+    result = MetricResult(
         kind=kind,
         baseline=before,
         edited=after,
@@ -75,7 +83,24 @@ def compare(
         action=action,
         message=f"{numbers} on {len(tokens)} windows: {reason}",
         unit="byte" if per_byte else "token",
+        undecided=undecided,
     )
+    if undecided is None:
+        return result
+    return replace(result, message=f"{result.message}, and its lower end is not: {result.what_would_decide}")
+
+
+def _undecided(differences: NDArray[np.float64], sizes: NDArray[np.int64], limit: float, level: float) -> Undecided:
+    scored = sizes > 0
+    windows, edge = int(scored.sum()), math.log(limit)
+    error = float(standard_error(differences[scored], sizes[scored]))
+    told = detectable(error, windows, level=level)
+    missing = edge - float(mean_per_token(differences, sizes))
+    needed = windows_to_detect(missing, error, windows, level=level)
+    if needed is not None:
+        # Windows without a scored token are asked for, too.
+        needed = math.ceil(needed * len(sizes) / windows)
+    return Undecided(exp(edge - told), exp(edge + told), needed)
 
 
 def _judge(before: float | None, after: float | None, interval: Interval | None, limit: float) -> tuple[Action, str]:

@@ -14,6 +14,20 @@ Number = float | Literal["nan", "inf", "-inf"]
 
 
 @dataclass(frozen=True)
+class Undecided:
+    """An interval that straddles the limit: what so many windows can tell, and how many could decide.
+
+    Four of five runs over as many windows find a ratio of at most ``below``, or of at least ``above``, to be on its
+    side of the limit.
+    """
+
+    below: Number
+    above: Number
+    windows: int | None
+    """So many tell the ratio that was measured from the limit, at the spread that was seen; None where none do."""
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """Result of the primary metric; None stands for what was not measured.
 
@@ -34,6 +48,20 @@ class MetricResult:
     action: Action
     message: str
     unit: Unit = "token"
+    undecided: Undecided | None = None
+    """None where the interval is on one side of the limit, or was not measured."""
+
+    @property
+    def what_would_decide(self) -> str | None:
+        """What so many windows can tell, and the option that would decide, ready to paste; None where it is decided."""
+        if self.undecided is None:
+            return None
+        more = self.undecided.windows
+        remedy = "it is at the limit" if more is None else f"--set dataset.final_n={more} would decide"
+        return (
+            f"{self.windows} windows tell ratios of at most {float(self.undecided.below):.4g} or at least "
+            f"{float(self.undecided.above):.4g} from the limit {self.limit:.4g}; {remedy}"
+        )
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,10 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
-    # Earlier builds named no unit: it was the token.
+    # Earlier builds named no unit, which was the token, and did not tell what is undecided.
     unit = "token" if stored.unit not in get_args(Unit) else stored.unit
+    if report.verdict.ending is None and found.message.startswith(stored.message):
+        found = dataclasses.replace(found, message=stored.message, undecided=None)
     yield from differences("metrics.primary", dataclasses.replace(stored, unit=unit), found)
 
 
@@ -159,6 +161,8 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The fold: action, acceptance, what decided, reasons, exit code; the suspects, and what it rests on."""
     folded = folded_anew(report)
     found = {name: getattr(folded, name) for name in ("action", "accepted", "decided_by", "reasons", "exit_code")}
+    if report.verdict.ending is not None:
+        found["ending"] = folded.ending
     found["suspects"] = [] if folded.accepted else blame(report.guards, report.edit.modules)
     if report.metrics.windows is not None or not report.edit.is_comparison:
         found["rests_on"] = rests_on(config)
