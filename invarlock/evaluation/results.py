@@ -60,7 +60,7 @@ class MetricResult:
         remedy = "it is at the limit" if more is None else f"--set dataset.final_n={more} would decide"
         return (
             f"{self.windows} windows tell ratios of at most {float(self.undecided.below):.4g} or at least "
-            f"{float(self.undecided.above):.4g} from the limit {self.limit:.4g}; {remedy}"
+            f"{float(self.undecided.above):.4g} from the limit {self.limit:g}; {remedy}"
         )
 
 
