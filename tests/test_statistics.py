@@ -192,6 +192,17 @@ def test_what_so_many_windows_tell_and_how_many_would_decide() -> None:
     assert f"--set dataset.final_n={needed} would decide" in metric.message
 
 
+def test_windows_without_a_scored_token_are_asked_for_too() -> None:
+    tokens = np.full(8, 100)
+    metric = judged(tokens * 2.5 + RISES * 100, tokens * 2.5, tokens, limit=1.07)
+    halved = judged(
+        [*(tokens * 2.5 + RISES * 100), *[0] * 8], [*(tokens * 2.5), *[0] * 8], [*tokens, *[0] * 8], limit=1.07
+    )
+    assert metric.undecided is not None and metric.undecided.windows is not None and halved.undecided is not None
+    assert halved.undecided.below == metric.undecided.below
+    assert halved.undecided.windows == 2 * metric.undecided.windows
+
+
 def test_a_ratio_at_the_limit_is_decided_by_no_number_of_windows() -> None:
     metric = judged(LOSSES + RISES * TOKENS, limit=math.exp((RISES * TOKENS).sum() / TOKENS.sum()))
     assert metric.undecided is not None and metric.undecided.windows is None
