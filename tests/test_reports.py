@@ -388,6 +388,14 @@ def cleaned(text: str) -> str:
     return re.sub("[\x00-\x08\x0b-\x1f\u202e\u2066\ud800]", "\ufffd", text).strip().split("\n")[0][:400]
 
 
+@pytest.mark.parametrize("undecided", [None, {}, {"below": None, "above": "x", "message": "\x1b[2J"}])
+def test_an_inconclusive_report_without_its_figures_is_shown(folders, undecided: Any) -> None:
+    report = read_report(folders["inconclusive"])
+    report["metrics"]["primary"]["undecided"] = undecided
+    text = render([SavedReport(report, Path("odd"))], "terminal")
+    assert text.startswith("INCONCLUSIVE (rollback): ") and "\x1b" not in text
+
+
 ODD = [
     {}, dict.fromkeys(json_schema()["properties"]), {key: [] for key in json_schema()["properties"]},
     dict.fromkeys(json_schema()["properties"], "nan"), {key: [None, 7, "x", {}] for key in json_schema()["properties"]},

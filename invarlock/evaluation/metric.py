@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +69,9 @@ def compare(
         numbers += f" ({level * 100:g} % interval {interval[0]:.6g} to {interval[1]:.6g})"
     if per_byte:
         reason += f" per byte ({per_token:g} per token of the baseline)"
-    result = MetricResult(
+    if undecided is not None:
+        reason += f", and its lower end is not: {undecided.message}"
+    return MetricResult(
         kind=kind,
         baseline=before,
         edited=after,
@@ -85,9 +86,6 @@ def compare(
         unit="byte" if per_byte else "token",
         undecided=undecided,
     )
-    if undecided is None:
-        return result
-    return replace(result, message=f"{result.message}, and its lower end is not: {result.what_would_decide}")
 
 
 def _undecided(differences: NDArray[np.float64], sizes: NDArray[np.int64], limit: float, level: float) -> Undecided:
@@ -100,7 +98,12 @@ def _undecided(differences: NDArray[np.float64], sizes: NDArray[np.int64], limit
     if needed is not None:
         # Windows without a scored token are asked for, too.
         needed = math.ceil(needed * len(sizes) / windows)
-    return Undecided(exp(edge - told), exp(edge + told), needed)
+    below, above = exp(edge - told), exp(edge + told)
+    remedy = "it is at the limit" if needed is None else f"--set dataset.final_n={needed} would decide"
+    told_apart = (
+        f"{len(sizes)} windows tell ratios of at most {below:.4g} or at least {above:.4g} from the limit {limit:g}"
+    )
+    return Undecided(below, above, needed, f"{told_apart}; {remedy}")
 
 
 def _judge(before: float | None, after: float | None, interval: Interval | None, limit: float) -> tuple[Action, str]:

@@ -1,4 +1,4 @@
-"""What a number of windows can tell from the limit, and how many windows would tell."""
+"""Power of an interval over windows: the difference that so many detect, and how many detect a difference."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Number = float | Literal["nan", "inf", "-inf"]
 
 @dataclass(frozen=True)
 class Undecided:
-    """An interval that straddles the limit: what so many windows can tell, and how many could decide.
+    """An interval that straddles the limit: the ratios that so many windows tell from it, and how many could decide.
 
     Four of five runs over as many windows find a ratio of at most ``below``, or of at least ``above``, to be on its
     side of the limit.
@@ -25,6 +25,8 @@ class Undecided:
     above: Number
     windows: int | None
     """So many tell the ratio that was measured from the limit, at the spread that was seen; None where none do."""
+    message: str
+    """With the option that would decide, ready to paste."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,6 @@ class MetricResult:
     unit: Unit = "token"
     undecided: Undecided | None = None
     """None where the interval is on one side of the limit, or was not measured."""
-
-    @property
-    def what_would_decide(self) -> str | None:
-        """What so many windows can tell, and the option that would decide, ready to paste; None where it is decided."""
-        if self.undecided is None:
-            return None
-        more = self.undecided.windows
-        remedy = "it is at the limit" if more is None else f"--set dataset.final_n={more} would decide"
-        return (
-            f"{self.windows} windows tell ratios of at most {float(self.undecided.below):.4g} or at least "
-            f"{float(self.undecided.above):.4g} from the limit {self.limit:g}; {remedy}"
-        )
 
 
 @dataclass(frozen=True)

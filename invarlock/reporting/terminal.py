@@ -61,8 +61,10 @@ def verdict_line(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    metric = report.metrics.primary if describing.is_inconclusive(report.verdict) else None
-    return (metric and metric.what_would_decide) or describing.summary(report.verdict)
+    metric = report.metrics.primary
+    if metric and metric.undecided and describing.is_inconclusive(report.verdict):
+        return metric.undecided.message
+    return describing.summary(report.verdict)
 
 
 def _print_side_by_side(table: SideBySide, console: Console) -> None:
