@@ -59,6 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compare = ("compare", "--baseline", BASELINE, "--subject", root / "subject")
     run("compared", *compare, "--dataset", DEMO / "text.jsonl")
     run("weights", *compare, "--weights-only")
+    run("inconclusive", "run", "--demo", "--set", "edit.plan.bitwidth=4", "--set", "eval.max_pm_ratio=1.03")
     return root
 
 
@@ -71,7 +72,7 @@ def copied(made: Path, tmp_path: Path) -> Callable[[str], Path]:
 # -- what agrees -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["accepted", "rejected", "streamed", "compared", "weights"])
+@pytest.mark.parametrize("name", ["accepted", "rejected", "inconclusive", "streamed", "compared", "weights"])
 def test_an_untouched_run_agrees_and_so_does_its_signature(invarlock, made: Path, name: str) -> None:
     done = invarlock("verify", made / name, "--public-key", made / "key.pub")
     assert (done.code, done.err) == (0, ""), done.out
@@ -94,6 +95,25 @@ def test_the_librarys_own_tool_verifies_a_run(made: Path) -> None:
     command = ["verify", "key", "--signature", made / "accepted/run.sigstore.json", "--public_key", made / "key.pub"]
     done = subprocess.run([sys.executable, "-m", "model_signing", *command, made / "accepted"], check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["inconclusive", "compared"])
+def test_a_report_of_an_earlier_build_that_names_no_ending_agrees(invarlock, copied, name: str) -> None:
+    path = copied(name) / "report.json"
+    report = json.loads(path.read_text())
+    primary, verdict = report["metrics"]["primary"], report["verdict"]
+    del verdict["ending"]
+    for finding in verdict["findings"]:
+        del finding["inconclusive"]
+    if primary.pop("undecided"):
+        said = primary["message"]
+        primary["message"] = said[: said.index(", and its lower end")]
+        told = json.dumps(verdict).replace(said, primary["message"])
+        report["verdict"] = json.loads(told)
+    path.write_text(json.dumps(report))
+    assert "AGREES in all that was checked" in (done := invarlock("verify", path.parent)).out, done.out
+    word = "REJECTED" if name == "inconclusive" else "ACCEPTED"
+    assert invarlock("report", path).out.startswith(word)
 
 
 # -- a report that was tampered with -----------------------------------------------------------------------------------
@@ -139,6 +159,10 @@ def set_in(report: Any, place: str, value: Any) -> None:
         ("rejected", "verdict.exit_code", 0, "verdict.exit_code: stored 0, recomputed 1"),
         ("rejected", "verdict.decided_by", "nobody", 'verdict.decided_by: stored "nobody"'),
         ("rejected", "verdict.reasons", [], "verdict.reasons: stored []"),
+        ("rejected", "verdict.ending", "inconclusive", 'verdict.ending: stored "inconclusive", recomputed "rejected"'),
+        ("inconclusive", "verdict.ending", "rejected", 'verdict.ending: stored "rejected", recomputed "inconclusive"'),
+        ("inconclusive", "metrics.primary.undecided", None, "metrics.primary.undecided: stored null, recomputed "),
+        ("inconclusive", "metrics.primary.undecided.windows", 9, "metrics.primary.undecided.windows: stored 9, recomputed "),
         ("rejected", "verdict.suspects", [], "verdict.suspects: stored []"),
         ("rejected", "verdict.rests_on", "900 + 900 windows of text", "verdict.rests_on: stored "),
         ("rejected", "verdict.findings.2.action", "continue", "verdict.findings[2].action: stored "),

@@ -41,16 +41,17 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An accepted run at 8 bits and a rejected one at 2."""
+    """An accepted run at 8 bits, a rejected one at 2, and one at 4 bits that the limit lies in the interval of."""
     found = {}
-    for name, bits in (("accepted", 8), ("rejected", 2)):
+    for name, bits, limit in (("accepted", 8, 1.1), ("rejected", 2, 1.1), ("inconclusive", 4, 1.03)):
         found[name] = tmp_path_factory.mktemp("runs") / name
-        arguments = ["--set", f"edit.plan.bitwidth={bits}", "--set", "dataset.final_n=8", "--out", str(found[name])]
-        assert main(["run", "--demo", "-q", *arguments]) == (bits == 2)
+        settings = (f"edit.plan.bitwidth={bits}", f"eval.max_pm_ratio={limit}", "dataset.final_n=8")
+        arguments = [part for setting in settings for part in ("--set", setting)]
+        assert main(["run", "--demo", "-q", *arguments, "--out", str(found[name])]) == (name != "accepted")
     return found
 
 
-@pytest.fixture(params=["accepted", "rejected"])
+@pytest.fixture(params=["accepted", "rejected", "inconclusive"])
 def run(request: pytest.FixtureRequest, folders) -> SavedReport:
     return SavedReport.read(folders[request.param])
 
@@ -78,6 +79,36 @@ def test_the_terminal_shows_what_the_run_printed(invarlock, folders) -> None:
     assert done.code == 0
     assert done.out == printed.out.rpartition("report   ")[0]
     assert done.out.startswith("REJECTED (rollback): decided by primary metric\n")
+
+
+def test_an_inconclusive_run_says_in_its_first_line_what_would_decide(invarlock, folders) -> None:
+    settings = ("--set", "edit.plan.bitwidth=4", "--set", "eval.max_pm_ratio=1.03")
+    done = invarlock("run", "--demo", *settings, "--set", "dataset.final_n=8", "--out", "out")
+    assert done.code == 1
+    first = done.out.splitlines()[0]
+    said = re.fullmatch(
+        r"INCONCLUSIVE \(rollback\): 8 windows tell ratios of at most (\S+) or at least (\S+) from the limit 1\.03; "
+        r"--set (dataset\.final_n=\d+) would decide",
+        first,
+    )
+    assert said is not None, first
+    report = read_report(Path("out"))
+    undecided, (low, high) = report["metrics"]["primary"]["undecided"], report["metrics"]["primary"]["ci"]
+    assert report["verdict"]["ending"] == "inconclusive" and report["verdict"]["accepted"] is False
+    assert low <= 1.03 < high
+    assert (said[1], said[2]) == (f"{undecided['below']:.4g}", f"{undecided['above']:.4g}")
+    assert report["model"]["restored"] is True
+    again = invarlock("run", "--demo", *settings, "--set", said[3], "--out", "again")
+    assert not again.out.startswith("INCONCLUSIVE"), again.out
+
+
+def test_every_rendering_names_an_inconclusive_verdict(folders) -> None:
+    run = folders["inconclusive"]
+    assert rendered(run, "markdown").startswith("# INCONCLUSIVE: inconclusive\n\nThe edit was not accepted: ")
+    assert "Inconclusive" in Page(rendered(run, "html")).text
+    suite = ElementTree.fromstring(rendered(run, "junit"))[0]
+    (failure,) = suite.iter("failure")
+    assert failure.get("type") == "inconclusive" and "dataset.final_n=" in failure.get("message", "")
 
 
 def test_markdown_tells_verdict_suspects_figures_and_guards(folders) -> None:
@@ -117,7 +148,8 @@ def test_junit_has_a_test_for_each_guard_the_metric_and_the_predictions(run: Sav
     names = [f"guard {guard['name']}" for guard in run.values["guards"]] + ["primary metric", "predictions"]
     assert [case.get("name") for case in suite] == names
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
-    assert failed == ([] if run.values["verdict"]["accepted"] else ["primary metric", "predictions"])
+    objecting = {"accepted": [], "rejected": ["primary metric", "predictions"], "inconclusive": ["primary metric"]}
+    assert failed == objecting[run.values["verdict"]["ending"]]
     assert suite.get("failures") == str(len(failed))
 
 
@@ -238,10 +270,10 @@ def test_several_runs_are_several_suites(folders, format_: str) -> None:
     text = render([SavedReport.read(folder) for folder in folders.values()], format_)
     if format_ == "junit":
         JUNIT.validate(text)
-        assert [suite.get("name") for suite in ElementTree.fromstring(text)] == ["accepted", "rejected"]
+        assert [suite.get("name") for suite in ElementTree.fromstring(text)] == [*folders]
     else:
         SARIF.validate(json.loads(text))
-        assert len(json.loads(text)["runs"]) == 2
+        assert len(json.loads(text)["runs"]) == len(folders)
 
 
 def test_equal_bits_are_decided_by_the_ratio_and_rejected_runs_never_win(folders) -> None:
@@ -354,6 +386,14 @@ def test_hostile_text_is_shown_and_does_nothing(folders, format_: str, text: str
 
 def cleaned(text: str) -> str:
     return re.sub("[\x00-\x08\x0b-\x1f\u202e\u2066\ud800]", "\ufffd", text).strip().split("\n")[0][:400]
+
+
+@pytest.mark.parametrize("undecided", [None, {}, {"below": None, "above": "x", "message": "\x1b[2J"}])
+def test_an_inconclusive_report_without_its_figures_is_shown(folders, undecided: Any) -> None:
+    report = read_report(folders["inconclusive"])
+    report["metrics"]["primary"]["undecided"] = undecided
+    text = render([SavedReport(report, Path("odd"))], "terminal")
+    assert text.startswith("INCONCLUSIVE (rollback): ") and "\x1b" not in text
 
 
 ODD = [

@@ -15,6 +15,7 @@ from invarlock.core.plain import plain
 from invarlock.core.results import Action
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.power import detectable, windows_to_detect
 from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.statistics import ratio_interval, share_interval
 from invarlock.evaluation.task import Metric
@@ -157,6 +158,70 @@ def test_the_upper_end_decides_not_the_point() -> None:
     assert "upper end is above the limit" in refused.message
 
 
+@pytest.mark.parametrize(("end", "action"), [(0, Action.ROLLBACK), (1, Action.CONTINUE)])
+def test_an_interval_that_touches_the_limit_is_undecided_only_where_its_lower_end_does(
+    end: int, action: Action
+) -> None:
+    edited = LOSSES + RISES * TOKENS
+    interval = judged(edited).ci
+    assert interval is not None
+    touching = judged(edited, limit=interval[end])
+    assert touching.action is action
+    assert (touching.undecided is not None) is (end == 0)
+
+
+def test_an_interval_above_the_limit_is_decided() -> None:
+    metric = judged(LOSSES + RISES * TOKENS, limit=1.0)
+    assert metric.ci is not None and metric.ci[0] > 1.0
+    assert (metric.action, metric.undecided) == (Action.ROLLBACK, None)
+
+
+def test_what_so_many_windows_tell_and_how_many_would_decide() -> None:
+    """By hand: the standard error of windows of one size is that of a mean, t has n - 1 degrees of freedom."""
+    tokens = np.full(8, 100)
+    metric = judged(tokens * 2.5 + RISES * 100, tokens * 2.5, tokens, limit=1.07)
+    spread, gap = RISES.std(ddof=1), math.log(1.07) - RISES.mean()
+
+    def reach(count: int) -> float:
+        return (stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1)) * spread / math.sqrt(count)
+
+    assert metric.undecided is not None
+    assert metric.undecided.below == pytest.approx(1.07 / math.exp(reach(8)))
+    assert metric.undecided.above == pytest.approx(1.07 * math.exp(reach(8)))
+    needed = metric.undecided.windows
+    assert needed is not None and reach(needed) <= abs(gap) < reach(needed - 1)
+    assert f"--set dataset.final_n={needed} would decide" in metric.message
+
+
+def test_windows_without_a_scored_token_are_asked_for_too() -> None:
+    tokens = np.full(8, 100)
+    metric = judged(tokens * 2.5 + RISES * 100, tokens * 2.5, tokens, limit=1.07)
+    halved = judged(
+        [*(tokens * 2.5 + RISES * 100), *[0] * 8], [*(tokens * 2.5), *[0] * 8], [*tokens, *[0] * 8], limit=1.07
+    )
+    assert metric.undecided is not None and metric.undecided.windows is not None and halved.undecided is not None
+    assert halved.undecided.below == metric.undecided.below
+    assert halved.undecided.windows == 2 * metric.undecided.windows
+
+
+def test_a_ratio_at_the_limit_is_decided_by_no_number_of_windows() -> None:
+    metric = judged(LOSSES + RISES * TOKENS, limit=math.exp((RISES * TOKENS).sum() / TOKENS.sum()))
+    assert metric.undecided is not None and metric.undecided.windows is None
+    assert metric.message.endswith("it is at the limit") and "final_n" not in metric.message
+
+
+@pytest.mark.parametrize("windows", [5, 12])
+def test_the_effect_that_windows_detect_is_found_in_four_of_five_samples(windows: int) -> None:
+    told = detectable(0.03 / math.sqrt(windows), windows, level=0.95)
+    needed = windows_to_detect(0.9 * told, 0.03 / math.sqrt(windows), windows, level=0.95)
+    assert needed is not None and needed > windows
+    rng, draws = np.random.default_rng(windows), 20_000
+    for count, rise in ((windows, told), (needed, 0.9 * told)):
+        drawn = rng.normal(rise, 0.03, (draws, count))
+        found = stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05
+        assert 0.77 <= found.mean() <= 0.9  # a whole number of windows may find more
+
+
 def test_the_message_has_the_numbers() -> None:
     assert judged(LOSSES).message == (
         "perplexity 13.213 -> 13.213, ratio 1 (95 % interval 1 to 1) on 8 windows: within the limit 1.1"
@@ -209,7 +274,7 @@ def test_a_result_fits_a_report() -> None:
     assert written == {
         "kind": "perplexity", "baseline": pytest.approx(13.213, abs=1e-3), "edited": pytest.approx(13.213, abs=1e-3),
         "ratio": 1.0, "ci": [1.0, 1.0], "ci_level": 0.95, "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
-        "message": judged(LOSSES).message, "unit": "token", "statistic": "ratio",
+        "message": judged(LOSSES).message, "unit": "token", "statistic": "ratio", "undecided": None,
     }  # fmt: skip
 
 

@@ -17,6 +17,9 @@ def finding(action: Action, source: str = "guard a", *, failed: bool = False) ->
     return Finding(source, action, "said so", failed=failed)
 
 
+UNSURE = Finding("primary metric", Action.ROLLBACK, "straddles the limit", inconclusive=True)
+
+
 def test_actions_are_ordered_by_severity() -> None:
     assert sorted(["abort", "warn", "rollback", "continue"], key=lambda name: Action(name).severity) == list(Action)
 
@@ -55,6 +58,26 @@ def test_the_first_of_equals_decided_and_every_objection_is_a_reason() -> None:
     )
     assert verdict.decided_by == "guard x"
     assert [reason.split(":")[0] for reason in verdict.reasons] == ["guard x", "guard y", "guard w"]
+
+
+@pytest.mark.parametrize(
+    ("others", "ending", "decided_by"),
+    [
+        ([], "inconclusive", "primary metric"),
+        ([Action.WARN], "inconclusive", "primary metric"),
+        ([Action.ROLLBACK], "rejected", "guard a"),
+        ([Action.ABORT], "rejected", "guard a"),
+    ],
+)
+def test_a_verdict_is_inconclusive_where_nothing_certain_calls_for_it(others, ending: str, decided_by: str) -> None:
+    verdict = fold([UNSURE, *map(finding, others)])
+    assert (verdict.ending, verdict.decided_by, verdict.accepted) == (ending, decided_by, False)
+    assert verdict.exit_code is ExitCode.REJECTED
+
+
+@pytest.mark.parametrize("action", Action)
+def test_what_is_certain_is_accepted_or_rejected(action: Action) -> None:
+    assert fold([finding(action)]).ending == ("accepted" if action.accepted else "rejected")
 
 
 @pytest.mark.parametrize("action", [None, "none", "continue"])

@@ -23,7 +23,7 @@ examples:
 
 exit status:
   0    accepted (with --strict: without a warning)
-  1    rejected (with --strict: also a warning)
+  1    rejected or inconclusive (with --strict: also a warning)
   2    wrong usage, configuration or input; nothing was run
   3    a plugin or invarlock itself failed
   129  the terminal is gone (SIGHUP)

@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
     ACCEPTED = 0
     """The edit was accepted; with ``--strict``, without a warning."""
     REJECTED = 1
-    """The edit was rejected: rollback or abort; with ``--strict``, also a warning."""
+    """The edit was not accepted: rollback or abort; with ``--strict``, also a warning."""
     USAGE = 2
     """The command line, the configuration or an input is wrong; nothing was run."""
     FAILED = 3

@@ -197,6 +197,8 @@ class Finding:
     message: str
     failed: bool = False
     """True where the source itself failed, so that its word cannot be relied on."""
+    inconclusive: bool = False
+    """True where it objects because what was measured does not tell on which side of its limit the edit is."""
 
     @classmethod
     def of_guard(cls, result: GuardResult) -> Finding:
@@ -222,6 +224,9 @@ class SuspectedModule:
     """Each begins with the name of the guard; at least one."""
 
 
+Ending = Literal["accepted", "rejected", "inconclusive"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The most severe action over all findings, and the first finding that called for it."""
@@ -236,6 +241,9 @@ class Verdict:
     reasons: tuple[str, ...]
     """Findings that object, the most severe first."""
     exit_code: int
+    ending: Ending | None = None
+    """``inconclusive``: not accepted, and nothing that called for the action was certain. None in reports of earlier
+    builds, which did not tell."""
     # Added for the report.
     rests_on: str = ""
     """The measured evidence: windows of text, windows that the baseline wrote, or weights alone."""
@@ -246,10 +254,13 @@ class Verdict:
 def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
     """Fold findings into one verdict: the most severe action wins, the first to call for it decided.
 
+    Among those that call for it, one that is certain goes before any that is inconclusive.
+
     :param strict: a warning, though accepted, ends the process with ``ExitCode.REJECTED``.
     """
     worst = max((finding.action for finding in findings), key=lambda action: action.severity, default=Action.CONTINUE)
     deciding = [finding for finding in findings if finding.action is worst]
+    deciding.sort(key=lambda finding: finding.inconclusive)
     decided_by = deciding[0].source if worst is not Action.CONTINUE else "nothing objected"
     if any(finding.failed for finding in findings):
         exit_code = ExitCode.FAILED
@@ -262,7 +273,14 @@ def fold(findings: Sequence[Finding], *, strict: bool = False) -> Verdict:
         f"{finding.source}: {finding.action}: {finding.message}"
         for finding in sorted(objecting, key=lambda finding: -finding.action.severity)
     ]
-    return Verdict(worst, worst.accepted, decided_by, strict, tuple(findings), tuple(reasons), exit_code)
+    ending = _ending(worst, deciding)
+    return Verdict(worst, worst.accepted, decided_by, strict, tuple(findings), tuple(reasons), exit_code, ending)
+
+
+def _ending(worst: Action, deciding: Sequence[Finding]) -> Ending:
+    if worst.accepted:
+        return "accepted"
+    return "inconclusive" if all(finding.inconclusive for finding in deciding) else "rejected"
 
 
 def contradiction(passed: bool | None, action: Action) -> str | None:

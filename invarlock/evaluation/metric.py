@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 
 from invarlock.core.results import Action
 from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.results import MetricResult, Statistic
+from invarlock.evaluation.power import detectable, windows_to_detect
+from invarlock.evaluation.results import MetricResult, Statistic, Undecided
 from invarlock.evaluation.statistics import (
     Interval,
     exp,
@@ -14,6 +18,7 @@ from invarlock.evaluation.statistics import (
     mean_per_token,
     ratio_interval,
     share_interval,
+    standard_error,
 )
 
 
@@ -35,7 +40,8 @@ def compare(
 
     The ratio is exp of the paired differences of log loss, every token weighing the same. What was not measured is
     never accepted: rollback where the edited model's loss is not finite or one window gives no interval, abort where
-    the baseline's loss is not finite, because then no edit can be judged.
+    the baseline's loss is not finite, because then no edit can be judged. Where the interval straddles the limit the
+    rollback is inconclusive, and ``undecided`` has what would decide.
 
     Of passes over the same text in different tokens (``PassResult.bytes``) all figures are per byte, every byte
     weighing the same; the limit becomes that of a byte: the same loss of the whole text reaches either.
@@ -53,11 +59,13 @@ def compare(
     if per_byte and sizes.any():
         limit = per_token ** float(tokens.sum() / sizes.sum())
     before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
-    ratio = interval = None
+    ratio = interval = undecided = None
     if before is not None and after is not None:
         differences = edited.losses - baseline.losses
         ratio = exp(mean_per_token(differences, sizes))
         interval = ratio_interval(differences, sizes, level=level, reps=reps, seed=seed)
+        if interval is not None and interval[0] <= limit < interval[1]:
+            undecided = _undecided(differences, sizes, limit, level)
     action, reason = _judge(before, after, interval, limit)
     name = kind.replace("_", " ") + (" per byte" if per_byte else "")
     numbers = f"{name} {_shown(before)} -> {_shown(after)}"
@@ -67,6 +75,8 @@ def compare(
         numbers += f" ({level * 100:g} % interval {interval[0]:.6g} to {interval[1]:.6g})"
     if per_byte:
         reason += f" per byte ({per_token:g} per token of the baseline)"
+    if undecided is not None:
+        reason += f", and its lower end is not: {undecided.message}"
     return MetricResult(
         kind=kind,
         baseline=before,
@@ -80,6 +90,7 @@ def compare(
         action=action,
         message=f"{numbers} on {len(tokens)} windows: {reason}",
         unit="byte" if per_byte else "token",
+        undecided=undecided,
     )
 
 
@@ -126,6 +137,24 @@ def _distance(
 def _finite_mean(measured: PassResult) -> float | None:
     finite = np.isfinite(measured.losses).all() and measured.tokens.any()
     return float(mean_per_token(measured.losses, measured.tokens)) if finite else None
+
+
+def _undecided(differences: NDArray[np.float64], sizes: NDArray[np.int64], limit: float, level: float) -> Undecided:
+    scored = sizes > 0
+    windows, edge = int(scored.sum()), math.log(limit)
+    error = float(standard_error(differences[scored], sizes[scored]))
+    told = detectable(error, windows, level=level)
+    missing = edge - float(mean_per_token(differences, sizes))
+    needed = windows_to_detect(missing, error, windows, level=level)
+    if needed is not None:
+        # Windows without a scored token are asked for, too.
+        needed = math.ceil(needed * len(sizes) / windows)
+    below, above = exp(edge - told), exp(edge + told)
+    remedy = "it is at the limit" if needed is None else f"--set dataset.final_n={needed} would decide"
+    told_apart = (
+        f"{len(sizes)} windows tell ratios of at most {below:.4g} or at least {above:.4g} from the limit {limit:g}"
+    )
+    return Undecided(below, above, needed, f"{told_apart}; {remedy}")
 
 
 def _judge(

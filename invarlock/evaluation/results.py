@@ -15,6 +15,22 @@ Number = float | Literal["nan", "inf", "-inf"]
 
 
 @dataclass(frozen=True)
+class Undecided:
+    """An interval that straddles the limit: the ratios that so many windows tell from it, and how many could decide.
+
+    Four of five runs over as many windows find a ratio of at most ``below``, or of at least ``above``, to be on its
+    side of the limit.
+    """
+
+    below: Number
+    above: Number
+    windows: int | None
+    """So many tell the ratio that was measured from the limit, at the spread that was seen; None where none do."""
+    message: str
+    """With the option that would decide, ready to paste."""
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """Result of the primary metric; None stands for what was not measured.
 
@@ -41,6 +57,8 @@ class MetricResult:
     message: str
     unit: Unit = "token"
     statistic: Statistic = "ratio"
+    undecided: Undecided | None = None
+    """None where the interval is on one side of the limit, or was not measured."""
 
     @property
     def name(self) -> str:

@@ -74,7 +74,7 @@ def mean_interval(
     point = float(mean_per_token(differences, tokens))
     if np.all(differences * tokens[0] == differences[0] * tokens):
         return point, point
-    error = _standard_error(differences, tokens)
+    error = standard_error(differences, tokens)
     tails = np.array([(1 + level) / 2, (1 - level) / 2])
     low, high = point - stats.t.ppf(tails, len(differences) - 1) * error
     drawn = _pivots(differences, tokens, reps, seed)
@@ -84,7 +84,7 @@ def mean_interval(
     return float(low), float(high)
 
 
-def _standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> Any:
+def standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> Any:
     """Standard error of the mean per token, over the last axis: the jackknife's, at least that of the linearized ratio.
 
     The first is e_i / (T - t_i) squared and summed, times (n - 1) / n, with the residuals e_i = d_i - t_i * mean and T
@@ -100,11 +100,11 @@ def _standard_error(differences: NDArray[np.float64], tokens: NDArray[np.int64])
 
 def _pivots(differences: NDArray[np.float64], tokens: NDArray[np.int64], reps: int, seed: int) -> NDArray[np.float64]:
     """Studentized deviations of draws from the sample; draws of windows that all agree are left out."""
-    point, error = mean_per_token(differences, tokens), _standard_error(differences, tokens)
+    point, error = mean_per_token(differences, tokens), standard_error(differences, tokens)
     found = []
     for drawn in _draws(len(differences), reps, seed):
         means = mean_per_token(differences[drawn], tokens[drawn])
-        errors = _standard_error(differences[drawn], tokens[drawn])
+        errors = standard_error(differences[drawn], tokens[drawn])
         spread = errors > NO_SPREAD * error
         found.append((means[spread] - point) / errors[spread])
     return np.concatenate(found)

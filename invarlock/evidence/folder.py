@@ -21,6 +21,8 @@ from invarlock.reporting.report import FORMAT_VERSION, Report
 REPORT = "report.json"
 COPY = f"model/{REPORT}"
 """A copy of the report travels with the model; it cannot hold a digest of itself."""
+ADDED = (".ending", ".inconclusive")
+"""Keys of the verdict and its findings that earlier builds did not write."""
 
 
 def read_report(run: Path) -> Report:
@@ -53,7 +55,8 @@ def read_report(run: Path) -> Report:
 def _absent(values: Any, report: Report) -> Iterator[str]:
     """Keys that a result has a default for, and a report has to hold."""
     for name, part in {"guards": report.guards, "verdict": report.verdict}.items():
-        yield from (printable(each.what) for each in differences(name, values[name], part) if each.stored is ABSENT)
+        absent = [each.what for each in differences(name, values[name], part) if each.stored is ABSENT]
+        yield from (printable(what) for what in absent if not what.endswith(ADDED))
 
 
 def artifacts(run: Path, report: Report, config: RunConfig) -> Iterator[Disagreement]:

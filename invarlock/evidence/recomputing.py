@@ -78,6 +78,9 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         reps=section.metric.reps,
         seed=config.dataset.seed,
     )
+    # Nor did they tell what is undecided.
+    if report.verdict.ending is None and found.message.startswith(stored.message):
+        found = dataclasses.replace(found, message=stored.message, undecided=None)
     yield from differences("metrics.primary", stored, found)
 
 
@@ -186,6 +189,8 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The fold: action, acceptance, what decided, reasons, exit code; the suspects, and what it rests on."""
     folded = folded_anew(report)
     found = {name: getattr(folded, name) for name in ("action", "accepted", "decided_by", "reasons", "exit_code")}
+    if report.verdict.ending is not None:
+        found["ending"] = folded.ending
     found["suspects"] = [] if folded.accepted else blame(report.guards, report.edit.modules)
     if report.metrics.windows is not None or not report.edit.is_comparison:
         found["rests_on"] = rests_on(config, _samples(report))

@@ -74,7 +74,13 @@ def shown_bytes(count: int | None) -> str:
 
 
 def word(verdict: Verdict) -> str:
-    return "NO VERDICT" if verdict.accepted is None else "ACCEPTED" if verdict.accepted else "REJECTED"
+    if verdict.accepted is None:
+        return "NO VERDICT"
+    return "ACCEPTED" if verdict.accepted else "INCONCLUSIVE" if is_inconclusive(verdict) else "REJECTED"
+
+
+def is_inconclusive(verdict: Verdict) -> bool:
+    return verdict.ending == "inconclusive"
 
 
 def action_word(action: Action | None) -> str:
@@ -92,6 +98,8 @@ def sentence(verdict: Verdict) -> str:
         return "The report holds no verdict."
     if verdict.exit_code == ExitCode.FAILED:
         return f"The edit was rejected, and {verdict.decided_by} itself failed: there is no verdict to rely on."
+    if is_inconclusive(verdict):
+        return f"The edit was not accepted: {verdict.decided_by} does not tell whether it is within the limit."
     if not verdict.accepted:
         return f"The edit was rejected: {verdict.decided_by} called for {action_word(verdict.action)}."
     warned = "" if verdict.action is Action.CONTINUE else " with a warning"

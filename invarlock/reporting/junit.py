@@ -55,7 +55,8 @@ def _judged(found: Finding, strict: bool, error: str | None = None) -> ElementTr
     if not found.failed and (found.action is Action.CONTINUE or (found.action is Action.WARN and not strict)):
         return _case(found.source, "system-out", f"{found.action}: {found.message}")
     outcome = "error" if found.failed else "failure"
-    return _case(found.source, outcome, error or found.message, type=action_word(found.action), message=found.message)
+    kind = "inconclusive" if found.inconclusive else action_word(found.action)
+    return _case(found.source, outcome, error or found.message, type=kind, message=found.message)
 
 
 def _case(source: str, outcome: str, text: str, **attributes: str) -> ElementTree.Element:

@@ -81,8 +81,12 @@ class MetricsSection:
     @property
     def findings(self) -> list[Finding]:
         """The voices of the outputs in the verdict, where they were measured."""
-        voices = {"primary metric": self.primary, "predictions": self.predictions}
-        found = [Finding(source, each.action, each.message) for source, each in voices.items() if each]
+        found, primary, predictions = [], self.primary, self.predictions
+        if primary:
+            uncertain = primary.undecided is not None
+            found.append(Finding("primary metric", primary.action, primary.message, inconclusive=uncertain))
+        if predictions:
+            found.append(Finding("predictions", predictions.action, predictions.message))
         return found + [Finding(each.name, each.action, each.message) for each in self.figures]
 
 

@@ -57,7 +57,14 @@ def print_report(report: Report, console: Console, *, verbose: bool = False) -> 
 def verdict_line(report: Report) -> str:
     """The verdict in one line, with rich's markup."""
     verdict, action = report.verdict, describing.action_word(report.verdict.action)
-    return f"[{COLOURS[action]}]{describing.word(verdict)}[/] ({action}): {_line(describing.summary(verdict))}"
+    return f"[{COLOURS[action]}]{describing.word(verdict)}[/] ({action}): {_line(_summary(report))}"
+
+
+def _summary(report: Report) -> str:
+    metric = report.metrics.primary
+    if metric and metric.undecided and describing.is_inconclusive(report.verdict):
+        return metric.undecided.message
+    return describing.summary(report.verdict)
 
 
 def _print_side_by_side(table: SideBySide, console: Console) -> None:
