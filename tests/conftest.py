@@ -57,7 +57,14 @@ def _isolated(invarlocker: Invarlocker, monkeypatch: pytest.MonkeyPatch) -> None
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages have no plots but where pages are the matter: drawing takes a quarter of a short run."""
     if request.module.__name__ not in DRAWING:
-        monkeypatch.setattr("invarlock.reporting.plots.plot.plots_of", lambda report: [])
+        monkeypatch.setattr("invarlock.reporting.plots.drawing.drawn", lambda *figures, **options: "")
+
+
+@pytest.fixture(autouse=True)
+def _silent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of progress in stderr on a machine so busy that a short run takes long."""
+    if request.module.__name__ != "test_progress":
+        monkeypatch.setattr("invarlock.cli.progress.SILENT_SECONDS", 1e6)
 
 
 def _is_ours(entry: metadata.EntryPoint, invarlocker: Invarlocker) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, read_report
 
 from invarlock.checkpoints.output_folder import OutputFolder
+from invarlock.cli.progress import display
 from invarlock.config.loading import load
 from invarlock.core import progress
 from invarlock.pipeline import run, run_streamed
+from invarlock.pipeline.clock import Clock
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 
@@ -108,3 +111,50 @@ def test_a_terminal_is_shown_bars_also_of_loading() -> None:
     for stage in (b"load", b"fingerprint", b"baseline pass", b"quantize", b"edited pass"):
         assert stage in shown, stage
     assert b"Loading weights" not in shown
+
+
+def test_a_log_gets_a_line_per_stage_once_a_run_takes_long(invarlock, config, monkeypatch) -> None:
+    monkeypatch.setattr("invarlock.cli.progress.SILENT_SECONDS", 0.0)
+    done = invarlock("run", "-c", config(), "--out", "out")
+    assert done.code == 0
+    lines = done.err.splitlines()
+    assert all(re.fullmatch(r"invarlock: [\w ]+(, \d+ %)?, \d+ s", line) for line in lines), done.err
+    stages = [re.split("[:,] ?", line)[1].strip() for line in lines]
+    assert [stage for stage in stages if stage.endswith("pass")] == ["baseline pass", "edited pass"]
+    assert {"load", "quantize", "invariants", "page"} <= {*stages}
+
+
+def test_a_stage_that_lasts_is_reported_again(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("invarlock.cli.progress.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("invarlock.cli.progress.EVERY_SECONDS", 0.02)
+    with display(shown=True) as tell:
+        tell("edited pass", 3, 4)
+        time.sleep(0.5)
+    assert capsys.readouterr().err.count("invarlock: edited pass, 75 %, 0 s\n") >= 2
+
+
+@pytest.mark.parametrize("options", [(), ("-q",)])
+def test_a_short_run_and_a_quiet_one_print_no_progress(invarlock, config, monkeypatch, options) -> None:
+    monkeypatch.setattr("invarlock.cli.progress.SILENT_SECONDS", 0.0 if options else 1e6)
+    assert invarlock("run", "-c", config(), "--out", "out", *options).err == ""
+
+
+def test_the_stages_add_up_to_the_run(invarlock, config) -> None:
+    began = time.perf_counter()
+    assert invarlock("run", "-c", config(output={"save_model": True}), "--out", "out").code == 0
+    whole = time.perf_counter() - began
+    timings = read_report(Path("out"))["timings"]
+    assert {"startup", "save", "page", "other"} <= timings.keys()
+    # The files are written after that, and the verdict is printed.
+    assert 0.5 * whole < sum(timings.values()) < whole
+
+
+def test_a_stage_inside_of_another_counts_once() -> None:
+    clock = Clock()
+    with clock.stage("outer"):
+        time.sleep(0.05)
+        with clock.stage("inner"):
+            time.sleep(0.1)
+    timings = clock.timings()
+    assert 0.04 < timings["outer"] < timings["inner"]
+    assert sum(timings.values()) == pytest.approx(time.perf_counter() - clock.began, abs=0.02)

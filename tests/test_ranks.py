@@ -48,7 +48,7 @@ def together(tmp_path: Path) -> Callable[..., list[Finished]]:
 
 def comparable(folder: Path) -> dict[str, Any]:
     report = read_report(folder)
-    for key in ("created", "timings", "config_sha256", "artifacts"):
+    for key in ("created", "timings", "command", "config_sha256", "artifacts"):
         del report[key]
     del report["config"]["output"]["dir"]
     for guard in report["guards"]:

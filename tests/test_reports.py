@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
 import sys
@@ -16,12 +17,17 @@ import jsonschema
 import pytest
 import xmlschema
 import yaml
-from conftest import read_report
+from conftest import DEMO, read_report
+from markdown_it import MarkdownIt
 
 from invarlock.cli.main import main
+from invarlock.core.results import EditedWeight
+from invarlock.core.text import markdown
 from invarlock.reporting import describing
 from invarlock.reporting.formats import FORMATS
 from invarlock.reporting.page import render_html
+from invarlock.reporting.plots import drawing
+from invarlock.reporting.plots.data import SpectrumChange, points
 from invarlock.reporting.plots.plot import plots_of
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import json_schema
@@ -108,13 +114,13 @@ def test_every_rendering_names_an_inconclusive_verdict(folders) -> None:
     assert "Inconclusive" in Page(rendered(run, "html")).text
     suite = ElementTree.fromstring(rendered(run, "junit"))[0]
     (failure,) = suite.iter("failure")
-    assert failure.get("type") == "inconclusive" and "dataset.final_n=" in failure.get("message", "")
+    assert failure.get("type") == "inconclusive" and "dataset.final_n=" in (failure.text or "")
 
 
 def test_markdown_tells_verdict_suspects_figures_and_guards(folders) -> None:
     text = rendered(folders["rejected"], "markdown")
     assert text.startswith("# REJECTED: rejected\n\nThe edit was rejected: primary metric called for rollback.\n")
-    assert "- suspect: model.layers.0.self\\_attn.v\\_proj (reconstruction: " in text
+    assert "- suspect: model.layers.0.self_attn.v_proj (reconstruction: " in text
     assert re.search(r"\| ratio, 95 % interval \| \S+ to \S+ \| upper end at most 1.1 \| no \|", text)
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row.endswith("|")
@@ -123,9 +129,10 @@ def test_markdown_tells_verdict_suspects_figures_and_guards(folders) -> None:
 
 def test_a_page_shows_verdict_plots_and_figures_and_loads_nothing(run: SavedReport) -> None:
     page = Page(render([run], "html"))
-    plots = plots_of(run.report)
+    plots = [plot for plot in plots_of(run.report) if plot.svg]
     assert page.text_of("h1") == [describing.sentence(run.report.verdict)]
-    assert len(page.found["svg"]) == len(plots) == 4 + 3
+    assert len(page.found["svg"]) == len(plots) + 1 == 3 + 3, "all but equal bits, and the time of the stages"
+    assert "Bits per weight: " in page.text
     assert all(measure.value in page.text for measure in describing.measures(run.report.metrics))
     assert all(guard.message in page.text for guard in run.report.guards)
     assert "not measured" not in page.text_of("figcaption")
@@ -134,6 +141,69 @@ def test_a_page_shows_verdict_plots_and_figures_and_loads_nothing(run: SavedRepo
         assert attributes.get("href", attributes.get("xlink:href", "#")).startswith(("#", "data:,"))
     ids = [attributes["id"] for attributes in page.attributes if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+def test_a_page_answers_in_the_order_of_the_questions(folders) -> None:
+    page = Page(rendered(folders["rejected"], "html"))
+    headings = page.text_of("h2")
+    assert headings[:6] == [
+        "Limits that were broken", "What next", "Suspects", "Guards", "What the edit did", "All figures",
+    ]  # fmt: skip
+    assert page.text_of("dt")[:6] == ["when", "command", "model", "edit", "size", "saved"]
+    size = page.text_of("dd")[4]
+    assert re.fullmatch(r"3.67 MB \(32 bits .*\) before, 0.73 MB \(6.318 bits .*\) after, scales not counted", size)
+    broken, limited, unlimited = (
+        page.text_of("table")[0],
+        *(
+            table
+            for table in page.text_of("table")
+            if "Figures of the outputs, each" in table or "without a limit" in table
+        ),
+    )
+    assert "KL divergence, mean" in broken and "yes" not in broken
+    assert "margin" not in limited and "margin" in unlimited
+    accepted = Page(rendered(folders["accepted"], "html"))
+    assert accepted.text_of("h2")[:3] == ["Limits", "Guards", "What the edit did"], "no empty card"
+    assert "All 7 limits on the outputs held." in accepted.text
+
+
+def test_the_command_stands_in_the_report(invarlock, config) -> None:
+    path = config()
+    assert invarlock("run", "-c", path, "--out", "an out").code == 0
+    assert read_report(Path("an out"))["command"] == f"invarlock run -c {path} --out 'an out'"
+
+
+def test_what_has_nothing_to_show_is_named_and_not_drawn(invarlock) -> None:
+    paths = ("--baseline", DEMO / "checkpoint", "--subject", DEMO / "checkpoint", "--dataset", DEMO / "text.jsonl")
+    assert (
+        invarlock("compare", *paths, "--set", "dataset.final_n=4", "--set", "dataset.seq_len=32", "--out", "o").code
+        == 0
+    )
+    drawn = [plot.key for plot in plots_of(SavedReport.read(Path("o")).report) if plot.svg]
+    assert drawn == []
+    page = Page(rendered(Path("o"), "html"))
+    assert [len(page.found["svg"]), page.text_of("figcaption")[0][:12]] == [1, "In the order"]
+    assert "Not drawn: The weights: the same before and after the edit." in page.text
+
+
+def test_a_weight_is_drawn_in_its_own_block() -> None:
+    names = [
+        "model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.0.norm", "model.layers.1.mlp.up_proj",
+        "model.layers.11.mlp.experts.3.up_proj", "model.norm", "lm_head",
+    ]  # fmt: skip
+    weights = [EditedWeight(name=name, change="changed", parameters=1, device="cpu") for name in names]
+    places = [point.place for point in points(weights, dict.fromkeys(names, 0.5))]
+    assert places == [-1, 0, 0.5, 1, 2, 3, 3.5]
+
+
+def test_both_sides_of_a_spectrum_are_visible_where_they_are_equal() -> None:
+    values = [3.0, 2.0, 1.0]
+    equal, other = SpectrumChange("a", values, values), SpectrumChange("a", values, [3.0, 2.0, 1.5])
+    assert [equal.differences, other.differences] == [[0, 0, 0], [0, 0, 0.5]]
+    svg = drawing.drawn("s", "t", drawing.spectrum, equal, heights=(2, 1))
+    rings, squares = (re.findall(rf'<use [^>]*style="[^"]*stroke: var\(--plot-{side}\)', svg) for side in (0, 1))
+    assert len(rings) == len(squares) == 3
+    assert "fill: none; stroke: var(--plot-0)" in svg or "fill-opacity: 0" in svg
 
 
 def test_the_same_report_gives_the_same_page(folders) -> None:
@@ -151,6 +221,21 @@ def test_junit_has_a_test_for_each_guard_the_metric_and_the_predictions(run: Sav
     objecting = {"accepted": [], "rejected": ["primary metric", "predictions"], "inconclusive": ["primary metric"]}
     assert failed == objecting[run.values["verdict"]["ending"]]
     assert suite.get("failures") == str(len(failed))
+
+
+def test_junits_messages_are_short_and_its_bodies_long(folders) -> None:
+    suite = ElementTree.fromstring(rendered(folders["rejected"], "junit"))[0]
+    failures = [case.find("failure") for case in suite if case.find("failure") is not None]
+    assert all(len(failure.get("message")) <= 100 < len(failure.text) for failure in failures)
+    decided = failures[0].text
+    assert "the interval's upper end is above the limit 1.1\nsuspect: model.layers.0" in decided
+    assert "\nnext: one more bit halves the rounding error: --set edit.plan.bitwidth=3" in decided
+
+
+def test_sarif_marks_as_error_only_what_decided(folders) -> None:
+    results = json.loads(rendered(folders["rejected"], "sarif"))["runs"][0]["results"]
+    errors = [each["message"]["text"] for each in results if each["level"] == "error"]
+    assert [text.split(":")[0] for text in errors] == ["primary metric"]
 
 
 def test_junit_fails_warnings_only_where_the_run_was_strict(folders) -> None:
@@ -256,13 +341,29 @@ def test_the_best_accepted_run_is_marked(invarlock, folders, config) -> None:
     assert table["runs"][table["best"]] == "four"
     rows = dict(table["rows"])
     assert [float(bits) for bits in rows["bits a parameter"]] == pytest.approx([11.45, 6.318, 8.03], abs=0.01)
-    assert rows["saved artifacts"][:2] == ["not measured"] * 2
+    assert rows["saved artifacts"][:2] == ["not saved"] * 2
     assert rows["saved artifacts"][2].endswith("MB")
     assert rows["plan: bitwidth"] == ["8", "2", "4"]
     assert rows["guard spectral"] == ["continue", "warn", "not measured"]
     page = Page(render([SavedReport.read(path) for path in paths], "html"))
     assert any("four (best)" in " ".join(heading.split()) for heading in page.text_of("th"))
     assert "four (best)" in render([SavedReport.read(path) for path in paths], "markdown")
+
+
+def test_several_runs_have_links_colours_a_plot_and_folded_rows(invarlock, folders) -> None:
+    done = invarlock("report", *folders.values(), "-o", "below/side.html")
+    assert done.code == 0, done.err
+    page = Page(Path("below/side.html").read_text())
+    links = [attributes["href"] for attributes in page.attributes if attributes.get("href", "").endswith("report.html")]
+    assert [Path("below", link).resolve() for link in links] == [
+        (folder / "report.html").resolve() for folder in folders.values()
+    ]
+    tags = [attributes["class"] for attributes in page.attributes if attributes.get("class", "").startswith("tag")]
+    assert tags == ["tag continue", "tag rollback", "tag rollback"]
+    assert len(page.found["svg"]) == 1
+    rows, folded = page.text_of("table")[:2]
+    assert "plan: bitwidth" in rows and "plan: symmetric" not in rows and "plan: symmetric" in folded
+    assert "the same in all: plan: symmetric yes, " in invarlock("report", *folders.values()).out
 
 
 @pytest.mark.parametrize("format_", ["junit", "sarif"])
@@ -319,7 +420,7 @@ def test_a_plugin_adds_a_section_that_stays_without_it(invarlock, module, config
     jsonschema.validate(report, json_schema())
     assert report["sections"] == [{"source": "hooks costs", **SECTION}]
     assert "Costs <b> (by hooks costs)\nper | token\n" in printed.out
-    assert "Costs \\<b\\>" in rendered(Path("out"), "markdown")
+    assert "Costs \\<b>" in rendered(Path("out"), "markdown")
     assert "| now | 1.5 |" in rendered(Path("out"), "markdown")
     page = Page(rendered(Path("out"), "html"))
     assert "Costs <b>" in page.text_of("h2")
@@ -528,3 +629,19 @@ def test_text_of_a_plugin_makes_no_heading_list_or_link_of_markdown(invarlock, m
     assert "\n\\# ACCEPTED" in text
     assert "1\\. See" in text
     assert "\n\\- https:<!-- -->//evil.example" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.v_proj"), ("1.57 -> 1.6 & -0.5", "1.57 -> 1.6 & -0.5"),
+        ("-0.5", "-0.5"), ("n < 5 # see", "n < 5 # see"), ("_a_ b_", r"\_a\_ b\_"), ("*a* `b` [c](d)", r"\*a\* \`b\` \[c\](d)"),
+        ("<b>&lt;", r"\<b>\&lt;"), ("> a", r"\> a"), ("# a #1", r"\# a \#1"), ("- a", r"\- a"), ("---", r"\---"), ("1. a", r"1\. a"),
+    ],
+)  # fmt: skip
+def test_markdown_escapes_what_means_something_alone(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+    rendered = (
+        MarkdownIt().enable(["strikethrough", "table"]).renderInline(markdown(text)) if text[0] not in "->#1" else ""
+    )
+    assert not rendered or html.unescape(rendered) == text

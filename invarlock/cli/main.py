@@ -13,6 +13,7 @@ from typing import NoReturn
 from invarlock.cli import leaving, signals, streams
 from invarlock.cli.parser import build_parser, read_plugin_options
 from invarlock.core.errors import ExitCode, InvarlockError, PluginError, UsageError, contained, one_line
+from invarlock.core.invocation import Invocation
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    invocation = Invocation.of(arguments)
     # Values of -p are read before anything is imported, so that a broken plugin can always be turned off.
     autoload = not _is_on("INVARLOCK_DISABLE_PLUGIN_AUTOLOAD")
     selection = Selection.of(read_plugin_options(arguments), autoload=autoload)
@@ -69,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return ExitCode.USAGE
-    args.manager, args.selection = plugins, selection
+    args.manager, args.selection, args.invocation = plugins, selection, invocation
     with contained():
         code = args.run(args)
     if not isinstance(code, int):

@@ -162,8 +162,9 @@ def _judged(
 
     quieten_libraries(verbose=args.verbose)
     output = output_of(args, config.output.dir, name, ranks)
-    with progress.bars(shown=ranks.is_first and not args.quiet) as on_progress:
-        result = judge(args, config, output=output, strict=args.strict, ranks=ranks, on_progress=on_progress)
+    together = {"output": output, "strict": args.strict, "ranks": ranks, "invocation": args.invocation}
+    with progress.display(shown=ranks.is_first and not args.quiet) as on_progress:
+        result = judge(args, config, on_progress=on_progress, **together)
     return result, output.path
 
 

@@ -1,8 +1,10 @@
-"""Progress bars on a terminal; nothing when stderr is piped."""
+"""Progress on stderr: bars on a terminal, and plain lines in the log of a run that takes long."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +13,15 @@ import rich.progress as rich
 from rich.console import Console
 from rich.text import Text
 
+from invarlock.core.progress import Progress
+
 BYTES_FROM = 1_000_000
 """A total from here on is one of bytes: there are never so many windows or weights."""
+
+SILENT_SECONDS = 10.0
+"""A shorter run prints no lines: its log needs no sign of life, and an error in the input stays the only line."""
+EVERY_SECONDS = 30.0
+"""Between two lines of one stage."""
 
 LOADING = ("Loading weights", "Converting and de-quantizing")
 """Beginnings of the bars of transformers that are shown as one of ours."""
@@ -28,17 +37,70 @@ class _Amount(rich.ProgressColumn):
 
 
 @contextmanager
-def bars(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A function to call with a stage, what is done of it and its total; each stage gets a bar."""
-    if not (shown and sys.stderr.isatty()):
+def display(*, shown: bool) -> Iterator[Progress]:
+    """A function to call with a stage, what is done of it and its total, which shows that on stderr."""
+    if not shown:
         yield lambda stage, done, total: None
         return
+    with _bars() if sys.stderr.isatty() else _lines() as progress:
+        yield progress
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    """Print a line per stage, and every 30 seconds how far it is."""
+    lines, ended = _Lines(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(lines.until_next()):
+            lines.print()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lines.tell
+    finally:
+        ended.set()
+        watcher.join()
+
+
+class _Lines:
+    """Plain lines: the stage, how far it is, and the seconds since the run began."""
+
+    def __init__(self) -> None:
+        self._began, self._next = time.monotonic(), time.monotonic() + SILENT_SECONDS
+        self._stage, self._done, self._total = "start", 0, 0
+        self._printed: set[str] = set()
+        self._lock = threading.Lock()
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        self._stage, self._done, self._total = stage, done, total
+        if stage not in self._printed and time.monotonic() - self._began >= SILENT_SECONDS:
+            self.print()
+
+    def until_next(self) -> float:
+        return max(0.0, self._next - time.monotonic())
+
+    def print(self) -> None:
+        with self._lock:
+            self._printed.add(self._stage)
+            self._next = time.monotonic() + EVERY_SECONDS
+            far = f", {100 * self._done // self._total} %" if self._total else ""
+            seconds = time.monotonic() - self._began
+            print(f"invarlock: {self._stage}{far}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """A bar for each stage."""
     columns = (rich.TextColumn("{task.description:<14}"), rich.BarColumn(), _Amount(), rich.TimeRemainingColumn())
     tasks: dict[str, rich.TaskID] = {}
     latest: dict[str, int] = {}
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def show(stage: str, done: int, total: int) -> None:
+            if not total:
+                return
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
             if done < latest.get(stage, 0):

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Progress = Callable[[str, int, int], object]
-"""Called with the stage, what is done of it and how much there is: bytes where it is a million or more, else things."""
+"""Called with the stage, what is done of it and how much there is: bytes where it is a million or more, else things;
+0 of 0 as the stage begins."""
 Shown = Callable[[int, int], object]
 """``Progress`` of one stage."""
 

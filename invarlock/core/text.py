@@ -11,7 +11,15 @@ HARMFUL = (
 """Control characters (a terminal would obey them, XML cannot hold them), surrogates (UTF-8 has none), separators of
 lines, and marks that turn the direction of all the text that follows. A pattern that is compiled at its first use."""
 
-_MARKS = r"[\\`*_\[\]<>|~&$#]|^[-+=]|^\d+(?=[.)](?: |$))"
+_MARKS = "|".join(
+    (
+        r"[\\`*\[\]|~$]",
+        r"(?<![^\W_])_|_(?![^\W_])",  # Inside of a word it is no emphasis.
+        r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)|#(?=\d)",  # Of a tag, an entity, an issue.
+        r"^(?:>|#(?=#{0,5}(?: |$))|[-+](?= |$)|[-=](?=[-=]*$)|\d+(?=[.)](?: |$)))",  # Of a block.
+    )
+)
+"""What means something to Markdown where it stands."""
 
 
 def cleaned(text: str) -> str:
@@ -28,6 +36,12 @@ def markdown(value: object) -> str:
     """A value on one line that Markdown shows as it is; nobody is notified by it."""
     text = re.sub(_MARKS, _escaped, on_one_line(str(value)))
     return text.replace("@", "@<!-- -->").replace("://", ":<!-- -->//")
+
+
+def markdown_code(text: str) -> str:
+    """Text on one line to be copied, as a span of code; escaped where it holds what could end one, or a cell."""
+    line = on_one_line(text)
+    return markdown(line) if not line or re.search("[`<|@]", line) else f"`{line}`"
 
 
 def _escaped(found: re.Match[str]) -> str:

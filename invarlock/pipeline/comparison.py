@@ -21,6 +21,7 @@ from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import named_by
+from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
@@ -58,6 +59,7 @@ def compare(
     strict: bool = False,
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
+    invocation: Invocation | None = None,
 ) -> RunResult:
     """Judge an edit that somebody else made: ``config.model.id`` is the baseline, ``subject`` the edited checkpoint.
 
@@ -73,7 +75,13 @@ def compare(
     with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
         return _compare(
-            Session(config, plugins, on_progress, ranks), slots, strict, subject, weights_only, tokenizer, output
+            Session(config, plugins, on_progress, ranks, invocation),
+            slots,
+            strict,
+            subject,
+            weights_only,
+            tokenizer,
+            output,
         )
 
 

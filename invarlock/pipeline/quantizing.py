@@ -10,6 +10,7 @@ from typing import Any
 
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.schema import RunConfig
+from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
@@ -34,6 +35,7 @@ def run(
     strict: bool = False,
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
+    invocation: Invocation | None = None,
 ) -> RunResult:
     """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
 
@@ -47,7 +49,7 @@ def run(
     """
     with output.claimed(config.model.id, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run(Session(config, plugins, on_progress, ranks), slots, strict, output)
+        return _run(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output)
 
 
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:

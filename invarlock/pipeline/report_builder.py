@@ -9,7 +9,7 @@ import platform
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from invarlock.pipeline.attempts import Attempt, Editor
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.session import Session
+from invarlock.reporting.next_steps import next_steps
 from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report, StorageSection
 
 
@@ -39,7 +40,7 @@ def assemble(
     edit = _edit(editor, last)
     parameters = editor.model.parameters() if editor.model is not None else ()
     restored = None if last.verdict.accepted or edit.is_comparison else after.digest == before.digest
-    return Report(
+    report = Report(
         invarlock_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config,
@@ -65,7 +66,7 @@ def assemble(
         ),
         verdict=last.verdict,
         attempts=[_summary(attempt) for attempt in attempts],
-        timings={stage: round(seconds, 4) for stage, seconds in guarding.session.clock.stages.items()},
+        timings=guarding.session.clock.timings(),
         environment={
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -73,7 +74,9 @@ def assemble(
             "transformers": transformers.__version__,
             "threads": torch.get_num_threads(),
         },
-    ).as_dict()
+        command=guarding.session.invocation.command,
+    )
+    return replace(report, what_next=next_steps(report)).as_dict()
 
 
 def finish(report: dict[str, Any], session: Session) -> None:

@@ -15,6 +15,7 @@ from invarlock.checkpoints.inputs import InputFiles
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
+from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.conversations import ChatTemplate
@@ -52,9 +53,11 @@ class Session:
         plugins: PluginManager,
         on_progress: Progress = lambda stage, done, total: None,
         ranks: Ranks = ALONE,
+        invocation: Invocation | None = None,
     ) -> None:
         self.config, self.plugins, self.ranks = config, plugins, ranks
-        self.clock = Clock(on_progress)
+        self.invocation = invocation or Invocation()
+        self.clock = Clock(self.invocation.began, on_progress)
         self._documents: Sequence[str] | None = None
         self._checkpoints: dict[Path, InputFiles] = {}
         """Each that was loaded, as it was before."""

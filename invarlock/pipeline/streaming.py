@@ -23,6 +23,7 @@ from invarlock.checkpoints.shard_writer import ShardedOutput
 from invarlock.checkpoints.streaming import Part, Streaming, WeightEdit, streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError
+from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress, counted
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
@@ -50,6 +51,7 @@ def run_streamed(
     strict: bool = False,
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
+    invocation: Invocation | None = None,
 ) -> RunResult:
     """As ``run``, tensor by tensor.
 
@@ -63,7 +65,7 @@ def run_streamed(
         raise UsageError(f"output.format: {name}: it cannot be written shard by shard; run without --stream")
     with output.claimed(config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run_streamed(Session(config, plugins, on_progress, ranks), slots, strict, output, export)
+        return _run_streamed(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output, export)
 
 
 def _run_streamed(

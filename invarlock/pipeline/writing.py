@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from invarlock.core.plain import OWN, plain
 from invarlock.core.storage import Storage
 from invarlock.pipeline.clock import Clock
 from invarlock.reporting.page import render_html
+from invarlock.reporting.plots import plot
+from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import to_json
 
 log = logging.getLogger("invarlock")
@@ -39,6 +41,8 @@ def write(
     :raises UsageError: something could not be written; then everything is as it was.
     :raises InvarlockError: it could not be signed; then the rest is saved.
     """
+    with clock.stage("page"):
+        plots = _drawn(report)
     with unwritable_said(output.path), output.replaced() as new:
         if save is not None:
             with shards.completed(new / "model") if shards else nullcontext(new / "model") as folder:
@@ -48,9 +52,13 @@ def write(
                 report["storage"]["after"] = plain(_storage_of(folder), OWN)
                 with clock.stage("digests"):
                     report["artifacts"] |= digests(folder, "model")
+                report["timings"] = clock.timings()
                 write_text(folder / "report.json", to_json(report))
+        else:
+            report["timings"] = clock.timings()
         write_text(new / "report.json", to_json(report))
-        _write_page(report, output.path, new)
+        if plots is not None:
+            _write_page(report, plots, output.path, new)
         unsigned = _sign(output, new)
     if unsigned:
         raise unsigned
@@ -70,10 +78,23 @@ def _sign(output: OutputFolder, folder: Path) -> InvarlockError | None:
     return None
 
 
-def _write_page(report: dict[str, Any], run: Path, folder: Path) -> None:
-    """Draw the page of a run and write it to a folder; no run is lost for lack of it."""
+def _drawn(report: dict[str, Any]) -> list[plot.Plot] | None:
+    """The plots of the edit, drawn before the seconds of the stages are written; None if that failed."""
+    with _no_run_is_lost():
+        return plot.plots_of(SavedReport(report).report)
+    return None
+
+
+def _write_page(report: dict[str, Any], plots: list[plot.Plot], run: Path, folder: Path) -> None:
+    with _no_run_is_lost():
+        write_text(folder / "report.html", render_html(report, run, plots))
+
+
+@contextmanager
+def _no_run_is_lost() -> Iterator[None]:
+    """For lack of a page: a failure of the block is a warning."""
     try:
-        write_text(folder / "report.html", render_html(report, run))
+        yield
     except Exception as error:
         log.warning("report.html could not be written: %s; report.json is whole", one_line(error))
         log.debug("report.html", exc_info=True)

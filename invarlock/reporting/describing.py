@@ -53,6 +53,11 @@ class Measure:
     within: bool | None
     """None for a figure that has no limit, or that was not measured."""
 
+    @property
+    def row(self) -> tuple[str, str]:
+        """Of a table of figures without limits."""
+        return self.name, self.value
+
 
 def shown(value: Number | None, unit: str = "", digits: int = 4) -> str:
     """A number with its unit: ``0.09531 nats per token``, ``57.17 %``."""

@@ -12,5 +12,5 @@ from invarlock.reporting.templating import environment
 def render(runs: Sequence[SavedReport]) -> str:
     templates = environment(html=False)
     if len(runs) > 1:
-        return templates.get_template("side_by_side.md.jinja").render(table=SideBySide.of(runs))
-    return templates.get_template("report.md.jinja").render(report=runs[0].report, name=runs[0].name)
+        return templates.get_template("side_by_side.md.jinja").render(runs=SideBySide.of(runs))
+    return templates.get_template("report.md.jinja").render(report=runs[0].report, run=runs[0])

@@ -9,26 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.reporting.comparing import SideBySide
+from invarlock.reporting.plots import plot
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.templating import environment, source
 
 
-def render_html(report: Mapping[str, Any], folder: Path | None = None) -> str:
+def render_html(report: Mapping[str, Any], folder: Path | None = None, plots: Sequence[plot.Plot] | None = None) -> str:
     """The page of one report.
 
     :param folder: the run's.
+    :param plots: those of the edit, if they are drawn already.
     """
-    return render([SavedReport(report, folder)])
+    run = SavedReport(report, folder)
+    drawn = plot.plots_of(run.report) if plots is None else plots
+    return _page(
+        "report.html.jinja", run=run, report=run.report, plots=[*drawn, plot.plot_of_stages(run.report.timings)]
+    )
 
 
 def render(runs: Sequence[SavedReport]) -> str:
-    from invarlock.reporting.plots.plot import plots_of
+    if len(runs) == 1:
+        return render_html(runs[0].values, runs[0].folder)
+    return _page("side_by_side.html.jinja", runs=SideBySide.of(runs), plots=[plot.plot_of_runs(runs)])
 
-    page = {"style": source("style.css"), "script": source("page.js")}
-    page["script_digest"] = base64.b64encode(hashlib.sha256(page["script"].encode()).digest()).decode()
-    templates = environment(html=True)
-    if len(runs) > 1:
-        return templates.get_template("side_by_side.html.jinja").render(table=SideBySide.of(runs), **page)
-    report = runs[0].report
-    template = templates.get_template("report.html.jinja")
-    return template.render(report=report, name=runs[0].name, plots=plots_of(report), **page)
+
+def _page(template: str, **content: Any) -> str:
+    script = source("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shell = {"style": source("style.css"), "script": script, "script_digest": digest}
+    return environment(html=True).get_template(template).render(**content, **shell)

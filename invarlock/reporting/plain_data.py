@@ -20,7 +20,7 @@ class Node:
         return bool(self.value)
 
     def entries(self) -> list[Node]:
-        return [Node(entry) for entry in self.value] if isinstance(self.value, list) else []
+        return [Node(entry) for entry in self.value] if isinstance(self.value, list | tuple) else []
 
     def items(self) -> list[tuple[str, Node]]:
         if not isinstance(self.value, Mapping):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import quote
 
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import absolute
@@ -29,11 +31,14 @@ class SavedReport:
 
     values: Mapping[str, Any]
     folder: Path | None = None
+    seen_from: Path | None = None
+    """The folder that a rendering goes to, for links; by default the working folder."""
 
     @classmethod
-    def read(cls, path: Path) -> SavedReport:
+    def read(cls, path: Path, seen_from: Path | None = None) -> SavedReport:
         """
         :param path: a run's folder, or its report.json.
+        :param seen_from: the folder that a rendering goes to.
         :raises UsageError: there is no report, or it is none of this format.
         """
         file = path / "report.json" if path.is_dir() else path
@@ -50,7 +55,7 @@ class SavedReport:
             raise UsageError(
                 f"{file}: is not a report of format {FORMAT_VERSION}, its format_version is {version!r:.80}"
             )
-        return cls(values, file.absolute().parent)
+        return cls(values, file.absolute().parent, seen_from)
 
     @cached_property
     def report(self) -> Report:
@@ -62,6 +67,13 @@ class SavedReport:
     def name(self) -> str:
         """The folder's, or the model's."""
         return cleaned(self.folder.name) if self.folder else Path(self.report.model.id).name or "unknown"
+
+    @property
+    def page(self) -> str | None:
+        """A link to the page beside the report."""
+        if self.folder is None or not (self.folder / "report.html").is_file():
+            return None
+        return quote(os.fsencode(os.path.relpath(self.folder / "report.html", self.seen_from or Path.cwd())))
 
     @property
     def saved_bytes(self) -> int | None:

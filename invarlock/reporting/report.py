@@ -130,6 +130,15 @@ class CoverageSection:
         return [Finding("coverage", gap.action, gap.sentence) for gap in self.gaps if gap.action is not Action.CONTINUE]
 
 
+@dataclass(frozen=True)
+class NextStep:
+    """A step to take after a rejection or a warning."""
+
+    option: str
+    """Ready to paste: options to add to the command, or a command; empty where none takes the step."""
+    reason: str
+
+
 @dataclass
 class StorageSection:
     """Weights on disk, before and after the edit; null where that cannot be told, or where nothing was saved."""
@@ -177,6 +186,10 @@ class Report:
     storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
+    what_next: list[NextStep] = field(default_factory=list)
+    """At most three, of a rejection or a warning."""
+    command: str = ""
+    """The command line that asked for the report; empty where a program did."""
     format_version: Literal["report-v1"] = FORMAT_VERSION
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from invarlock import __version__
-from invarlock.core.results import Action, Finding, SuspectedModule
-from invarlock.reporting.describing import action_word, edit_line, model_line
+from invarlock.core.errors import ExitCode
+from invarlock.core.results import Finding, SuspectedModule, Verdict
+from invarlock.reporting.describing import action_word, deciding, edit_line, model_line
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import to_json
 
@@ -31,7 +32,7 @@ def render(runs: Sequence[SavedReport]) -> str:
 def _run(run: SavedReport, place: int) -> dict[str, Any]:
     verdict = run.report.verdict
     rules = [{"id": key, "shortDescription": {"text": text}} for key, text in RULES.items()]
-    objections = [_objection(finding) for finding in verdict.findings if finding.objects]
+    objections = [_objection(finding, verdict) for finding in verdict.findings if finding.objects]
     model, edit = model_line(run.report.model), edit_line(run.report.edit)
     return {
         "tool": {"driver": {"name": "InvarLock", "semanticVersion": __version__, "rules": rules}},
@@ -41,15 +42,16 @@ def _run(run: SavedReport, place: int) -> dict[str, Any]:
     }
 
 
-def _objection(finding: Finding) -> dict[str, Any]:
+def _objection(finding: Finding, verdict: Verdict) -> dict[str, Any]:
+    """An error where it decided that the process fails, else a warning."""
     text = f"{finding.source}: {action_word(finding.action)}: {finding.message}"
-    level = "warning" if finding.action is Action.WARN else "error"
+    level = "error" if finding == deciding(verdict) and verdict.exit_code != ExitCode.ACCEPTED else "warning"
     return _result("objection", level, text, finding.source, "function")
 
 
 def _suspicion(suspect: SuspectedModule) -> dict[str, Any]:
     text = f"{suspect.module}: {'; '.join(suspect.evidence) or 'suspected'}"
-    return _result("suspect", "error", text, suspect.module, "module")
+    return _result("suspect", "warning", text, suspect.module, "module")
 
 
 def _result(rule: str, level: str, text: str, name: str, kind: str) -> dict[str, Any]:

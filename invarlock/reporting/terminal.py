@@ -74,9 +74,13 @@ def _print_side_by_side(table: SideBySide, console: Console) -> None:
     console.print()
     runs = [f"{run} (best)" if place == table.best else run for place, run in enumerate(table.runs)]
     shown = _table("figure", *runs, fold=("figure", *runs))
-    for name, cells in table.rows:
-        shown.add_row(escape(name), *map(escape, cells))
+    for name, cells in table.shown:
+        coloured = zip(cells, table.actions, strict=True) if name == table.verdict else ((cell, None) for cell in cells)
+        shown.add_row(escape(name), *(_in_colour(cell, action) for cell, action in coloured))
     console.print(shown)
+    if table.folded:
+        alike = ", ".join(f"{name} {cell}" for name, cell in table.folded)
+        console.print(f"the same in all: {_line(alike)}", highlight=False, soft_wrap=True)
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -85,6 +89,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"  - {_line(reason)}"
     for suspect in describing.most_suspect(report.verdict):
         yield f"suspect  {_line(suspect.module)} ({_line(describing.evidence(suspect))})"
+    for step in report.what_next:
+        yield f"next     {_line(': '.join(filter(None, (step.reason, step.option))))}"
     yield ""
     yield f"model    {_line(describing.model_line(report.model))}"
     yield f"edit     {_line(describing.edit_line(report.edit))}"
@@ -105,6 +111,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     for attempt in report.attempts[:-1]:
         yield f"attempt  {attempt.attempt} at {attempt.bitwidth} bits: {describing.action_word(attempt.action)}"
+
+
+def _in_colour(cell: str, action: str | None) -> str:
+    return f"[{COLOURS[action]}]{escape(cell)}[/]" if action else escape(cell)
 
 
 def _line(text: str) -> str:

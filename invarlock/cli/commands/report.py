@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     # Only here: start-up has use for neither templates nor rich.
     from invarlock.reporting.reading import SavedReport
 
-    runs = [SavedReport.read(Path(path)) for path in args.reports]
+    beside = Path(args.output).absolute().parent if args.output else None
+    runs = [SavedReport.read(Path(path), beside) for path in args.reports]
     chosen = _chosen(args.manager, args.format, args.output)
     try:
         _show(runs, chosen, args.output)

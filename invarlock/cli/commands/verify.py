@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     found = verifying.Run.read(Path(args.folder))
     if args.baseline or args.subject:
         quieten_libraries(verbose=False)
-    with progress.bars(shown=True) as on_progress:
+    with progress.display(shown=True) as on_progress:
         with showing(partial(on_progress, "check digests")):
             verification = verifying.verify(found, args.public_key)
         checkpoints = Checkpoints(args.baseline, args.subject, args.dataset, args.device)

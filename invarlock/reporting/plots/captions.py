@@ -8,11 +8,19 @@ from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, shown
 from invarlock.reporting.plots.data import MOST_POINTS, Point, log, nats_per
 
-SPECTRUM = "The leading singular values, in units of the weight, before and after the edit. There is no limit."
+SPECTRUM = (
+    "The leading singular values, in units of the weight: above, the baseline's as rings around the edited ones; "
+    "below, edited minus baseline. There is no limit."
+)
+RUNS = "The ratio of the perplexities with its interval, against the mean bits over all parameters, scales not counted."
 
 
 def missing(what: str) -> str:
     return f"{what}: {NOT_MEASURED}."
+
+
+def unchanged(what: str) -> str:
+    return f"{what}: the same before and after the edit."
 
 
 def errors(measured: Sequence[Point], drawn: int) -> str:
@@ -22,16 +30,23 @@ def errors(measured: Sequence[Point], drawn: int) -> str:
         f"if set to zero). The largest is {shown(worst.value)}, of {worst.weight.name}. It has no limit of its own: "
         "what counts is what the model computes."
     )
+    if any(point.place < 0 for point in measured):
+        caption += " Weights in front of the blocks, as an embedding, are left of block 0."
     if drawn < len(measured):
         caption += f" Of {len(measured):,} weights the most changed of each block and role are drawn."
     return caption
 
 
+def equal_bits(bits: int, weights: int, mean: float | None) -> str:
+    return f"Bits per weight: {bits} in each of {weights:,} weights; {_mean_bits(mean)}"
+
+
 def bits(mean: float | None) -> str:
-    return (
-        "The bits that each weight was rounded to. "
-        f"Over all parameters {shown(mean, 'bits')} per parameter, scales not counted."
-    )
+    return f"The bits that each weight was rounded to. {_mean_bits(mean).capitalize()}"
+
+
+def _mean_bits(mean: float | None) -> str:
+    return f"over all parameters {shown(mean, 'bits')} per parameter, scales not counted."
 
 
 def rises(windows: int, finite: int, drawn: int, metric: MetricResult | None) -> str:

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 from invarlock.core.results import EditedWeight, GuardResult, Verdict
 from invarlock.evaluation.results import MetricResult, Number
-from invarlock.reporting.describing import MOST_SUSPECTS
+from invarlock.reporting.describing import MOST_SUSPECTS, bits_per_parameter
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import WindowsSection
+from invarlock.reporting.report import Report, WindowsSection
 
 MOST_POINTS = 600
 """In one plot; of more weights the most changed of each block and role are shown, and windows in groups."""
+MOST_RATIO = 1e6
+"""Of perplexities: beyond, the scale would hide all other runs."""
+SHAPES = 5
+"""Markers that there are."""
 ROLES = ("attention", "ffn", "embedding", "head")
 """Each with a colour and a marker of its own; any other role shares the last ones."""
 
@@ -41,6 +45,48 @@ class SpectrumChange:
     before: list[float]
     after: list[float]
 
+    @property
+    def differences(self) -> list[float]:
+        """After minus before, of those that both sides have."""
+        return [after - before for before, after in zip(self.before, self.after, strict=False)]
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """A run among several: its bits, and its ratio with the interval."""
+
+    name: str
+    shape: int
+    """Place in the markers, so that runs of one verdict can be told apart."""
+    accepted: bool
+    bits: float
+    ratio: float
+    low: float
+    high: float
+    limit: float | None
+
+
+def run_points(runs: Sequence[tuple[str, Report]]) -> list[RunPoint]:
+    """Of the runs that have bits and an interval that can be drawn."""
+    found = (_run_point(name, place % SHAPES, report) for place, (name, report) in enumerate(runs))
+    return [point for point in found if point is not None]
+
+
+def _run_point(name: str, shape: int, report: Report) -> RunPoint | None:
+    bits, metric = bits_per_parameter(report), report.metrics.primary
+    if bits is None or not finite(bits) or metric is None or metric.ci is None:
+        return None
+    figures = [_drawable(value) for value in (metric.ratio, *metric.ci)]
+    if None in figures:
+        return None
+    ratio, low, high = (figure or 0.0 for figure in figures)
+    return RunPoint(name, shape, report.verdict.accepted is True, bits, ratio, low, high, _drawable(metric.limit))
+
+
+def _drawable(ratio: Number | None) -> float | None:
+    value = math.nan if ratio is None else float(ratio)
+    return value if 0 < value < MOST_RATIO else None
+
 
 def points(weights: Sequence[EditedWeight], values: Mapping[str, float]) -> list[Point]:
     """:param values: by the name of the weight."""
@@ -50,17 +96,17 @@ def points(weights: Sequence[EditedWeight], values: Mapping[str, float]) -> list
 
 
 def _places(weights: Sequence[EditedWeight]) -> dict[str, float]:
-    """Of each weight: the number of its block, in the order of the model, and how far in it the weight is."""
-    blocks: dict[str, list[str]] = {}
+    """Of each weight: the number of its block, in the order of the model, and how far in it the weight is.
+
+    Weights without a number are outside of the blocks: the first ones, as an embedding, are left of block 0.
+    """
+    numbers: dict[str, int] = {}
+    blocks: dict[int, list[str]] = {}
     for weight in weights:
-        # The name up to its first number, or the whole name.
-        block = re.split(r"(?<=\d)(?!\d)", weight.name, maxsplit=1)[0]
-        blocks.setdefault(block, []).append(weight.name)
-    return {
-        name: number + place / len(names)
-        for number, names in enumerate(blocks.values())
-        for place, name in enumerate(names)
-    }
+        block = re.match(r"\D*\d+", weight.name)
+        number = numbers.setdefault(block[0], len(numbers)) if block else len(numbers) or -1
+        blocks.setdefault(number, []).append(weight.name)
+    return {name: number + place / len(names) for number, names in blocks.items() for place, name in enumerate(names)}
 
 
 def thinned(found: Sequence[Point]) -> list[Point]:

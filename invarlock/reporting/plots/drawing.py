@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from invarlock.evaluation.results import MetricResult
-from invarlock.reporting.plots.data import Point, SpectrumChange, nats_per, rise_of
+from invarlock.reporting.plots.data import Point, RunPoint, SpectrumChange, nats_per, rise_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +25,10 @@ COLOURS = {
     "#000002": "var(--line)",
     "#000003": "var(--bad)",
     "#000004": "var(--band)",
+    "#000005": "var(--good)",
     **{f"#00001{place}": f"var(--plot-{place})" for place in range(5)},
 }
-INK, LINE, BAD, BAND, *SERIES = COLOURS
+INK, LINE, BAD, BAND, GOOD, *SERIES = COLOURS
 
 
 def errors(axes: Axes, points: Sequence[Point], suspected: Sequence[Point]) -> None:
@@ -48,6 +49,7 @@ def _scatter(axes: Axes, points: Sequence[Point]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place:g}" if place >= 0 else "")
     axes.set_xlabel("block, from input to output")
     for role in sorted({point.role for point in points}):
         places, values = zip(*((point.place, point.value) for point in points if point.role == role), strict=True)
@@ -69,12 +71,32 @@ def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResul
     axes.set_xlabel("window")
 
 
-def spectrum(axes: Axes, found: SpectrumChange) -> None:
-    for values, colour, marker in ((found.before, SERIES[0], "o"), (found.after, SERIES[1], "s")):
-        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, linewidth=1)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("singular value")
-    axes.set_xlabel("place, the largest first")
+def spectrum(axes: Sequence[Axes], found: SpectrumChange) -> None:
+    """Both sides above, the baseline's as rings around the edited ones, and their differences below."""
+    above, below = axes
+    for values, colour, marker, size in ((found.before, SERIES[0], "o", 8), (found.after, SERIES[1], "s", 3)):
+        fill = "none" if marker == "o" else colour
+        places = range(1, len(values) + 1)
+        above.plot(places, values, color=colour, marker=marker, markersize=size, markerfacecolor=fill, linestyle="none")
+    above.set_ylim(bottom=0)
+    above.set_ylabel("singular value")
+    below.bar(range(1, len(found.differences) + 1), found.differences, color=SERIES[1], width=0.6)
+    below.axhline(0, color=LINE, linewidth=0.8)
+    below.set_ylabel("difference")
+    below.set_xlabel("place, the largest first")
+
+
+def runs(axes: Axes, points: Sequence[RunPoint], limits: Sequence[float]) -> None:
+    for point in points:
+        colour = GOOD if point.accepted else BAD
+        ends = [[max(0, point.ratio - point.low)], [max(0, point.high - point.ratio)]]
+        axes.errorbar(
+            point.bits, point.ratio, yerr=ends, color=colour, marker=MARKERS[point.shape], markersize=6, capsize=3
+        )
+    for limit in limits:
+        axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
+    axes.set_xlabel("bits per parameter")
+    axes.set_ylabel("perplexity ratio")
 
 
 def stages(axes: Axes, timed: Sequence[tuple[str, float]]) -> None:
@@ -86,10 +108,10 @@ def stages(axes: Axes, timed: Sequence[tuple[str, float]]) -> None:
     axes.set_xlabel("seconds")
 
 
-def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any) -> str:
+def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any, heights: Sequence[int] = (1,)) -> str:
     """An SVG element: the same bytes for the same figures, and ids that no other plot of the page has.
 
-    :param draw: called with the axes and the figures.
+    :param draw: called with the axes, of which there are several if there are several heights, and the figures.
     """
     # Only here: matplotlib takes longer to import than any other rendering takes in all.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -107,7 +129,7 @@ def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any) -> str
         mpl.rcdefaults()
         mpl.rcParams.update(style)
         figure = Figure(figsize=(5, 3.1), dpi=72, layout="constrained")
-        draw(figure.subplots(), *figures)
+        draw(figure.subplots(len(heights), sharex=True, height_ratios=heights), *figures)
         drawing = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(drawing, format="svg", transparent=True, metadata=nothing)

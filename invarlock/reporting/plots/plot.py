@@ -11,6 +11,7 @@ from invarlock.core.results import EditedWeight
 from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
 from invarlock.reporting.plots import captions, data, drawing
+from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import Report, WindowsSection
 
 MOST_ROWS = 400
@@ -37,20 +38,19 @@ class Plot:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     svg: str = ""
-    """Empty where nothing was measured; then the caption says what is missing."""
+    """Empty where there is nothing to see; then the caption says why."""
     legend: Sequence[Legend] = ()
     left_out: int = 0
     """Rows that the table does not show."""
 
 
 def plots_of(report: Report) -> list[Plot]:
-    """The plots of a report, those that could not be made for lack of data among them."""
+    """The plots of an edit, those among them that have nothing to show."""
     return [
         _errors(report.edit.modules, [suspect.module for suspect in most_suspect(report.verdict)]),
         _rises(report.metrics.windows, report.metrics.primary),
         _bits(report.edit.modules, bits_per_parameter(report)),
         *_spectra(data.spectra(report.guards, report.verdict)),
-        _stages(report.timings),
     ]
 
 
@@ -60,6 +60,8 @@ def _errors(weights: Sequence[EditedWeight], suspects: Sequence[str]) -> Plot:
     measured = data.points(weights, errors)
     if not measured:
         return Plot("errors", title, captions.missing("The relative error of the weights"))
+    if not any(point.value for point in measured):
+        return Plot("errors", title, captions.unchanged("The weights"))
     points = data.thinned(measured)
     suspected = [point for point in points if point.weight.name in suspects]
     rows = sorted(weights, key=lambda each: -(each.relative_error or 0)) if len(weights) > MOST_ROWS else weights
@@ -86,6 +88,8 @@ def _bits(weights: Sequence[EditedWeight], mean: float | None) -> Plot:
     known = [each for each in weights if each.bits is not None and 0 < each.bits < 1000]
     if not known:
         return Plot("bits", title, captions.missing("The bits of the weights"))
+    if len({each.bits for each in known}) == 1:
+        return Plot("bits", title, captions.equal_bits(known[0].bits or 0, len(known), mean))
     points = data.thinned(data.points(weights, {each.name: float(each.bits or 0) for each in known}))
     counted: dict[int | None, list[int]] = defaultdict(list)
     for each in known:
@@ -119,6 +123,8 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
     finite = [(place, rise) for place, (_, rise) in rises if rise is not None]
     if not finite:
         return Plot("windows", title, captions.missing("The loss of the windows"))
+    if len(finite) == len(rises) and not any(rise for _, rise in finite):
+        return Plot("windows", title, captions.unchanged("The loss of each window"))
     points = data.grouped(finite)
     return Plot(
         "windows",
@@ -142,11 +148,12 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
 
 
 def _spectra(spectra: Sequence[data.SpectrumChange]) -> list[Plot]:
-    drawable = [(place, each) for place, each in enumerate(spectra, start=1) if each.before and each.after]
-    missing = captions.missing("The spectra of the suspects")
-    return [_spectrum(f"spectrum-{place}", each) for place, each in drawable] or [
-        Plot("spectrum", "Singular values of the suspects", missing)
-    ]
+    measured = [each for each in spectra if each.before and each.after]
+    changed = [each for each in measured if any(each.differences)]
+    if changed:
+        return [_spectrum(f"spectrum-{place}", each) for place, each in enumerate(changed, start=1)]
+    title, what = "Singular values", "The leading singular values"
+    return [Plot("spectrum", title, captions.unchanged(what) if measured else captions.missing(what))]
 
 
 def _spectrum(key: str, spectrum: data.SpectrumChange) -> Plot:
@@ -154,12 +161,12 @@ def _spectrum(key: str, spectrum: data.SpectrumChange) -> Plot:
     before, after = ([shown(value) for value in values] for values in (spectrum.before, spectrum.after))
     pairs = zip_longest(before, after, fillvalue=NOT_MEASURED)
     rows = [[str(place), *pair] for place, pair in enumerate(islice(pairs, MOST_ROWS), start=1)]
-    legend = [Legend("baseline", "plot-0", "●"), Legend("edited", "plot-1", "■")]
-    svg = drawing.drawn(key, title, drawing.spectrum, spectrum)
+    legend = [Legend("baseline", "plot-0", "○"), Legend("edited", "plot-1", "■")]
+    svg = drawing.drawn(key, title, drawing.spectrum, spectrum, heights=(2, 1))
     return Plot(key, title, captions.SPECTRUM, ["place", "baseline", "edited"], rows, svg, legend)
 
 
-def _stages(timings: Mapping[str, float]) -> Plot:
+def plot_of_stages(timings: Mapping[str, float]) -> Plot:
     title = "Time per stage"
     timed = [(name, seconds) for name, seconds in timings.items() if seconds is not None and 0 <= seconds < 1e9]
     if not timed:
@@ -168,3 +175,27 @@ def _stages(timings: Mapping[str, float]) -> Plot:
     caption = captions.stages(sum(seconds for _, seconds in timed))
     svg = drawing.drawn("stages", title, drawing.stages, timed)
     return Plot("stages", title, caption, ["stage", "seconds"], rows, svg)
+
+
+def plot_of_runs(runs: Sequence[SavedReport]) -> Plot:
+    """Several runs: bits against the ratio with its interval."""
+    title = "Bits per parameter and perplexity ratio"
+    points = data.run_points([(run.name, run.report) for run in runs])
+    if not points:
+        return Plot("runs", title, captions.missing("Bits and perplexity ratio of the runs"))
+    limits = sorted({point.limit for point in points if point.limit is not None})
+    return Plot(
+        "runs",
+        title,
+        captions.RUNS,
+        ["run", "bits per parameter", "ratio", "interval"],
+        [
+            [each.name, *map(shown, (each.bits, each.ratio)), f"{shown(each.low)} to {shown(each.high)}"]
+            for each in points
+        ],
+        drawing.drawn("runs", title, drawing.runs, points, limits),
+        [
+            *(Legend(each.name, "good" if each.accepted else "bad", SHAPES[each.shape]) for each in points),
+            *([Legend("limit", "bad", "╌")] if limits else []),
+        ],
+    )
