@@ -11,7 +11,7 @@ from typing import Any
 import packed_checkpoints
 import pytest
 import torch
-from conftest import read_report
+from conftest import read_report, slow
 from packed_checkpoints import BASE, BLOCKS, HOW, MIXED, SCHEMES, changed, compressed, in_gguf, packed_as
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +19,8 @@ from invarlock.adapters import HF_Causal_Adapter
 from invarlock.core.lazy import LazyTensor
 from plugins_builtin.adapters.gguf import HF_GGUF_Adapter
 
+OF_EACH_SORT = ("Q4_1", "Q4_K", "Q6_K", "IQ2_XS", "IQ4_NL", "TQ2_0", "MXFP4")
+"""Types of GGUF: with and without a minimum, in super-blocks, by codebooks, ternary, and of small floats."""
 # Of compressed-tensors, on import.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -265,7 +267,7 @@ def test_the_table_names_what_is_read() -> None:
         assert f"`{scheme}`" in page, scheme
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", [*OF_EACH_SORT, *slow(*(kind for kind in BLOCKS if kind not in OF_EACH_SORT))])
 def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     wanted = in_gguf(kind, Path("packed.gguf"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -98,7 +98,7 @@ def test_an_adapter_is_merged_while_weights_stay_on_disk(invarlock, base) -> Non
     ("settings", "scale"),
     [
         ({"use_rslora": True}, 8 / math.sqrt(4)),
-        ({"lora_alpha": 16}, 4),
+        *slow(({"lora_alpha": 16}, 4)),
         ({"alpha_pattern": {"q_proj": 2, "down_proj": 2}}, 0.5),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_lines import JUDGED, lay_out, perform
-from conftest import Done
+from conftest import Done, slow
 from markdown_it import MarkdownIt
 
 from invarlock.config.loading import load
@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-    if path.name != "hooks.md"
+    if path.name not in ("hooks.md", "judgement.md")
 ]
+OF_BENCHMARKS = slow("docs/judgement.md")
 
 NOT_RUN = {
     r"pip (install|download)": "brings packages; .ci/run installs from these lines",
@@ -91,7 +92,7 @@ def check_yaml(block: Block) -> None:
         lay_out(f"{config.model.id} {config.dataset.path or ''}")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *OF_BENCHMARKS])
 def test_the_examples_of_a_page_run_from_top_to_bottom(page: str, invarlock, module, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MODELS", str(tmp_path))
@@ -120,7 +121,9 @@ def test_every_configuration_among_the_examples_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", NOT_RUN)
 def test_what_is_not_run_is_still_there(pattern: str) -> None:
-    commands = [command for page in PAGES for block in blocks(page) for command in block.commands]
+    commands = [
+        command for page in [*PAGES, "docs/judgement.md"] for block in blocks(page) for command in block.commands
+    ]
     assert any(re.search(pattern, command) for command in commands), f"remove {pattern!r} from NOT_RUN"
 
 

@@ -207,8 +207,7 @@ def saved_bytes(out: str) -> dict[str, str]:
     ("name", "parallel"),
     [
         ("llama", "tensor"),
-        *slow(("mixtral", "tensor"), ("gpt2", "fully_sharded")),
-        ("t5", "fully_sharded"),
+        *slow(("mixtral", "tensor"), ("gpt2", "fully_sharded"), ("t5", "fully_sharded")),
     ],
 )
 def test_a_spread_model_is_judged_and_saved_as_a_whole_one_is(config, module, together, name, parallel) -> None:
@@ -430,9 +429,9 @@ def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -
     module(
         "watching",
         "import os\nfrom contextlib import contextmanager\nfrom invarlock.cli import progress\n"
-        "@contextmanager\ndef bars(*, shown):\n"
+        "@contextmanager\ndef display(*, shown):\n"
         "    yield lambda *told: print(os.environ['RANK'], *told, sep=';', file=open('told', 'a'))\n"
-        "progress.bars = bars\n"
+        "progress.display = display\n"
         "from invarlock import hookimpl\n@hookimpl\ndef invarlock_run_finished(): pass\n",
     )
     path = config(plugins=["watching"], dataset={"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6})

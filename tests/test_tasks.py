@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from conftest import DEMO, Done, read_report
+from conftest import DEMO, Done, read_report, slow
 from tiny_models import MODELS
 
 from invarlock.plugins.catalog import Selection
@@ -77,8 +77,12 @@ def rounded(bits: int, **plan: Any) -> Callable[[Any], object]:
     return lambda model: quantize_model(model, Plan(bitwidth=bits, scope="all", **plan))
 
 
+SECOND = ("JambaForCausalLM", "LlamaForSequenceClassification", "LlavaForConditionalGeneration")
+"""Classes of tasks that another class is tested with."""
+
+
 @pytest.mark.parametrize("text", [TEXT, ()], ids=["text", "no data"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
 def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple[Any, ...], judged) -> None:
     done = judged(MODELS[name](), lambda model: None, *text, "--strict")
     assert done.code == 0, done.out + done.err
@@ -89,7 +93,7 @@ def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple
     assert report["verdict"]["action"] == "continue"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
 def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
     done = judged(MODELS[name](), rounded(8), *TEXT)
     assert done.code == 0, done.out + done.err
