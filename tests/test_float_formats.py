@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_report
+from conftest import read_report, slow
 from test_export import checkpoint, guarded, largest_difference
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,7 +158,10 @@ SAVED = [("fp8", {}), ("fp8", {"per_channel": False}), ("mxfp4", {}), ("nvfp4", 
 
 @pytest.mark.parametrize(
     ("dtype", "format_", "plan"),
-    [(dtype, *each) for dtype, each in itertools.product(["float32", "bfloat16", "float16"], SAVED)],
+    [
+        *(("bfloat16", *each) for each in SAVED),
+        *slow(*((dtype, *each) for dtype, each in itertools.product(["float32", "float16"], SAVED))),
+    ],
 )
 def test_saved_logits_are_the_guarded_models(config, dtype: str, format_: str, plan: Any) -> None:
     folder = checkpoint(architectures.llama, dtype, intermediate_size=64)

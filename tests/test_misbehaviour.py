@@ -528,7 +528,7 @@ def test_a_guard_cannot_change_the_windows_or_another_guards_context(judged) -> 
     "body",
     [
         "import sys; sys.stdout = None",
-        "import atexit, os; atexit.register(os._exit, 1)",
+        *slow("import atexit, os; atexit.register(os._exit, 1)"),
         "import os, sys\n    child = os.fork()\n    if child == 0: sys.exit(0)\n    os.waitpid(child, 0)",
         *slow(
             "import atexit, time; atexit.register(time.sleep, 999)",

@@ -157,8 +157,10 @@ def test_work_that_fails_in_one_process_fails_the_guard_in_all(config, module, t
     ("before", "said"),
     [
         ("if rank == '1': raise ValueError('odd one out')", "guard sharing: processes went different ways: rank 0 shared the work on 38 weights, rank 1 was done (ValueError: odd one out (sharing.py:18))"),
-        ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run has ended"),
-        *slow(("if rank == '1': raise SystemExit('enough')", "SystemExit: enough")),
+        *slow(
+            ("if rank == '1': os.kill(os.getpid(), 9)", "another process of the run has ended"),
+            ("if rank == '1': raise SystemExit('enough')", "SystemExit: enough"),
+        ),
     ],
     ids=["alone", "killed", "left"],
 )  # fmt: skip
@@ -185,6 +187,7 @@ def test_a_guard_that_shares_its_work_and_changes_the_model_is_named(config, mod
     assert invariants["action"] == "continue"
 
 
+@pytest.mark.slow
 def test_three_processes_reject_and_try_again_as_one_does(config, together) -> None:
     path = config(
         model={"id": str(DEMO / "checkpoint"), "device": "cpu"}, guards={},

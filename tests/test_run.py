@@ -609,7 +609,7 @@ def test_interrupting_the_process_ends_with_130_and_leaves_nothing(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("options", "bits", "code"), [(("--json",), 8, 0), ((), 8, 0), *slow((("-q",), 2, 1))])
+@pytest.mark.parametrize(("options", "bits", "code"), [(("--json",), 8, 0), *slow(((), 8, 0), (("-q",), 2, 1))])
 def test_a_reader_that_is_gone_changes_no_verdict(config, options: tuple[str, ...], bits: int, code: int) -> None:
     path = config(edit={"plan": {"bitwidth": bits, "scope": "all"}})
     command = [sys.executable, "-m", "invarlock", "run", "-c", str(path), "--out", f"out{bits}", *options]

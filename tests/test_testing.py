@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 
 from invarlock import hookimpl
 from invarlock.core.api import Guard
@@ -23,10 +24,12 @@ from invarlock.plugins.plugin import Kind
 from invarlock.testing import ARCHITECTURES, check_guard, checking, damage, edits, run_guard, tiny_model
 from invarlock.testing.weights import WEIGHT_DAMAGES
 
+SAMPLING = ("rmt", "variance")
+"""Guards that look at activations alone, which `reconstruction` does besides."""
 BUILT_IN = {plugin.name: plugin.factory for plugin in Catalog.discover(Selection(autoload=False)).of_kind(Kind.GUARD)}
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*(name for name in BUILT_IN if name not in SAMPLING), *slow(*SAMPLING)])
 def test_every_guard_that_ships_keeps_what_a_guard_owes(name: str) -> None:
     check_guard(BUILT_IN[name])
 
