@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,12 @@ def test_a_report_of_a_distance_is_verified(bits: int, judged, invarlock) -> Non
         "verify", "out", "--baseline", "baseline", "--subject", "subject", "--dataset", DEMO / "text.jsonl"
     )
     assert again.code == 0, again.out + again.err
+
+
+def test_a_subject_without_the_head_of_its_baseline_is_refused(invarlock) -> None:
+    shutil.copytree(DEMO / "checkpoint", "subject")
+    config = json.loads(Path("subject/config.json").read_text())
+    Path("subject/config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    done = invarlock("compare", "--baseline", DEMO / "checkpoint", "--subject", "subject", "--weights-only")
+    assert done.code == 2, done.out
+    assert "LlamaModel, which architectures in config.json names, has no head" in done.err

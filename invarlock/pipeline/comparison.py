@@ -20,7 +20,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import named_by
+from invarlock.core.errors import InputError, named_by
 from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
@@ -29,6 +29,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import ModelClass
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
+from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.coverage import Declared, touched
@@ -148,6 +149,7 @@ class _Comparing:
     def apply(self, number: int) -> Edited:
         guarding, session, subject = self._guarding, self._session, self._subject
         model, adapter = subject.load(on_disk=guarding.windows is None)
+        _check_head(model, guarding.baseline, subject.model_id)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
             changes = find_changes(model, self._before, guarding.baseline.tokenizer)
@@ -198,6 +200,18 @@ class _Comparing:
                 tensor.data = kept[name].data
 
         return Loaded.of(model, clock, read_again)
+
+
+def _check_head(model: torch.nn.Module, baseline: Baseline, subject: str) -> None:
+    """
+    :raises InputError: the subject's class has no head, and the baseline's task needs one.
+    """
+    name, of_subject = type(model).__name__, find_task(baseline.session.plugins, ModelClass.of(model)).name
+    if is_backbone(model) and of_subject != baseline.task.name:
+        raise InputError(
+            f"subject: {subject}: {name}, which architectures in config.json names, has no head for the task of the "
+            f"baseline ({baseline.task.name}), so it cannot be measured; name the class that the baseline has"
+        )
 
 
 def unreadable_windows(windows: WindowPair | None, baseline: Baseline, model: torch.nn.Module) -> str | None:
