@@ -1,4 +1,4 @@
-"""How often a verdict that stops as soon as it is certain is wrong, and how many windows it takes.
+"""Error rates of a verdict that stops as soon as it is certain, and the number of windows that it takes.
 
     python benchmarks/certainty.py runs/int8 runs/int6 runs/int5 runs/int4
 

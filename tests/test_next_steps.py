@@ -1,4 +1,4 @@
-"""What next: steps after a rejection or a warning, found in the report, which work once they are pasted."""
+"""Steps to take next after a rejection or a warning, found in the report, which work once they are pasted."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_weights_that_a_comparison_found_equal_are_counted_and_not_looked_at_aga
     modules = [{"name": target.name, "change": "unchanged"} for target in find_weights(model)]
 
     def scale(edited: nn.Module) -> None:
-        """What would show, were they looked at."""
+        """Damage that would show, were the weights looked at."""
         for target in find_weights(edited):
             target.parameter.mul_(3)
 

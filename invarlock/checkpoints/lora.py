@@ -77,7 +77,9 @@ class LoraAdapter:
         updates = dict(_updates(folder, settings, tensors))
         replaced = {name: tensor for name, tensor in tensors.items() if not LOW_RANK.match(name)}
         if magnitudes := [name for name in replaced if ".lora_" in name]:
-            raise InputError(f"{absolute(folder)}: {magnitudes[0]} is no part of plain LoRA, which alone can be merged")
+            raise InputError(
+                f"{absolute(folder)}: {magnitudes[0]} is no part of plain LoRA, the only kind that can be merged"
+            )
         return cls(folder, settings.get("base_model_name_or_path"), updates, replaced)
 
     @property

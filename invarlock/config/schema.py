@@ -125,7 +125,7 @@ class MetricConfig(_Section):
         float | None,
         Gt(0.0),
         IsFinite,
-        "Largest value of a primary metric that is no ratio of perplexities, as a cosine distance; null leaves it to "
+        "Largest value of a primary metric other than a ratio of perplexities, as a cosine distance; null leaves it to "
         "the task. The interval's upper end is held against it.",
     ] = None
     reps: Annotated[int, Ge(100), Le(1_000_000), "Bootstrap resamples."] = 2000

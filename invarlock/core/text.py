@@ -19,7 +19,7 @@ _MARKS = "|".join(
         r"^(?:>|#(?=#{0,5}(?: |$))|[-+](?= |$)|[-=](?=[-=]*$)|\d+(?=[.)](?: |$)))",  # Of a block.
     )
 )
-"""What means something to Markdown where it stands."""
+"""Characters that Markdown reads as markup where they stand."""
 
 
 def cleaned(text: str) -> str:

@@ -132,7 +132,8 @@ class _Writer:
         return self.step(lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)})
 
     def step(self, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Step:
-        """
+        """A step by the model's own cache or, where it has none, by reading all of the rows again.
+
         :param inputs: the model's arguments, from all of the rows and the part of them that it has not read yet.
         """
         if self.caches:

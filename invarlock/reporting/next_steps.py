@@ -1,4 +1,4 @@
-"""What next: up to three steps after a rejection or a warning, found in the report, ready to paste."""
+"""Up to three steps to take next after a rejection or a warning, found in the report, ready to paste."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ RULES: Sequence[Callable[[Report], Iterator[NextStep]]] = (
     _without_failed, _uncovered, _undecided, _one_tokenizer, _served, _wider, _blamed, _finer, _meant, _unmeasured,
     _confirmed,
 )  # fmt: skip
-"""What closes a question first, then what changes the edit, then what only looks closer."""
+"""In the order of their promise: steps that close a question, that change the edit, that only look closer."""
 
 
 def _looked_into(report: Report) -> Iterator[NextStep]:

@@ -25,7 +25,7 @@ def packed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Itera
         name = f"{stem}.weight"
         entry = checkpoint.entries.get(name)
         if entry is None or entry.dtype != torch.float8_e4m3fn or len(entry.shape) != 2:
-            raise broken(checkpoint, f"{stem}{SCALE} is stored, and {name} is no matrix of E4M3")
+            raise broken(checkpoint, f"{stem}{SCALE} is stored, but {name} is not a matrix of E4M3 numbers")
         rows, columns = entry.shape
         shapes: list[tuple[int, ...]] = [(), (1,), (1, 1)]
         if block:

@@ -93,6 +93,6 @@ def method_of(config: Mapping[str, Any]) -> str:
     """
     settings = settings_of(config)
     if not settings:
-        # What is no section is no method that anybody knows, either.
+        # Anything but a section is reported as an unknown method.
         return str(config.get("quantization_config") or "")
     return str(settings.get("quant_method", "mlx" if "quantization" in config else "None"))

@@ -115,7 +115,7 @@ def _groups(inputs: int, size: int) -> int:
 def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     entry = checkpoint.entries.get(name)
     if entry is None or len(entry.shape) != 2 or entry.dtype not in (torch.int32, torch.uint32):
-        raise broken(checkpoint, f"{name} is no matrix of words of 32 bits")
+        raise broken(checkpoint, f"{name} is not a matrix of 32-bit words")
     return entry.shape[0], entry.shape[1]
 
 

@@ -168,7 +168,8 @@ class _Products:
         return _Products([self.matrices[place] for place in places], self.grams)
 
     def sigma(self, place: int, square: float, vector: Tensor) -> float:
-        """
+        """Singular value that a vector stands for: exact, whatever guided the search for it.
+
         :param square: Rayleigh quotient of the vector.
         """
         return math.sqrt(max(square, 0.0)) if self.grams is None else self.matrices[place].stretch(vector)
