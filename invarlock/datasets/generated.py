@@ -59,7 +59,7 @@ class _Writer:
 
     def rows_at_once(self) -> int:
         # Without a cache, or with masks, the logits of whole rows exist.
-        cached = self.layout.mask is None and self.caches
+        cached = self.layout.mask is None and caches(self.model)
         return (cached_batch_size if cached else batch_size)(self.model, self.layout.length)
 
     def write_from(self, first: int, count: int) -> Tensor:
@@ -136,7 +136,7 @@ class _Writer:
 
         :param inputs: the model's arguments, from all of the rows and the part of them that it has not read yet.
         """
-        if self.caches:
+        if caches(self.model):
             growing = Growing(self.model)
             return lambda rows, fresh: growing(**inputs(rows, fresh))
         return lambda rows, fresh: logits_of(self.model, self.model(**inputs(rows, rows)))[:, -1]
@@ -160,10 +160,6 @@ class _Writer:
         """Mask of the tokens that are not special, bool (vocabulary,)."""
         tokens = torch.arange(vocabulary_of(self.model), device=self.noise.device)
         return ~torch.isin(tokens, self.tensor(self.layout.special))
-
-    @cached_property
-    def caches(self) -> bool:
-        return caches(self.model)
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.noise.device)
