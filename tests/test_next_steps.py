@@ -100,6 +100,11 @@ def test_a_format_of_one_scheme_is_offered_no_other(rejected) -> None:
     assert not [option for option in steps_of(rejected) if "bitwidth" in option or "group_size" in option]
 
 
+def test_a_format_of_floats_is_offered_no_other_bits(rejected) -> None:
+    rejected["edit"]["plan"]["format"] = "mxfp4"
+    assert not [option for option in steps_of(rejected) if "bitwidth" in option or "group_size" in option]
+
+
 def test_an_interval_that_holds_the_limit_asks_for_the_windows_that_decide(rejected) -> None:
     metric = rejected["metrics"]["primary"]
     undecided = {"below": 1.05, "above": 1.15, "windows": 32, "message": ""}

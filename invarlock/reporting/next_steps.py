@@ -155,6 +155,8 @@ def _may_round_otherwise(report: Report) -> bool:
     """True of a rejected edit of ours that its format holds with other bits and groups, too."""
     output = Node(report.config)["output"]
     fixed = bool(output["save_model"]) and output["format"].text() == "gguf"
+    # Floating-point numbers have the bits and blocks of their format.
+    fixed |= Node(report.edit.plan)["format"].text("int") != "int"
     return not (report.verdict.accepted or report.edit.is_comparison or _failed(report) or fixed)
 
 
