@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forked import Forking
 
 # Before transformers is imported, as the command line does it: a test must not wait for a network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -87,6 +88,13 @@ def site(invarlocker: Invarlocker) -> Callable[..., Path]:
 def module(invarlocker: Invarlocker) -> Callable[[str, str], Path]:
     """Write a module into the working folder, to be named with ``-p``."""
     return invarlocker.module
+
+
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    """Starts processes of the command line, torch imported already."""
+    with Forking.started(tmp_path_factory.mktemp("forked")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -33,11 +33,17 @@ for line in sys.stdin:
         os.environ.update(order["env"])
         tempfile.tempdir = None
         for number, name in enumerate(("/dev/null", *order["files"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+            os.dup2(os.open(name, os.O_RDWR), number)
         sys.stdin = open(os.devnull)
         exec(order["program"])
         sys.exit(main(order["arguments"]))
 """
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))
+"""
+"""Program of a process that can write no file larger than so many bytes, as on a full disk."""
 WARMING = ["run", "--demo", "-q", "--set", "output.save_model=true", "--set", "dataset.final_n=2"]
 
 
@@ -98,16 +104,19 @@ class Forking:
         ) as process:
             yield cls(process, folder)
 
-    def start(self, *arguments: object, program: str = "") -> Forked:
+    def start(self, *arguments: object, program: str = "", **variables: str) -> Forked:
         """Start the command line here.
 
         :param program: runs before it, in the same process.
+        :param variables: of its environment, besides those of this process.
         """
         self.count += 1
         files = (self.folder / f"{self.count}.out", self.folder / f"{self.count}.err")
+        for file in files:
+            file.touch()
         words = [str(argument) for argument in arguments]
         pid = self.ask(
-            arguments=words, program=program, cwd=str(Path.cwd()), env=dict(os.environ), files=[*map(str, files)]
+            arguments=words, program=program, cwd=str(Path.cwd()), env=os.environ | variables, files=[*map(str, files)]
         )
         return Forked(self, int(pid), files)
 

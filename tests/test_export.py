@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEMO, read_report
+from forked import FULL
 from huggingface_hub import ModelCard
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -305,19 +304,13 @@ def test_what_was_saved_packed_can_be_run_and_saved_again(config, format_: str) 
     assert "quantization_config" not in again.config.to_dict()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(config) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, forking) -> None:
     path = config(output={"save_model": True, "format": "dequantized"})
-    program = (
-        "import resource, signal, sys\nfrom invarlock.cli.main import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    arguments = [sys.executable, "-c", program, "run", "-c", str(path), "--out", "out", "-q"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "output.dir: out could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    run = forking.start("run", "-c", path, "--out", "out", "-q", program=FULL.format(bytes=1_000_000))
+    assert run.wait() == 2, run.said()
+    err = run.said()[1]
+    assert "output.dir: out could not be written" in err
+    assert "Traceback" not in err
     assert not Path("out").exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 

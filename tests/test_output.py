@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, read_report
-from forked import Forked, Forking
+from forked import Forked
 
 from invarlock.checkpoints import swapping
 from invarlock.checkpoints.checksums import digests
@@ -42,12 +42,6 @@ def invarlock_run_finished(report):
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
-    with Forking.started(tmp_path_factory.mktemp("forked")) as server:
-        yield server
 
 
 def wait_for(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import DEMO, read_report, slow
+from forked import Forked
 
 from invarlock.checkpoints.checksums import digests
 from invarlock.core.errors import UsageError
@@ -24,26 +26,28 @@ Finished = tuple[int, str, str]
 
 
 @pytest.fixture
-def together(tmp_path: Path) -> Callable[..., list[Finished]]:
-    """Start so many processes of one run, as a launcher does; the exit status and what was said, of each."""
+def launch(forking) -> Callable[..., list[Forked]]:
+    """Start so many processes of one run, as a launcher does."""
 
-    def start(size: int, *arguments: object) -> list[Finished]:
+    def start(size: int, *arguments: object) -> list[Forked]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "invarlock", *map(str, arguments)]
-        common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        processes = [
-            subprocess.Popen(
-                command, env=common | {"RANK": str(rank), "WORLD_SIZE": str(size)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(size)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=120) for process in processes]
-        return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+            port = str(free.getsockname()[1])
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+        return [forking.start(*arguments, RANK=str(rank), **place) for rank in range(size)]
 
     return start
+
+
+@pytest.fixture
+def together(launch) -> Callable[..., list[Finished]]:
+    """Run so many processes of one run to their end; the exit status and what was said, of each."""
+
+    def run(size: int, *arguments: object) -> list[Finished]:
+        processes = launch(size, *arguments)
+        return [(process.wait(), *process.said()) for process in processes]
+
+    return run
 
 
 def comparable(folder: Path) -> dict[str, Any]:
@@ -447,30 +451,23 @@ def test_progress_of_shared_work_is_the_sum_over_all(module, together, config) -
 
 
 @pytest.mark.parametrize("whom", [(0, 1), pytest.param((1,), marks=pytest.mark.slow)], ids=["all", "one"])
-def test_processes_that_are_told_to_end_do_not_wait_for_each_other(module, config, tmp_path, whom) -> None:
+def test_processes_that_are_told_to_end_do_not_wait_for_each_other(module, config, launch, whom) -> None:
     """One waits for the other, which is busy."""
     module(
         "busy",
         "import os, time\nfrom pathlib import Path\nfrom invarlock import hookimpl\n"
         "@hookimpl\ndef invarlock_attempt_finished():\n    Path('here').touch()\n    time.sleep(600)\n",
     )
-    command = [sys.executable, "-m", "invarlock", "run", "-c", config(plugins=["busy"]), "--out", "out", "-q"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        common = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    processes = launch(2, "run", "-c", config(plugins=["busy"]), "--out", "out", "-q")
     try:
         while not Path("here").exists():
             assert all(process.poll() is None for process in processes)
             time.sleep(0.05)
         for rank in whom:
-            processes[rank].terminate()
+            processes[rank].send(signal.SIGTERM)
         told = processes[whom[0]]
-        assert "interrupted by SIGTERM" in told.communicate(timeout=30)[1]
-        assert told.returncode == 143
+        assert told.wait(30) == 143
+        assert "interrupted by SIGTERM" in told.said()[1]
         # The other one learns of it where it next waits.
         if 0 in whom:
             processes[1].wait(30)
@@ -478,4 +475,3 @@ def test_processes_that_are_told_to_end_do_not_wait_for_each_other(module, confi
     finally:
         for process in processes:
             process.kill()
-            process.communicate()

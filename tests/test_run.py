@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -596,17 +595,12 @@ def test_the_model_in_memory_is_restored_whatever_is_raised(module, config, erro
     assert holder.MODEL.lm_head.weight is holder.MODEL.model.embed_tokens.weight
 
 
-def test_interrupting_the_process_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "stopper.py").write_text(
-        guard_module("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n    " + PASS)
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "invarlock", "run", "--demo", "-p", "stopper", "--set", "guards.order=[stopper]", "--out", "out"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 130
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_interrupting_the_process_ends_with_130_and_leaves_nothing(forking, module) -> None:
+    module("stopper", guard_module("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n    " + PASS))
+    run = forking.start("run", "--demo", "-p", "stopper", "--set", "guards.order=[stopper]", "--out", "out")
+    assert run.wait() == 130
+    assert "Traceback" not in run.said()[1]
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(("options", "bits", "code"), [(("--json",), 8, 0), *slow(((), 8, 0), (("-q",), 2, 1))])

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, read_report, slow
+from forked import FULL, Forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -326,34 +327,35 @@ def test_a_model_that_changes_its_heads_logits_is_not_measured_wrongly(invarlock
 # -- cut off -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, sharded) -> None:
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, forking, sharded) -> None:
     path = saving(config, sharded, guards={"order": ["invariants"]})
     # Slow enough to be killed between two shards.
     program = (
-        "import sys, time\nfrom invarlock.checkpoints import shard_writer\nwrite = shard_writer.ShardedOutput.write\n"
+        "import time\nfrom invarlock.checkpoints import shard_writer\nwrite = shard_writer.ShardedOutput.write\n"
         "def slowly(self, file, *rest):\n    print('writing', file, flush=True)\n    time.sleep(0.2)\n    write(self, file, *rest)\n"
         "shard_writer.ShardedOutput.write = slowly\n"
-        "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
 
-    def start(out: str) -> subprocess.Popen[str]:
-        arguments = ["run", "-c", str(path), "--out", out, "--stream", "-q"]
-        return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+    def start(out: str) -> Forked:
+        return forking.start("run", "-c", path, "--out", out, "--stream", "-q", program=program)
+
+    def written(process: Forked) -> int:
+        return process.said()[0].count("writing")
 
     def finish(out: str) -> int:
-        with start(out) as process:
-            written = process.communicate()[0].count("writing")
-        assert process.returncode == 0
-        return written
+        process = start(out)
+        assert process.wait() == 0
+        return written(process)
 
     shards = len(list(sharded.glob("*.safetensors")))
     assert finish("whole") == shards
     for sign in (signal.SIGKILL, signal.SIGINT):
-        with start("cut") as cut:
-            assert cut.stdout is not None
-            assert all("writing" in cut.stdout.readline() for _ in range(2))
-            cut.send_signal(sign)
-        assert cut.returncode != 0
+        cut = start("cut")
+        while written(cut) < 2:
+            assert cut.poll() is None, cut.said()
+            time.sleep(0.01)
+        cut.send(sign)
+        assert cut.wait() != 0
         assert not Path("cut/model").exists()
         assert not Path("cut/report.json").exists()
     assert 0 < finish("cut") <= shards - 2
@@ -366,17 +368,15 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(config, shar
 
 @pytest.mark.parametrize("moment", ["_write_page", *slow("render_html")])
 def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
-    invarlock, config, sharded, moment, monkeypatch
+    invarlock, config, forking, sharded, moment, monkeypatch
 ) -> None:
     start = ("run", "-c", saving(config, sharded, guards={"order": ["invariants"]}), "--stream", "-q", "--out")
     assert invarlock(*start, "whole").code == 0
     program = (
-        f"import os, signal, sys\nfrom invarlock.pipeline import writing\n"
+        f"import signal\nfrom invarlock.pipeline import writing\n"
         f"writing.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from invarlock.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program, *map(str, start), "cut"], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert forking.start(*start, "cut", program=program).wait() == -signal.SIGKILL
     assert not Path("cut/report.json").exists()
     assert not Path("cut/model").exists()
     written: list[str] = []
@@ -544,19 +544,13 @@ def test_what_cannot_be_streamed_is_said(invarlock, config) -> None:
     assert "run without --stream" in done.err
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(config, sharded) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, forking, sharded) -> None:
     path = saving(config, sharded, guards={"order": ["invariants"]})
-    program = (
-        "import resource, signal, sys\nfrom invarlock.cli.main import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    arguments = [sys.executable, "-c", program, "run", "-c", str(path), "--out", "out", "-q", "--stream"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "output.dir: out could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    run = forking.start("run", "-c", path, "--out", "out", "-q", "--stream", program=FULL.format(bytes=100_000))
+    assert run.wait() == 2, run.said()
+    err = run.said()[1]
+    assert "output.dir: out could not be written" in err
+    assert "Traceback" not in err
     assert not Path("out").exists()
 
 
