@@ -17,7 +17,7 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
+from invarlock.evaluation.results import DivergenceResult, FigureResult, Look, MetricResult, Number
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -77,6 +77,8 @@ class MetricsSection:
     windows: WindowsSection | None
     figures: list[FigureResult] = field(default_factory=list)
     """Of tasks that compare more than the primary metric and the predictions of tokens."""
+    path: list[Look] = field(default_factory=list)
+    """Of windows that were measured until the limits were certain: each look on the way."""
 
     @property
     def findings(self) -> list[Finding]:
@@ -86,7 +88,8 @@ class MetricsSection:
             uncertain = primary.undecided is not None
             found.append(Finding("primary metric", primary.action, primary.message, inconclusive=uncertain))
         if predictions:
-            found.append(Finding("predictions", predictions.action, predictions.message))
+            message, uncertain = predictions.message, bool(predictions.inconclusive)
+            found.append(Finding("predictions", predictions.action, message, inconclusive=uncertain))
         return found + [Finding(each.name, each.action, each.message) for each in self.figures]
 
 
