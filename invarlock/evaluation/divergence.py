@@ -19,8 +19,10 @@ from invarlock.core.results import Action
 from invarlock.evaluation.confidence_sequence import by_document, mean_bounds
 from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.power import windows_to_detect
 from invarlock.evaluation.predictions import TokenChanges
-from invarlock.evaluation.results import Bounds, DivergenceResult, PredictionLimits
+from invarlock.evaluation.results import Bounds, DivergenceResult, MoreBy, PredictionLimits, Undecided
+from invarlock.evaluation.statistics import mean_per_token, standard_error
 
 BROKEN = math.log(2)
 """Nats of divergence at which a prediction counts as broken: the perplexity there is expected to double."""
@@ -112,7 +114,8 @@ def compare_predictions(
     bounds = None
     if stopping is not None and all(figures[name] is not None for name in SHOWN):
         bounds = prediction_bounds(baseline, edited, limits, stopping)
-    return judge_figures(figures, limits, improving=improving, bounds=bounds)
+    more_by = stopping.more_by if stopping else "dataset.final_n"
+    return judge_figures(figures, limits, improving=improving, bounds=bounds, more_by=more_by)
 
 
 def prediction_bounds(
@@ -138,9 +141,11 @@ def prediction_bounds(
         return np.bincount(window, of_token, len(tokens)).astype(np.float64)
 
     def share(name: str, of_token: NDArray[np.bool_]) -> Bounds:
-        found = _bounds(summed(of_token), tokens, stopping, limit_of_bounds(name, limits))
-        low, high = max(float(found.low), 0.0), min(float(found.high), 1.0)
-        return replace(found, low=low, high=high if of_token.any() else max(high, unseen))
+        limit = limit_of_bounds(name, limits)
+        if of_token.any():
+            return _bounds(summed(of_token), tokens, stopping, limit)
+        needed = math.ceil(unseen / limit * len(tokens)) if unseen > limit else None
+        return Bounds(0.0, min(unseen, 1.0), limit, needed)
 
     return {
         "kl_mean": _bounds(summed(changes.kl), tokens, stopping, limits.kl_mean),
@@ -165,8 +170,14 @@ def limit_of_bounds(name: str, limits: PredictionLimits) -> float:
 
 
 def _bounds(sums: NDArray[np.float64], counts: NDArray[np.int64], stopping: Stopping, limit: float) -> Bounds:
-    low, high = mean_bounds(*by_document(sums, counts, stopping.units(len(sums))), level=stopping.level)
-    return Bounds(float(low), float(high), limit)
+    units = by_document(sums, counts, stopping.units(len(sums)))
+    low, high = (float(end) for end in mean_bounds(*units, level=stopping.level))
+    found = Bounds(max(low, 0.0), high, limit)
+    if found.side:
+        return found
+    missing, error = limit - float(mean_per_token(*units)), float(standard_error(*units))
+    needed = windows_to_detect(missing, error, len(units[0]), level=stopping.level, sequence=True)
+    return replace(found, windows=needed and math.ceil(needed * len(sums) / len(units[0])))
 
 
 def judge_figures(
@@ -175,6 +186,7 @@ def judge_figures(
     *,
     improving: bool = False,
     bounds: Mapping[str, Bounds] | None = None,
+    more_by: MoreBy = "dataset.max_n",
 ) -> DivergenceResult:
     """Hold figures, or their bounds where there are any, against their limits.
 
@@ -183,20 +195,28 @@ def judge_figures(
         warns: it tells that they differ, and not which ones are better.
     """
     action, reason = _judge(figures, limits, improving)
-    unsettled = [] if bounds is None or improving else [name for name in REJECTING if bounds[name].side == 0]
-    certain = bounds is not None and any(bounds[name].side == 1 for name in REJECTING)
-    inconclusive = bool(unsettled) and not certain
-    if inconclusive:
-        action = Action.ROLLBACK
-        reason = f"it is not certain on which side of its limit the {SHOWN[unsettled[0]]} is"
+    undecided = None if bounds is None or improving else _undecided(bounds, more_by)
+    if undecided is not None:
+        action, reason = Action.ROLLBACK, undecided.message
     return DivergenceResult(
         **figures,
         limits=limits,
         action=action,
         message=f"{_summary(figures)}: {reason}",
         bounds=bounds,
-        inconclusive=inconclusive,
+        undecided=undecided,
     )
+
+
+def _undecided(bounds: Mapping[str, Bounds], more_by: MoreBy) -> Undecided | None:
+    """The figure that most windows would settle, where none is above its limit for certain."""
+    held = {name: bounds[name] for name in REJECTING}
+    straddling = [name for name, bound in held.items() if bound.side == 0]
+    if not straddling or any(bound.side == 1 for bound in held.values()):
+        return None
+    name = max(straddling, key=lambda name: held[name].windows or math.inf)
+    undecided = Undecided(None, None, held[name].windows, "", more_by)
+    return replace(undecided, message=f"{SHOWN[name]} not certain to be within its limit; {undecided.remedy}")
 
 
 def window_p95(baseline: PassResult, edited: PassResult) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,18 +202,12 @@ def _undecided(
         # Windows without a scored token are asked for, too.
         needed = math.ceil(needed * len(sizes) / windows)
     below, above = exp(edge - told), exp(edge + told)
-    more_by = "dataset.final_n" if stopping is None else stopping.more_by
-    remedy = "it is at the limit" if needed is None else _remedy(more_by, needed, len(sizes))
+    more_by: MoreBy = "dataset.final_n" if stopping is None else stopping.more_by
     told_apart = (
         f"{len(sizes)} windows tell ratios of at most {below:.4g} or at least {above:.4g} from the limit {limit:g}"
     )
-    return Undecided(below, above, needed, f"{told_apart}; {remedy}", more_by)
-
-
-def _remedy(more_by: MoreBy, needed: int, measured: int) -> str:
-    if more_by == "text":
-        return f"about {needed} would decide, and the text is enough for {measured}: give more text (dataset.path)"
-    return f"--set {more_by}={needed} would decide"
+    undecided = Undecided(below, above, needed, told_apart, more_by)
+    return replace(undecided, message=f"{told_apart}; {undecided.remedy}")
 
 
 def _judge(

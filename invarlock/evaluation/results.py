@@ -35,6 +35,8 @@ class Bounds:
     high: Number
     limit: Number
     """The largest mean, or the largest share: 5 % of a 95th percentile."""
+    windows: int | None = None
+    """So many would put the limit outside, at the spread that was seen; None where it is, or where none would."""
 
     @property
     def side(self) -> int:
@@ -45,20 +47,29 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Undecided:
-    """An interval that straddles the limit: the ratios that so many windows tell from it, and how many could decide.
+    """An interval that straddles its limit: the ratios that so many windows tell from it, and how many could decide.
 
     Four of five runs over as many windows find a ratio of at most ``below``, or of at least ``above``, to be on its
-    side of the limit.
+    side of the limit; None of a limit on predictions.
     """
 
-    below: Number
-    above: Number
+    below: Number | None
+    above: Number | None
     windows: int | None
-    """So many tell the ratio that was measured from the limit, at the spread that was seen; None where none do."""
+    """So many tell the figure that was measured from the limit, at the spread that was seen; None where none do."""
     message: str
     """With the option that would decide, ready to paste."""
     option: MoreBy = "dataset.final_n"
     """The key that asks for more windows, or what there has to be more of."""
+
+    @property
+    def remedy(self) -> str:
+        """What would decide, for a message."""
+        if self.windows is None:
+            return "it is at the limit"
+        if self.option == "text":
+            return f"about {self.windows} would decide: give more text (dataset.path)"
+        return f"--set {self.option}={self.windows} would decide"
 
 
 @dataclass(frozen=True)
@@ -175,5 +186,5 @@ class DivergenceResult:
     message: str
     bounds: Mapping[str, Bounds] | None = None
     """By the name of the figure; None where the figures are held against their limits as they are."""
-    inconclusive: bool = False
-    """True where bounds hold a limit between them, and none is on the wrong side of its limit for certain."""
+    undecided: Undecided | None = None
+    """Of bounds that hold a limit between them, where no figure is above its limit for certain."""

@@ -33,6 +33,7 @@ from invarlock.evaluation.results import (
     MoreBy,
     PredictionLimits,
     Statistic,
+    Undecided,
     Unit,
 )
 from invarlock.evaluation.stopping import look_of
@@ -124,9 +125,12 @@ def _stopping(report: Report, config: RunConfig) -> Stopping | None:
     primary = report.metrics.primary
     if not config.dataset.is_stepped or primary is None or primary.statistic == "share":
         return None
-    known = primary.undecided is not None and primary.undecided.option in get_args(MoreBy)
-    more_by: MoreBy = primary.undecided.option if known and primary.undecided else "dataset.max_n"
-    return Stopping(config.eval.metric.ci_level, more_by=more_by)
+    return Stopping(config.eval.metric.ci_level, more_by=_more_by(primary.undecided))
+
+
+def _more_by(stored: Undecided | None) -> MoreBy:
+    """What more windows take: it depends on the text, which no report holds."""
+    return stored.option if stored and stored.option in get_args(MoreBy) else "dataset.max_n"
 
 
 def _path(
@@ -172,9 +176,8 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     # The limit of flips comes from margins of single tokens, which no report holds.
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
     bounds = _bounds(stored, measured, limits, config) if _stopping(report, config) else None
-    found = judge_figures(figures, limits, improving=config.eval.improving, bounds=bounds)
-    # Earlier builds did not tell it.
-    stored = dataclasses.replace(stored, inconclusive=bool(stored.inconclusive))
+    more_by = _more_by(stored.undecided)
+    found = judge_figures(figures, limits, improving=config.eval.improving, bounds=bounds, more_by=more_by)
     yield from differences("metrics.predictions", stored, found)
 
 

@@ -175,7 +175,7 @@ class Stepping:
             return self.looks[-1]
         # The limits may be certain after one window more, and the edited model's next step then ends later.
         most = MOST_TIMES * 2 * (done + 1) - following
-        return max(following, *(look for look in self.looks if look <= most))
+        return max([following, *(look for look in self.looks if look <= most)])
 
     def _comes_dear(self, windows: int) -> bool:
         """True if to take back the edit and make it again takes longer than to run the baseline over so many windows.

@@ -17,7 +17,7 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, FigureResult, Look, MetricResult, Number
+from invarlock.evaluation.results import DivergenceResult, FigureResult, Look, MetricResult, Number, Undecided
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -81,6 +81,12 @@ class MetricsSection:
     """Of windows that were measured until the limits were certain: each look on the way."""
 
     @property
+    def undecided(self) -> Undecided | None:
+        """The limit that was not told from its figure: the primary metric's, or else the predictions'."""
+        voices = (self.primary, self.predictions)
+        return next((voice.undecided for voice in voices if voice and voice.undecided), None)
+
+    @property
     def findings(self) -> list[Finding]:
         """The voices of the outputs in the verdict, where they were measured."""
         found, primary, predictions = [], self.primary, self.predictions
@@ -88,7 +94,7 @@ class MetricsSection:
             uncertain = primary.undecided is not None
             found.append(Finding("primary metric", primary.action, primary.message, inconclusive=uncertain))
         if predictions:
-            message, uncertain = predictions.message, bool(predictions.inconclusive)
+            message, uncertain = predictions.message, predictions.undecided is not None
             found.append(Finding("predictions", predictions.action, message, inconclusive=uncertain))
         return found + [Finding(each.name, each.action, each.message) for each in self.figures]
 
