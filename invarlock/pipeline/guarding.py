@@ -14,17 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, PrepareResult, Verdict, fold
-from invarlock.datasets.same_text import SameText
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.per_byte import over_same_text
-from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.reach import never_ran, reach_taps
 from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.routing import routing_taps
@@ -33,10 +31,9 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.own_tokenizer import PER_BYTE
 from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.stepping import Measured, Stepping, Watching
 from invarlock.pipeline.suspects import blame
-from invarlock.pipeline.tasks import judging_of
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -63,12 +60,14 @@ class Guarding:
     slots: Sequence[GuardSlot]
     strict: bool = False
     prepared: Sequence[PrepareResult] = ()
-    baseline_pass: PassResult | None = None
-    coverage: CoverageSection = field(default_factory=CoverageSection)
-    """Of the baseline."""
+    _stepping: Stepping | None = None
+    """The passes; None where outputs are not measured."""
+    _vocabulary: int = 0
+    """Of the baseline, as ``_experts`` and ``_never_ran``."""
+    _experts: Sequence[torch.Tensor | None] = ()
+    """Of each layer of experts, which of them received a token of the preview windows."""
     _never_ran: frozenset[str] = frozenset()
-    """Modules of the baseline that no preview window reaches."""
-    _record: TokenRecord | None = None
+    """Modules that no preview window reaches."""
     _observed: list[Observation] = field(default_factory=list)
 
     @property
@@ -82,26 +81,21 @@ class Guarding:
         """True once all guards are prepared, and ready."""
         return all(prepared.ready for prepared in self.prepared)
 
-    def begin(self, model: torch.nn.Module, watched: Watched) -> None:
-        """Run the baseline over the windows once, and prepare the guards one by one."""
+    def begin(self, model: torch.nn.Module, watched: Watched, *, comes_back: bool = True) -> None:
+        """Run the baseline over the first windows, and prepare the guards one by one.
+
+        :param comes_back: whether it can be run over more of them later; else it is run over all that are planned.
+        """
         observed = self.baseline.sees_preview and self.windows is not None
         routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
-        self._observed, self.baseline_pass = self._observed_pass(
-            model, "baseline pass", watched, own=(routing, reached)
-        )
-        self._never_ran = never_ran(model, reached)
-        if self.windows and self.baseline_pass:
-            self.coverage = coverage_of(
-                self.baseline.declared,
-                self.windows,
-                vocabulary=vocabulary_of(model),
-                tokenizer=self.baseline.tokenizer,
-                template=self.baseline.template,
-                dataset=self.config.dataset,
-                task=self.baseline.task,
-                perplexity=self.baseline_pass.perplexity,
-                experts=[tap.result() for tap in dict.fromkeys(routing.values())],
-            )
+        self._observed, watching = self._watching(model, "baseline pass", watched, self.windows, (routing, reached))
+        if self.windows:
+            self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed)
+            self._stepping.begin(model, watching)
+            if not comes_back:
+                self._stepping.take_all(model)
+        self._never_ran, self._vocabulary = never_ran(model, reached), vocabulary_of(model)
+        self._experts = [tap.result() for tap in dict.fromkeys(routing.values())]
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
@@ -129,7 +123,10 @@ class Guarding:
     def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self.coverage, self._fold(results, []))
+        coverage = CoverageSection()
+        if self._stepping:
+            coverage = self._coverage(self._stepping.baseline_pass, self._stepping.measured)
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, coverage, self._fold(results, []))
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -144,17 +141,22 @@ class Guarding:
     # -- the edit ------------------------------------------------------------------------------------------------------
 
     def judge(self, edited: Edited, number: int = 1) -> Attempt:
-        """Run the edited model over the windows once, ask every guard, and fold.
+        """Run the edited model over windows until the limits are certain, ask every guard, and fold.
 
         :param number: of the attempt, from 1.
         """
         model, watched = edited.model, edited.watched
         if edited.unreadable:
-            self.windows = None
-        observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
-        metrics = self._compare(edited_pass, edited.same_text)
+            self.windows = self._stepping = None
+        windows = self._windows_for(edited)
+        observed, watching = self._watching(model, "edited pass", watched, windows)
+        measured = self._measured(edited, watching, windows)
+        metrics = self._compare(measured)
         gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
-        coverage = of_edit(self.coverage, gaps, (self.baseline_pass, edited_pass))
+        coverage = of_edit(CoverageSection(), gaps)
+        if measured:
+            equal = np.array_equal(measured.baseline.losses, measured.edited.losses)
+            coverage = of_edit(self._coverage(measured.baseline, measured.judging.windows), gaps, equal=equal)
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -165,7 +167,9 @@ class Guarding:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
-        verdict = self._fold(results, [*metrics.findings, *edited.findings], coverage.findings, edited.modules)
+        count = measured.judging.windows if measured else None
+        findings = [*metrics.findings, *edited.findings]
+        verdict = self._fold(results, findings, coverage.findings, edited.modules, windows=count)
         return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
@@ -201,10 +205,13 @@ class Guarding:
         findings: Sequence[Finding],
         uncovered: Sequence[Finding] = (),
         weights: Sequence[EditedWeight] = (),
+        *,
+        windows: int | None = None,
     ) -> Verdict:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave.
 
         :param uncovered: come first: among warnings, what was not measured matters more than what was.
+        :param windows: number of final windows that both models were run over; None where there was no edit.
         """
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
@@ -213,7 +220,7 @@ class Guarding:
         verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
-            rests_on=rests_on(self.config, self.baseline.task.made_up) if self.windows else WEIGHTS_ALONE,
+            rests_on=rests_on(self.config, self.baseline.task.made_up, windows) if self.windows else WEIGHTS_ALONE,
             suspects=() if verdict.accepted else blame(results, weights),
         )
 
@@ -257,32 +264,32 @@ class Guarding:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def _observed_pass(
+    def _windows_for(self, edited: Edited) -> WindowPair | None:
+        """Windows that an edited model begins with: the baseline's, or those of the same text."""
+        if self.windows is None or edited.same_text is None:
+            return self.windows
+        # The same ids on both sides, if both know them: guards compare what one input becomes.
+        preview = self.windows[0] if unreadable(self.windows[0], edited.model) is None else self.windows[0][:0]
+        return preview, edited.same_text.windows
+
+    def _watching(
         self,
         model: torch.nn.Module,
         stage: str,
         watched: Watched,
-        same_text: SameText | None = None,
+        windows: WindowPair | None,
         own: Sequence[Mapping[str, Any]] = (),
-    ) -> tuple[list[Observation], PassResult | None]:
-        """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
+    ) -> tuple[list[Observation], Watching]:
+        """What the guards will have observed of a pass, and the taps that do.
 
-        :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
         :param own: taps of our own.
         :raises PluginError: a tap changed the model; whose it is cannot be told.
         """
         observing = self.baseline.sees_preview
         observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
-        windows = self.windows
-        if windows is None:
-            return observations, None
-        if same_text is not None:
-            # The same ids on both sides, if both know them: guards compare what one input becomes.
-            preview = windows[0] if unreadable(windows[0], model) is None else windows[0][:0]
-            windows = preview, same_text.windows
         tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
         strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-        if strangers and not self.baseline.sharding:
+        if strangers and windows is not None and not self.baseline.sharding:
             # What their taps change must not be taken for the model's own doing: it runs once without them.
             self.baseline.run_alone(model, windows)
             watched.settle()
@@ -293,16 +300,7 @@ class Guarding:
             elif changed := self.baseline.undo(watched):
                 raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
 
-        measured, record = self.baseline.run_pass(
-            model,
-            windows,
-            stage,
-            taps=[*(observation.taps for observation in observations), *own],
-            reference=None if same_text else self._record,
-            taps_off=taps_off,
-        )
-        self._record = record or self._record
-        return observations, measured
+        return observations, Watching([*(observation.taps for observation in observations), *own], taps_off)
 
     def _observe(self, slot: GuardSlot, model: torch.nn.Module, watched: Watched) -> Observation:
         """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
@@ -314,20 +312,42 @@ class Guarding:
             observation.wanted = {}
         return observation
 
-    def _compare(self, edited: PassResult | None, same_text: SameText | None) -> MetricsSection:
+    def _measured(self, edited: Edited, watching: Watching, windows: WindowPair | None) -> Measured | None:
+        if self._stepping is None or windows is None:
+            return None
+        return self._stepping.judge(
+            edited.model,
+            watching,
+            changed=any(weight.is_changed for weight in edited.modules),
+            preview=windows[0],
+            same_text=edited.same_text,
+            bring_baseline=edited.bring_baseline,
+        )
+
+    def _compare(self, measured: Measured | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
-        baseline = self.baseline_pass
-        if baseline is None or edited is None:
+        if measured is None:
             return NO_OUTPUTS
-        if same_text is not None:
-            ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-            predicted = PER_BYTE[self.baseline.task.name]
-            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=predicted)
-        found = self.baseline.task.compare(baseline, edited, judging_of(self.config))
+        found = self.baseline.task.compare(measured.baseline, measured.edited, measured.judging)
         before, after = found.passes
         sizes = None if before.bytes is None else before.bytes.tolist()
         windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
-        return MetricsSection(found.primary, found.predictions, windows, list(found.figures))
+        return MetricsSection(found.primary, found.predictions, windows, list(found.figures), measured.path)
+
+    def _coverage(self, baseline: PassResult, count: int) -> CoverageSection:
+        """Of the baseline, by the windows that its pass was over."""
+        assert self._stepping is not None
+        return coverage_of(
+            self.baseline.declared,
+            (self._stepping.supply.preview, self._stepping.supply.between(0, count)),
+            vocabulary=self._vocabulary,
+            tokenizer=self.baseline.tokenizer,
+            template=self.baseline.template,
+            dataset=self.baseline.dataset.counted(count),
+            task=self.baseline.task,
+            perplexity=baseline.perplexity,
+            experts=self._experts,
+        )
 
 
 @contextmanager
@@ -346,14 +366,17 @@ def settings_kept() -> Iterator[None]:
             torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def rests_on(config: RunConfig, made_up: str) -> str:
+def rests_on(config: RunConfig, made_up: str, windows: int | None) -> str:
     """Outputs that the verdict rests on, where any were measured.
 
     :param made_up: the samples of the task where there is no data; empty where the baseline writes its own text.
+    :param windows: number of final windows that both models were run over; None where there was no edit.
     """
     dataset = config.dataset
     source = f"windows of {made_up}" if made_up else "windows that the baseline wrote"
-    return f"{dataset.preview_n} + {dataset.final_n} {source if dataset.is_generated else 'windows of text'}"
+    final = f"up to {dataset.max_n}" if dataset.is_stepped else dataset.final_n
+    source = source if dataset.is_generated else "windows of text"
+    return f"{dataset.preview_n} + {final if windows is None else windows} {source}"
 
 
 def changed_message(names: Sequence[str]) -> str:
