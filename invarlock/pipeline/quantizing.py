@@ -19,12 +19,12 @@ from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
+from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
-from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.model import quantize_weights
+from invarlock.quantization.selection import planned_weights
 
 
 def run(
@@ -58,10 +58,10 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
-    targets = targets_of(config, model)
+    weights_of(config, model)
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        check(export, plans_of(config), model, targets, baseline.tokenizer)
+        check(export, plans_of(config), model, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper(loaded, adapter)
@@ -80,25 +80,26 @@ class _Rounding:
 
     def __init__(self, guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None) -> None:
         self.name, self.model = guarding.config.edit.name, keeper.baseline.model
-        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
+        self._plans = plans_of(guarding.config)
+        self.plans = [dataclasses.asdict(plan) for plan in self._plans]
         self._guarding, self._keeper, self._export, self._output = guarding, keeper, export, output
 
     def apply(self, number: int) -> Edited:
-        plan, export, keeper = Plan(**self.plans[number - 1]), self._export, self._keeper
-        if export is not None:
-            export.plan = plan
+        plan, export, keeper = self._plans[number - 1], self._export, self._keeper
         scale_dtype = export.exporter.scale_dtype if export else None
         with self._guarding.session.clock.stage("quantize"), keys_named():
-            modules = quantize_model(
-                self.model,
-                plan,
+            weights = planned_weights(self.model, plan)
+            if export is not None:
+                export.take(plan, weights)
+            modules = quantize_weights(
+                weights,
                 parameters=export.quantized if export and export.exporter.stores_codes else None,
                 scale_dtype=scale_dtype,
             )
 
         def round_again() -> None:
             keeper.restore()
-            quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
+            quantize_weights(weights, measure=False, scale_dtype=scale_dtype)
 
         return Edited(
             self.model,

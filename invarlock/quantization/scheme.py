@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
@@ -111,6 +111,11 @@ class Scheme:
         return FLOATS.get(self.format)
 
     @property
+    def alone(self) -> Scheme:
+        """The scheme without what it is for."""
+        return Scheme(**{entry.name: getattr(self, entry.name) for entry in fields(Scheme)})
+
+    @property
     def described(self) -> str:
         """Numbers and scales, in words."""
         grain = "per output channel" if self.per_channel else "per tensor"
@@ -161,7 +166,7 @@ class Plan(Scheme):
             raise PlanError(f"`scope` is {self.scope!r}; known are {known}{nearest(str(self.scope), scopes)}")
         _check_size("max_modules", self.max_modules)
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
-            object.__setattr__(self, name, _patterns(name, patterns))
+            object.__setattr__(self, name, checked_patterns(name, patterns))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -171,16 +176,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def checked_patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of a field of a plan.
 
-
-def _check_size(field: str, size: int | None) -> None:
-    if size is not None and (not _is_whole(size) or size < 1):
-        raise PlanError(f"`{field}` is {size!r}; set a whole number from 1 on, or null")
-
-
-def _patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    :raises PlanError: there is one that is none.
+    """
     # A lone string is a sequence too, of patterns with one letter each: never what was meant.
     if isinstance(patterns, str):
         raise PlanError(f"`{field}` is the text {patterns!r}; set a list of patterns: [{patterns!r}]")
@@ -193,3 +193,12 @@ def _patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
         except re.error as error:
             raise PlanError(f"`{field}` holds {pattern!r}, which is no regular expression: {error}") from error
     return patterns
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_size(field: str, size: int | None) -> None:
+    if size is not None and (not _is_whole(size) or size < 1):
+        raise PlanError(f"`{field}` is {size!r}; set a whole number from 1 on, or null")
