@@ -40,6 +40,8 @@ class PlannedWeight:
 
     target: WeightTarget
     scheme: Scheme
+    columns: Tensor | None = None
+    """How much the loss depends on each input, where scales go by it."""
 
 
 def find_weights(model: nn.Module) -> list[WeightTarget]:
