@@ -37,6 +37,7 @@ FLOATS = {
     "mxfp4": FloatFormat("MXFP4", 4, 32),
     "nvfp4": FloatFormat("NVFP4", 4, 16),
 }
+SCALE_BITS, BLOCK_SCALE_BITS = 16, 8
 INTEGER_BITS = 8
 """By default."""
 
@@ -124,6 +125,11 @@ class Scheme:
             return f"{self.of_floats.name}, {f'blocks of {block}' if block else grain}"
         grain = f"groups of {self.group_size}" if self.group_size else grain
         return f"{self.bitwidth} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {grain}"
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a scale as formats store it: 8 of small blocks of floats, else 16."""
+        return SCALE_BITS if self.of_floats is None or self.of_floats.block is None else BLOCK_SCALE_BITS
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import nearest
@@ -40,6 +42,23 @@ class PlannedWeight:
 
     target: WeightTarget
     scheme: Scheme
+
+    @property
+    def bits(self) -> int:
+        """The bits that it takes, scales included."""
+        return self.bits_of(self.target, self.scheme)
+
+    @staticmethod
+    def bits_of(target: WeightTarget, scheme: Scheme | None) -> int:
+        """The bits that a weight takes, scales included; None leaves it as it is."""
+        weights = target.parameter.numel()
+        if scheme is None:
+            return weights * 8 * target.parameter.element_size()
+        columns = target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
+        groups = math.ceil(columns / scheme.group_size) if scheme.group_size else 1
+        scales = weights // columns * groups if scheme.per_channel else 1
+        zero_points = 0 if scheme.symmetric else scheme.bitwidth
+        return weights * scheme.bitwidth + scales * (scheme.scale_bits + zero_points)
 
 
 def find_weights(model: nn.Module) -> list[WeightTarget]:
