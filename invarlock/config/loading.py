@@ -94,7 +94,15 @@ def _take_rules(values: dict[str, Any], source: Source) -> Rules | None:
     if not isinstance(edit, dict) or not isinstance(edit.get("plan"), list):
         return None
     values["edit"] = {key: value for key, value in edit.items() if key != "plan"}
-    return read_rules(edit["plan"], source, _explain)
+    return rules_of(edit["plan"], source)
+
+
+def rules_of(listed: Any, source: Source) -> Rules:
+    """The rules of a plan, as a file or a report has them.
+
+    :raises UsageError: with the key, as ``edit.plan[1].match``.
+    """
+    return read_rules(listed, source, _explain)
 
 
 def _gather_guard_options(guards: dict[str, Any], source: Source) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from invarlock.quantization.rules import Rule, Rules
 from invarlock.quantization.scheme import PlanError
 
 
-def read_rules(listed: list[Any], source: Source, explain: Callable[[Any, Source, str], UsageError]) -> Rules:
+def read_rules(listed: Any, source: Source, explain: Callable[[Any, Source, str], UsageError]) -> Rules:
     """The rules of a list.
 
     :param explain: makes the one line of an error of pydantic, for the section that is named.
     :raises UsageError: with the key, as ``edit.plan[1].match``.
     """
+    if not isinstance(listed, list):
+        raise source.error(PLAN, f"expected a list of rules, found {kind(listed)}")
     try:
         return Rules(tuple(_rule(number, values, source, explain) for number, values in enumerate(listed)))
     except PlanError as error:

@@ -93,8 +93,14 @@ class DatasetConfig(_Section):
 @dataclass(frozen=True)
 class RetryConfig(_Section):
     max_attempts: Annotated[
-        int, Ge(1), Le(7), "Attempts after a rollback: each next one quantizes with one more bit, up to 8."
+        int, Ge(1), Le(7), "Attempts in all: after a rollback there is a next one, with more bits; see strategy."
     ] = 1
+    strategy: Annotated[
+        Literal["uniform", "suspects"],
+        "Weights that get more bits: with uniform all, one more each, up to 8; with suspects the modules that the "
+        "verdict blames, and those that contribute most to the rise of the loss, until the limit is predicted to hold. "
+        "Modules that engines fuse (q/k/v, gate/up, experts) get the same; what has 8 bits is left alone.",
+    ] = "uniform"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
+from invarlock.config.loading import rules_of
+from invarlock.config.reading import Source
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
@@ -186,6 +188,9 @@ def _planned(weight: EditedWeight, report: Report, config: RunConfig) -> dict[st
 def _last_plan(report: Report, config: RunConfig) -> AnyPlan:
     """The plan that the verdict is of."""
     plans = plans_of(config)
+    if config.edit.retry.strategy == "suspects" and len(report.attempts) > 1:
+        listed = (report.attempts[-1].plan or {}).get("rules")
+        return rules_of(listed, Source("report.json: attempts[-1].plan"))
     return plans[min(len(report.attempts), len(plans)) - 1]
 
 
@@ -236,11 +241,22 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
     earlier = [each.action for each in report.attempts[:-1]]
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK] * (count - 1))
-    bits: list[int | None] = [None]
-    if not report.edit.is_comparison:
-        planned = [dataclasses.asdict(plan).get("bitwidth") for plan in plans_of(config)]
-        bits = planned if folded.action is Action.ROLLBACK else planned[:count]
+    if report.edit.is_comparison:
+        yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], [None])
+        return
+    plans = [dataclasses.asdict(plan) for plan in plans_of(config)]
+    if config.edit.retry.strategy == "suspects":
+        # Which modules get more bits follows from gradients and from guards that no report holds.
+        plans += [dict(each.plan or {}) for each in report.attempts[1:]]
+        at_most = min(count, config.edit.retry.max_attempts)
+        yield from differences("attempts (at most edit.retry.max_attempts)", count, at_most)
+    elif folded.action is not Action.ROLLBACK:
+        plans = plans[:count]
+    bits = [plan.get("bitwidth") for plan in plans]
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
+    for place, (attempt, plan) in enumerate(zip(report.attempts, plans, strict=False)):
+        if attempt.plan is not None:  # Earlier builds had none.
+            yield from differences(f"attempts[{place}].plan", attempt.plan, plan)
 
 
 def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:

@@ -30,7 +30,7 @@ from invarlock.models.facts import ModelClass
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.models.structure import is_backbone
-from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
@@ -140,7 +140,7 @@ class _Comparing:
         output: OutputFolder | None,
     ) -> None:
         self._subject = subject
-        self.plans = [subject.plan]
+        self.plan = subject.plan
         self.model: torch.nn.Module | None = None
         self._guarding, self._session = guarding, guarding.session
         self._before, self._tokenizer, self._output = before, tokenizer, output
@@ -167,7 +167,7 @@ class _Comparing:
             model,
             self._watched,
             self.name,
-            self.plans[0],
+            self.plan,
             tensors,
             self._before,
             [*changes.findings, *findings],
@@ -176,6 +176,9 @@ class _Comparing:
             tokenizer=own if self._tokenizer == "own" else None,
             same_text=reading.same_text,
         )
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        return False
 
     def undo(self) -> Watched:
         """A rejected subject stays what it is."""

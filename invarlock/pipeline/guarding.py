@@ -126,10 +126,11 @@ class Guarding:
             return ranks.gather(ask())
         return asked_together(slot.name, ranks, ask) if slot.shares_work else [ranks.from_first(ask)]
 
-    def not_ready(self, bitwidth: int | None = None) -> Attempt:
+    def not_ready(self, plan: Mapping[str, Any]) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self.coverage, self._fold(results, []))
+        verdict = self._fold(results, [])
+        return Attempt(1, plan.get("bitwidth"), [], results, NO_OUTPUTS, self.coverage, verdict, plan)
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -166,7 +167,8 @@ class Guarding:
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
         verdict = self._fold(results, [*metrics.findings, *edited.findings], coverage.findings, edited.modules)
-        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
+        found = edited.modules, results, metrics, coverage, verdict
+        return Attempt(number, edited.plan.get("bitwidth"), *found, edited.plan, edited.bits_per_weight)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
         """A result with all that the report has of its guard."""

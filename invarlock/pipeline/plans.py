@@ -27,21 +27,26 @@ WIDEST = 8
 
 
 def plans_of(config: RunConfig) -> list[AnyPlan]:
-    """The plan of each attempt: after a rollback one more bit, up to 8; a format of floats has as many as it has."""
+    """The plans of attempts as far as they are known before the first: the others follow from its verdict.
+
+    After a rollback there is one more bit, up to 8; a format of floats has as many as it has.
+    """
     plans = [config.edit.plan]
-    while len(plans) < config.edit.retry.max_attempts and (wider := _wider(plans[-1])) != plans[-1]:
-        plans.append(wider)
+    if config.edit.retry.strategy != "uniform":
+        return plans
+    while len(plans) < config.edit.retry.max_attempts and (next_one := _wider_plan(plans[-1])) != plans[-1]:
+        plans.append(next_one)
     return plans
 
 
-def _wider(plan: AnyPlan) -> AnyPlan:
+def _wider_plan(plan: AnyPlan) -> AnyPlan:
     if isinstance(plan, Rules):
-        return Rules(tuple(_one_bit_wider(rule) for rule in plan.rules))
-    return _one_bit_wider(plan)
+        return Rules(tuple(wider(rule) for rule in plan.rules))
+    return wider(plan)
 
 
-def _one_bit_wider(scheme: SomeScheme) -> SomeScheme:
-    """The scheme itself where it has no more bits."""
+def wider(scheme: SomeScheme) -> SomeScheme:
+    """A scheme with one more bit; the scheme itself where it cannot have more."""
     # Of a rule that keeps the weights there are none.
     if scheme.of_floats or scheme.bitwidth is None or scheme.bitwidth == WIDEST:
         return scheme

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,17 @@ from invarlock.core.progress import Progress, counted
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
-from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
-from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.retrying import Retries
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import Rounding
-from invarlock.quantization.rules import AnyPlan
-from invarlock.quantization.selection import PlannedWeight, planned_weights
+from invarlock.quantization.selection import PlannedWeight
 
 log = logging.getLogger("invarlock")
 
@@ -88,7 +88,8 @@ def _run_streamed(
     if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
     guarding = Guarding(session, baseline, windows, slots, strict)
-    rounding = _StreamedRounding(guarding, watched, output, export)
+    retries = Retries(config, model, baseline.tokenizer, export)
+    rounding = _StreamedRounding(guarding, watched, retries, output, export)
     try:
         guarding.begin(model, watched)
         return judge(guarding, rounding, watched)
@@ -106,33 +107,38 @@ class _StreamedRounding:
         self,
         guarding: Guarding,
         watched: WatchingStreamed,
+        retries: Retries,
         output: OutputFolder,
         export: Export | None,
     ) -> None:
         self.name, self.model = guarding.config.edit.name, watched.model
-        self._plans = plans_of(guarding.config)
-        self.plans = [dataclasses.asdict(plan) for plan in self._plans]
+        self.retries = retries
         self.guarding, self.session = guarding, guarding.session
         self.watched, self.streaming, self.output, self.export = watched, watched.streaming, output, export
         self.weights: dict[str, PlannedWeight] = {}
         """Of the plan, by the name that they are stored under."""
         self.shards: ShardedOutput | None = None
 
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return self.retries.described
+
     def apply(self, number: int) -> Edited:
-        session, described = self.session, self.plans[number - 1]
-        plan = self._plans[number - 1]
-        with keys_named():
-            weights = planned_weights(self.model, plan)
+        session, described, weights = self.session, self.plan, self.retries.weights()
         self.weights = {self.streaming.stored[planned.target.parameter_name]: planned for planned in weights}
         with session.clock.stage("quantize"), unwritable_said(self.output.path):
             if self.export is not None:
-                self.export.take(plan, weights)
-                self.shards = self._open_shards(plan)
+                self.export.take(self.retries.plan, weights)
+                self.shards = self._open_shards()
             with session.ranks.progress_summed():
                 modules = self._round_all()
         self.streaming.put(self._edit())
         watched = dataclasses.replace(self.watched, plan=described)
-        return Edited(self.model, watched, self.name, described, modules, self.streaming.unedited())
+        bits, unedited = self.retries.bits_per_weight, self.streaming.unedited()
+        return Edited(self.model, watched, self.name, described, modules, unedited, bits_per_weight=bits)
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        return self.retries.revise(attempts)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)
@@ -154,12 +160,12 @@ class _StreamedRounding:
         if self.shards is not None and self.session.ranks.is_first:
             self.shards.discard()
 
-    def _open_shards(self, plan: AnyPlan) -> ShardedOutput:
+    def _open_shards(self) -> ShardedOutput:
         """Go on with what an earlier process left, or begin; the first process makes room for what the others write."""
         described = {
             "version": __version__,
             "files": self.streaming.checkpoint.current_identity(),
-            "plan": dataclasses.asdict(plan),
+            "plan": self.plan,
             "format": self.session.config.output.format,
             "dtype": self.session.config.model.dtype,
         }

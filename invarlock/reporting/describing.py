@@ -14,6 +14,7 @@ from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardRe
 from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import (
+    AttemptSection,
     CoverageSection,
     EditSection,
     MetricsSection,
@@ -335,6 +336,13 @@ def bits_per_parameter(report: Report) -> float | None:
     if not stored or not total or left < 0:
         return None
     return (sum(bits * parameters for bits, parameters in rounded) + stored * left) / total
+
+
+def bits_of(attempt: AttemptSection) -> str:
+    """Bits of an attempt: those of its scheme, or those per weight, scales counted, of several."""
+    if attempt.bitwidth is not None:
+        return str(attempt.bitwidth)
+    return f"{shown(attempt.bits_per_weight)} per weight"
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
