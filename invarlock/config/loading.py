@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from invarlock.config.reading import DEPTH, Source, kind, read_file, read_setting
-from invarlock.config.schema import PATHS, RunConfig, as_keys, keys
+from invarlock.config.rules import read_rules
+from invarlock.config.schema import PATHS, PLAN, RunConfig, as_keys, keys
 from invarlock.core.errors import UsageError, nearest
 from invarlock.core.paths import PathError, given
+from invarlock.quantization.rules import Rule, Rules
 from invarlock.quantization.scheme import PlanError
 
 KNOWN_GUARD_KEYS = ("order", "fail_fast")
@@ -49,7 +53,7 @@ def set_key(source: Source, key: str, value: Any, place: str) -> None:
     for parent in parents:
         entry = section.setdefault(parent, {})
         if not isinstance(entry, dict):
-            raise UsageError(f"{place}: {parent} holds a value, not keys")
+            raise UsageError(f"{place}: {parent} holds {kind(entry)}, not keys")
         section = entry
     section[last] = value
     source.places[key] = place
@@ -70,6 +74,7 @@ def validate(source: Source) -> RunConfig:
     values = dict(source.values)
     if isinstance(values.get("guards"), dict):
         values["guards"] = _gather_guard_options(values["guards"], source)
+    rules = _take_rules(values, source)
     try:
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
@@ -77,8 +82,27 @@ def validate(source: Source) -> RunConfig:
     except PlanError as error:
         key, _, problem = as_keys(str(error)).partition(" ")
         raise source.error(key, problem) from None
+    if rules is not None:
+        config = dataclasses.replace(config, edit=dataclasses.replace(config.edit, plan=rules))
     _check_across_keys(config, source)
     return config
+
+
+def _take_rules(values: dict[str, Any], source: Source) -> Rules | None:
+    """The plan, where it is a list of rules, taken out of the values."""
+    edit = values.get("edit")
+    if not isinstance(edit, dict) or not isinstance(edit.get("plan"), list):
+        return None
+    values["edit"] = {key: value for key, value in edit.items() if key != "plan"}
+    return rules_of(edit["plan"], source)
+
+
+def rules_of(listed: Any, source: Source) -> Rules:
+    """The rules of a plan, as a file or a report has them.
+
+    :raises UsageError: with the key, as ``edit.plan[1].match``.
+    """
+    return read_rules(listed, source, _explain)
 
 
 def _gather_guard_options(guards: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -92,18 +116,21 @@ def _gather_guard_options(guards: dict[str, Any], source: Source) -> dict[str, A
     return {**own, "options": sections}
 
 
-def _explain(error: Any, source: Source) -> UsageError:
+def _explain(error: Any, source: Source, section: str = "") -> UsageError:
     path = [str(part) for part in error["loc"]]
     if path[:2] == ["guards", "options"]:
         del path[1]
     known = {entry.path: entry for entry in keys()}
     # After a key of several types comes the type that its value is not.
-    key = ".".join(path[:-1] if ".".join(path[:-1]) in known and not path[-1].isdigit() else path)
+    steps = path[:-1] if ".".join(path[:-1]) in known and not path[-1].isdigit() else path
+    key = ".".join([section, *steps] if section else steps)
     if error["type"] == "unexpected_keyword_argument":
         return source.error(key, "unknown key" + _nearest_key(key))
     if error["type"] == "missing":
         return source.error(key, "is required")
-    expected = known[key].type if key in known else error["msg"].removeprefix("Input should be ")
+    # A rule has the keys of a scheme, which a plan has, too.
+    form = next((path for path in (re.sub(r"\[\d+\]", each, key) for each in ("[N]", "")) if path in known), None)
+    expected = known[form].type if form else error["msg"].removeprefix("Input should be ")
     expected = "a mapping of keys" if error["type"] == "dataclass_type" else expected
     close = nearest(str(error["input"]), expected.split(" | ")) if " | " in expected else ""
     if error["type"] == "string_type" and isinstance(error["input"], int | float):
@@ -117,6 +144,8 @@ def _nearest_key(key: str) -> str:
     section = parent + dot
     known = [entry.path for entry in keys()]
     siblings = {path.removeprefix(section).split(".")[0] for path in known if path.startswith(section)}
+    if parent.startswith(f"{PLAN}["):
+        known, siblings = [], {entry.name for entry in dataclasses.fields(Rule)}
     elsewhere = [path for path in known if path.rpartition(".")[2] == name]
     return nearest(name, siblings) or (
         f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known are {', '.join(sorted(siblings))}"
@@ -138,6 +167,7 @@ def json_schema() -> dict[str, Any]:
     _describe(schema, schema, "", sentences)
     guards = schema["$defs"]["GuardsConfig"]
     guards["additionalProperties"] = guards["properties"].pop("options")["additionalProperties"]
+    _allow_rules(schema, sentences)
     anchors = {"patternProperties": {f"^{ANCHORS}": True}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **anchors}
 
@@ -148,3 +178,17 @@ def _describe(section: dict[str, Any], schema: dict[str, Any], prefix: str, sent
             _describe(schema["$defs"][entry["$ref"].rpartition("/")[2]], schema, f"{prefix}{name}.", sentences)
         elif prefix + name in sentences:
             entry["description"] = sentences[prefix + name]
+
+
+def _allow_rules(schema: dict[str, Any], sentences: Mapping[str, str]) -> None:
+    """Let the plan be a list of rules."""
+    rule = TypeAdapter(Rule).json_schema()
+    patterns = rule["properties"]["match"]
+    rule["properties"]["match"] = {"anyOf": [{"type": "string"}, {"type": "array", **patterns, "minItems": 1}]}
+    rule["required"] = ["match"]
+    for name, entry in rule["properties"].items():
+        entry["description"] = sentences.get(f"{PLAN}[N].{name}") or sentences[f"{PLAN}.{name}"]
+    schema["$defs"]["Rule"] = rule
+    plan = schema["$defs"]["EditConfig"]["properties"]["plan"]
+    listed = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Rule"}}
+    schema["$defs"]["EditConfig"]["properties"]["plan"] = {"anyOf": [plan, listed]}

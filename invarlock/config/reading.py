@@ -100,7 +100,8 @@ class Source:
 
     def error(self, key: str, problem: str) -> UsageError:
         """The one line about a key, at the nearest place that was written down: the key's own, or its parent's."""
-        place = key
+        # Items of lists are noted as keys.
+        place = re.sub(r"\[(\d+)\]", r".\1", key)
         while place and place not in self.places:
             place = place.rpartition(".")[0]
         return UsageError(f"{self.places.get(place, self.name)}: {key or 'configuration'}: {problem}")

@@ -11,12 +11,18 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.rules import AnyPlan, Rule, Rules
+from invarlock.quantization.scheme import Plan, Scheme
 
+if not TYPE_CHECKING:
+    # A list of rules is read by ``config.rules``: pydantic could not tell which of two forms a mistake is in.
+    AnyPlan = Plan
+
+PLAN = "edit.plan"
 GENERATED = "generated"
 """The one provider that is no plugin: the baseline writes its own windows."""
 PATHS = ("model.id", "dataset.path", "output.dir")
@@ -108,14 +114,20 @@ class CountedDataset(DatasetConfig):
 @dataclass(frozen=True)
 class RetryConfig(_Section):
     max_attempts: Annotated[
-        int, Ge(1), Le(7), "Attempts after a rollback: each next one quantizes with one more bit, up to 8."
+        int, Ge(1), Le(7), "Attempts in all: after a rollback there is a next one, with more bits; see strategy."
     ] = 1
+    strategy: Annotated[
+        Literal["uniform", "suspects"],
+        "Weights that get more bits: with uniform all, one more each, up to 8; with suspects the modules that the "
+        "verdict blames, and those that contribute most to the rise of the loss, until the limit is predicted to hold. "
+        "Modules that engines fuse (q/k/v, gate/up, experts) get the same; what has 8 bits is left alone.",
+    ] = "uniform"
 
 
 @dataclass(frozen=True)
 class EditConfig(_Section):
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
-    plan: Plan = field(default_factory=Plan)
+    plan: AnyPlan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
 
 
@@ -200,6 +212,8 @@ class RunConfig(_Section):
         """The configuration as it would stand in a file, every key with its value."""
         values = dataclasses.asdict(self)
         values["guards"] |= values["guards"].pop("options")
+        if isinstance(self.edit.plan, Rules):
+            values["edit"]["plan"] = values["edit"]["plan"]["rules"]
         return values
 
 
@@ -220,10 +234,21 @@ def keys(section: Any = RunConfig, prefix: str = "") -> Iterator[Key]:
         hint = hints[entry.name]
         if dataclasses.is_dataclass(hint):
             yield from keys(hint, f"{prefix}{entry.name}.")
+            if hint is Plan:
+                yield from _rule_keys()
         elif entry.name == "options":
             yield Key(f"{prefix}NAME.OPTION", "any", "the guard's own", sentence_of(hint))
         else:
             yield Key(prefix + entry.name, _type_text(hint), _default_text(entry), sentence_of(hint))
+
+
+def _rule_keys() -> Iterator[Key]:
+    """Keys of a rule, where the plan is a list of them, besides those of a scheme, which a plan has too."""
+    hints = get_type_hints(Rule, include_extras=True)
+    yield Key(f"{PLAN}[N].match", "string or list of strings", "required", sentence_of(hints["match"]))
+    yield Key(f"{PLAN}[N].keep", _type_text(hints["keep"]), "false", sentence_of(hints["keep"]))
+    schemes = ", ".join(entry.name for entry in dataclasses.fields(Scheme))
+    yield Key(f"{PLAN}[N].SCHEME", "any", "as of the plan", f"A key of the scheme, as in a plan: {schemes}.")
 
 
 def sentence_of(hint: Any) -> str:
@@ -262,7 +287,11 @@ def _bounds(extras: list[Any]) -> tuple[str, str]:
     return "".join(low), "".join(high)
 
 
-def as_keys(message: str) -> str:
-    """A message about a plan, whose fields are in backquotes, with the keys of the configuration in their place."""
-    fields = "|".join(entry.name for entry in dataclasses.fields(Plan))
-    return re.sub(f"`({fields})`", r"edit.plan.\1", message)
+def as_keys(message: str, plan: str = PLAN) -> str:
+    """A message about a plan, whose fields are in backquotes, with the keys of the configuration in their place.
+
+    :param plan: the key that the fields are below; a message about a list names the rule as well: ```[1].match```.
+    """
+    fields = "|".join(entry.name for section in (Plan, Rule) for entry in dataclasses.fields(section))
+    message = re.sub(rf"`(\[\d+\]\.(?:{fields}))`", rf"{plan}\1", message)
+    return re.sub(f"`({fields})`", rf"{plan}.\1", message)

@@ -26,7 +26,7 @@ from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Check, Outcome, size
 from invarlock.models.snapshot import has_room
-from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
+from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
 from invarlock.pipeline.session import BASELINE, Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager
@@ -94,15 +94,15 @@ def model(config: RunConfig, manager: PluginManager) -> Iterator[Check]:
         return
     yield Check(Outcome.OK, "model", f"{adapter.name} opens it")
     try:
-        targets = targets_of(config, opened)
+        weights = weights_of(config, opened)
         baseline = Baseline(session, opened, adapter, wants_tokenizer=config.output.save_model)
         if export := export_of(config, manager):
-            check(export, plans_of(config), opened, targets, baseline.tokenizer)
+            check(export, plans_of(config), opened, baseline.tokenizer)
     except InvarlockError as error:
         yield Check(Outcome.PROBLEM, "edit", one_line(error), "correct the configuration")
         yield _unread(session) or Check(Outcome.NOT_CHECKED, "text", "needs a sound edit")
         return
-    yield Check(Outcome.OK, "edit", f"{len(targets)} weights would be quantized")
+    yield Check(Outcome.OK, "edit", f"{len(weights)} weights would be quantized")
     yield _text(config, baseline, opened)
 
 

@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
+from invarlock.config.loading import rules_of
+from invarlock.config.reading import Source
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
@@ -42,6 +44,8 @@ from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
 from invarlock.pipeline.report_builder import config_digest, families
 from invarlock.pipeline.suspects import blame
+from invarlock.quantization.rules import AnyPlan
+from invarlock.quantization.scheme import Plan, Scheme, matches
 from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import Report
 
@@ -66,9 +70,8 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     if report.edit.is_comparison:
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
-        plan = {**config.as_dict()["edit"]["plan"], "bitwidth": report.attempts[-1].bitwidth}
         yield from differences("edit.name", report.edit.name, config.edit.name)
-        yield from differences("edit.plan", report.edit.plan, plan)
+        yield from differences("edit.plan", report.edit.plan, dataclasses.asdict(_last_plan(report, config)))
 
 
 def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -241,8 +244,9 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         where = f"edit.modules[{place}]"
         found = _compared(weight) if report.edit.is_comparison else _planned(weight, report, config)
         yield from of_attributes(where, weight, found)
-        if not report.edit.is_comparison and not config.edit.plan.include:
-            roles = sorted(role.value for role in SCOPE_ROLES[config.edit.plan.scope])
+        plan = config.edit.plan
+        if not report.edit.is_comparison and isinstance(plan, Plan) and not plan.include:
+            roles = sorted(role.value for role in SCOPE_ROLES[plan.scope])
             if weight.role not in roles:
                 yield Disagreement(f"{where}.role", weight.role, " or ".join(roles), how="expected")
     names = [weight.name for weight in report.edit.modules]
@@ -250,13 +254,36 @@ def weights(report: Report, config: RunConfig) -> Iterator[Disagreement]:
 
 
 def _planned(weight: EditedWeight, report: Report, config: RunConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"bits": report.attempts[-1].bitwidth, "change": "quantized"}
-    if not config.edit.plan.clamp_ratio:
-        found["clipped_share"] = 0.0
+    found: dict[str, Any] = {"change": "quantized"}
+    if scheme := _scheme_of(weight, _last_plan(report, config)):
+        found["bits"] = scheme.bitwidth
+        if not scheme.clamp_ratio:
+            found["clipped_share"] = 0.0
     if weight.relative_error is not None and math.isfinite(weight.relative_error):
         error = weight.relative_error
         found["sqnr_db"] = -20 * math.log10(error) if error > 0 else None
     return found
+
+
+def _last_plan(report: Report, config: RunConfig) -> AnyPlan:
+    """The plan that the verdict is of."""
+    plans = plans_of(config)
+    if config.edit.retry.strategy == "suspects" and len(report.attempts) > 1:
+        listed = (report.attempts[-1].plan or {}).get("rules")
+        return rules_of(listed, Source("report.json: attempts[-1].plan"))
+    return plans[min(len(report.attempts), len(plans)) - 1]
+
+
+def _scheme_of(weight: EditedWeight, plan: AnyPlan) -> Scheme | None:
+    """The scheme that a plan has for a weight; None where a name alone does not tell."""
+    if isinstance(plan, Plan):
+        return plan
+    # Names of a weight that is tied elsewhere, and what else a wide pattern matches, only a model tells.
+    if weight.role not in SCOPE_ROLES["all"]:
+        return None
+    names = (weight.name, f"{weight.name}.weight")
+    found = (rule for rule in plan.rules if any(matches(pattern, name) for pattern in rule.match for name in names))
+    return next(found, None)
 
 
 def _compared(weight: EditedWeight) -> dict[str, Any]:
@@ -295,11 +322,22 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
     earlier = [each.action for each in report.attempts[:-1]]
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK] * (count - 1))
-    bits: list[int | None] = [None]
-    if not report.edit.is_comparison:
-        planned: list[int | None] = [plan.bitwidth for plan in plans_of(config)]
-        bits = planned if folded.action is Action.ROLLBACK else planned[:count]
+    if report.edit.is_comparison:
+        yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], [None])
+        return
+    plans = [dataclasses.asdict(plan) for plan in plans_of(config)]
+    if config.edit.retry.strategy == "suspects":
+        # Which modules get more bits follows from gradients and from guards that no report holds.
+        plans += [dict(each.plan or {}) for each in report.attempts[1:]]
+        at_most = min(count, config.edit.retry.max_attempts)
+        yield from differences("attempts (at most edit.retry.max_attempts)", count, at_most)
+    elif folded.action is not Action.ROLLBACK:
+        plans = plans[:count]
+    bits = [plan.get("bitwidth") for plan in plans]
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
+    for place, (attempt, plan) in enumerate(zip(report.attempts, plans, strict=False)):
+        if attempt.plan is not None:  # Earlier builds had none.
+            yield from differences(f"attempts[{place}].plan", attempt.plan, plan)
 
 
 def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from invarlock.exporters.exporter import Exporter, SavedModel
 from invarlock.quantization.floats import E4M3, FloatGrid, codes, exponents
 from invarlock.quantization.rounding import RoundedWeight
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
 LAYOUTS = {
@@ -30,8 +30,9 @@ SCALE_DTYPES = {"mxfp4": torch.uint8, "nvfp4": E4M3}
 class CompressedTensors(Exporter):
     name = "compressed-tensors"
     stores_codes = True
+    mixes = True
 
-    def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+    def refuse(self, plan: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
         if not plan.symmetric:
             return "it is written for symmetric grids only (`symmetric`)"
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -47,20 +48,30 @@ class CompressedTensors(Exporter):
                 )
         return None
 
-    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Scheme, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         if parameters is None:
             return {name: weight}
         pack = _integers if plan.format == "int" else _fp8 if plan.format == "fp8" else _fp4
         return {f"{name}{suffix}": tensor for suffix, tensor in pack(weight, plan, parameters).items()}
 
     def finish(self, folder: Path, saved: SavedModel) -> None:
-        """Say in ``config.json`` which weights are packed, and how."""
+        """Say in ``config.json`` which weights are packed, and how: a group for each scheme."""
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-        linear = (name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear))
+        linear = [name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear)]
+        modules = _modules_by_scheme(saved)
+        layouts = [LAYOUTS[scheme.format] for scheme in modules]
         described = QuantizationConfig(
-            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=_described(saved.plan))},
-            format=LAYOUTS[saved.plan.format],
+            config_groups={
+                f"group_{number}": QuantizationScheme(
+                    # One scheme is named by the type, as everybody does.
+                    targets=names if len(modules) > 1 else ["Linear"],
+                    weights=_described(scheme),
+                    format=layout if len(set(layouts)) > 1 else None,
+                )
+                for number, ((scheme, names), layout) in enumerate(zip(modules.items(), layouts, strict=True))
+            },
+            format=layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             quantization_status="compressed",
             ignore=[name for name in linear if f"{name}.weight" not in saved.quantized],
         )
@@ -73,7 +84,15 @@ class CompressedTensors(Exporter):
 EXPORTER = CompressedTensors()
 
 
-def _described(plan: Plan) -> Any:
+def _modules_by_scheme(saved: SavedModel) -> dict[Scheme, list[str]]:
+    """Names of the packed modules; rules that differ in their patterns alone have one scheme."""
+    grouped: dict[Scheme, list[str]] = {}
+    for name, scheme in saved.schemes.items():
+        grouped.setdefault(scheme.alone, []).append(name.removesuffix(".weight"))
+    return grouped
+
+
+def _described(plan: Scheme) -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
     blocks = "tensor_group" if plan.format == "nvfp4" else "group"
@@ -88,7 +107,7 @@ def _described(plan: Plan) -> Any:
     )
 
 
-def _integers(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+def _integers(weight: Tensor, plan: Scheme, parameters: RoundedWeight) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     return {
@@ -98,12 +117,12 @@ def _integers(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str
     }
 
 
-def _fp8(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+def _fp8(weight: Tensor, plan: Scheme, parameters: RoundedWeight) -> dict[str, Tensor]:
     numbers = codes(plan.format, weight, parameters.scales)
     return {"": numbers.to(E4M3), "_scale": _scales(plan, parameters)}
 
 
-def _fp4(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Tensor]:
+def _fp4(weight: Tensor, plan: Scheme, parameters: RoundedWeight) -> dict[str, Tensor]:
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 
     scales, grid = parameters.scales, parameters.grids[0][0][0]
@@ -113,5 +132,5 @@ def _fp4(weight: Tensor, plan: Plan, parameters: RoundedWeight) -> dict[str, Ten
     return {**packed, "_scale": exponents(scales)}
 
 
-def _scales(plan: Plan, parameters: RoundedWeight) -> Tensor:
+def _scales(plan: Scheme, parameters: RoundedWeight) -> Tensor:
     return parameters.scales if plan.per_channel else parameters.scales.flatten()

@@ -7,6 +7,7 @@ from invarlock.exporters.exporter import Exporter
 
 class Dequantized(Exporter):
     name = "dequantized"
+    mixes = True
 
 
 EXPORTER = Dequantized()

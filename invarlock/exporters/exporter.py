@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from invarlock.quantization.rounding import RoundedWeight
-    from invarlock.quantization.scheme import Plan
+    from invarlock.quantization.rules import AnyPlan
+    from invarlock.quantization.scheme import Scheme
     from invarlock.quantization.selection import WeightTarget
 
 
@@ -23,9 +24,11 @@ class SavedModel:
 
     model: Any
     tokenizer: Any
-    plan: Plan
+    plan: AnyPlan
     quantized: Mapping[str, RoundedWeight | None]
     """By the name of the parameter, where codes are stored; None of a weight that was stored on the way."""
+    schemes: Mapping[str, Scheme]
+    """Of each rounded weight, by the name of the parameter; all are the plan, where that is no list of rules."""
 
 
 class Exporter(Protocol):
@@ -39,18 +42,24 @@ class Exporter(Protocol):
     """True if ``store`` and ``finish`` need the scales and zero points of quantized weights."""
     scale_dtype: torch.dtype | None = None
     """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
+    mixes: bool = False
+    """True if a model can hold weights of several schemes: without it, a plan is never a list of rules."""
     library: str = "transformers"
     """The hub's name of the library that loads it, for the model card."""
     loading: str = 'from_pretrained(".")'
     """The call that loads it, of a model class of transformers, for the model card."""
 
-    def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-        """The reason why the format cannot hold what a plan makes of a model, or None; its fields in backquotes."""
+    def refuse(self, plan: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+        """The reason why the format cannot hold what a plan makes of a model, or None; its fields in backquotes.
+
+        :param plan: the scheme of ``targets``; of a list of rules each one is asked about.
+        """
         return None
 
-    def store(self, name: str, weight: Tensor, plan: Plan, parameters: RoundedWeight | None) -> dict[str, Tensor]:
+    def store(self, name: str, weight: Tensor, plan: Scheme, parameters: RoundedWeight | None) -> dict[str, Tensor]:
         """Tensors that are stored of one weight, by name.
 
+        :param plan: the scheme of the weight; of one that is not rounded, any of the plan's.
         :param parameters: of a quantized weight, if the format stores codes.
         """
         return {name: weight}

@@ -7,6 +7,7 @@ blocks and scales.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from invarlock.exporters.exporter import Exporter, SavedModel
 from invarlock.quantization.rounding import RoundedWeight
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
 BLOCK = 32
@@ -57,11 +58,12 @@ class Gguf(Exporter):
     name = "gguf"
     streams = False
     stores_codes = True
+    mixes = True
     scale_dtype: torch.dtype | None = torch.float16
     library = "gguf"
     loading = f'from_pretrained(".", gguf_file="{FILE}")'
 
-    def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
+    def refuse(self, plan: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
         if plan.of_floats or plan.bitwidth not in TYPES or not plan.symmetric or plan.group_size != BLOCK:
             types = ", ".join(TYPES.values())
             asked = f"set `bitwidth` 4, 5 or 8 and `group_size` {BLOCK}, not {plan.described}"
@@ -97,10 +99,10 @@ class Gguf(Exporter):
         """Write ``model.gguf`` beside the tokenizer's own files."""
         import gguf
 
-        model, config, kind = saved.model, saved.model.config, TYPES[saved.plan.bitwidth]
+        model, config = saved.model, saved.model.config
         architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
         writer = gguf.GGUFWriter(folder / FILE, config.model_type)
-        _write_configuration(writer, config, gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        _write_configuration(writer, config, gguf.LlamaFileType[f"MOSTLY_{_most_of(saved)}"])
         _write_tokenizer(writer, folder, saved.tokenizer, config.vocab_size)
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -110,8 +112,9 @@ class Gguf(Exporter):
             stem, _, suffix = name.rpartition(".")
             target = f"{names.get_name(stem)}.{suffix}"
             if parameters := saved.quantized.get(name):
-                blocks = _rotary_order(name, _blocks(tensor, parameters, saved.plan.bitwidth), config).cpu().numpy()
-                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+                bits = saved.schemes[name].bitwidth
+                blocks = _rotary_order(name, _blocks(tensor, parameters, bits), config).cpu().numpy()
+                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[TYPES[bits]])
             else:
                 numbers, own = _plain(_rotary_order(name, tensor, config))
                 writer.add_tensor(target, numbers, raw_dtype=own)
@@ -122,6 +125,14 @@ class Gguf(Exporter):
 
 
 EXPORTER = Gguf()
+
+
+def _most_of(saved: SavedModel) -> str:
+    """The type of most weights, which names the file's."""
+    counts: Counter[str] = Counter()
+    for name, scheme in saved.schemes.items():
+        counts[TYPES[scheme.bitwidth]] += saved.model.get_parameter(name).numel()
+    return counts.most_common(1)[0][0]
 
 
 def _write_configuration(writer: Any, config: Any, file_type: Any) -> None:

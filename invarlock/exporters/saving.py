@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from invarlock.core.progress import watched
 from invarlock.core.text import markdown
 from invarlock.exporters.exporter import Exporter, SavedModel
 from invarlock.quantization.rounding import RoundedWeight
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.rules import AnyPlan
+from invarlock.quantization.scheme import Plan, Scheme
+from invarlock.quantization.selection import PlannedWeight
 
 
 @dataclass
@@ -23,11 +25,18 @@ class Export:
     """The way in which a model is saved, if it is accepted."""
 
     exporter: Exporter
-    plan: Plan
+    plan: AnyPlan
     source: str
     """The id of the baseline."""
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    """Of each rounded weight, by the name of the parameter."""
     quantized: dict[str, RoundedWeight | None] = field(default_factory=dict)
     """As ``SavedModel`` has it."""
+
+    def take(self, plan: AnyPlan, weights: Sequence[PlannedWeight]) -> None:
+        """Save what this plan makes of these weights."""
+        self.plan = plan
+        self.schemes = {planned.target.parameter_name: planned.scheme for planned in weights}
 
     def write(self, folder: Path, model: Any, tokenizer: Any, report: Mapping[str, Any]) -> None:
         """Write the model, its tokenizer, its configurations and its card to an empty folder."""
@@ -45,19 +54,20 @@ class Export:
             if getattr(model, "generation_config", None):
                 model.generation_config.save_pretrained(folder)
         _write_card(folder, self, report)
-        self.exporter.finish(folder, SavedModel(model, tokenizer, self.plan, self.quantized))
+        self.exporter.finish(folder, SavedModel(model, tokenizer, self.plan, self.quantized, self.schemes))
 
     def _store_all(self, folder: Path, model: Any) -> None:
         stored: dict[str, Tensor] = {}
+        anywhere = self.plan if isinstance(self.plan, Plan) else self.plan.schemes[0]
         for name, weight in model.state_dict().items():
-            stored |= self.exporter.store(name, weight, self.plan, self.quantized.get(name))
+            stored |= self.exporter.store(name, weight, self.schemes.get(name, anywhere), self.quantized.get(name))
         # Codes take so much less that the library's own limit does for them.
         limit = {} if self.exporter.stores_codes else {"max_shard_size": _shard_size(self.source)}
         model.save_pretrained(folder, state_dict=stored, **limit)
 
     def _size_of(self, model: nn.Module) -> int:
         """About how many bytes its weights will take."""
-        bits = dict.fromkeys(self.quantized, self.plan.bitwidth)
+        bits = {name: self.schemes[name].bitwidth for name in self.quantized}
         return sum(
             parameter.numel() * bits.get(name, 8 * parameter.element_size()) // 8
             for name, parameter in model.named_parameters()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from copy import copy
 from pathlib import Path
 
@@ -57,6 +57,12 @@ class Snapshot:
                 part.copy_(saved)
             else:
                 tensor.data = saved.to(tensor.device)
+
+    @torch.no_grad()
+    def restore_only(self, names: Iterable[str]) -> None:
+        """Restore some parameters bit for bit, by their names, of a model whose structure is what it was."""
+        for place in {self._places[name] for name in names}:
+            local(self._tensors[place]).copy_(self._copies.read(place))
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Parameters and stored buffers as they were, by name, tied ones under each of theirs.

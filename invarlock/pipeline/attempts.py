@@ -53,6 +53,8 @@ class Edited:
     """Final windows of the model's own, where its tokenizer gives other ids than the baseline's."""
     bring_baseline: Callable[[], AbstractContextManager[torch.nn.Module]] | None = None
     """A block in which the baseline is in memory, and after which the edited model is as it was; None where it went."""
+    bits_per_weight: float | None = None
+    """Of the weights that are rounded, scales included; None of an edit of somebody else."""
 
 
 class Editor(Protocol):
@@ -63,18 +65,21 @@ class Editor(Protocol):
         """Of the edit."""
 
     @property
-    def plans(self) -> Sequence[Mapping[str, Any]]:
-        """The plan of each attempt; there are no more attempts than plans."""
+    def plan(self) -> Mapping[str, Any]:
+        """The plan of the attempt at hand."""
 
     @property
     def model(self) -> torch.nn.Module | None:
         """The model as it is left; None where it was not loaded."""
 
     def apply(self, number: int) -> Edited:
-        """Make the attempt of this number, from 1, out of the baseline."""
+        """Make the attempt of this number, from 1, out of the baseline, or out of the attempt before."""
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        """Plan the next attempt after a rollback; False where there is none."""
 
     def undo(self) -> Watched:
-        """Take back an attempt that was not accepted; returns the model that is left."""
+        """Take back the last attempt, which was not accepted; returns the model that is left."""
 
     def write(self, report: dict[str, Any]) -> None:
         """Write the report and, if it was accepted and shall be saved, the model; all processes call this."""
@@ -86,8 +91,14 @@ class Attempt:
 
     number: int
     bitwidth: int | None
+    """None where the plan is a list of rules."""
     modules: Sequence[EditedWeight]
     guards: list[GuardResult]
     metrics: MetricsSection
     coverage: CoverageSection
     verdict: Verdict
+    plan: Mapping[str, Any]
+    bits_per_weight: float | None = None
+    """As ``Edited`` has them."""
+    seconds: float | None = None
+    """For the edit and its judgement."""

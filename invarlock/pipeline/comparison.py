@@ -32,7 +32,7 @@ from invarlock.models.facts import ModelClass
 from invarlock.models.fingerprint import named_tensors
 from invarlock.models.snapshot import Snapshot, Structure, has_room
 from invarlock.models.structure import is_backbone
-from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
@@ -153,7 +153,7 @@ class _Comparing:
         output: OutputFolder | None,
     ) -> None:
         self._kept, self._subject = kept, subject
-        self.plans = [subject.plan]
+        self.plan = subject.plan
         self.model: torch.nn.Module | None = None
         self._guarding, self._session = guarding, guarding.session
         self._before, self._tokenizer, self._output = before, tokenizer, output
@@ -180,7 +180,7 @@ class _Comparing:
             model,
             self._watched,
             self.name,
-            self.plans[0],
+            self.plan,
             tensors,
             self._before,
             [*changes.findings, *findings],
@@ -197,6 +197,9 @@ class _Comparing:
         # A guard may have kept it, too.
         self._kept.undo()
         yield self._kept.model
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        return False
 
     def undo(self) -> Watched:
         """A rejected subject stays what it is."""

@@ -120,13 +120,14 @@ class Guarding:
             return ranks.gather(ask())
         return asked_together(slot.name, ranks, ask) if slot.shares_work else [ranks.from_first(ask)]
 
-    def not_ready(self, bitwidth: int | None = None) -> Attempt:
+    def not_ready(self, plan: Mapping[str, Any]) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
         coverage = CoverageSection()
         if self._stepping:
             coverage = self._coverage(self._stepping.baseline_pass, self._stepping.measured)
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, coverage, self._fold(results, []))
+        verdict = self._fold(results, [])
+        return Attempt(1, plan.get("bitwidth"), [], results, NO_OUTPUTS, coverage, verdict, plan)
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -170,7 +171,8 @@ class Guarding:
         count = measured.judging.windows if measured else None
         findings = [*metrics.findings, *edited.findings]
         verdict = self._fold(results, findings, coverage.findings, edited.modules, windows=count)
-        return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
+        found = edited.modules, results, metrics, coverage, verdict
+        return Attempt(number, edited.plan.get("bitwidth"), *found, edited.plan, edited.bits_per_weight)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
         """A result with all that the report has of its guard."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 from invarlock.core.plain import OWN, plain
 from invarlock.core.results import Action
 from invarlock.pipeline.attempts import Attempt, Editor, RunResult
@@ -27,18 +30,17 @@ def judge(guarding: Guarding, editor: Editor, baseline: Watched) -> RunResult:
 def _attempt(guarding: Guarding, editor: Editor, baseline: Watched) -> tuple[list[Attempt], Watched]:
     """The attempts, and the model that the last one left."""
     if not guarding.ready:
-        return [_announced(guarding, guarding.not_ready(editor.plans[0].get("bitwidth")))], baseline
+        return [_announced(guarding, guarding.not_ready(editor.plan))], baseline
     attempts: list[Attempt] = []
-    for number in range(1, len(editor.plans) + 1):
+    while True:
+        began, number = time.monotonic(), len(attempts) + 1
         edited = editor.apply(number)
-        attempts.append(_announced(guarding, guarding.judge(edited, number)))
-        left, verdict = edited.watched, attempts[-1].verdict
-        if verdict.accepted:
-            break
-        left = editor.undo()
-        if verdict.action is Action.ABORT:
-            break
-    return attempts, left
+        attempt = replace(guarding.judge(edited, number), seconds=round(time.monotonic() - began, 2))
+        attempts.append(_announced(guarding, attempt))
+        if attempt.verdict.accepted:
+            return attempts, edited.watched
+        if attempt.verdict.action is Action.ABORT or not editor.revise(attempts):
+            return attempts, editor.undo()
 
 
 def _announced(guarding: Guarding, attempt: Attempt) -> Attempt:

@@ -5,33 +5,58 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from invarlock.config.schema import RunConfig, as_keys
+from invarlock.config.schema import PLAN, RunConfig, as_keys
 from invarlock.core.errors import PluginError, UsageError, unknown
 from invarlock.exporters.exporter import Exporter
 from invarlock.exporters.saving import Export
 from invarlock.plugins.manager import PluginManager
-from invarlock.quantization.scheme import Plan, PlanError
-from invarlock.quantization.selection import WeightTarget, select_targets
+from invarlock.quantization.rules import AnyPlan, Rules
+from invarlock.quantization.scheme import PlanError, Scheme
+from invarlock.quantization.selection import PlannedWeight, planned_weights
 
+SomeScheme = TypeVar("SomeScheme", bound=Scheme)
 EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
 
 
-def plans_of(config: RunConfig) -> list[Plan]:
-    """The plan of each attempt: after a rollback one more bit, up to 8; a format of floats has as many as it has."""
-    plan = config.edit.plan
-    if plan.of_floats:
-        return [plan]
-    widths = range(plan.bitwidth, min(8, plan.bitwidth + config.edit.retry.max_attempts - 1) + 1)
-    return [dataclasses.replace(plan, bitwidth=width) for width in widths]
+WIDEST = 8
+"""Bits of the widest scheme of whole numbers."""
 
 
-def targets_of(config: RunConfig, model: nn.Module) -> list[WeightTarget]:
+def plans_of(config: RunConfig) -> list[AnyPlan]:
+    """The plans of attempts as far as they are known before the first: the others follow from its verdict.
+
+    After a rollback there is one more bit, up to 8; a format of floats has as many as it has.
+    """
+    plans = [config.edit.plan]
+    if config.edit.retry.strategy != "uniform":
+        return plans
+    while len(plans) < config.edit.retry.max_attempts and (next_one := _wider_plan(plans[-1])) != plans[-1]:
+        plans.append(next_one)
+    return plans
+
+
+def _wider_plan(plan: AnyPlan) -> AnyPlan:
+    if isinstance(plan, Rules):
+        return Rules(tuple(wider(rule) for rule in plan.rules))
+    return wider(plan)
+
+
+def wider(scheme: SomeScheme) -> SomeScheme:
+    """A scheme with one more bit; the scheme itself where it cannot have more."""
+    # Of a rule that keeps the weights there are none.
+    if scheme.of_floats or scheme.bitwidth is None or scheme.bitwidth == WIDEST:
+        return scheme
+    return dataclasses.replace(scheme, bitwidth=scheme.bitwidth + 1)
+
+
+def weights_of(config: RunConfig, model: nn.Module) -> list[PlannedWeight]:
+    """The weights that the plan of the configuration rounds."""
     with keys_named():
-        return select_targets(model, config.edit.plan)
+        return planned_weights(model, config.edit.plan)
 
 
 def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
@@ -53,18 +78,33 @@ def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:
     return Export(found.value, config.edit.plan, config.model.id)
 
 
-def check(
-    export: Export, plans: Sequence[Plan], model: nn.Module, targets: Sequence[WeightTarget], tokenizer: Any
-) -> None:
+def check(export: Export, plans: Sequence[AnyPlan], model: nn.Module, tokenizer: Any) -> None:
     """Refuse, before the run starts, what the format cannot hold of any attempt.
 
     :raises UsageError: with the reason, and what to use instead.
     """
-    exporter = export.exporter
     for plan in plans:
-        if reason := exporter.refuse(plan, targets, model, tokenizer):
-            problem = f"{exporter.name}: {as_keys(reason)}"
-            raise UsageError(f"output.format: {problem}; or set output.format to dequantized")
+        if isinstance(plan, Rules) and not export.exporter.mixes:
+            raise _refused(export, f"it holds weights of one scheme, and {PLAN} is a list of rules")
+        for key, part in _parts(plan, model):
+            targets = [planned.target for planned in part]
+            if reason := export.exporter.refuse(part[0].scheme, targets, model, tokenizer):
+                raise _refused(export, as_keys(reason, key))
+
+
+def _parts(plan: AnyPlan, model: nn.Module) -> Iterator[tuple[str, list[PlannedWeight]]]:
+    """The weights of each scheme, and the key of the configuration that has it."""
+    planned = planned_weights(model, plan)
+    if not isinstance(plan, Rules):
+        yield PLAN, planned
+        return
+    for number, rule in enumerate(plan.rules):
+        if part := [each for each in planned if each.scheme == rule]:
+            yield f"{PLAN}[{number}]", part
+
+
+def _refused(export: Export, problem: str) -> UsageError:
+    return UsageError(f"output.format: {export.exporter.name}: {problem}; or set output.format to dequantized")
 
 
 @contextmanager

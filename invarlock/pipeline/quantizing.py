@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,19 +13,21 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.schema import RunConfig
 from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
+from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
-from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
+from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.retrying import Retries
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
-from invarlock.quantization.model import quantize_model
-from invarlock.quantization.scheme import Plan
+from invarlock.quantization.model import quantize_weights
+from invarlock.quantization.selection import PlannedWeight
 
 
 def run(
@@ -60,17 +61,18 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
-    targets = targets_of(config, model)
+    weights_of(config, model)
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
-        check(export, plans_of(config), model, targets, baseline.tokenizer)
+        check(export, plans_of(config), model, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper(loaded, adapter)
     guarding = Guarding(session, baseline, windows, slots, strict)
     try:
         guarding.begin(model, keeper.baseline)
-        return judge(guarding, _Rounding(guarding, keeper, export, output), keeper.baseline)
+        retries = Retries(config, model, baseline.tokenizer, export)
+        return judge(guarding, _Rounding(guarding, keeper, retries, export, output), keeper.baseline)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
         keeper.restore(check=baseline.view is None)
@@ -78,46 +80,75 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
 
 
 class _Rounding:
-    """Rounding in memory, by one plan an attempt."""
+    """Rounding in memory, by one plan an attempt; what two plans round alike is rounded once."""
 
-    def __init__(self, guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None) -> None:
+    def __init__(
+        self, guarding: Guarding, keeper: Keeper, retries: Retries, export: Export | None, output: OutputFolder | None
+    ) -> None:
         self.name, self.model = guarding.config.edit.name, keeper.baseline.model
-        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
         self._guarding, self._keeper, self._export, self._output = guarding, keeper, export, output
+        self._retries = retries
+        self._rounded: dict[str, tuple[PlannedWeight, EditedWeight]] = {}
+        """As the model has them now, by the name of the parameter."""
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return self._retries.described
 
     def apply(self, number: int) -> Edited:
-        plan, export, keeper = Plan(**self.plans[number - 1]), self._export, self._keeper
-        if export is not None:
-            export.plan = plan
+        weights, export, keeper = self._retries.weights(), self._export, self._keeper
         scale_dtype = export.exporter.scale_dtype if export else None
+        if export is not None:
+            export.take(self._retries.plan, weights)
         with self._guarding.session.clock.stage("quantize"), keys_named():
-            modules = quantize_model(
-                self.model,
-                plan,
+            self._restore_others(weights)
+            new = [planned for planned in weights if planned.target.parameter_name not in self._rounded]
+            effects = quantize_weights(
+                new,
                 parameters=export.quantized if export and export.exporter.stores_codes else None,
                 scale_dtype=scale_dtype,
             )
+        for planned, effect in zip(new, effects, strict=True):
+            self._rounded[planned.target.parameter_name] = planned, effect
 
         def round_again() -> None:
             keeper.restore()
-            quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
+            quantize_weights(self._retries.weights(), measure=False, scale_dtype=scale_dtype)
 
         @contextmanager
         def bring_baseline() -> Iterator[torch.nn.Module]:
             keeper.restore()
             yield self.model
             with self._guarding.session.clock.stage("quantize"):
-                quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
+                quantize_weights(self._retries.weights(), measure=False, scale_dtype=scale_dtype)
 
         return Edited(
             self.model,
             keeper.baseline.edited(round_again),
             self.name,
-            self.plans[number - 1],
-            modules,
+            self.plan,
+            [self._rounded[planned.target.parameter_name][1] for planned in weights],
             keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
             bring_baseline=bring_baseline,
+            bits_per_weight=self._retries.bits_per_weight,
         )
+
+    def _restore_others(self, weights: Sequence[PlannedWeight]) -> None:
+        """Restore what is rounded now, and not as a plan has it for these weights."""
+        wanted = {planned.target.parameter_name: planned.scheme.alone for planned in weights}
+        others = [name for name, (now, _) in self._rounded.items() if wanted.get(name) != now.scheme.alone]
+        if others and isinstance(self._keeper.snapshot, Snapshot) and len(others) < len(self._rounded):
+            self._keeper.snapshot.restore_only(others)
+        elif others:
+            self._keeper.restore()
+            others = list(self._rounded)
+        for name in others:
+            del self._rounded[name]
+            if self._export is not None:
+                self._export.quantized.pop(name, None)
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        return self._retries.revise(attempts)
 
     def undo(self) -> Loaded:
         self._keeper.restore()

@@ -110,7 +110,7 @@ def families(changes: Iterable[EditedWeight]) -> list[dict[str, Any]]:
 
 def _edit(editor: Editor, last: Attempt) -> EditSection:
     changed = sum(weight.parameters for weight in last.modules if weight.is_changed)
-    edit = EditSection(editor.name, dict(editor.plans[last.number - 1]), list(last.modules), changed)
+    edit = EditSection(editor.name, dict(last.plan), list(last.modules), changed)
     if edit.is_comparison:
         edit.plan["families"] = families(last.modules)
     return edit
@@ -124,4 +124,14 @@ def _own_code(guarding: Guarding, editor: Editor) -> list[str]:
 def _summary(attempt: Attempt) -> AttemptSection:
     verdict, metric = attempt.verdict, attempt.metrics.primary
     ratio, figure = (metric.ratio, metric.figure) if metric else (None, None)
-    return AttemptSection(attempt.number, attempt.bitwidth, verdict.action, verdict.decided_by, ratio, figure)
+    return AttemptSection(
+        attempt.number,
+        attempt.bitwidth,
+        verdict.action,
+        verdict.decided_by,
+        ratio,
+        figure,
+        None if "subject" in attempt.plan else dict(attempt.plan),
+        attempt.bits_per_weight,
+        attempt.seconds,
+    )

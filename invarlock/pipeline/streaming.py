@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,17 +30,17 @@ from invarlock.core.progress import Progress, counted
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
-from invarlock.pipeline.attempts import Edited, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
-from invarlock.pipeline.plans import check, export_of, plans_of, targets_of
+from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.retrying import Retries
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import Rounding
-from invarlock.quantization.scheme import Plan
-from invarlock.quantization.selection import WeightTarget
+from invarlock.quantization.selection import PlannedWeight
 
 log = logging.getLogger("invarlock")
 
@@ -80,17 +80,18 @@ def _run_streamed(
     if streaming is None:
         raise UsageError(f"model.adapter: {adapter.name} cannot leave weights on disk; run without --stream")
     watched = WatchingStreamed.of(model, streaming)
-    targets = targets_of(config, model)
+    weights = weights_of(config, model)
     reads_text = not config.dataset.is_generated
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
-        check(export, plans_of(config), model, targets, baseline.tokenizer)
-        _check_packable(export, streaming, targets)
+        check(export, plans_of(config), model, baseline.tokenizer)
+        _check_packable(export, streaming, weights)
     windows = baseline.make_windows(model) if reads_text else None
     if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
     guarding = Guarding(session, baseline, windows, slots, strict)
-    rounding = _StreamedRounding(guarding, watched, targets, output, export)
+    retries = Retries(config, model, baseline.tokenizer, export)
+    rounding = _StreamedRounding(guarding, watched, retries, output, export)
     try:
         guarding.begin(model, watched)
         return judge(guarding, rounding, watched)
@@ -108,27 +109,32 @@ class _StreamedRounding:
         self,
         guarding: Guarding,
         watched: WatchingStreamed,
-        targets: Sequence[WeightTarget],
+        retries: Retries,
         output: OutputFolder,
         export: Export | None,
     ) -> None:
         self.name, self.model = guarding.config.edit.name, watched.model
-        self.plans = [dataclasses.asdict(plan) for plan in plans_of(guarding.config)]
+        self.retries = retries
         self.guarding, self.session = guarding, guarding.session
         self.watched, self.streaming, self.output, self.export = watched, watched.streaming, output, export
-        self.targets = {self.streaming.stored[target.parameter_name]: target for target in targets}
+        self.weights: dict[str, PlannedWeight] = {}
+        """Of the plan, by the name that they are stored under."""
         self.shards: ShardedOutput | None = None
 
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return self.retries.described
+
     def apply(self, number: int) -> Edited:
-        session, described = self.session, self.plans[number - 1]
-        plan = Plan(**described)
+        session, described, weights = self.session, self.plan, self.retries.weights()
+        self.weights = {self.streaming.stored[planned.target.parameter_name]: planned for planned in weights}
         with session.clock.stage("quantize"), unwritable_said(self.output.path):
             if self.export is not None:
-                self.export.plan = plan
-                self.shards = self._open_shards(plan)
+                self.export.take(self.retries.plan, weights)
+                self.shards = self._open_shards()
             with session.ranks.progress_summed():
-                modules = self._round_all(plan)
-        edit = self._edit(plan)
+                modules = self._round_all()
+        edit = self._edit()
         self.streaming.put(edit)
         watched = dataclasses.replace(self.watched, plan=described)
 
@@ -145,8 +151,12 @@ class _StreamedRounding:
             described,
             modules,
             self.streaming.unedited(),
+            bits_per_weight=self.retries.bits_per_weight,
             bring_baseline=bring_baseline,
         )
+
+    def revise(self, attempts: Sequence[Attempt]) -> bool:
+        return self.retries.revise(attempts)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)
@@ -160,7 +170,7 @@ class _StreamedRounding:
             self.discard()
             write(report, self.output, self.session.clock)
             return
-        self.export.quantized = dict.fromkeys(target.parameter_name for target in self.targets.values())
+        self.export.quantized = dict.fromkeys(self.export.schemes)
         complete = partial(self.export.complete, model=self.model, tokenizer=self.guarding.baseline.tokenizer)
         write(report, self.output, self.session.clock, complete, shards=self.shards)
 
@@ -168,12 +178,12 @@ class _StreamedRounding:
         if self.shards is not None and self.session.ranks.is_first:
             self.shards.discard()
 
-    def _open_shards(self, plan: Plan) -> ShardedOutput:
+    def _open_shards(self) -> ShardedOutput:
         """Go on with what an earlier process left, or begin; the first process makes room for what the others write."""
         described = {
             "version": __version__,
             "files": self.streaming.checkpoint.current_identity(),
-            "plan": dataclasses.asdict(plan),
+            "plan": self.plan,
             "format": self.session.config.output.format,
             "dtype": self.session.config.model.dtype,
         }
@@ -184,20 +194,20 @@ class _StreamedRounding:
         ranks.gather(None)
         return shards or make()
 
-    def _round_all(self, plan: Plan) -> list[EditedWeight]:
+    def _round_all(self) -> list[EditedWeight]:
         """Round every weight of the plan, shard by shard; write them, and all others as they are, if they are kept.
 
         Processes share the shards.
         """
         checkpoint, ranks = self.streaming.checkpoint, self.session.ranks
-        rounding = self._rounding(plan, measure=True)
+        rounding = self._rounding(measure=True)
         files = checkpoint.files[ranks.rank :: ranks.size]
         notes: dict[str, dict[str, Any]] = {}
         for file in counted(files, checkpoint.nbytes_of):
             noted = self.shards.notes(file) if self.shards else None
             notes |= self._round_shard(file, rounding) if noted is None else noted
         found = {name: note for part in ranks.gather(notes) for name, note in part.items()}
-        return [EditedWeight(**found[name]) for name in self.targets]
+        return [EditedWeight(**found[name]) for name in self.weights]
 
     def _round_shard(self, file: str, rounding: Rounding) -> dict[str, dict[str, Any]]:
         """Round and write one shard; the effect on each of its weights by name, as its journal holds it."""
@@ -206,7 +216,7 @@ class _StreamedRounding:
         notes: dict[str, dict[str, Any]] = {}
         for part in self.streaming.parts_in(file):
             here = [name for name in part.stored if entries[name].file == file]
-            if self.targets.keys().isdisjoint(part.parameters):
+            if self.weights.keys().isdisjoint(part.parameters):
                 tensors |= {name: self.streaming.read(name) for name in here} if self.shards else {}
                 continue
             stored, results = self._round(part, rounding)
@@ -220,34 +230,35 @@ class _StreamedRounding:
     def _round(self, part: Part, rounding: Rounding) -> tuple[dict[str, Tensor], dict[str, EditedWeight]]:
         """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
-        rounded = {name: rounding(self.targets[name], weights[name]) for name in weights.keys() & self.targets.keys()}
-        results = {name: rounding.effect(self.targets[name], weight.sums) for name, weight in rounded.items()}
+        rounded = {name: rounding(self.weights[name], weights[name]) for name in weights.keys() & self.weights.keys()}
+        results = {name: rounding.effect(self.weights[name].target, weight.sums) for name, weight in rounded.items()}
         if self.export is None:
             return {}, results
         stored, exporter = part.store(weights), self.export.exporter
         if not part.converts:
-            ((name, weight),), (done,) = stored.items(), rounded.values()
-            stored = exporter.store(name, weight, self.export.plan, done if exporter.stores_codes else None)
+            ((name, weight),), ((parameter, done),) = stored.items(), rounded.items()
+            scheme = self.weights[parameter].scheme
+            stored = exporter.store(name, weight, scheme, done if exporter.stores_codes else None)
         return stored, results
 
-    def _rounding(self, plan: Plan, *, measure: bool) -> Rounding:
-        return Rounding(plan, measure, self.export.exporter.scale_dtype if self.export else None)
+    def _rounding(self, *, measure: bool) -> Rounding:
+        return Rounding(measure, self.export.exporter.scale_dtype if self.export else None)
 
-    def _edit(self, plan: Plan) -> WeightEdit:
+    def _edit(self) -> WeightEdit:
         """Function that rounds a weight of the plan, each time that one is read."""
-        rounding = self._rounding(plan, measure=False)
+        rounding, weights = self._rounding(measure=False), self.weights
 
         def rounded(parameter: str, weight: Tensor) -> Tensor:
-            if parameter in self.targets:
-                rounding(self.targets[parameter], weight)
+            if parameter in weights:
+                rounding(weights[parameter], weight)
             return weight
 
         return rounded
 
 
-def _check_packable(export: Export, streaming: Streaming, targets: Sequence[WeightTarget]) -> None:
+def _check_packable(export: Export, streaming: Streaming, weights: Sequence[PlannedWeight]) -> None:
     """Codes are stored of a weight that is a tensor of the checkpoint, and of no other."""
-    for target in targets:
+    for target in (planned.target for planned in weights):
         if export.exporter.stores_codes and streaming.parts[streaming.stored[target.parameter_name]].converts:
             raise UsageError(
                 f"output.format: {export.exporter.name}: {target.name} is made of tensors that are stored otherwise; "

@@ -13,28 +13,29 @@ from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
 from invarlock.quantization.rounding import RoundedWeight, Sums, Workspace, fake_quantize_, unfit
-from invarlock.quantization.scheme import Plan, PlanError
-from invarlock.quantization.selection import WeightTarget, select_targets
+from invarlock.quantization.rules import AnyPlan
+from invarlock.quantization.scheme import PlanError
+from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
 
 
 @dataclass(frozen=True)
 class Rounding:
     """Rounding of weights of a model that are on one device, as ``fake_quantize_`` does it."""
 
-    plan: Plan
     measure: bool = True
     scale_dtype: torch.dtype | None = None
     workspace: Workspace = field(default_factory=Workspace)
 
-    def __call__(self, target: WeightTarget, weight: Tensor) -> RoundedWeight:
-        """Round the weight of a target in place, wherever it was read from."""
+    def __call__(self, planned: PlannedWeight, weight: Tensor) -> RoundedWeight:
+        """Round a weight of a plan in place, wherever it was read from."""
         return fake_quantize_(
             weight,
-            self.plan,
-            layout=target.layout,
+            planned.scheme,
+            layout=planned.target.layout,
             measure=self.measure,
             workspace=self.workspace,
             scale_dtype=self.scale_dtype,
+            columns=planned.columns,
         )
 
     @staticmethod
@@ -45,7 +46,7 @@ class Rounding:
 
 def quantize_model(
     model: nn.Module,
-    plan: Plan,
+    plan: AnyPlan,
     *,
     measure: bool = True,
     parameters: dict[str, RoundedWeight | None] | None = None,
@@ -60,24 +61,38 @@ def quantize_model(
     :raises PlanError: the plan selects nothing, a pattern matches nothing, or a selected weight is offloaded or in a
         dtype that RTN does not take. Nothing has been changed then.
     """
-    targets = select_targets(model, plan)
-    for target in targets:
-        if reason := unfit(target.parameter, target.layout):
-            raise PlanError(f"{target.name} {reason}")
+    weights = planned_weights(model, plan)
+    return quantize_weights(weights, measure=measure, parameters=parameters, scale_dtype=scale_dtype)
 
-    tally = Tally(len(targets))
 
-    def round_all(of_one_device: Sequence[WeightTarget]) -> list[EditedWeight]:
-        rounding, results = Rounding(plan, measure, scale_dtype), []
-        for target in of_one_device:
-            with gathered(target.parameter) as weight:
-                rounded = rounding(target, weight)
+def quantize_weights(
+    weights: Sequence[PlannedWeight],
+    *,
+    measure: bool = True,
+    parameters: dict[str, RoundedWeight | None] | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> list[EditedWeight]:
+    """Round some weights of a plan, in place; parameters as of ``quantize_model``.
+
+    :raises PlanError: one is offloaded, or in a dtype that RTN does not take. Nothing has been changed then.
+    """
+    for planned in weights:
+        if reason := unfit(planned.target.parameter, planned.target.layout):
+            raise PlanError(f"{planned.target.name} {reason}")
+
+    tally = Tally(len(weights))
+
+    def round_all(of_one_device: Sequence[PlannedWeight]) -> list[EditedWeight]:
+        rounding, results = Rounding(measure, scale_dtype), []
+        for planned in of_one_device:
+            with gathered(planned.target.parameter) as weight:
+                rounded = rounding(planned, weight)
             # Not the grids, which together are a tenth of the weights where groups are small.
             results.append(rounded.sums)
             if parameters is not None:
-                parameters[target.parameter_name] = rounded
+                parameters[planned.target.parameter_name] = rounded
             tally.add()
         # Only now: a device is still at work on the last weights when the first ones are asked for.
-        return [*map(Rounding.effect, of_one_device, results)]
+        return [Rounding.effect(each.target, sums) for each, sums in zip(of_one_device, results, strict=True)]
 
-    return side_by_side(round_all, targets, lambda target: target.parameter.device)
+    return side_by_side(round_all, weights, lambda planned: planned.target.parameter.device)

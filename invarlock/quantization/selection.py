@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import nearest
 from invarlock.distributed.dtensor import local
 from invarlock.models.structure import Role, is_conv1d, is_experts, is_router, role_of
 from invarlock.quantization.layout import WeightLayout
-from invarlock.quantization.scheme import Plan, PlanError, matches
+from invarlock.quantization.rules import AnyPlan, Rule, Rules
+from invarlock.quantization.scheme import Plan, PlanError, Scheme, matches
 
 SCOPE_ROLES = {"ffn": {Role.FFN}, "attn": {Role.ATTENTION}, "all": {Role.FFN, Role.ATTENTION}}
 
@@ -31,6 +34,50 @@ class WeightTarget:
     layout: WeightLayout
     names: tuple[str, ...]
     """Every name that patterns are matched against: of the module and of the parameter, wherever it is tied in."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedWeight:
+    """A weight that a plan rounds, and the scheme that it has for it."""
+
+    target: WeightTarget
+    scheme: Scheme
+    columns: Tensor | None = None
+    """How much the loss depends on each input, where scales go by it."""
+
+    @property
+    def bits(self) -> int:
+        """The bits that it takes, scales included."""
+        return self.bits_of(self.target, self.scheme)
+
+    @staticmethod
+    def bits_of(target: WeightTarget, scheme: Scheme | None) -> int:
+        """The bits that a weight takes, scales included; None leaves it as it is."""
+        weights = target.parameter.numel()
+        if scheme is None:
+            return weights * 8 * target.parameter.element_size()
+        columns = target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
+        groups = math.ceil(columns / scheme.group_size) if scheme.group_size else 1
+        scales = weights // columns * groups if scheme.per_channel else 1
+        zero_points = 0 if scheme.symmetric else scheme.bitwidth
+        return weights * scheme.bitwidth + scales * (scheme.scale_bits + zero_points)
+
+    @property
+    def bits(self) -> int:
+        """The bits that it takes, scales included."""
+        return self.bits_of(self.target, self.scheme)
+
+    @staticmethod
+    def bits_of(target: WeightTarget, scheme: Scheme | None) -> int:
+        """The bits that a weight takes, scales included; None leaves it as it is."""
+        weights = target.parameter.numel()
+        if scheme is None:
+            return weights * 8 * target.parameter.element_size()
+        columns = target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
+        groups = math.ceil(columns / scheme.group_size) if scheme.group_size else 1
+        scales = weights // columns * groups if scheme.per_channel else 1
+        zero_points = 0 if scheme.symmetric else scheme.bitwidth
+        return weights * scheme.bitwidth + scales * (scheme.scale_bits + zero_points)
 
 
 def find_weights(model: nn.Module) -> list[WeightTarget]:
@@ -55,13 +102,58 @@ def find_weights(model: nn.Module) -> list[WeightTarget]:
     return list(found.values())
 
 
-def select_targets(model: nn.Module, plan: Plan) -> list[WeightTarget]:
+def select_targets(model: nn.Module, plan: AnyPlan) -> list[WeightTarget]:
     """The weights that a plan touches, in the order of the model, each once.
 
-    :raises PlanError: a pattern matches no weight of the model, or the scope leaves nothing of what one is to include,
-        or the plan selects none.
+    :raises PlanError: as ``planned_weights``.
+    """
+    return [planned.target for planned in planned_weights(model, plan)]
+
+
+def planned_weights(model: nn.Module, plan: AnyPlan) -> list[PlannedWeight]:
+    """The weights that a plan touches, each with its scheme, in the order of the model.
+
+    :raises PlanError: a pattern matches no weight of the model, the scope leaves nothing of what one is to include,
+        earlier rules hide a rule, or the plan selects none.
     """
     weights = find_weights(model)
+    if isinstance(plan, Rules):
+        return _by_rules(weights, plan)
+    return [PlannedWeight(target, plan) for target in _by_scope(weights, plan)]
+
+
+def _by_rules(weights: Sequence[WeightTarget], plan: Rules) -> list[PlannedWeight]:
+    decided: dict[str, int] = {}
+    for number, rule in enumerate(plan.rules):
+        wanted = _wanted_by(rule, f"[{number}].match", weights)
+        new = [target for target in wanted if target.parameter_name not in decided]
+        if not new:
+            raise PlanError(_hidden(number, sorted({decided[target.parameter_name] for target in wanted})))
+        decided |= dict.fromkeys((target.parameter_name for target in new), number)
+    if not plan.schemes:
+        raise PlanError("`[0].keep` is true, as it is of all rules, so no weight is rounded; add a rule that rounds")
+    of_weights = ((target, decided.get(target.parameter_name)) for target in weights)
+    rules = [(target, plan.rules[number]) for target, number in of_weights if number is not None]
+    return [PlannedWeight(target, rule) for target, rule in rules if not rule.keep]
+
+
+def _wanted_by(rule: Rule, key: str, weights: Sequence[WeightTarget]) -> list[WeightTarget]:
+    """The weights that a rule is for, whatever other rules say."""
+    wanted: dict[str, WeightTarget] = {}
+    for pattern in rule.match:
+        matched = _matched(key, pattern, weights)
+        # A pattern as wide as * is not meant for what is only ever named.
+        of_blocks = [target for target in matched if target.role in SCOPE_ROLES["all"]]
+        wanted |= {target.parameter_name: target for target in of_blocks or matched}
+    return list(wanted.values())
+
+
+def _hidden(number: int, by: Sequence[int]) -> str:
+    earlier = " and ".join(f"`[{other}].match`" for other in by)
+    return f"`[{number}].match` decides nothing: {earlier} matches all of it first; move the rule up, or remove it"
+
+
+def _by_scope(weights: Sequence[WeightTarget], plan: Plan) -> list[WeightTarget]:
     for pattern in plan.include:
         matched = _matched("include", pattern, weights)
         if not any(_may_be_included(target, plan.scope) for target in matched):

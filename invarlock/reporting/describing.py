@@ -14,6 +14,7 @@ from invarlock.core.results import GUARD, Action, EditedWeight, Finding, GuardRe
 from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import (
+    AttemptSection,
     CoverageSection,
     EditSection,
     MetricsSection,
@@ -28,6 +29,8 @@ MOST_SUSPECTS = 3
 MOST_KINDS = 3
 """Kinds of change named there."""
 STORED_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
+MOST_PATTERNS = 4
+"""Of a rule: its first ones show what kind of modules it is for."""
 MOST_FIGURES = 400
 """Of one guard; a report is to be read, and report.json has them all."""
 
@@ -269,9 +272,15 @@ def _unmeasured_first(weight: EditedWeight) -> float:
 
 
 def _planned(edit: EditSection) -> str:
-    plan = Node(edit.plan)
-    what = f"{edit.name}, {_numbers(plan)}, scope {plan['scope'].text('unknown')}"
+    what = f"{edit.name}, {_planned_numbers(Node(edit.plan))}"
     return f"{what}: {len(edit.modules)} weights, {edit.params_changed or 0:,} parameters"
+
+
+def _planned_numbers(plan: Node) -> str:
+    rules = [rule for rule in plan["rules"].entries() if not rule["keep"].flag()]
+    if rules:
+        return "; ".join(dict.fromkeys(map(_numbers, rules)))
+    return f"{_numbers(plan)}, scope {plan['scope'].text('unknown')}"
 
 
 def _numbers(plan: Node) -> str:
@@ -286,7 +295,16 @@ def _numbers(plan: Node) -> str:
 
 
 def plan_cells(edit: EditSection) -> dict[str, str]:
-    return {key: cell(entry) for key, entry in edit.plan.items() if key != "families"}
+    cells = {key: cell(entry) for key, entry in edit.plan.items() if key not in ("families", "rules")}
+    return cells | {f"rule {number}": _rule(rule) for number, rule in enumerate(Node(edit.plan)["rules"].entries())}
+
+
+def _rule(rule: Node) -> str:
+    """A rule as it stands in a table."""
+    patterns = [pattern.text() for pattern in rule["match"].entries()]
+    others = f" and {len(patterns) - MOST_PATTERNS} more" if len(patterns) > MOST_PATTERNS else ""
+    numbers = "left alone" if rule["keep"].flag() else _numbers(rule)
+    return f"{', '.join(patterns[:MOST_PATTERNS])}{others}: {numbers}"
 
 
 def families(edit: EditSection) -> list[tuple[str, str, int]]:
@@ -318,6 +336,13 @@ def bits_per_parameter(report: Report) -> float | None:
     if not stored or not total or left < 0:
         return None
     return (sum(bits * parameters for bits, parameters in rounded) + stored * left) / total
+
+
+def bits_of(attempt: AttemptSection) -> str:
+    """Bits of an attempt: those of its scheme, or those per weight, scales counted, of several."""
+    if attempt.bitwidth is not None:
+        return str(attempt.bitwidth)
+    return f"{shown(attempt.bits_per_weight)} per weight"
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:

@@ -160,11 +160,19 @@ class StorageSection:
 class AttemptSection:
     attempt: int
     bitwidth: int | None
+    """Null where the plan is a list of rules."""
     action: Action
     decided_by: str
     ratio: Number | None
     figure: Number | None = None
     """Of the primary metric, whatever it is; equal to ``ratio`` where that is one of perplexities."""
+    plan: dict[str, Any] | None = None
+    """As ``edit.plan`` of the report, which is that of the last attempt; null of a comparison."""
+    bits_per_weight: float | None = None
+    """Of the weights that the first plan rounds, scales of 16 bits included; what a later plan leaves alone has those
+    that it is stored in."""
+    seconds: float | None = None
+    """For the edit and its judgement."""
 
     @property
     def metric(self) -> Number | None:

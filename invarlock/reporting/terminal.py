@@ -110,7 +110,9 @@ def _lines(report: Report) -> Iterator[str]:
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     for attempt in report.attempts[:-1]:
-        yield f"attempt  {attempt.attempt} at {attempt.bitwidth} bits: {describing.action_word(attempt.action)}"
+        metric = describing.shown(attempt.metric)
+        action = describing.action_word(attempt.action)
+        yield f"attempt  {attempt.attempt} at {describing.bits_of(attempt)} bits: {action}, primary metric {metric}"
 
 
 def _in_colour(cell: str, action: str | None) -> str:

@@ -84,7 +84,7 @@ class GuardRun:
         try:
             guarding.begin(model, keeper.baseline)
             if not guarding.ready:
-                return guarding.not_ready().guards[0]
+                return guarding.not_ready({}).guards[0]
             described = _apply(edit, model, session.config, keeper.snapshot)
             # A change is named; it need not be undone, for no other guard looks at the model.
             watched = keeper.baseline.edited(lambda: None)
