@@ -28,6 +28,8 @@ TASK_OF = {
     "BertForSequenceClassification": ("label_disagreement", "share"),
     "BertForTokenClassification": ("label_disagreement", "mean"),
     "LlamaForSequenceClassification": ("label_disagreement", "share"),
+    "ViTForImageClassification": ("label_disagreement", "share"),
+    "ResNetForImageClassification": ("label_disagreement", "share"),
     "CLIPModel": ("cosine_distance", "mean"),
     "WhisperForConditionalGeneration": ("target_perplexity", "ratio"),
     "LlavaForConditionalGeneration": ("perplexity", "ratio"),

@@ -1,4 +1,4 @@
-"""Classifiers: scores for the labels of a text, or of each of its tokens."""
+"""Classifiers: scores for the labels of a text, of each of its tokens, or of an image."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 DIFFERING = 0.10
 """Largest share of labels that differ, by the upper end of the interval: 0.034 where none of 108 samples does, which is
 what 12 windows of 128 tokens hold, and 0.092 where four do. Labels of samples near a boundary change by rounding."""
+IMAGES = 4
+"""Images of a window: 12 windows are 48 samples, on which the exact interval ends at 7.4 % where no label differs."""
 
 
 class _Classification(VectorTask):
@@ -64,3 +66,29 @@ class TokenClassification(_Classification):
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["attention_mask"].sum(dim=1)
+
+
+class ImageClassification(_Classification):
+    """The label of an image: ViT, ConvNeXt, ResNet."""
+
+    name, made_up, made_up_media = "image classification", "random pixels", "random pixels"
+    metric = Metric("label_disagreement", "share", limit=DIFFERING)
+
+    def owns(self, model_class: ModelClass) -> bool:
+        return is_in(model_class, "IMAGE_CLASSIFICATION", ending="ForImageClassification")
+
+    def needs_tokenizer(self, dataset: Any) -> bool:
+        return False
+
+    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
+        from invarlock.api import Windows
+        from plugins_builtin.tasks.images import noise_images, size_of
+
+        samples = IMAGES * (dataset.preview_n + dataset.final_n)
+        images = noise_images(model, samples, size_of(model), seed=dataset.seed)
+        windows = Windows.of_media({"pixel_values": images.to(next(model.parameters()).dtype)})
+        preview = IMAGES * dataset.preview_n
+        return windows[:preview], windows[preview:]
+
+    def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"labels": model(**batch).logits}

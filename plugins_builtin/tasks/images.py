@@ -1,4 +1,4 @@
-"""Images without data: random colours, coarse and fine, in the range that the model's processor gives pixels."""
+"""Images as a model's processor hands them over: made of data, or random colours in the same range."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ COARSE = 4
 """Patches of colour along each side of an image: noise alone looks the same to a model wherever it looks."""
 MIDDLE = (0.5, 0.5, 0.5)
 """Mean and deviation of pixels between 0 and 1 where no processor lies beside the model."""
+SIDE = 224
+"""Pixels along each side where neither the model nor its processor states a size: that of ImageNet's classifiers."""
 
 
 def noise_images(model: nn.Module, count: int, size: tuple[int, int], *, seed: int) -> Tensor:
@@ -25,6 +27,18 @@ def noise_images(model: nn.Module, count: int, size: tuple[int, int], *, seed: i
     pixels = (coarse + noise.uniform(count, 3, *size)) / 2
     mean, deviation = (_channels(_processor(model), key) for key in ("image_mean", "image_std"))
     return (pixels - mean) / deviation
+
+
+def size_of(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a model of images alone reads."""
+    processor = _processor(model)
+    stated = getattr(model.config, "image_size", None) or processor.get("crop_size") or processor.get("size")
+    if isinstance(stated, Mapping):
+        side = stated.get("shortest_edge", SIDE)
+        stated = stated.get("height", side), stated.get("width", side)
+    if isinstance(stated, int):
+        return stated, stated
+    return (int(stated[0]), int(stated[1])) if stated else (SIDE, SIDE)
 
 
 def _processor(model: nn.Module) -> Mapping[str, Any]:

@@ -52,6 +52,9 @@ class Cut:
     @classmethod
     def of(cls, leading: Tensor, tokens: int) -> Cut:
         """Cut as the leading tensor of a call needs it: hidden states (windows, length, size) or token ids."""
+        if leading.ndim == 4:
+            # An image, or what a convolution makes of one: it stays whole.
+            return cls(leading.shape[0], leading.shape[1], leading.shape[1])
         is_flat = leading.ndim == 1 or (leading.ndim == 2 and leading.is_floating_point())
         windows, length = (None, leading.shape[0]) if is_flat else leading.shape[:2]
         return cls(windows, length, min(tokens, length))
