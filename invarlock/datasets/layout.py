@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -97,8 +97,8 @@ class Windows:
         """Without the padding on the right that all of the windows share."""
         seen = self.attention_mask.any(dim=0).nonzero()
         used = int(seen.max()) + 1 if len(seen) else 0
-        shape = self.input_ids.shape
-        return self._of({name: each[:, :used] if each.shape == shape else each for name, each in self._tensors().items()})
+        tensors, shape = self._tensors(), self.input_ids.shape
+        return self._of({name: each[:, :used] if each.shape == shape else each for name, each in tensors.items()})
 
     def equal(self, other: Windows) -> bool:
         """Compare all tensors; those of different shapes differ."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock.api import FigureResult, Metric, VectorTask
 from plugins_builtin.tasks.classes import is_in
+from plugins_builtin.tasks.embedding import order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +44,22 @@ class SequenceClassification(_Classification):
 
     name = "sequence classification"
     metric = Metric("label_disagreement", "share", limit=DIFFERING)
+    reads = frozenset({"text", "text_pair"})
 
     def owns(self, model_class: ModelClass) -> bool:
         return is_in(model_class, "SEQUENCE_CLASSIFICATION", ending="ForSequenceClassification")
+
+    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
+        from invarlock.api import column, columns_of, make_pairs
+
+        columns = columns_of(documents)
+        if "text_pair" in columns or model.config.num_labels == 1:
+            return make_pairs(dataset, model, tokenizer, documents)
+        return super().make_windows(model, dataset, tokenizer, column(documents, "text") if columns else None)
+
+    def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
+        found = super().figures(before, after, judging)
+        return [*found, order("scores", before["labels"], after["labels"])] if before["labels"].shape[1] == 1 else found
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {"labels": model(**batch).logits}
@@ -71,7 +85,8 @@ class TokenClassification(_Classification):
 class ImageClassification(_Classification):
     """The label of an image: ViT, ConvNeXt, ResNet."""
 
-    name, made_up, made_up_media = "image classification", "random pixels", "random pixels"
+    name, made_up = "image classification", "random pixels"
+    reads = frozenset({"image"})
     metric = Metric("label_disagreement", "share", limit=DIFFERING)
 
     def owns(self, model_class: ModelClass) -> bool:
@@ -81,13 +96,17 @@ class ImageClassification(_Classification):
         return False
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
-        from invarlock.api import Windows
-        from plugins_builtin.tasks.images import noise_images, size_of
+        from invarlock.api import Windows, column, drawn
+        from plugins_builtin.tasks.images import given_images, noise_images, size_of
 
-        samples = IMAGES * (dataset.preview_n + dataset.final_n)
-        images = noise_images(model, samples, size_of(model), seed=dataset.seed)
+        count = dataset.preview_n + dataset.final_n
+        if documents is None:
+            images = noise_images(model, IMAGES * count, size_of(model), seed=dataset.seed)
+        else:
+            files = column(drawn(documents, dataset, most=IMAGES), "image")
+            images = given_images(model, files)["pixel_values"]
         windows = Windows.of_media({"pixel_values": images.to(next(model.parameters()).dtype)})
-        preview = IMAGES * dataset.preview_n
+        preview = len(images) // count * dataset.preview_n
         return windows[:preview], windows[preview:]
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
