@@ -74,13 +74,15 @@ if TYPE_CHECKING:
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.facts import vocabulary_of as vocabulary_of
     from invarlock.models.norms import is_norm as is_norm
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
     from invarlock.models.structure import input_embeddings as input_embeddings
-    from invarlock.models.structure import is_backbone as is_backbone
     from invarlock.models.structure import output_head as output_head
+    from invarlock.models.structure import predicts_tokens as predicts_tokens
+    from invarlock.models.structure import reads_images_alone as reads_images_alone
     from invarlock.models.tokens import ChangedVocabulary as ChangedVocabulary
     from invarlock.models.tokens import stop_tokens as stop_tokens
     from invarlock.plugins.classes import Guard as Guard
@@ -117,15 +119,16 @@ _HOMES = {
     "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours", "changed_order", "unit"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
-    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of", "vocabulary_of"),
     "invarlock.models.norms": ("is_norm",),
     "invarlock.models.structure": (
         "block_of",
         "find_blocks",
         "has_weights",
         "input_embeddings",
-        "is_backbone",
         "output_head",
+        "predicts_tokens",
+        "reads_images_alone",
     ),
     "invarlock.models.tokens": ("ChangedVocabulary", "stop_tokens"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),

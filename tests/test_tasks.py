@@ -168,11 +168,35 @@ def test_an_unknown_pooling_is_refused(judged) -> None:
     assert "pooling 'magic' is none of mean, cls," in done.err
 
 
-def test_weights_alone_judge_an_embedding(judged) -> None:
-    assert judged(MODELS["BertModel"](), rounded(8), "--weights-only").code == 0
-    done = judged(MODELS["BertModel"](), rounded(2, per_channel=False), "--weights-only", "--force")
+PROBED = (
+    "ViTForImageClassification",
+    "ResNetForImageClassification",
+    "BertForSequenceClassification",
+    "LlamaForSequenceClassification",
+    "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+)
+"""Classes whose weights alone are judged, as those of a neighbour are."""
+
+
+@pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "WhisperForConditionalGeneration", *slow(*PROBED)])
+def test_weights_alone_judge_a_model_of_any_kind(name: str, judged) -> None:
+    assert judged(MODELS[name](), rounded(8), "--weights-only").code == 0
+    done = judged(MODELS[name](), rounded(2, per_channel=False), "--weights-only", "--force")
     assert done.code == 1, done.out + done.err
-    assert read_report(Path("out"))["verdict"]["decided_by"] == "guard reconstruction"
+    report = read_report(Path("out"))
+    assert report["verdict"]["decided_by"] == "guard reconstruction"
+    guard = next(guard for guard in report["guards"] if guard["name"] == "reconstruction")
+    assert not guard["metrics"]["not_measured"]
+
+
+def test_outputs_that_were_measured_decide_over_the_errors_of_parts(judged) -> None:
+    """Whatever the metric is of: 4 bits change few of the labels, and the parts by far more than their limit."""
+    limits = ("--set", "eval.metric.limit=0.9", "--set", "eval.max_pm_ratio=1e6")
+    strict = ("--set", "guards.reconstruction.max_score=1e-6", "--set", "guards.order=[reconstruction]")
+    done = judged(MODELS["BertForSequenceClassification"](), rounded(4), *TEXT, *limits, *strict)
+    assert done.code == 0, done.out + done.err
+    assert read_report(Path("out"))["guards"][0]["metrics"]["score"] > 1e-6
 
 
 def test_edited_weights_that_no_window_reaches_warn(judged, monkeypatch) -> None:

@@ -63,6 +63,11 @@ def is_backbone(model: nn.Module) -> bool:
     return output_head(model) is None and getattr(model, "base_model", None) is model
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """False for a model of transformers that has no head for tokens: it gives vectors, or labels of whole samples."""
+    return output_head(model) is not None or not hasattr(model, "base_model")
+
+
 def reads_images_alone(model: nn.Module) -> bool:
     """True for a model that is given images and no tokens, as transformers tells."""
     return getattr(model, "main_input_name", None) == "pixel_values"

@@ -67,7 +67,8 @@ class VisionLanguage(LanguageTask):
         one = torch.ones(1, 1, dtype=torch.int64)
         try:
             with evaluating(model):
-                media = _made_up(model, dataset) if files is None else _given(model, files)
+                count = dataset.preview_n + dataset.final_n
+                media = random_images(model, count, dataset.seed) if files is None else _given(model, files)
                 images = _Images.of(model, media)
                 model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
         except CANNOT_SEE:
@@ -114,10 +115,7 @@ class _Images:
         from invarlock.api import device_of
 
         config, arguments = model.config, inspect.signature(model.forward).parameters
-        first = {name: tensor[:1].to(device_of(model)) for name, tensor in media.items()}
-        if "image_grid_thw" in first:
-            first["pixel_values"] = first["pixel_values"].flatten(0, 1)
-        features = model.get_image_features(**first)
+        features = model.get_image_features(**first_of(media, device_of(model)))
         length = len(getattr(features, "pooler_output", features)[0])
         names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
         start, image, end, film = (getattr(config, name, None) for name in names)
@@ -162,9 +160,16 @@ def _takes_patches(model: Any) -> bool:
     return "image_grid_thw" in inspect.signature(model.forward).parameters
 
 
-def _made_up(model: Any, dataset: Any) -> dict[str, Tensor]:
-    count = dataset.preview_n + dataset.final_n
-    return (_patches if _takes_patches(model) else _whole)(model, count, dataset.seed)
+def random_images(model: Any, count: int, seed: int) -> dict[str, Tensor]:
+    """Arguments of a model's forward that are random images, each (count, ...)."""
+    return (_patches if _takes_patches(model) else _whole)(model, count, seed)
+
+
+def first_of(media: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
+    """The first image as the tower of a model takes it."""
+    first = {name: tensor[:1].to(device) for name, tensor in media.items()}
+    # Patches of all images stand in one row.
+    return first | ({"pixel_values": first["pixel_values"].flatten(0, 1)} if "image_grid_thw" in first else {})
 
 
 def _given(model: Any, files: Sequence[Path]) -> dict[str, Tensor]:
