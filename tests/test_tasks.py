@@ -157,6 +157,59 @@ def test_the_pooling_of_a_folder_is_read(judged, stated: dict[str, Any], same: b
     assert judged(model, pool, *TEXT).code == (0 if same else 1)
 
 
+def sentence_modules(folder: Path, *, activation: str = "Tanh") -> torch.Tensor:
+    """Files of sentence-transformers: the mean, a dense layer and unit length; the weight of the layer."""
+    from safetensors.torch import save_file
+
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path, config in (
+        ("1_Pooling", {"pooling_mode": "mean"}),
+        ("2_Dense", {"activation_function": f"x.{activation}"}),
+    ):
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(config))
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    return weight
+
+
+def test_the_modules_after_the_pooling_make_the_vector() -> None:
+    from plugins_builtin.tasks.embedding import Embedding
+
+    model = MODELS["BertModel"]()
+    folder = tiny_models.save(model, Path("baseline"))
+    weight = sentence_modules(folder)
+    model.config._name_or_path = str(folder)
+    batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        pooled = model(**batch).last_hidden_state.mean(dim=1)
+        found = Embedding().vectors(model, batch)["text"]
+    wanted = torch.nn.functional.normalize(torch.tanh(pooled @ weight.T))
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_saved_embedding_keeps_the_modules_that_make_its_vectors(invarlock, config) -> None:
+    sentence_modules(tiny_models.save(MODELS["BertModel"](), Path("baseline")))
+    dataset = {"provider": "demo", "seq_len": 32, "preview_n": 1, "final_n": 4}
+    path = config(model={"id": "baseline"}, dataset=dataset, output={"save_model": True})
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 0, done.out + done.err
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert Path("out/model", name).read_bytes() == Path("baseline", name).read_bytes()
+    assert invarlock("verify", "out").code == 0
+
+
+def test_a_dense_layer_that_cannot_be_applied_is_refused(judged) -> None:
+    def modules(_: Any) -> None:
+        sentence_modules(Path("baseline"), activation="Magic")
+
+    done = judged(MODELS["BertModel"](), modules, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "activation 'Magic' is none of Identity, Tanh," in done.err
+
+
 def test_an_unknown_pooling_is_refused(judged) -> None:
     def pool(_: Any) -> None:
         Path("baseline/modules.json").write_text('[{"type": "x.Pooling", "path": ""}]')

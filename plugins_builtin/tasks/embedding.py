@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from invarlock.api import ModelClass
-    from plugins_builtin.tasks.pooling import Pooling
+    from plugins_builtin.tasks.sentence_modules import SentenceModules
 
 MOVED = 0.02
 """Largest mean cosine distance to accept. MiniLM has 0.0005 at 8 bits per channel, 0.007 at 6, 0.023 at 5 and 0.08 at 4
@@ -35,7 +35,9 @@ class Embedding(VectorTask):
     reads = frozenset({"text", "text_pair"})
 
     def __init__(self) -> None:
-        self._baseline: Pooling | None = None
+        self._baseline: SentenceModules | None = None
+        self._read: dict[str, SentenceModules | None] = {}
+        """By folder, each read once."""
         self._pairs = False
 
     def owns(self, model_class: ModelClass) -> bool:
@@ -44,25 +46,33 @@ class Embedding(VectorTask):
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
         from invarlock.api import column, columns_of, drawn
-        from plugins_builtin.tasks.pooling import Pooling
+        from plugins_builtin.tasks.sentence_modules import SentenceModules
 
         # The baseline's come first; those of a subject with a tokenizer of its own may follow.
-        self._baseline = self._baseline or _stated(model) or Pooling()
+        self._baseline = self._baseline or self._stated(model) or SentenceModules()
         self._pairs = "text_pair" in columns_of(documents)
         if self._pairs:
             return _both(model, dataset, tokenizer, drawn(documents, dataset))
         return super().make_windows(model, dataset, tokenizer, None if documents is None else column(documents, "text"))
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        from plugins_builtin.tasks.pooling import Pooling
+        from plugins_builtin.tasks.sentence_modules import SentenceModules
 
         # An edited model that was saved without the files of sentence-transformers is served with the baseline's.
-        pooling = _stated(model) or self._baseline or Pooling()
-        return {"text": pooling(model(**batch).last_hidden_state, batch["attention_mask"])}
+        modules = self._stated(model) or self._baseline or SentenceModules()
+        return {"text": modules(model(**batch).last_hidden_state, batch["attention_mask"])}
 
     def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
         found = [neighbours("text", before, after)]
         return [*found, order("pairs", *map(_cosines, (before["text"], after["text"])))] if self._pairs else found
+
+    def _stated(self, model: Any) -> SentenceModules | None:
+        from plugins_builtin.tasks.sentence_modules import SentenceModules
+
+        folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if folder and folder not in self._read:
+            self._read[folder] = SentenceModules.stated(Path(folder))
+        return self._read.get(folder)
 
 
 def neighbours(name: str, before: Any, after: Any) -> FigureResult:
@@ -96,10 +106,3 @@ def _cosines(vectors: Any) -> Any:
 
     first, second = unit(vectors).reshape(2, -1, vectors.shape[1])
     return (first * second).sum(axis=1, keepdims=True)
-
-
-def _stated(model: Any) -> Pooling | None:
-    from plugins_builtin.tasks.pooling import Pooling
-
-    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return Pooling.stated(Path(folder)) if folder else None
