@@ -35,12 +35,21 @@ if TYPE_CHECKING:
     from invarlock.core.paths import is_hub_id as is_hub_id
     from invarlock.core.paths import regular_file as regular_file
     from invarlock.core.progress import counted as counted
+    from invarlock.core.records import COLUMNS as COLUMNS
+    from invarlock.core.records import Record as Record
+    from invarlock.core.records import column as column
+    from invarlock.core.records import columns_of as columns_of
     from invarlock.core.results import Action as Action
+    from invarlock.datasets.drawing import drawn as drawn
     from invarlock.datasets.layout import UNSCORED as UNSCORED
     from invarlock.datasets.layout import WindowLayout as WindowLayout
     from invarlock.datasets.layout import Windows as Windows
     from invarlock.datasets.noise import Noise as Noise
+    from invarlock.datasets.pairs import make_pairs as make_pairs
+    from invarlock.datasets.samples import encoded as encoded
+    from invarlock.datasets.samples import padding_of as padding_of
     from invarlock.datasets.samples import read_text as read_text
+    from invarlock.datasets.samples import seen as seen
     from invarlock.distributed.launchers import local_rank as local_rank
     from invarlock.distributed.parallel_map import each as each
     from invarlock.distributed.process_group import Ranks as Ranks
@@ -55,6 +64,8 @@ if TYPE_CHECKING:
     from invarlock.evaluation.task import VectorTask as VectorTask
     from invarlock.evaluation.vectors import changed_matches as changed_matches
     from invarlock.evaluation.vectors import changed_neighbours as changed_neighbours
+    from invarlock.evaluation.vectors import changed_order as changed_order
+    from invarlock.evaluation.vectors import unit as unit
     from invarlock.exporters.exporter import Exporter as Exporter
     from invarlock.models.configuration import POSITION_FIELDS as POSITION_FIELDS
     from invarlock.models.configuration import fields_of as fields_of
@@ -63,13 +74,15 @@ if TYPE_CHECKING:
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.facts import vocabulary_of as vocabulary_of
     from invarlock.models.norms import is_norm as is_norm
     from invarlock.models.structure import block_of as block_of
     from invarlock.models.structure import find_blocks as find_blocks
     from invarlock.models.structure import has_weights as has_weights
     from invarlock.models.structure import input_embeddings as input_embeddings
-    from invarlock.models.structure import is_backbone as is_backbone
     from invarlock.models.structure import output_head as output_head
+    from invarlock.models.structure import predicts_tokens as predicts_tokens
+    from invarlock.models.structure import reads_images_alone as reads_images_alone
     from invarlock.models.tokens import ChangedVocabulary as ChangedVocabulary
     from invarlock.models.tokens import stop_tokens as stop_tokens
     from invarlock.plugins.classes import Guard as Guard
@@ -89,10 +102,13 @@ _HOMES = {
     "invarlock.core.memory": ("free_memory",),
     "invarlock.core.paths": ("absolute", "is_hub_id", "regular_file"),
     "invarlock.core.progress": ("counted",),
+    "invarlock.core.records": ("COLUMNS", "Record", "column", "columns_of"),
     "invarlock.core.results": ("Action",),
+    "invarlock.datasets.drawing": ("drawn",),
     "invarlock.datasets.layout": ("UNSCORED", "WindowLayout", "Windows"),
     "invarlock.datasets.noise": ("Noise",),
-    "invarlock.datasets.samples": ("read_text",),
+    "invarlock.datasets.pairs": ("make_pairs",),
+    "invarlock.datasets.samples": ("encoded", "padding_of", "read_text", "seen"),
     "invarlock.distributed.launchers": ("local_rank",),
     "invarlock.distributed.parallel_map": ("each",),
     "invarlock.distributed.process_group": ("Ranks",),
@@ -100,18 +116,19 @@ _HOMES = {
     "invarlock.evaluation.results": ("FigureResult",),
     "invarlock.evaluation.taps": ("Tap", "attached"),
     "invarlock.evaluation.task": ("LanguageTask", "Metric", "Task", "VectorTask"),
-    "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours"),
+    "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours", "changed_order", "unit"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
-    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of"),
+    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of", "vocabulary_of"),
     "invarlock.models.norms": ("is_norm",),
     "invarlock.models.structure": (
         "block_of",
         "find_blocks",
         "has_weights",
         "input_embeddings",
-        "is_backbone",
         "output_head",
+        "predicts_tokens",
+        "reads_images_alone",
     ),
     "invarlock.models.tokens": ("ChangedVocabulary", "stop_tokens"),
     "invarlock.plugins.classes": ("Guard", "ModelAdapter", "OptionNotTakenError"),

@@ -28,6 +28,8 @@ TASK_OF = {
     "BertForSequenceClassification": ("label_disagreement", "share"),
     "BertForTokenClassification": ("label_disagreement", "mean"),
     "LlamaForSequenceClassification": ("label_disagreement", "share"),
+    "ViTForImageClassification": ("label_disagreement", "share"),
+    "ResNetForImageClassification": ("label_disagreement", "share"),
     "CLIPModel": ("cosine_distance", "mean"),
     "WhisperForConditionalGeneration": ("target_perplexity", "ratio"),
     "LlavaForConditionalGeneration": ("perplexity", "ratio"),
@@ -78,14 +80,24 @@ def rounded(bits: int, **plan: Any) -> Callable[[Any], object]:
     return lambda model: quantize_model(model, Plan(bitwidth=bits, scope="all", **plan))
 
 
-SECOND = ("JambaForCausalLM", "LlamaForSequenceClassification", "LlavaForConditionalGeneration")
+def text_of(name: str, text: tuple[Any, ...] = TEXT) -> tuple[Any, ...]:
+    """Text for those models that read any."""
+    return () if name.endswith("ForImageClassification") else text
+
+
+SECOND = (
+    "JambaForCausalLM",
+    "LlamaForSequenceClassification",
+    "LlavaForConditionalGeneration",
+    "ResNetForImageClassification",
+)
 """Classes of tasks that another class is tested with."""
 
 
 @pytest.mark.parametrize("text", [TEXT, ()], ids=["text", "no data"])
 @pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
 def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple[Any, ...], judged) -> None:
-    done = judged(MODELS[name](), lambda model: None, *text, "--strict")
+    done = judged(MODELS[name](), lambda model: None, *text_of(name, text), "--strict")
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     metric = report["metrics"]["primary"]
@@ -96,13 +108,13 @@ def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple
 
 @pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
 def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
-    done = judged(MODELS[name](), rounded(8), *TEXT)
+    done = judged(MODELS[name](), rounded(8), *text_of(name))
     assert done.code == 0, done.out + done.err
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
-    done = judged(MODELS[name](), rounded(2, per_channel=False), *TEXT)
+    done = judged(MODELS[name](), rounded(2, per_channel=False), *text_of(name))
     assert done.code == 1, done.out + done.err
     # Of an untrained model, text is as unlikely before as after: the predictions tell.
     metrics = read_report(Path("out"))["metrics"]
@@ -145,6 +157,59 @@ def test_the_pooling_of_a_folder_is_read(judged, stated: dict[str, Any], same: b
     assert judged(model, pool, *TEXT).code == (0 if same else 1)
 
 
+def sentence_modules(folder: Path, *, activation: str = "Tanh") -> torch.Tensor:
+    """Files of sentence-transformers: the mean, a dense layer and unit length; the weight of the layer."""
+    from safetensors.torch import save_file
+
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path, config in (
+        ("1_Pooling", {"pooling_mode": "mean"}),
+        ("2_Dense", {"activation_function": f"x.{activation}"}),
+    ):
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(config))
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    return weight
+
+
+def test_the_modules_after_the_pooling_make_the_vector() -> None:
+    from plugins_builtin.tasks.embedding import Embedding
+
+    model = MODELS["BertModel"]()
+    folder = tiny_models.save(model, Path("baseline"))
+    weight = sentence_modules(folder)
+    model.config._name_or_path = str(folder)
+    batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        pooled = model(**batch).last_hidden_state.mean(dim=1)
+        found = Embedding().vectors(model, batch)["text"]
+    wanted = torch.nn.functional.normalize(torch.tanh(pooled @ weight.T))
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_saved_embedding_keeps_the_modules_that_make_its_vectors(invarlock, config) -> None:
+    sentence_modules(tiny_models.save(MODELS["BertModel"](), Path("baseline")))
+    dataset = {"provider": "demo", "seq_len": 32, "preview_n": 1, "final_n": 4}
+    path = config(model={"id": "baseline"}, dataset=dataset, output={"save_model": True})
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 0, done.out + done.err
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert Path("out/model", name).read_bytes() == Path("baseline", name).read_bytes()
+    assert invarlock("verify", "out").code == 0
+
+
+def test_a_dense_layer_that_cannot_be_applied_is_refused(judged) -> None:
+    def modules(_: Any) -> None:
+        sentence_modules(Path("baseline"), activation="Magic")
+
+    done = judged(MODELS["BertModel"](), modules, "--quiet")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "activation 'Magic' is none of Identity, Tanh," in done.err
+
+
 def test_an_unknown_pooling_is_refused(judged) -> None:
     def pool(_: Any) -> None:
         Path("baseline/modules.json").write_text('[{"type": "x.Pooling", "path": ""}]')
@@ -156,11 +221,35 @@ def test_an_unknown_pooling_is_refused(judged) -> None:
     assert "pooling 'magic' is none of mean, cls," in done.err
 
 
-def test_weights_alone_judge_an_embedding(judged) -> None:
-    assert judged(MODELS["BertModel"](), rounded(8), "--weights-only").code == 0
-    done = judged(MODELS["BertModel"](), rounded(2, per_channel=False), "--weights-only", "--force")
+PROBED = (
+    "ViTForImageClassification",
+    "ResNetForImageClassification",
+    "BertForSequenceClassification",
+    "LlamaForSequenceClassification",
+    "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+)
+"""Classes whose weights alone are judged, as those of a neighbour are."""
+
+
+@pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "WhisperForConditionalGeneration", *slow(*PROBED)])
+def test_weights_alone_judge_a_model_of_any_kind(name: str, judged) -> None:
+    assert judged(MODELS[name](), rounded(8), "--weights-only").code == 0
+    done = judged(MODELS[name](), rounded(2, per_channel=False), "--weights-only", "--force")
     assert done.code == 1, done.out + done.err
-    assert read_report(Path("out"))["verdict"]["decided_by"] == "guard reconstruction"
+    report = read_report(Path("out"))
+    assert report["verdict"]["decided_by"] == "guard reconstruction"
+    guard = next(guard for guard in report["guards"] if guard["name"] == "reconstruction")
+    assert not guard["metrics"]["not_measured"]
+
+
+def test_outputs_that_were_measured_decide_over_the_errors_of_parts(judged) -> None:
+    """Whatever the metric is of: 4 bits change few of the labels, and the parts by far more than their limit."""
+    limits = ("--set", "eval.metric.limit=0.9", "--set", "eval.max_pm_ratio=1e6")
+    strict = ("--set", "guards.reconstruction.max_score=1e-6", "--set", "guards.order=[reconstruction]")
+    done = judged(MODELS["BertForSequenceClassification"](), rounded(4), *TEXT, *limits, *strict)
+    assert done.code == 0, done.out + done.err
+    assert read_report(Path("out"))["guards"][0]["metrics"]["score"] > 1e-6
 
 
 def test_edited_weights_that_no_window_reaches_warn(judged, monkeypatch) -> None:

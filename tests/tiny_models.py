@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,8 @@ T5 = {
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0, "scale_decoder_outputs": False,
 }  # fmt: skip
 LABELS = {"num_labels": 3}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
 
 
 def built(name: str, **settings: Any) -> Any:
@@ -53,7 +56,7 @@ def built(name: str, **settings: Any) -> Any:
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**settings)).eval()
         for path, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "conv1d" not in path and not path.endswith("A_log"):
+            if parameter.ndim > 1 and not re.search("conv1d|convolution", path) and not path.endswith("A_log"):
                 torch.nn.init.normal_(parameter, std=0.4)
     return model
 
@@ -66,6 +69,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "BertForSequenceClassification": lambda: built("BertForSequenceClassification", **SIZE, **LABELS),
     "BertForTokenClassification": lambda: built("BertForTokenClassification", **SIZE, **LABELS),
     "LlamaForSequenceClassification": lambda: built("LlamaForSequenceClassification", **GROUPED, num_labels=1),
+    "ViTForImageClassification": lambda: built("ViTForImageClassification", **VISION, **LABELS),
+    "ResNetForImageClassification": lambda: built("ResNetForImageClassification", **RESNET, **LABELS),
     "CLIPModel": lambda: built("CLIPModel", text_config=SIZE, vision_config=VISION, projection_dim=16),
     "WhisperForConditionalGeneration": lambda: built("WhisperForConditionalGeneration", **WHISPER),
     "LlavaForConditionalGeneration": lambda: built(
@@ -92,6 +97,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 def save(model: Any, folder: Path) -> Path:
     """A checkpoint with the demo model's tokenizer, which here has a mask token."""
     model.save_pretrained(folder)
+    if model.main_input_name == "pixel_values":
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     for file in (DEMO / "checkpoint").glob("tokenizer*.json"):
         shutil.copyfile(file, folder / file.name)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -59,10 +59,11 @@ class ModelConfig(_Section):
 class DatasetConfig(_Section):
     provider: Annotated[
         str,
-        "Where the text comes from: local_jsonl, local_text, demo, hf, or a provider of a plugin; generated: the "
-        "baseline writes its own windows.",
+        "Where samples come from: local_jsonl, local_text, demo, hf (text); local_images, local_audio, pairs (of "
+        "texts, or of a text and an image or a sound); or a provider of a plugin; generated: the baseline writes its "
+        "own windows.",
     ] = GENERATED
-    path: Annotated[str | None, "File of a local provider, or name of a dataset on a hub."] = None
+    path: Annotated[str | None, "File or folder of a local provider, or name of a dataset on a hub."] = None
     name: Annotated[str | None, "Configuration of a dataset on a hub."] = None
     text_field: Annotated[str, "Field that holds the text."] = "text"
     split: Annotated[str, "Split of a dataset on a hub."] = "validation"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from invarlock.core.errors import InputError, UsageError
 from invarlock.models.facts import Predicted
 
 UNSCORED = -100
+PATCH = 16
+"""Side of a patch of an image that costs about as much as a token: that of most vision transformers."""
 MASKED_SHARE = 0.15
 
 
@@ -49,16 +51,23 @@ class Windows:
     labels: Tensor
     decoder_input_ids: Tensor | None = None
     media: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further arguments of the model's forward, each (n, ...): images or sounds."""
+    """Further arguments of the model's forward, each (n, ...): images or sounds, types of tokens."""
+
+    @classmethod
+    def of_media(cls, media: Mapping[str, Tensor]) -> Windows:
+        """Windows without text, whose tensors of tokens have no columns."""
+        none = torch.zeros(len(next(iter(media.values()))), 0, dtype=torch.int64)
+        return cls(none, none, none, media=media)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def length(self) -> int:
-        """Tokens of a window, or frames of its sound: of the source or of the target, whichever is longer."""
-        sound = self.media.get("input_features", self.labels)
-        return max(self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1])
+        """Tokens of a window, of the source or of the target, frames of its sound or patches of its image: the most."""
+        sound, image = (self.media.get(name, self.labels) for name in ("input_features", "pixel_values"))
+        patches = image.shape[-2] * image.shape[-1] // PATCH**2 if image.ndim == 4 else 0
+        return max(1, self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1], patches)
 
     def __getitem__(self, rows: slice) -> Windows:
         return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
@@ -77,7 +86,8 @@ class Windows:
         """The keyword arguments of the model's forward, on a device."""
         # A model that hears reads the tokens of its decoder, and no others.
         left = {"labels", "input_ids", "attention_mask"} if "input_features" in self.media else {"labels"}
-        given = {name: tensor.to(device) for name, tensor in self._tensors().items() if name not in left}
+        kept = {name: tensor for name, tensor in self._tensors().items() if name not in left and tensor.shape[1]}
+        given = {name: tensor.to(device) for name, tensor in kept.items()}
         if "image_grid_thw" in given:
             # Patches of all images stand in one row.
             given["pixel_values"] = given["pixel_values"].flatten(0, 1)
@@ -85,9 +95,10 @@ class Windows:
 
     def trimmed(self) -> Windows:
         """Without the padding on the right that all of the windows share."""
-        used = int(self.attention_mask.any(dim=0).nonzero().max()) + 1
-        kept = {name: getattr(self, name)[:, :used] for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **kept)
+        seen = self.attention_mask.any(dim=0).nonzero()
+        used = int(seen.max()) + 1 if len(seen) else 0
+        tensors, shape = self._tensors(), self.input_ids.shape
+        return self._of({name: each[:, :used] if each.shape == shape else each for name, each in tensors.items()})
 
     def equal(self, other: Windows) -> bool:
         """Compare all tensors; those of different shapes differ."""

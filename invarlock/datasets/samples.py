@@ -11,10 +11,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from invarlock.core.errors import InputError
-from invarlock.datasets.layout import UNSCORED, Tokenizer, WindowLayout, Windows
+from invarlock.datasets.layout import UNSCORED, Tokenizer, WindowLayout, Windows, encode
 from invarlock.datasets.noise import Noise
 from invarlock.datasets.windows import Dataset, check_lengths, read_rows, tokens_of, unreadable
 from invarlock.models.facts import vocabulary_of
@@ -22,6 +21,8 @@ from invarlock.models.facts import vocabulary_of
 PIECE = 16
 """Tokens of a short sample: a sentence or a query. 12 windows of 128 tokens then hold 108 samples, on which the exact
 interval of a share of labels that differ ends at 3.4 % where none does."""
+
+NO_TOKENIZER = "it has no tokenizer to read text with; dataset.provider generated needs none"
 
 
 def make_samples(
@@ -55,11 +56,35 @@ def read_text(
     if documents is None:
         return random_tokens(model, layout, dataset.preview_n + dataset.final_n, seed=dataset.seed)
     if tokenizer is None:
-        raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
+        raise InputError(NO_TOKENIZER)
     text = torch.tensor(read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text))
     if reason := unreadable(layout.windows(text, seed=dataset.seed), model):
         raise InputError(f"its tokenizer does not fit it: {reason}")
     return text
+
+
+def encoded(texts: Sequence[str], tokenizer: Tokenizer | None, layout: WindowLayout, pad: int) -> Windows:
+    """A window of each text, cut to its layout and padded on the right.
+
+    :raises InputError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError(NO_TOKENIZER)
+    return padded([encode(tokenizer, text)[: layout.text] for text in texts], layout, pad)
+
+
+def padded(rows: Sequence[Sequence[int]], layout: WindowLayout, pad: int) -> Windows:
+    """Windows of rows of text tokens, between special tokens and padded on the right."""
+    whole = [[*layout.prefix, *row, *layout.suffix] for row in rows]
+    ids = torch.tensor([[*row, *[pad] * (layout.length - len(row))] for row in whole], dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in whole])
+    mask = (torch.arange(layout.length) < lengths.unsqueeze(1)).long()
+    return Windows(ids, mask, torch.full_like(ids, UNSCORED))
+
+
+def seen(ids: Tensor) -> Windows:
+    """Windows of tokens that are all seen, and of which none is scored."""
+    return Windows(ids, torch.ones_like(ids), torch.full_like(ids, UNSCORED))
 
 
 def random_tokens(model: nn.Module, layout: WindowLayout, count: int, *, seed: int) -> Tensor:
@@ -75,13 +100,9 @@ def padding_of(model: nn.Module) -> int:
 
 
 def _samples(text: Tensor, layout: WindowLayout, pad: int) -> Windows:
-    pieces = torch.split(text, PIECE, dim=1) if text.shape[1] >= 2 * PIECE else ()
-    return Windows.joined(*(_padded(part, layout, pad) for part in (text, *pieces)))
+    return Windows.joined(*(padded(part.tolist(), layout, pad) for part in split(text)))
 
 
-def _padded(text: Tensor, layout: WindowLayout, pad: int) -> Windows:
-    ids = layout.surround(text)
-    missing = layout.length - ids.shape[1]
-    seen = functional.pad(torch.ones_like(ids), (0, missing))
-    ids = functional.pad(ids, (0, missing), value=pad)
-    return Windows(ids, seen, torch.full_like(ids, UNSCORED))
+def split(text: Tensor) -> Sequence[Tensor]:
+    """The text of windows whole, and in short pieces where it is long enough for two."""
+    return text, *(torch.split(text, PIECE, dim=1) if text.shape[1] >= 2 * PIECE else ())

@@ -119,6 +119,8 @@ def check_lengths(dataset: Dataset, model: nn.Module) -> None:
 
 def unreadable(windows: Windows, model: nn.Module) -> str | None:
     """Reason why a model cannot read windows that were made for another one, or None."""
+    if not windows.input_ids.numel():
+        return None
     largest, known = int(windows.input_ids.max()), vocabulary_of(model)
     if largest >= known:
         return f"the windows hold token {largest}, and the model knows only {known} tokens"

@@ -64,18 +64,22 @@ class PassResult:
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Of each sample, (n, numbers) by name, where a model makes vectors and no predictions of tokens; ``losses`` are
     then 0."""
+    transcripts: NDArray[np.int64] | None = None
+    """Tokens that a model wrote of some samples, (n, tokens), where the task compares what it writes."""
 
     @classmethod
     def joined(cls, parts: Sequence[PassResult]) -> PassResult:
         """One result of passes over windows that follow each other, without their records."""
         changes = [part.changes for part in parts if part.changes is not None]
         positions = [part.position_losses for part in parts if part.position_losses is not None]
+        transcripts = [part.transcripts for part in parts if part.transcripts is not None]
         return cls(
             np.concatenate([part.losses for part in parts]),
             np.concatenate([part.tokens for part in parts]),
             changes=TokenChanges.joined(changes) if changes else None,
             position_losses=np.concatenate(positions) if positions else None,
             vectors={name: np.concatenate([part.vectors[name] for part in parts]) for name in parts[0].vectors},
+            transcripts=np.concatenate(transcripts) if transcripts else None,
         )
 
     def first(self, windows: int) -> PassResult:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from invarlock.core.records import Samples
     from invarlock.datasets.conversations import ChatTemplate
     from invarlock.datasets.layout import Windows
     from invarlock.datasets.windows import Dataset
@@ -81,6 +82,9 @@ class Task(ABC):
     """The samples where there is no data: "random tokens"; empty where the baseline writes its own text."""
     made_up_media: str = ""
     """The part of the samples that is made up even where there is text: "random pixels"."""
+    reads: ClassVar[frozenset[str]] = frozenset({"text"})
+    """Columns of a dataset that it can use, of which one has to be there; it is given plain text unless it reads more:
+    "text_pair", "image", "audio"."""
     towers: frozenset[str] = frozenset()
     """Parts beside the text model that the samples exercise: "vision", "audio"."""
 
@@ -94,11 +98,11 @@ class Task(ABC):
 
     @abstractmethod
     def make_windows(
-        self, model: nn.Module, dataset: Dataset, tokenizer: Any, documents: Sequence[str] | None
+        self, model: nn.Module, dataset: Dataset, tokenizer: Any, documents: Samples | None
     ) -> tuple[Windows, Windows]:
         """The preview windows, which guards see, and the final ones, which decide.
 
-        :param documents: the text of the dataset; None where there is no data.
+        :param documents: the text of the dataset, or records where the task reads more; None where there is no data.
         """
 
     @abstractmethod
@@ -120,7 +124,7 @@ class LanguageTask(Task):
         model: nn.Module,
         dataset: Dataset,
         tokenizer: Any,
-        documents: Sequence[str] | None,
+        documents: Samples | None,
         *,
         chat: ChatTemplate | None = None,
     ) -> tuple[Windows, Windows]:
@@ -155,7 +159,7 @@ class VectorTask(Task):
     made_up = "random tokens"
 
     def make_windows(
-        self, model: nn.Module, dataset: Dataset, tokenizer: Any, documents: Sequence[str] | None
+        self, model: nn.Module, dataset: Dataset, tokenizer: Any, documents: Samples | None
     ) -> tuple[Windows, Windows]:
         from invarlock.datasets.samples import make_samples
 

@@ -108,6 +108,17 @@ def changed_matches(before: Vectors, after: Vectors, one: str, other: str) -> fl
     return float((best[0] != best[1]).mean())
 
 
+def changed_order(before: NDArray[np.float32], after: NDArray[np.float32]) -> float | None:
+    """Share of the pairs of scores (samples, 1) that are in another order; None where there are none, or not finite.
+
+    Scores that are equal before have no order.
+    """
+    first, second = (np.sign(scores - scores.T) for scores in (before, after))
+    ordered = np.triu(first) != 0
+    finite = np.isfinite(before).all() and np.isfinite(after).all()
+    return float((first != second)[ordered].mean()) if finite and ordered.any() else None
+
+
 def _nearest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
     similarity = rows @ rows.T
     np.fill_diagonal(similarity, -np.inf)

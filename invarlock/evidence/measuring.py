@@ -114,9 +114,9 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
     dataset = replace(run.config.dataset, chat=chat)
     if checkpoints.dataset is not None:
         dataset = replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
-    elif dataset.path is not None and not Path(dataset.path).is_file():
+    elif dataset.path is not None and not Path(dataset.path).exists():
         raise UsageError(
-            f"dataset.path: there is no file {printable(dataset.path)}; give the text with --dataset FILE.jsonl"
+            f"dataset.path: there is no {printable(dataset.path)}; give the text with --dataset FILE.jsonl"
         )
     if dataset.is_generated and checkpoints.baseline is None:
         raise UsageError("dataset.provider: the baseline wrote the windows; give --baseline, too")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from invarlock.checkpoints.soundness import INDEX, SINGLE
 from invarlock.core.progress import watched
 from invarlock.core.text import markdown
+from invarlock.exporters.companions import copy_companions
 from invarlock.exporters.exporter import Exporter, SavedModel
 from invarlock.quantization.rounding import RoundedWeight
 from invarlock.quantization.rules import AnyPlan
@@ -53,6 +54,7 @@ class Export:
             model.config.save_pretrained(folder)
             if getattr(model, "generation_config", None):
                 model.generation_config.save_pretrained(folder)
+        copy_companions(self.source, folder)
         _write_card(folder, self, report)
         self.exporter.finish(folder, SavedModel(model, tokenizer, self.plan, self.quantized, self.schemes))
 

@@ -11,15 +11,16 @@ from invarlock.hookspecs.marker import hookspec
 
 @hookspec(firstresult=True)
 def invarlock_documents(dataset: Any) -> Sequence[str] | None:
-    """Give the text that a model is measured on.
+    """Give the text that a model is measured on, or images, sounds and pairs.
 
     :called: once per run, before a model is loaded, unless ``dataset.provider`` is ``generated``; plugins before
         built-ins. A provider goes by the name of its plugin: other names are neither listed nor suggested for a typo.
     :param dataset: the section ``dataset`` of the configuration: ``provider``, ``path``, ``name``, ``text_field``,
         ``split`` and ``seed`` are for providers to read; it must not be changed.
-    :returns: a sequence of texts, which is read no further than needed and in an order of the run's own; None unless
+    :returns: a sequence of texts, which is read no further than needed and in an order of the run's own, or one of
+        ``invarlock.api.Record``, all with the same columns: ``text``, ``text_pair``, ``image``, ``audio``; None unless
         ``dataset.provider`` is the plugin's. Stops at the first non-None result.
-    :raises: the run ends before anything is measured; so for anything but a sequence of texts.
+    :raises: the run ends before anything is measured; so for anything but a sequence of texts or records.
 
     Example, ``dataset.provider: mine``, which reads each file of the folder ``dataset.path`` as a document::
 

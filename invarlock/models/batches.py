@@ -22,7 +22,8 @@ def batch_size(model: nn.Module, length: int) -> int:
     A batch has at most the logits and the tokens that suit the model's device, but one window at least.
     """
     sizes = sizes_of(device_of(model))
-    return max(1, min(sizes.logits // (4 * length * vocabulary_of(model)), sizes.batch_tokens // length))
+    logits = 4 * length * max(1, vocabulary_of(model))
+    return max(1, min(sizes.logits // logits, sizes.batch_tokens // length))
 
 
 def cached_batch_size(model: nn.Module, length: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from invarlock.core.errors import PluginError
-from invarlock.models.structure import input_embeddings
+from invarlock.models.structure import input_embeddings, reads_images_alone
 
 Predicted = Literal["causal", "masked", "seq2seq"]
 """Tokens that a language model predicts: the next one, masked ones, or the target of a source."""
@@ -54,11 +54,13 @@ def task_of(model: nn.Module) -> Predicted:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Number of tokens in the vocabulary: the last dimension of the logits.
+    """Number of tokens in the vocabulary: the last dimension of the logits; 0 for a model of images alone.
 
     :raises PluginError: its configuration does not state it.
     """
     size = getattr(text_config_of(model), "vocab_size", None)
+    if size is None and reads_images_alone(model):
+        return 0
     if size is None:
         raise PluginError(f"{type(model).__name__}: an adapter's model must state config.vocab_size")
     return int(size)

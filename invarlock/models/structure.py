@@ -63,8 +63,21 @@ def is_backbone(model: nn.Module) -> bool:
     return output_head(model) is None and getattr(model, "base_model", None) is model
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """False for a model of transformers that has no head for tokens: it gives vectors, or labels of whole samples."""
+    return output_head(model) is not None or not hasattr(model, "base_model")
+
+
+def reads_images_alone(model: nn.Module) -> bool:
+    """True for a model that is given images and no tokens, as transformers tells."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that turns token ids into hidden states, or None where the model has no such module, or two towers."""
+    if reads_images_alone(model):
+        # It names the module that makes patches of an image.
+        return None
     try:
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -116,7 +129,9 @@ def role_of(model: nn.Module, modules: Mapping[str, nn.Module], path: str, param
     # A list of attentions beside a list of feed-forwards, as XLM has them: the block is the module itself.
     if _ATTENTION.search(type(block).__name__):
         return Role.ATTENTION
-    return Role.FFN if _DENSE_FFN.search(type(block).__name__) else Role.OTHER
+    # A convolutional network has nothing else in its blocks.
+    dense = _DENSE_FFN.search(type(block).__name__) or reads_images_alone(model)
+    return Role.FFN if dense else Role.OTHER
 
 
 def _recurrent_role(modules: Mapping[str, nn.Module], path: str) -> Role:

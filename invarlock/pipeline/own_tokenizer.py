@@ -16,6 +16,7 @@ from invarlock.datasets.windows import unreadable
 from invarlock.models.facts import Predicted, context_of
 from invarlock.models.tokens import ChangedVocabulary
 from invarlock.pipeline.session import Baseline, WindowPair
+from invarlock.pipeline.tasks import suited
 
 Choice = Literal["own", "baseline"]
 """The tokenizer that encodes the text for the subject."""
@@ -52,7 +53,8 @@ def read_with(
         return Reading(warning="the subject has none; the baseline's was used for both")
     if _encodes_alike(baseline.tokenizer, tokenizer):
         return Reading()
-    documents = baseline.session.take_documents() if choice == "own" and windows is not None else None
+    taken = baseline.session.take_documents() if choice == "own" and windows is not None else None
+    documents = suited(baseline.task, taken)
     if windows is None or documents is None:
         return _differing(baseline.tokenizer, tokenizer, "the baseline's was used for both")
     if _gives_same_windows(baseline, windows, model, tokenizer, documents):

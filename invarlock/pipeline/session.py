@@ -17,6 +17,7 @@ from invarlock.config.schema import CountedDataset, RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
 from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
+from invarlock.core.records import Samples
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
@@ -34,7 +35,7 @@ from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.tasks import find_task
+from invarlock.pipeline.tasks import find_task, suited
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
@@ -65,7 +66,7 @@ class Session:
         self.config, self.plugins, self.ranks = config, plugins, ranks
         self.invocation = invocation or Invocation()
         self.clock = Clock(self.invocation.began, on_progress)
-        self._documents: Sequence[str] | None = None
+        self._documents: Samples | None = None
         self._checkpoints: dict[Path, InputFiles] = {}
         """Each that was loaded, as it was before."""
 
@@ -75,7 +76,7 @@ class Session:
         section = self.config.model
         return {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
 
-    def documents(self) -> Sequence[str] | None:
+    def documents(self) -> Samples | None:
         """The text of the dataset, None where the baseline writes it; read before a model is loaded, to fail early.
 
         :raises UsageError: no provider has this name, or it cannot read the text.
@@ -87,7 +88,7 @@ class Session:
                 self._documents = self.plugins.documents(dataset)
         return self._documents
 
-    def take_documents(self) -> Sequence[str] | None:
+    def take_documents(self) -> Samples | None:
         """The text of the dataset, let go of: a corpus need not stay in memory once windows are made of it."""
         documents, self._documents = self.documents(), None
         return documents
@@ -126,17 +127,17 @@ class Session:
         return model, adapter
 
     def _check_owned(self, model_id: str) -> None:
-        """Refuse a checkpoint of a class that no task owns, before its weights are loaded.
+        """Refuse a class that no task owns, and samples that its task cannot read, before the weights are loaded.
 
         An adapter that is named may make another class of it.
 
-        :raises UsageError: with the tasks that there are.
+        :raises UsageError: with the tasks that there are, or the columns that it reads.
         """
         config = Path(model_id) / "config.json"
         if self.config.model.adapter == "auto" and config.is_file():
             model_class = ModelClass.declared(read_json(config))
             if model_class.names:
-                find_task(self.plugins, model_class)
+                suited(find_task(self.plugins, model_class), self._documents)
 
     def _take_note_of(self, checkpoint: Path) -> None:
         """Hold the files of a checkpoint against digests that lie beside them; processes share the files.
@@ -254,14 +255,14 @@ class Baseline:
         with self.session.clock.stage("windows"):
             return self._windows_of(more, model, self.tokenizer if self._reads_text else None, None)[1]
 
-    def windows_of(self, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str] | None) -> WindowPair:
+    def windows_of(self, model: torch.nn.Module, tokenizer: Any, documents: Samples | None) -> WindowPair:
         """Windows that the task makes, some of them conversations where the baseline's template renders any."""
         return self._windows_of(self.dataset, model, tokenizer, documents)
 
     def _windows_of(
-        self, dataset: CountedDataset, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str] | None
+        self, dataset: CountedDataset, model: torch.nn.Module, tokenizer: Any, documents: Samples | None
     ) -> WindowPair:
-        task, given = self.task, (model, dataset, tokenizer, documents)
+        task, given = self.task, (model, dataset, tokenizer, suited(self.task, documents))
         if isinstance(task, LanguageTask) and self.chat:
             return task.make_windows(*given, chat=self.chat)
         return task.make_windows(*given)

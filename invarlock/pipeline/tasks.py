@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import InputError
+from invarlock.core.errors import InputError, UsageError
+from invarlock.core.records import COLUMNS, Samples, column, columns_of
 from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.task import Judging, Task
 from invarlock.models.facts import ModelClass
@@ -26,6 +27,25 @@ def find_task(plugins: PluginManager, model_class: ModelClass) -> Task:
         f"no task measures models of class {model_class.names[0]}; there are {', '.join(sorted(known))}; a plugin can "
         "add one by the hook invarlock_tasks"
     )
+
+
+def suited(task: Task, documents: Samples | None) -> Samples | None:
+    """The samples of a dataset as a task takes them: plain texts, unless it reads more.
+
+    :raises UsageError: they have no column that it reads.
+    """
+    if documents is None:
+        return None
+    columns = columns_of(documents)
+    if not columns & task.reads:
+        raise UsageError(
+            f"dataset.provider: the samples have {_listed(columns)}, and {task.name} models read {_listed(task.reads)}"
+        )
+    return column(documents, "text") if task.reads == {"text"} else documents
+
+
+def _listed(columns: frozenset[str]) -> str:
+    return " and ".join(name for name in COLUMNS if name in columns) or "nothing"
 
 
 def judging_of(config: RunConfig, windows: int, stopping: Stopping | None = None) -> Judging:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from invarlock.core.errors import PluginError
+from invarlock.core.records import Record
 from invarlock.plugins.plugin import Kind, Plugin
 
 
@@ -74,23 +75,24 @@ def _name_of(value: Any, kind: Kind, plugin: str) -> str:
     return name
 
 
-class Documents(Sequence[str]):
+class Documents(Sequence[Any]):
     """The documents of a provider; what goes wrong when one is read is the provider's failure."""
 
     def __init__(self, plugin: str, returned: Any, asking: Asking) -> None:
         """:raises PluginError: it is not a sequence."""
         readable = all(hasattr(returned, name) for name in ("__len__", "__getitem__"))
         if not readable or isinstance(returned, str | bytes | Mapping):
-            raise PluginError(f"{plugin}: returned {type(returned).__name__}, not a list of texts")
-        self._plugin, self._texts, self._asking = plugin, returned, asking
+            raise PluginError(f"{plugin}: returned {type(returned).__name__}, not a list of texts or records")
+        self._plugin, self._documents, self._asking = plugin, returned, asking
 
     def __len__(self) -> int:
         with self._asking():
-            return len(self._texts)
+            return len(self._documents)
 
     def __getitem__(self, row: Any) -> Any:
         with self._asking():
-            text = self._texts[row]
-        if not isinstance(text, str):
-            raise PluginError(f"{self._plugin}: document {row} is of type {type(text).__name__}, not a text")
-        return text
+            document = self._documents[row]
+        if not isinstance(document, str | Record):
+            found = type(document).__name__
+            raise PluginError(f"{self._plugin}: document {row} is of type {found}, not a text or record")
+        return document

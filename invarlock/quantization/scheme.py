@@ -148,11 +148,6 @@ class Scheme:
         return SCALE_BITS if self.of_floats is None or self.of_floats.block is None else BLOCK_SCALE_BITS
 
     @property
-    def scale_bits(self) -> int:
-        """Bits of a scale as formats store it: 8 of small blocks of floats, else 16."""
-        return SCALE_BITS if self.of_floats is None or self.of_floats.block is None else BLOCK_SCALE_BITS
-
-    @property
     def code_range(self) -> tuple[int, int]:
         """The smallest and the largest code: ``-2 ** (bitwidth - 1)`` and ``2 ** (bitwidth - 1) - 1``."""
         return -(2 ** (self.bitwidth - 1)), 2 ** (self.bitwidth - 1) - 1

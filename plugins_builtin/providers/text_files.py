@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from invarlock.api import UsageError, named_by, nearest, one_line, regular_file
 
 
-def path_of(dataset: Any) -> Path:
+def path_of(dataset: Any, to_give: str = "the path of a file") -> Path:
     """:raises UsageError: the configuration names no file."""
     if dataset.path is None:
-        raise UsageError(f"dataset.path: is required by provider {dataset.provider}: give the path of a file")
+        raise UsageError(f"dataset.path: is required by provider {dataset.provider}: give {to_give}")
     return Path(dataset.path)
 
 
@@ -34,10 +34,18 @@ def json_lines(path: Path, field: str) -> Column:
 
     :raises UsageError: a line is not a JSON object, or lacks the field.
     """
+    return Column([_value(record, where, field) for where, record in objects(path)], field, str(path))
+
+
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object on each line, and where that is.
+
+    :raises UsageError: a line is not a JSON object.
+    """
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    lines = enumerate(read(path).split("\n"), start=1)
-    values = [_value(line, f"{path}, line {number}", field) for number, line in lines if line.strip()]
-    return Column(values, field, str(path))
+    for number, line in enumerate(read(path).split("\n"), start=1):
+        if line.strip():
+            yield (where := f"{path}, line {number}"), _object(line, where)
 
 
 class Column(Sequence[str]):
@@ -57,7 +65,7 @@ class Column(Sequence[str]):
         return text
 
 
-def _value(line: str, where: str, field: str) -> Any:
+def _object(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -65,6 +73,10 @@ def _value(line: str, where: str, field: str) -> Any:
         raise UsageError(f"dataset.path: {where}: not JSON: {problem}; one object per line is expected") from None
     if not isinstance(record, dict):
         raise UsageError(f"dataset.path: {where}: a {type(record).__name__}; one object per line is expected")
+    return record
+
+
+def _value(record: dict[str, Any], where: str, field: str) -> Any:
     if field not in record:
         raise no_field(field, list(record), where)
     return record[field]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from invarlock.api import Task, hookimpl
-from plugins_builtin.tasks.classification import SequenceClassification, TokenClassification
+from plugins_builtin.tasks.classification import ImageClassification, SequenceClassification, TokenClassification
 from plugins_builtin.tasks.embedding import Embedding
 from plugins_builtin.tasks.image_text import ImageText
 from plugins_builtin.tasks.language import Causal, Masked, Seq2Seq
@@ -18,6 +18,7 @@ def invarlock_tasks() -> list[Task]:
         Seq2Seq(),
         SequenceClassification(),
         TokenClassification(),
+        ImageClassification(),
         ImageText(),
         Speech(),
         VisionLanguage(),

@@ -13,7 +13,7 @@ from plugins_builtin.tasks.embedding import MOVED, REORDERED, neighbours
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from invarlock.api import ModelClass, WindowLayout
+    from invarlock.api import ModelClass, WindowLayout, Windows
 
 LEGACY_END = 2
 """``eos_token_id`` of CLIP checkpoints whose text vector is that of their last token by number."""
@@ -23,26 +23,28 @@ class ImageText(VectorTask):
     """The vectors of an image and of a text: CLIP, SigLIP."""
 
     name, made_up, made_up_media = "image-text", "random pixels and tokens", "random pixels"
+    reads = frozenset({"image", "text"})
     metric = Metric("cosine_distance", "mean", limit=MOVED)
     towers = frozenset({"vision"})
 
     def owns(self, model_class: ModelClass) -> bool:
         return is_in(model_class, "ZERO_SHOT_IMAGE_CLASSIFICATION", ending="CLIPModel")
 
-    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Sequence[str] | None) -> Any:
-        import torch
+    def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
+        from invarlock.api import column, columns_of, drawn
+        from plugins_builtin.tasks.images import given_images, noise_images
 
-        from invarlock.api import UNSCORED, WindowLayout, Windows, context_of, read_text
-        from plugins_builtin.tasks.images import noise_images
-
-        # Their text is a caption: few of them read as much as a window is by default.
-        dataset = replace(dataset, seq_len=min(dataset.seq_len, context_of(model) or dataset.seq_len))
-        layout = _ended(WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len), model)
-        ids = layout.surround(read_text(dataset, model, layout, tokenizer, documents))
-        side = model.config.vision_config.image_size
-        images = noise_images(model, len(ids), (side, side), seed=dataset.seed)
-        labels = torch.full_like(ids, UNSCORED)
-        windows = Windows(ids, torch.ones_like(ids), labels, media={"pixel_values": images})
+        columns, size = columns_of(documents), dataset.preview_n + dataset.final_n
+        if "image" in columns:
+            documents = drawn(documents, dataset)
+            images = given_images(model, column(documents, "image"))["pixel_values"]
+            self.made_up_media = "" if "text" in columns else "random tokens"
+        else:
+            side = model.config.vision_config.image_size
+            images = noise_images(model, size, (side, side), seed=dataset.seed)
+        texts = column(documents, "text") if "text" in columns else None
+        text = _captions(model, dataset, tokenizer, texts, each="image" in columns)
+        windows = replace(text, media={"pixel_values": images})
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -59,6 +61,21 @@ class ImageText(VectorTask):
             neighbours("text", before, after),
             FigureResult.held("texts whose best image changed", matches, "%", REORDERED),
         ]
+
+
+def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str] | None, *, each: bool) -> Windows:
+    """Windows of text, of random tokens where there is none.
+
+    :param each: every text is of a window; else they are cut into windows.
+    """
+    from invarlock.api import WindowLayout, context_of, encoded, padding_of, read_text, seen
+
+    # Their text is a caption: few of them read as much as a window is by default.
+    dataset = replace(dataset, seq_len=min(dataset.seq_len, context_of(model) or dataset.seq_len))
+    layout = _ended(WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len), model)
+    if each and texts is not None:
+        return encoded(texts, tokenizer, layout, padding_of(model))
+    return seen(layout.surround(read_text(dataset, model, layout, tokenizer, texts)))
 
 
 def _ended(layout: WindowLayout, model: Any) -> WindowLayout:

@@ -1,8 +1,9 @@
-"""Images without data: random colours, coarse and fine, in the range that the model's processor gives pixels."""
+"""Images as a model's processor hands them over: made of data, or random colours in the same range."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from invarlock.api import Noise, read_json
+from invarlock.api import InputError, Noise, UsageError, complaints_of, one_line, read_json
 
 COARSE = 4
 """Patches of colour along each side of an image: noise alone looks the same to a model wherever it looks."""
 MIDDLE = (0.5, 0.5, 0.5)
 """Mean and deviation of pixels between 0 and 1 where no processor lies beside the model."""
+CONFIG, WHOLE = "preprocessor_config.json", "processor_config.json"
+"""The second one holds the processors of images and of text as sections."""
+SIDE = 224
+"""Pixels along each side where neither the model nor its processor states a size: that of ImageNet's classifiers."""
 
 
 def noise_images(model: nn.Module, count: int, size: tuple[int, int], *, seed: int) -> Tensor:
@@ -27,9 +32,55 @@ def noise_images(model: nn.Module, count: int, size: tuple[int, int], *, seed: i
     return (pixels - mean) / deviation
 
 
+def given_images(model: Any, files: Sequence[Path], *, side: int | None = None) -> Mapping[str, Tensor]:
+    """Images of files, as the processor beside the model makes them: ``pixel_values``, and what else it gives.
+
+    :param side: make all of them squares of so many pixels first, for a model that reads images of any size.
+    :raises UsageError: an image does not open, or a library is missing.
+    :raises InputError: there is no processor.
+    """
+    folder = model.config._name_or_path
+    images = [_opened(file, side) for file in files]
+    with complaints_of(f"{folder}: its image processor cannot be used"):
+        from transformers import AutoImageProcessor
+
+        if Path(folder).is_dir() and not _processor(model):
+            raise InputError(f"{folder}: images are read as {CONFIG} says, and there is none; add the original's")
+        processor = AutoImageProcessor.from_pretrained(folder)
+        return dict(processor(images=images, return_tensors="pt"))
+
+
+def _opened(file: Path, side: int | None) -> Any:
+    try:
+        image = import_module("PIL.Image")
+    except ImportError:
+        raise UsageError("dataset.provider: images need a library: pip install 'invarlock[images]'") from None
+    try:
+        with image.open(file) as opened:
+            pixels = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        raise UsageError(f"dataset.path: {file} does not open as an image: {one_line(error)}") from None
+    return pixels if side is None else pixels.resize((side, side))
+
+
+def size_of(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a model of images alone reads."""
+    processor = _processor(model)
+    stated = getattr(model.config, "image_size", None) or processor.get("crop_size") or processor.get("size")
+    if isinstance(stated, Mapping):
+        side = stated.get("shortest_edge", SIDE)
+        stated = stated.get("height", side), stated.get("width", side)
+    if isinstance(stated, int):
+        return stated, stated
+    return (int(stated[0]), int(stated[1])) if stated else (SIDE, SIDE)
+
+
 def _processor(model: nn.Module) -> Mapping[str, Any]:
-    path = Path(getattr(getattr(model, "config", None), "_name_or_path", ""), "preprocessor_config.json")
-    return read_json(path) if path.is_file() else {}
+    folder = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if (folder / CONFIG).is_file():
+        return read_json(folder / CONFIG)
+    whole = read_json(folder / WHOLE).get("image_processor") if (folder / WHOLE).is_file() else None
+    return whole if isinstance(whole, dict) else {}
 
 
 def _channels(processor: Mapping[str, Any], key: str) -> Tensor:

@@ -12,54 +12,28 @@ from torch import Tensor
 
 from invarlock.api import InputError, read_json
 
-MODULES, CONFIG = "modules.json", "config.json"
-
 
 @dataclass(frozen=True)
 class Pooling:
-    """Ways to pool, whose vectors are put side by side, and the modules after it that are not computed."""
+    """Ways to pool, whose vectors are put side by side."""
 
     modes: tuple[str, ...] = ("mean",)
-    left_out: tuple[str, ...] = ()
 
     @classmethod
-    def stated(cls, folder: Path) -> Pooling | None:
-        """The pooling that a folder states, or None.
+    def stated(cls, path: Path) -> Pooling:
+        """The pooling that its configuration states.
 
         :raises InputError: it asks for a way to pool that is not known.
         """
-        if not (folder / MODULES).is_file():
-            return None
-        entries = {_kind(entry): entry for entry in _listed(folder)}
-        left_out = tuple(kind for kind in entries if kind not in ("Transformer", "Pooling", "Normalize"))
-        if "Pooling" not in entries:
-            return cls(left_out=left_out)
-        path = folder / str(entries["Pooling"].get("path", "")) / CONFIG
         modes = _modes(read_json(path))
         if unknown := [mode for mode in modes if mode not in WAYS]:
             raise InputError(f"{path}: pooling {unknown[0]!r} is none of {', '.join(WAYS)}")
-        return cls(modes or cls.modes, left_out)
+        return cls(modes or cls.modes)
 
     def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Vectors (texts, numbers) from those of the tokens, (texts, tokens, size), and the mask of real tokens."""
         mask = mask.to(hidden.device)
         return torch.cat([WAYS[mode](hidden.float(), mask.unsqueeze(2).float()) for mode in self.modes], dim=1)
-
-
-def _listed(folder: Path) -> list[Mapping[str, Any]]:
-    import json
-
-    try:
-        entries = json.loads((folder / MODULES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / MODULES}: cannot be read: {error}") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{folder / MODULES}: expected a list of modules")
-    return entries
-
-
-def _kind(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("type", "")).rpartition(".")[2]
 
 
 def _modes(config: Mapping[str, Any]) -> tuple[str, ...]:

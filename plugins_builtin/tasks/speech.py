@@ -11,15 +11,10 @@ from plugins_builtin.tasks.classes import is_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from invarlock.api import ModelClass
+    from invarlock.api import ModelClass, Windows
 
 SPOKEN = 32
 """Tokens of a target: what is said in ten seconds or so."""
-BANDS, SPANS = 8, 16
-"""Patches of loudness in a random spectrogram, by pitch and by time."""
-QUIET, LOUD = -0.5, 1.0
-"""The range of most values in the log-mel spectrograms of Whisper's processor, which ends 8 decades below its top at
-(top - 8 + 4) / 4, with the top of speech near 0."""
 
 
 class Speech(LanguageTask):
@@ -28,45 +23,90 @@ class Speech(LanguageTask):
     name, predicted = "speech", "seq2seq"
     metric = Metric("target_perplexity", "ratio")
     made_up, made_up_media = "random sounds, and text that the baseline writes of them", "random sounds"
+    reads = frozenset({"audio", "text"})
     towers = frozenset({"audio"})
+
+    def __init__(self) -> None:
+        self._tokenizer: Any = None
+        self._prompt: tuple[int, ...] = ()
+        """Tokens that a transcript begins with."""
 
     def owns(self, model_class: ModelClass) -> bool:
         return is_in(model_class, "SPEECH_SEQ_2_SEQ", ending="ForSpeechSeq2Seq")
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
-        import torch
-        from torch.nn import functional
+        from invarlock.api import WindowLayout, column, columns_of, drawn
+        from plugins_builtin.tasks.sounds import given_sounds, random_sounds
 
-        from invarlock.api import WindowLayout, Windows, read_text
-
+        columns = columns_of(documents)
         length = min(dataset.seq_len, SPOKEN, getattr(model.config, "max_target_positions", SPOKEN))
         start: Any = WindowLayout.of(model, None, task="seq2seq", length=2 * length).start
-        sounds = _sounds(model, dataset.preview_n + dataset.final_n, dataset.seed)
-        if documents is None:
-            text = _written(model, sounds, start, length, dataset.seed)
+        layout = WindowLayout.of(model, tokenizer, task="causal", length=length)
+        self._tokenizer, self._prompt = tokenizer, (start, *(token for token in layout.prefix if token != start))
+        if "audio" in columns:
+            documents = drawn(documents, dataset)
+            sounds = given_sounds(model, column(documents, "audio"))
+            self.made_up_media = "" if "text" in columns else "text that the baseline writes of the sounds"
         else:
-            spoken = replace(dataset, seq_len=length)
-            text = read_text(spoken, model, WindowLayout(length), tokenizer, documents)
-        late = functional.pad(text[:, :-1], (1, 0), value=start)
-        windows = Windows(late, torch.ones_like(late), text, late, media={"input_features": sounds})
+            sounds = random_sounds(model, dataset.preview_n + dataset.final_n, dataset.seed)
+        sounds = sounds.to(next(model.parameters()).dtype)
+        if "text" not in columns:
+            windows = _targets(_written(model, sounds, start, length, dataset.seed), start)
+        elif "audio" in columns:
+            windows = _transcripts(model, column(documents, "text"), tokenizer, layout, start)
+        else:
+            windows = _targets(_text(model, replace(dataset, seq_len=length), tokenizer, documents), start)
+        windows = replace(windows, media={"input_features": sounds})
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
+    def measure(self, model: Any, preview: Windows, final: Windows, **how: Any) -> Any:
+        """One pass, and then transcripts of a few sounds; none where processes have to run a model together."""
+        from plugins_builtin.tasks.transcripts import TRANSCRIBED, transcribed
 
-def _sounds(model: Any, count: int, seed: int) -> Tensor:
-    """Spectrograms as the processor hands them over: patches of loudness, and noise."""
+        measured = super().measure(model, preview, final, **how)
+        if how.get("calls"):
+            return measured
+        sounds = final.media["input_features"][:TRANSCRIBED]
+        length = final.labels.shape[1] - len(self._prompt) + 1
+        return replace(measured, transcripts=transcribed(model, sounds, self._prompt, length))
+
+    def compare(self, baseline: Any, edited: Any, judging: Any) -> Any:
+        from plugins_builtin.tasks.transcripts import word_errors
+
+        found = super().compare(baseline, edited, judging)
+        if baseline.transcripts is None or edited.transcripts is None:
+            return found
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        return replace(found, figures=[word_errors(baseline.transcripts, edited.transcripts, self._tokenizer, end)])
+
+
+def _text(model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Tensor:
+    from invarlock.api import WindowLayout, read_text
+
+    return read_text(dataset, model, WindowLayout(dataset.seq_len), tokenizer, documents)
+
+
+def _targets(text: Tensor, start: int) -> Windows:
+    """Windows of targets (n, length), which the decoder reads one step late."""
     import torch
     from torch.nn import functional
 
-    from invarlock.api import Noise
+    from invarlock.api import Windows
 
-    noise, bins, frames = (
-        Noise(seed, torch.device("cpu")),
-        model.config.num_mel_bins,
-        2 * model.config.max_source_positions,
-    )
-    patches = functional.interpolate(noise.uniform(count, 1, BANDS, SPANS), size=(bins, frames)).squeeze(1)
-    loudness = (patches + noise.uniform(count, bins, frames)) / 2
-    return (QUIET + (LOUD - QUIET) * loudness).to(next(model.parameters()).dtype)
+    late = functional.pad(text[:, :-1], (1, 0), value=start)
+    return Windows(late, torch.ones_like(late), text, late)
+
+
+def _transcripts(model: Any, texts: Any, tokenizer: Any, layout: Any, start: int) -> Windows:
+    """Windows of the text of each sound, between the special tokens of the tokenizer."""
+    from invarlock.api import UNSCORED, encoded, padding_of
+
+    text = encoded(texts, tokenizer, layout, padding_of(model)).trimmed()
+    ids, mask = text.input_ids, text.attention_mask
+    if layout.prefix[:1] == (start,):
+        ids, mask = ids[:, 1:], mask[:, 1:]
+    windows = _targets(ids, start)
+    return replace(windows, labels=ids.masked_fill(mask == 0, UNSCORED))
 
 
 def _written(model: Any, sounds: Tensor, start: int, length: int, seed: int) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import LanguageTask, Metric
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from invarlock.api import ModelClass, Windows
 
 SIDE = 8
-"""Patches along each side of an image whose size the model leaves open, before they are merged."""
+"""Patches along each side of a random image whose size the model leaves open, before they are merged; one that is given
+has twice as many."""
 CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """Exceptions of a model that takes its images otherwise."""
 
@@ -29,7 +31,7 @@ class VisionLanguage(LanguageTask):
     name, predicted = "vision-language", "causal"
     metric = Metric("perplexity", "ratio")
     made_up, made_up_media = "random pixels, and text that the baseline writes", "random pixels"
-
+    reads = frozenset({"image", "text"})
     towers = frozenset({"vision"})
 
     def owns(self, model_class: ModelClass) -> bool:
@@ -37,17 +39,26 @@ class VisionLanguage(LanguageTask):
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
         """Windows of text, each after an image; of text alone where no image can be made, which coverage tells."""
-        from invarlock.api import Windows, context_of
+        from invarlock.api import Windows, column, columns_of, context_of, drawn
 
-        images = self._images(model, dataset)
+        columns = columns_of(documents)
+        has_images, has_text = "image" in columns, "text" in columns
+        documents = drawn(documents, dataset) if has_images else documents
+        texts = column(documents, "text") if has_text else None
+        images = self._images(model, dataset, column(documents, "image") if has_images else None)
         if images is None:
-            return super().make_windows(model, dataset, tokenizer, documents, **how)
+            return super().make_windows(model, dataset, tokenizer, texts, **how)
+        if has_images:
+            self.made_up_media = "" if has_text else "text that the baseline writes"
         room = (context_of(model) or math.inf) - images.length
         text = replace(dataset, seq_len=int(min(dataset.seq_len, max(room, 0))))
-        windows = images.before(Windows.joined(*super().make_windows(model, text, tokenizer, documents, **how)))
+        if has_images and texts is not None:
+            windows = images.before(_captions(model, text, tokenizer, texts))
+        else:
+            windows = images.before(Windows.joined(*super().make_windows(model, text, tokenizer, texts, **how)))
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
-    def _images(self, model: Any, dataset: Any) -> _Images | None:
+    def _images(self, model: Any, dataset: Any, files: Sequence[Path] | None) -> _Images | None:
         """An image for each window; None where the model is known to take them otherwise, by trying one."""
         import torch
 
@@ -56,7 +67,9 @@ class VisionLanguage(LanguageTask):
         one = torch.ones(1, 1, dtype=torch.int64)
         try:
             with evaluating(model):
-                images = _Images.of(model, dataset.preview_n + dataset.final_n, dataset.seed)
+                count = dataset.preview_n + dataset.final_n
+                media = random_images(model, count, dataset.seed) if files is None else _given(model, files)
+                images = _Images.of(model, media)
                 model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
         except CANNOT_SEE:
             self.towers, self.made_up, self.made_up_media = frozenset(), "", ""
@@ -64,6 +77,18 @@ class VisionLanguage(LanguageTask):
         finally:
             _forget(model)
         return images
+
+
+def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str]) -> Windows:
+    """Windows of the text of each image, of which all but special tokens are scored."""
+    import torch
+
+    from invarlock.api import UNSCORED, WindowLayout, encoded, padding_of
+
+    layout = WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len)
+    windows = encoded(texts, tokenizer, layout, padding_of(model)).trimmed()
+    left = (windows.attention_mask == 0) | torch.isin(windows.input_ids, torch.tensor(layout.special))
+    return replace(windows, labels=windows.input_ids.masked_fill(left, UNSCORED))
 
 
 def _forget(model: Any) -> None:
@@ -75,7 +100,7 @@ def _forget(model: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Random images, one for each window, and the tokens that stand for one in the text."""
+    """Images, one for each window, and the tokens that stand for one in the text."""
 
     media: Mapping[str, Tensor]
     tokens: tuple[int, ...]
@@ -86,15 +111,11 @@ class _Images:
     """True if the model is told which tokens are of an image."""
 
     @classmethod
-    def of(cls, model: Any, images: int, seed: int) -> _Images:
+    def of(cls, model: Any, media: Mapping[str, Tensor]) -> _Images:
         from invarlock.api import device_of
 
         config, arguments = model.config, inspect.signature(model.forward).parameters
-        media = _patches(model, images, seed) if "image_grid_thw" in arguments else _whole(model, images, seed)
-        first = {name: tensor[:1].to(device_of(model)) for name, tensor in media.items()}
-        if "image_grid_thw" in first:
-            first["pixel_values"] = first["pixel_values"].flatten(0, 1)
-        features = model.get_image_features(**first)
+        features = model.get_image_features(**first_of(media, device_of(model)))
         length = len(getattr(features, "pooler_output", features)[0])
         names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
         start, image, end, film = (getattr(config, name, None) for name in names)
@@ -130,7 +151,38 @@ class _Images:
         ids = torch.cat([image, written], dim=1)
         labels = torch.cat([torch.full_like(image, UNSCORED), wanted], dim=1)
         types = {"mm_token_type_ids": (ids == self.image_token).int()} if self.types else {}
-        return Windows(ids, torch.ones_like(ids), labels, media={**self.media, **types})
+        seen = torch.cat([torch.ones_like(image), text.attention_mask], dim=1)
+        return Windows(ids, seen, labels, media={**self.media, **types})
+
+
+def _takes_patches(model: Any) -> bool:
+    """True for a model that reads images of any size, cut into patches."""
+    return "image_grid_thw" in inspect.signature(model.forward).parameters
+
+
+def random_images(model: Any, count: int, seed: int) -> dict[str, Tensor]:
+    """Arguments of a model's forward that are random images, each (count, ...)."""
+    return (_patches if _takes_patches(model) else _whole)(model, count, seed)
+
+
+def first_of(media: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
+    """The first image as the tower of a model takes it."""
+    first = {name: tensor[:1].to(device) for name, tensor in media.items()}
+    # Patches of all images stand in one row.
+    return first | ({"pixel_values": first["pixel_values"].flatten(0, 1)} if "image_grid_thw" in first else {})
+
+
+def _given(model: Any, files: Sequence[Path]) -> dict[str, Tensor]:
+    """Images of files as a model takes them: of one size, so that each has as many patches."""
+    from plugins_builtin.tasks.images import given_images
+
+    patches = _takes_patches(model)
+    media = given_images(model, files, side=2 * SIDE * model.config.vision_config.patch_size if patches else None)
+    pixels = media["pixel_values"].to(next(model.parameters()).dtype)
+    if not patches:
+        return {"pixel_values": pixels}
+    rows = pixels.view(len(files), -1, pixels.shape[-1])
+    return {"pixel_values": rows, "image_grid_thw": media["image_grid_thw"]}
 
 
 def _whole(model: Any, images: int, seed: int) -> dict[str, Tensor]:

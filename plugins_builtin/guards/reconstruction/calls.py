@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import attached, context_of, device_of, evaluating, find_blocks, has_weights, task_of
+from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights
 from plugins_builtin.guards.activations import tensors_in
-from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """Exceptions of a part that is missing, has wrong shapes, or cannot be run alone."""
@@ -52,6 +51,9 @@ class Cut:
     @classmethod
     def of(cls, leading: Tensor, tokens: int) -> Cut:
         """Cut as the leading tensor of a call needs it: hidden states (windows, length, size) or token ids."""
+        if leading.ndim == 4:
+            # An image, or what a convolution makes of one: it stays whole.
+            return cls(leading.shape[0], leading.shape[1], leading.shape[1])
         is_flat = leading.ndim == 1 or (leading.ndim == 2 and leading.is_floating_point())
         windows, length = (None, leading.shape[0]) if is_flat else leading.shape[:2]
         return cls(windows, length, min(tokens, length))
@@ -215,22 +217,19 @@ class CallTap:
         return None
 
 
-def record(model: nn.Module, ids: Tensor) -> dict[str, Call]:
-    """The calls of one forward pass over tokens (1, tokens)."""
-    recorder = CallRecorder(ids.shape[1])
-    given = {"input_ids": ids.to(device_of(model))}
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    if task_of(model) == "seq2seq":
-        given["decoder_input_ids"] = given["input_ids"]
+def record(
+    model: Any, given: Mapping[str, Tensor], tokens: int, images: Mapping[str, Tensor] | None
+) -> dict[str, Call]:
+    """The calls of one forward pass.
+
+    :param given: arguments of the forward.
+    :param tokens: most of them to keep of a call.
+    :param images: what the tower of images is called with by itself, before the model reads text.
+    """
+    recorder, device = CallRecorder(tokens), device_of(model)
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with evaluating(model), attached(model, recorder.taps(model)):
-        model(**given, **uncached)
+        if images:
+            model.get_image_features(**images)
+        model(**{name: tensor.to(device) for name, tensor in given.items()}, **uncached)
     return recorder.take()
-
-
-def random_tokens(model: Any, tokens: int, seed: int) -> Tensor:
-    """Random token ids, int64 (1, tokens), as frequent as in text; uniform ones would be rare tokens nearly all."""
-    frequency = token_frequency(model.get_input_embeddings().weight.shape[0])
-    length = min(tokens, context_of(model) or tokens)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.multinomial(frequency, length, replacement=True, generator=generator)[None]

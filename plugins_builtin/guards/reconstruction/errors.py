@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import counted, evaluating, find_blocks, is_backbone, one_line
+from invarlock.api import counted, evaluating, find_blocks, one_line, predicts_tokens
 from plugins_builtin.guards.activations import are_finite
 from plugins_builtin.guards.figures import ratio
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, Call, find_parts
@@ -86,8 +86,8 @@ class Reference:
         blocks = find_blocks(model)
         last = max((place for place, name in enumerate(calls) if name in blocks), default=-1)
         self.tail = tuple(name for place, name in enumerate(calls) if place > last)
-        self.is_backbone = is_backbone(model)
-        """No likelihood to price an error by: each part has the sensitivity of one that no gradient reaches."""
+        self.predicts = predicts_tokens(model)
+        """Else no likelihood prices an error: each part has the sensitivity of one that no gradient reaches."""
         self.head: str | None = None
         self.positions = 1
         backward = _Backward()
@@ -110,7 +110,7 @@ class Reference:
         kept = output.detach()
         rows = {} if is_block or name in self.tail else EmbeddingRows.of_embeddings(module)
         part = self.parts[name] = BaselinePart(name, is_block, call, kept, leaves, rows)
-        if self.tail and name == self.tail[-1] and not self.is_backbone:
+        if self.tail and name == self.tail[-1] and self.predicts:
             self.head, self.positions = name, kept.shape[:-1].numel()
             backward.carry(part, output, streams, _outcome_gradient(kept, seed))
         else:

@@ -44,12 +44,13 @@ class ReconstructionGuard(Guard):
     ones. Final norm and head cost the divergence of their distributions, exactly. Rows of an embedding that the probe
     did not read count as often as tokens of their ids occur.
 
-    Of a model without a head, as an embedding model, no likelihood tells what an error costs: the score is then half
-    the sum of the squared relative errors. That of all-MiniLM-L6-v2 is 0.0013 at 8 bits per channel, 0.02 at 6, 0.26 at
-    4, and 1.8 at 4 bits per tensor; its vectors move by a cosine distance of 0.0005, 0.007, 0.08 and 0.6.
+    Of a model without a head for tokens no likelihood tells what an error costs: an embedding model has none, and a
+    classifier one outcome for a whole sample. The score is then half the sum of the squared relative errors. That of
+    all-MiniLM-L6-v2 is 0.0013 at 8 bits per channel, 0.02 at 6, 0.26 at 4, and 1.8 at 4 bits per tensor; its vectors
+    move by a cosine distance of 0.0005, 0.007, 0.08 and 0.6.
 
     The probe is the first window, as it passes through the model anyway. Where there are no windows it is random
-    tokens, in one forward pass of the baseline.
+    tokens, and a random image or sound where the model has a tower for it, in one forward pass of the baseline.
 
     - Abort: a part that gives NaN or infinity, or cannot be run.
     - Rollback, if no outputs were measured: a score above ``max_score``.
@@ -103,30 +104,33 @@ class ReconstructionGuard(Guard):
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, random_tokens, record
+        from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record
         from plugins_builtin.guards.reconstruction.errors import Reference
+        from plugins_builtin.guards.reconstruction.probes import images_of, of_tokens, random_inputs
 
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
         try:
             if not calls and batch is not None:
-                calls = record(model, batch["input_ids"][:1, : self.tokens])
+                calls = record(model, of_tokens(model, batch["input_ids"][:1, : self.tokens]), self.tokens, None)
             elif not calls:
-                calls = record(model, random_tokens(model, self.random_tokens, self.seed))
+                given, images = random_inputs(model, self.random_tokens, self.seed), images_of(model, self.seed)
+                calls = record(model, given, self.random_tokens, images)
             self._reference = Reference(model, calls, seed=self.seed)
         except CANNOT_RUN as error:
             self._unmeasured = one_line(error)
             return {"ready": True, "not_measured": self._unmeasured}
         return {
             "ready": True,
-            "probe": "random tokens" if batch is None else "the first window",
+            "probe": "random inputs" if batch is None else "the first window",
             "tokens": self._reference.positions,
             "parts": len(self._reference.parts),
             "not_measured": self._reference.unmeasured,
         }
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        outputs_decide = (context.get("edited") or {}).get("ratio") is not None
+        edited = context.get("edited") or {}
+        outputs_decide = edited.get("figure", edited.get("ratio")) is not None
         if self._reference is None:
             action = "warn" if outputs_decide else "abort"
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
@@ -138,7 +142,7 @@ class ReconstructionGuard(Guard):
         # Of an edit that seems harmless the costliest part alone is looked into, in case that others reject it.
         most = 1 if action == "continue" else self.suspects
         suspects = find_suspects(self._reference, judgement, model, most)
-        message = _message(judgement, suspects if action != "continue" else [], self._reference.is_backbone)
+        message = _message(judgement, suspects if action != "continue" else [], self._reference.predicts)
         return {
             "passed": action in ("continue", "warn"),
             "action": action,
@@ -163,12 +167,12 @@ class ReconstructionGuard(Guard):
         return "warn" if judgement.score > self.warn_score else "continue"
 
 
-def _message(judgement: PartJudgement, suspects: Sequence[Suspect], is_backbone: bool) -> str:
+def _message(judgement: PartJudgement, suspects: Sequence[Suspect], predicts: bool) -> str:
     failed = [f"{error.name} {error.failure}" for error in judgement.errors if error.failure]
     if failed:
         return first_few(failed)
     estimate = f"the log loss rises by an estimated {judgement.score:.3g} nats per token"
-    if is_backbone:
+    if not predicts:
         estimate = f"the errors of its parts add up to {judgement.score:.3g}"
     if suspects:
         return f"{estimate}, most of it from {suspects[0].module}: {suspects[0].evidence}"
