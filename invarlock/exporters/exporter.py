@@ -38,7 +38,9 @@ class Exporter(Protocol):
     stores_codes: bool = False
     """True if ``store`` and ``finish`` need the scales and zero points of quantized weights."""
     scale_dtype: torch.dtype | None = None
-    """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
+    """The only dtype that the format has for scales; weights are rounded with such scales. None: any.
+
+    With a dtype, grids that are not symmetric have a minimum of that dtype and no zero point."""
     library: str = "transformers"
     """The hub's name of the library that loads it, for the model card."""
     loading: str = 'from_pretrained(".")'

@@ -1,7 +1,8 @@
-"""Export as GGUF for llama.cpp and what is built on it: Q4_0, Q5_0 and Q8_0, blocks of 32 codes and a float16 scale.
+"""Export as GGUF for llama.cpp and what is built on it: Q4_0, Q5_0 and Q8_0, blocks of 32 codes and a float16 scale,
+and Q4_1 and Q5_1, whose blocks have a float16 minimum besides.
 
-The numbers are those of ``code * scale``, as they stand in the model, exactly, because weights are rounded to the same
-blocks and scales.
+The numbers are those of ``code * scale`` and ``code * scale + minimum``, as they stand in the model, exactly, because
+weights are rounded to the same blocks and scales.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from invarlock.quantization.scheme import Plan
 from invarlock.quantization.selection import WeightTarget
 
 BLOCK = 32
-TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
-"""By the bits of a code."""
+TYPES = {(4, True): "Q4_0", (5, True): "Q5_0", (8, True): "Q8_0", (4, False): "Q4_1", (5, False): "Q5_1"}
+"""By the bits of a code, and whether the grid is symmetric."""
 ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
 USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -62,10 +63,11 @@ class Gguf(Exporter):
     loading = f'from_pretrained(".", gguf_file="{FILE}")'
 
     def refuse(self, plan: Plan, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-        if plan.of_floats or plan.bitwidth not in TYPES or not plan.symmetric or plan.group_size != BLOCK:
-            types = ", ".join(TYPES.values())
-            asked = f"set `bitwidth` 4, 5 or 8 and `group_size` {BLOCK}, not {plan.described}"
-            return f"its blocks are {types}, symmetric, in groups of {BLOCK}: {asked}"
+        kind_of_block = TYPES.get((plan.bitwidth, plan.symmetric))
+        if plan.of_floats or kind_of_block is None or plan.group_size != BLOCK:
+            bits = "4, 5 or 8" if plan.symmetric else "4 or 5"
+            asked = f"set `bitwidth` {bits} and `group_size` {BLOCK}, not {plan.described}"
+            return f"its blocks are {', '.join(TYPES.values())}, in groups of {BLOCK}: {asked}"
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", None)
         if kind not in ARCHITECTURES:
@@ -83,9 +85,7 @@ class Gguf(Exporter):
         for target in targets:
             if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
                 held = f"weights of Linear with a multiple of {BLOCK} inputs"
-                return (
-                    f"{TYPES[plan.bitwidth]} holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
-                )
+                return f"{kind_of_block} holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
         if tokenizer is None or not _is_byte_level(tokenizer):
             return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
         if _splitting(tokenizer) is None:
@@ -97,7 +97,7 @@ class Gguf(Exporter):
         """Write ``model.gguf`` beside the tokenizer's own files."""
         import gguf
 
-        model, config, kind = saved.model, saved.model.config, TYPES[saved.plan.bitwidth]
+        model, config, kind = saved.model, saved.model.config, TYPES[saved.plan.bitwidth, saved.plan.symmetric]
         architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[config.model_type]
         writer = gguf.GGUFWriter(folder / FILE, config.model_type)
         _write_configuration(writer, config, gguf.LlamaFileType[f"MOSTLY_{kind}"])
@@ -215,11 +215,12 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
 
 
 def _blocks(rounded: Tensor, parameters: RoundedWeight, bits: int) -> Tensor:
-    """Rows of blocks as bytes: for each block its float16 scale, then 32 codes."""
-    scales = parameters.scales.unsqueeze(-1)
+    """Rows of blocks as bytes: for each block its float16 scale, the minimum where it has one, then 32 codes."""
+    scales, minimums = parameters.scales.unsqueeze(-1), parameters.minimums
+    head = [scales] if minimums is None else [scales, minimums.to(scales.dtype).unsqueeze(-1)]
     codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)
     packed = codes.view(torch.uint8) if bits == 8 else _nibbles((codes + 2 ** (bits - 1)).to(torch.uint8), bits)
-    return torch.cat([scales.view(torch.uint8), packed], dim=-1).flatten(1)
+    return torch.cat([*(part.view(torch.uint8) for part in head), packed], dim=-1).flatten(1)
 
 
 def _nibbles(codes: Tensor, bits: int) -> Tensor:
