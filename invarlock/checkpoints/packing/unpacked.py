@@ -90,7 +90,8 @@ def described(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "quantization_config" in config or not (folder / MODELOPT).is_file():
         return config
-    return {**config, "quantization_config": {"quant_method": "modelopt", **read_json(folder / MODELOPT)}}
+    section = read_json(folder / MODELOPT).get("quantization")
+    return {**config, "quantization_config": {"quant_method": "modelopt", **(section or {})}}
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
