@@ -128,7 +128,11 @@ HOW: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32]},
     "modelopt-fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
     "modelopt-fp8-block": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
-    "modelopt-nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+    "modelopt-nvfp4": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "group_size": 16,
+    },
     "modelopt-int4": {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32},
     "auto-round": AUTO_ROUND
     | {
@@ -227,7 +231,7 @@ def _by_modelopt(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[T
         rounded = (known[nearest] * spread).copysign(blocks).flatten(1)
         codes = (nearest + 8 * (blocks < 0)).flatten(1).byte()
         packed = codes[:, ::2] | codes[:, 1::2] << 4
-        return rounded, {"weight": packed, "weight_scale": scale, "weight_scale_2": second}
+        return rounded, {"weight": packed, "weight_scale": scale, "weight_scale_2": second, "input_scale": second * 2}
     smoothing = torch.linspace(0.5, 2, weight.shape[1])
     blocks = (weight / smoothing).unflatten(1, (-1, how["group_size"]))
     scale = blocks.abs().amax(-1) / 7
