@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from invarlock import hookimpl as hookimpl
     from invarlock.checkpoints.packing.unpacked import LAYOUTS as LAYOUTS
     from invarlock.checkpoints.packing.unpacked import UnpackedCheckpoint as UnpackedCheckpoint
+    from invarlock.checkpoints.packing.unpacked import described as described
     from invarlock.checkpoints.packing.unpacked import method_of as method_of
     from invarlock.checkpoints.packing.unpacked import open_checkpoint as open_checkpoint
     from invarlock.checkpoints.reader import Checkpoint as Checkpoint
@@ -92,7 +93,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "invarlock": ("hookimpl",),
-    "invarlock.checkpoints.packing.unpacked": ("LAYOUTS", "UnpackedCheckpoint", "method_of", "open_checkpoint"),
+    "invarlock.checkpoints.packing.unpacked": (
+        "LAYOUTS",
+        "UnpackedCheckpoint",
+        "described",
+        "method_of",
+        "open_checkpoint",
+    ),
     "invarlock.checkpoints.reader": ("Checkpoint",),
     "invarlock.checkpoints.soundness": ("READ", "check_file", "check_folder", "read_json"),
     "invarlock.checkpoints.streaming": ("Part", "attach"),

@@ -106,21 +106,40 @@ def _units(weight: Tensor, weights: Any) -> Tensor:
 
 def words(codes: Tensor, bits: int = 4, order: Iterable[int] | None = None) -> Tensor:
     """Codes as words of 32 bits along the last axis."""
+    if 32 % bits:
+        each = np.unpackbits(codes.byte().unsqueeze(-1).numpy(), axis=-1, bitorder="little")[..., :bits]
+        return torch.from_numpy(np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")).view(torch.int32)
     count = 32 // bits
     grouped = codes.long().unflatten(-1, (-1, count))
     packed = sum(grouped[..., which] << bits * place for place, which in enumerate(order or range(count)))
     return packed.to(torch.uint32).view(torch.int32)
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
 HOW: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False},
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2", "sym": False},
     "gptq-8": {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": True, "sym": False},
     "gptq-channel": {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": False},
+    "gptq-3": {"quant_method": "gptq", "bits": 3, "group_size": 32, "desc_act": True, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
     "mlx": {"bits": 4, "group_size": 32},
     "mlx-8": {"bits": 8, "group_size": 64},
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    "modelopt-fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "modelopt-fp8-block": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+    "modelopt-nvfp4": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "group_size": 16,
+    },
+    "modelopt-int4": {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32},
+    "auto-round": AUTO_ROUND
+    | {
+        "packing_format": "auto_round:auto_gptq",
+        "extra_config": {"model.layers.0.mlp.down_proj": {"bits": 8}},
+    },
+    "auto-round-awq": AUTO_ROUND | {"packing_format": "auto_round:auto_awq"},
 }
 
 
@@ -138,12 +157,18 @@ def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
         stem, weight = name.removesuffix(".weight"), state.pop(name)
         if f"{stem}.bias" in state:
             state[f"{stem}.bias"].normal_()
-        weights[name], stored = _stored(method, weight.float(), how)
+        own = how | how.get("extra_config", {}).get(stem, {})
+        weights[name], stored = (_by_modelopt if "quant_algo" in how else _stored)(method, weight.float(), own)
         state |= {f"{stem}.{part}": tensor for part, tensor in stored.items()}
     model.save_pretrained(BASE)
     config.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
-    settings |= {"quantization_config": how, **({} if "quant_method" in how else {"quantization": how})}
+    if method == "modelopt-nvfp4":
+        # As its first versions wrote it.
+        described = {"producer": {"name": "modelopt"}, "quantization": how}
+        (folder / "hf_quant_config.json").write_text(json.dumps(described))
+    else:
+        settings |= {"quantization_config": how, **({} if "quant_method" in how else {"quantization": how})}
     (folder / "config.json").write_text(json.dumps(settings))
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
@@ -175,7 +200,7 @@ def _stored(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor
     back = order.argsort()
     rounded = ((codes - zeros.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)[:, back]
     codes = codes.flatten(1)[:, back]
-    if method == "awq":
+    if method.endswith("awq"):
         places = (0, 2, 4, 6, 1, 3, 5, 7)
         stored = {"qweight": words(codes.T, order=places), "qzeros": words(zeros.T, order=places)}
         return rounded, stored | {"scales": scale.T}
@@ -183,6 +208,37 @@ def _stored(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor
     index = (torch.arange(inputs) // size)[back].int()
     stored = {"qweight": words(codes, bits).T, "qzeros": words(zeros.T - first, bits)}
     return rounded, stored | {"scales": scale.T, "g_idx": index}
+
+
+def _by_modelopt(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``_stored``; one factor for each input smooths INT4."""
+    if method == "modelopt-fp8":
+        scale = weight.abs().max() / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        return codes.float() * scale, {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.05)}
+    if method == "modelopt-fp8-block":
+        blocks = weight.unflatten(0, (-1, 64)).unflatten(2, (-1, 32))
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+        codes = (blocks / scale).to(torch.float8_e4m3fn)
+        return (codes.float() * scale).view(weight.shape), {"weight": codes.view(weight.shape), "weight_scale": scale}
+    blocks = weight.unflatten(1, (-1, how["group_size"]))
+    if method == "modelopt-nvfp4":
+        second = weight.abs().max() / (6 * 448)
+        scale = (blocks.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)
+        spread = scale.float().unsqueeze(-1) * second
+        known = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nearest = ((blocks / spread).abs().unsqueeze(-1) - known).abs().argmin(-1)
+        rounded = (known[nearest] * spread).copysign(blocks).flatten(1)
+        codes = (nearest + 8 * (blocks < 0)).flatten(1).byte()
+        packed = codes[:, ::2] | codes[:, 1::2] << 4
+        return rounded, {"weight": packed, "weight_scale": scale, "weight_scale_2": second, "input_scale": second * 2}
+    smoothing = torch.linspace(0.5, 2, weight.shape[1])
+    blocks = (weight / smoothing).unflatten(1, (-1, how["group_size"]))
+    scale = blocks.abs().amax(-1) / 7
+    codes = (blocks / scale.unsqueeze(-1)).round().flatten(1)
+    rounded = codes * scale.repeat_interleave(how["group_size"], 1) * smoothing
+    packed = (codes[::2].to(torch.int8) & 15 | codes[1::2].to(torch.int8) << 4).view(torch.uint8)
+    return rounded, {"weight": packed, "weight_scale": scale, "pre_quant_scale": smoothing}
 
 
 def changed(folder: Path, part: str, change: Any) -> str:

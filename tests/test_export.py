@@ -113,16 +113,18 @@ def test_dequantized_is_cut_into_shards_as_the_input_was(config) -> None:
     assert after == before
 
 
-@pytest.mark.parametrize("bitwidth", [4, 5, 8])
+@pytest.mark.parametrize(("bitwidth", "symmetric"), gguf.TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gguf_logits_are_the_guarded_models(config, dtype: str, bitwidth: int) -> None:
+def test_gguf_logits_are_the_guarded_models(config, dtype: str, bitwidth: int, symmetric: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=dtype)
     with torch.no_grad():
         # Scales far too small for float16's usual numbers.
         model.model.layers[0].mlp.up_proj.weight[:64].mul_(1e-3)
     model.save_pretrained("checkpoint")
     AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained("checkpoint")
-    model = guarded(config, Path("checkpoint").absolute(), "gguf", bitwidth=bitwidth, group_size=32)
+    model = guarded(
+        config, Path("checkpoint").absolute(), "gguf", bitwidth=bitwidth, symmetric=symmetric, group_size=32
+    )
     loaded = AutoModelForCausalLM.from_pretrained("out/model", gguf_file="model.gguf", dtype=dtype)
     assert largest_difference(model, loaded) == 0.0
     text = (DEMO / "text.jsonl").read_text()[:5000]
@@ -224,6 +226,7 @@ def test_a_splitting_that_llama_cpp_does_not_know_is_refused(invarlock, config) 
         (architectures.llama, "compressed-tensors", {"group_size": 20}, "does not divide the 32 inputs of model.layers.0"),
         (architectures.llama, "gguf", {}, "set edit.plan.bitwidth 4, 5 or 8 and edit.plan.group_size 32"),
         (architectures.llama, "gguf", {"bitwidth": 6, "group_size": 32}, "not 6 bits, symmetric, groups of 32"),
+        (architectures.llama, "gguf", {"group_size": 32, "symmetric": False}, "bitwidth 4 or 5 and edit.plan.group_size 32, not 8 bits"),
         (architectures.llama, "gguf", {"format": "mxfp4"}, "not MXFP4, blocks of 32"),
         (architectures.llama, "gguf", {"group_size": 32}, "mlp.down_proj has shape (32, 48)"),
         (architectures.opt, "gguf", {"group_size": 32}, "this one is opt"),
@@ -279,6 +282,8 @@ def test_all_that_belongs_to_a_model_travels_along(invarlock, config) -> None:
         ("gguf", {"bitwidth": 8, "group_size": 32}, "Q8_0 (8.5 bits per weight)"),
         ("gguf", {"bitwidth": 5, "group_size": 32}, "Q5_0 (5.5 bits per weight)"),
         ("gguf", {"bitwidth": 4, "group_size": 32}, "Q4_0 (4.5 bits per weight)"),
+        ("gguf", {"bitwidth": 5, "group_size": 32, "symmetric": False}, "Q5_1 (6 bits per weight)"),
+        ("gguf", {"bitwidth": 4, "group_size": 32, "symmetric": False}, "Q4_1 (5 bits per weight)"),
     ],
 )
 def test_compare_reads_every_format_that_is_written(invarlock, config, format_: str, plan: Any, named: str) -> None:

@@ -58,6 +58,13 @@ NAMED = {
     "mlx": "INT4, asymmetric, groups of 32 (4 bits)",
     "mlx-8": "INT8, asymmetric, groups of 64 (8 bits)",
     "fp8": "FP8 (E4M3), blocks of 32 x 32 (8 bits)",
+    "gptq-3": "INT3, asymmetric, groups of 32 (3 bits)",
+    "modelopt-fp8": "FP8 (E4M3), per tensor (8 bits)",
+    "modelopt-fp8-block": "FP8 (E4M3), blocks of 64 x 32 (8 bits)",
+    "modelopt-nvfp4": "NVFP4, blocks of 16 (4 bits)",
+    "modelopt-int4": "INT4, groups of 32 (4 bits)",
+    "auto-round": "INT4, asymmetric, groups of 32 (4 bits)",
+    "auto-round-awq": "INT4, asymmetric, groups of 32 (4 bits)",
 }
 
 
@@ -108,6 +115,15 @@ def test_a_streamed_model_is_the_loaded_one(method: str) -> None:
     for name, parameter in streamed.named_parameters():
         assert isinstance(parameter, LazyTensor)
         assert torch.equal(parameter.detach().whole(), whole.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(("data_type", "bits", "scheme"), [("nv_fp", 4, "nvfp4"), ("mx_fp", 4, "mxfp4")])
+def test_auto_round_can_pack_as_compressed_tensors(invarlock, data_type: str, bits: int, scheme: str) -> None:
+    compressed(Path("packed"), {"Linear": SCHEMES[scheme]})
+    path = Path("packed/config.json")
+    how = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", "data_type": data_type}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": how | {"bits": bits}}))
+    assert changes_in(compared(invarlock)) == {NAMED[scheme]}
 
 
 def test_groups_of_modules_can_have_schemes_of_their_own(invarlock) -> None:
@@ -212,6 +228,9 @@ WORDS = {
     "zero points of other groups": ("gptq", ".qzeros", lambda zeros: zeros[1:], "needs (8, 16)"),
     "an order of other inputs": ("gptq", ".g_idx", lambda index: index[1:], "needs (256,)"),
     "biases of other groups": ("mlx", ".biases", lambda biases: biases[:, 1:], "needs (128, 8)"),
+    "a factor of zero": ("modelopt-nvfp4", ".weight_scale_2", scale(0), "holds scales that are zero"),
+    "scales of too few blocks": ("modelopt-nvfp4", ".weight_scale", lambda scales: scales[:, 1:], "needs (128, 16)"),
+    "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (255,)"),
     "scales of other blocks": ("fp8", ".weight_scale_inv", lambda scales: scales[1:], "needs (4, 8)"),
 }
 
@@ -244,7 +263,8 @@ def described(**changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bits": 3}, "quantization_config.bits is 3; only 2 or 4 or 8 can be unpacked"),
+        ({"bits": 5}, "quantization_config.bits is 5; only 2 or 3 or 4 or 8 can be unpacked"),
+        ({"quant_method": "auto-round", "packing_format": "exl3"}, "packing_format is 'exl3', which is not known"),
         ({"quant_method": "awq", "version": "gemv"}, "packed by awq in version gemv; only gemm can be unpacked"),
         ({"quant_method": "gtpq"}, "unknown method 'gtpq'"),
     ],

@@ -107,7 +107,11 @@ def test_codes_scales_and_zero_points_make_the_rounded_weight(scale_dtype, symme
     units = codes.float().view(*parameters.scales.shape, -1)
     if parameters.zero_points is not None:
         units = units - parameters.zero_points.unsqueeze(-1)
-    assert torch.equal((units * parameters.scales.float().unsqueeze(-1)).view(12, 40).to(dtype), result)
+    units = units * parameters.scales.float().unsqueeze(-1)
+    assert (parameters.minimums is None) == (symmetric or scale_dtype is None)
+    if parameters.minimums is not None:
+        units = units + parameters.minimums.unsqueeze(-1)
+    assert torch.equal(units.view(12, 40).to(dtype), result)
 
 
 @pytest.mark.parametrize("granularity", [{"per_channel": False}, {}], ids=["tensor", "channel"])

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.packing.unpacked import LAYOUTS, UnpackedCheckpoint, method_of, open_checkpoint
+from invarlock.checkpoints.packing.unpacked import LAYOUTS, UnpackedCheckpoint, described, method_of, open_checkpoint
 from invarlock.checkpoints.reader import Checkpoint
-from invarlock.checkpoints.soundness import read_json
 from invarlock.core.errors import InputError
 from invarlock.core.storage import Storage, StoredType
 
@@ -59,8 +58,7 @@ def weights_in(checkpoint: Path) -> dict[str, StoredWeight]:
         return dict(_blocks(checkpoint))
     if not checkpoint.is_dir():
         return {}
-    config = read_json(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else {}
-    if (method := method_of(config)) and method not in LAYOUTS:
+    if (method := method_of(described(checkpoint))) and method not in LAYOUTS:
         # Its tensors are not the weights.
         return {}
     return dict(_tensors(open_checkpoint(checkpoint)))

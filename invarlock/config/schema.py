@@ -192,8 +192,8 @@ class OutputConfig(_Section):
     format: Annotated[
         str,
         "Format of the saved model: compressed-tensors, packed codes for vLLM and transformers; dequantized, its own "
-        "layout and data type; gguf, Q4_0, Q5_0 or Q8_0 blocks for llama.cpp (bitwidth 4, 5 or 8, group_size 32); or a "
-        "plugin's.",
+        "layout and data type; gguf, blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 for llama.cpp (bitwidth 4, 5 or 8, "
+        "group_size 32); or a plugin's.",
     ] = "compressed-tensors"
 
 

@@ -41,7 +41,9 @@ class Exporter(Protocol):
     stores_codes: bool = False
     """True if ``store`` and ``finish`` need the scales and zero points of quantized weights."""
     scale_dtype: torch.dtype | None = None
-    """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
+    """The only dtype that the format has for scales; weights are rounded with such scales. None: any.
+
+    With a dtype, grids that are not symmetric have a minimum of that dtype and no zero point."""
     mixes: bool = False
     """True if a model can hold weights of several schemes: without it, a plan is never a list of rules."""
     library: str = "transformers"

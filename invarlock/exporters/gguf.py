@@ -1,7 +1,8 @@
-"""Export as GGUF for llama.cpp and what is built on it: Q4_0, Q5_0 and Q8_0, blocks of 32 codes and a float16 scale.
+"""Export as GGUF for llama.cpp and what is built on it: Q4_0, Q5_0 and Q8_0, blocks of 32 codes and a float16 scale,
+and Q4_1 and Q5_1, whose blocks have a float16 minimum besides.
 
-The numbers are those of ``code * scale``, as they stand in the model, exactly, because weights are rounded to the same
-blocks and scales.
+The numbers are those of ``code * scale`` and ``code * scale + minimum``, as they stand in the model, exactly, because
+weights are rounded to the same blocks and scales.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
 
 BLOCK = 32
-TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
-"""By the bits of a code."""
+TYPES = {(4, True): "Q4_0", (5, True): "Q5_0", (8, True): "Q8_0", (4, False): "Q4_1", (5, False): "Q5_1"}
+"""By the bits of a code, and whether the grid is symmetric."""
 ARCHITECTURES = ("llama", "qwen2")
 FILE = "model.gguf"
 USUAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -64,10 +65,11 @@ class Gguf(Exporter):
     loading = f'from_pretrained(".", gguf_file="{FILE}")'
 
     def refuse(self, plan: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
-        if plan.of_floats or plan.bitwidth not in TYPES or not plan.symmetric or plan.group_size != BLOCK:
-            types = ", ".join(TYPES.values())
-            asked = f"set `bitwidth` 4, 5 or 8 and `group_size` {BLOCK}, not {plan.described}"
-            return f"its blocks are {types}, symmetric, in groups of {BLOCK}: {asked}"
+        kind_of_block = TYPES.get((plan.bitwidth, plan.symmetric))
+        if plan.of_floats or kind_of_block is None or plan.group_size != BLOCK:
+            bits = "4, 5 or 8" if plan.symmetric else "4 or 5"
+            asked = f"set `bitwidth` {bits} and `group_size` {BLOCK}, not {plan.described}"
+            return f"its blocks are {', '.join(TYPES.values())}, in groups of {BLOCK}: {asked}"
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", None)
         if kind not in ARCHITECTURES:
@@ -85,9 +87,7 @@ class Gguf(Exporter):
         for target in targets:
             if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
                 held = f"weights of Linear with a multiple of {BLOCK} inputs"
-                return (
-                    f"{TYPES[plan.bitwidth]} holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
-                )
+                return f"{kind_of_block} holds {held}, and {target.name} has shape {tuple(target.parameter.shape)}"
         if tokenizer is None or not _is_byte_level(tokenizer):
             return "the file holds its tokenizer, which has to be a byte-level BPE, and this model's is none"
         if _splitting(tokenizer) is None:
@@ -112,9 +112,9 @@ class Gguf(Exporter):
             stem, _, suffix = name.rpartition(".")
             target = f"{names.get_name(stem)}.{suffix}"
             if parameters := saved.quantized.get(name):
-                bits = saved.schemes[name].bitwidth
-                blocks = _rotary_order(name, _blocks(tensor, parameters, bits), config).cpu().numpy()
-                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[TYPES[bits]])
+                scheme = saved.schemes[name]
+                blocks = _rotary_order(name, _blocks(tensor, parameters, scheme.bitwidth), config).cpu().numpy()
+                writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[_type_of(scheme)])
             else:
                 numbers, own = _plain(_rotary_order(name, tensor, config))
                 writer.add_tensor(target, numbers, raw_dtype=own)
@@ -131,8 +131,12 @@ def _most_of(saved: SavedModel) -> str:
     """The type of most weights, which names the file's."""
     counts: Counter[str] = Counter()
     for name, scheme in saved.schemes.items():
-        counts[TYPES[scheme.bitwidth]] += saved.model.get_parameter(name).numel()
+        counts[_type_of(scheme)] += saved.model.get_parameter(name).numel()
     return counts.most_common(1)[0][0]
+
+
+def _type_of(scheme: Scheme) -> str:
+    return TYPES[scheme.bitwidth, scheme.symmetric]
 
 
 def _write_configuration(writer: Any, config: Any, file_type: Any) -> None:
@@ -226,11 +230,12 @@ def _plain(tensor: Tensor) -> tuple[NDArray[Any], Any]:
 
 
 def _blocks(rounded: Tensor, parameters: RoundedWeight, bits: int) -> Tensor:
-    """Rows of blocks as bytes: for each block its float16 scale, then 32 codes."""
-    scales = parameters.scales.unsqueeze(-1)
+    """Rows of blocks as bytes: for each block its float16 scale, the minimum where it has one, then 32 codes."""
+    scales, minimums = parameters.scales.unsqueeze(-1), parameters.minimums
+    head = [scales] if minimums is None else [scales, minimums.to(scales.dtype).unsqueeze(-1)]
     codes = parameters.codes(rounded).view(*scales.shape[:2], BLOCK)
     packed = codes.view(torch.uint8) if bits == 8 else _nibbles((codes + 2 ** (bits - 1)).to(torch.uint8), bits)
-    return torch.cat([scales.view(torch.uint8), packed], dim=-1).flatten(1)
+    return torch.cat([*(part.view(torch.uint8) for part in head), packed], dim=-1).flatten(1)
 
 
 def _nibbles(codes: Tensor, bits: int) -> Tensor:

@@ -184,7 +184,11 @@ class _Comparing:
             tensors,
             self._before,
             [*changes.findings, *findings],
-            touched(guarding.baseline.declared, Declared.of(model, subject.model_id), guarding.windows),
+            touched(
+                guarding.baseline.declared,
+                Declared.of(model, subject.model_id, session.simulation(model)),
+                guarding.windows,
+            ),
             unreadable=reason is not None,
             tokenizer=own if self._tokenizer == "own" else None,
             same_text=reading.same_text,

@@ -21,6 +21,7 @@ from invarlock.datasets.windows import conversation_places
 from invarlock.evaluation.task import Task
 from invarlock.models.configuration import position_fields_of
 from invarlock.models.facts import context_of, text_config_of
+from invarlock.models.simulation import ACTIVATIONS, CACHE, Simulation
 from invarlock.reporting.report import CoverageSection, Gap, TokensSeen
 
 NEAR_CHANCE = "baseline near chance"
@@ -28,7 +29,6 @@ CHANCE = 0.5
 """Share of the vocabulary's size from which on a perplexity is near chance: the model then knows less than one bit of a
 token more than uniform guessing, where counting how often words occur yields several."""
 TOWERS = {"vision_config": "vision", "audio_config": "audio"}
-CACHE, ACTIVATIONS = "quantization of the key-value cache", "quantization of activations"
 UNSIMULATED = {
     "kv_cache_scheme": CACHE, "kv_cache_quant_algo": CACHE, "kv_cache_config": CACHE, "kv_cache_group": CACHE,
     "input_activations": ACTIVATIONS, "output_activations": ACTIVATIONS, "activation_scheme": ACTIVATIONS,
@@ -48,9 +48,11 @@ class Declared:
     positions: Mapping[str, Any]
     towers: tuple[str, ...]
     unsimulated: frozenset[str]
+    simulated: Mapping[str, str]
+    """Words for what passes simulate, by part."""
 
     @classmethod
-    def of(cls, model: torch.nn.Module, model_id: str) -> Declared:
+    def of(cls, model: torch.nn.Module, model_id: str, simulation: Simulation) -> Declared:
         """:raises InputError: a JSON file of the checkpoint is broken."""
         config = getattr(model, "config", None)
         # The loaded configuration lacks the quantization, for weights are unpacked, and towers that were not loaded.
@@ -61,7 +63,8 @@ class Declared:
             context=context_of(model),
             positions=position_fields_of(text_config_of(model)),
             towers=tuple(name for key, name in TOWERS.items() if stored.get(key) or getattr(config, key, None)),
-            unsimulated=frozenset(_unsimulated(quantization)),
+            unsimulated=frozenset(_unsimulated(quantization)) - simulation.described.keys(),
+            simulated=simulation.described,
         )
 
 
@@ -109,8 +112,8 @@ def coverage_of(
 def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None) -> list[Gap]:
     """Gaps that an edited checkpoint opens: it changes what the windows do not exercise."""
     length = windows[-1].input_ids.shape[1] if windows else 0
-    opened = [replace(_simulation(part), action=Action.WARN) for part in sorted(after.unsimulated - before.unsimulated)]
-    return [*_position_changes(before, after, length), *opened]
+    opened = [replace(_unserved(part), action=Action.WARN) for part in sorted(after.unsimulated - before.unsimulated)]
+    return [*_position_changes(before, after, length), *opened, *_simulated(after)]
 
 
 def unreached(weights: Sequence[EditedWeight], never_ran: Collection[str]) -> list[Gap]:
@@ -254,12 +257,19 @@ def _not_run(declared: Declared, given: Collection[str]) -> Iterator[Gap]:
     for tower in (tower for tower in declared.towers if tower not in given):
         message = f"not exercised: the {tower} tower, for windows hold text alone"
         yield Gap(f"{tower} tower", Action.CONTINUE, message, f"an evaluation with {tower} inputs exercises it")
-    yield from map(_simulation, sorted(declared.unsimulated))
+    yield from map(_unserved, sorted(declared.unsimulated))
+    yield from _simulated(declared)
 
 
-def _simulation(part: str) -> Gap:
+def _unserved(part: str) -> Gap:
     message = f"the {part} was not judged: the checkpoint declares it, and passes run without it"
     return Gap(part, Action.CONTINUE, message, "an evaluation by the engine that serves the checkpoint exercises it")
+
+
+def _simulated(declared: Declared) -> Iterator[Gap]:
+    for part, words in sorted(declared.simulated.items()):
+        message = f"the {part} was simulated ({words}), not done by the kernels of an engine"
+        yield Gap(part, Action.CONTINUE, message, "an evaluation by the engine that serves the checkpoint runs these")
 
 
 def _position_changes(before: Declared, after: Declared, length: int) -> Iterator[Gap]:

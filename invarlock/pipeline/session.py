@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
+from invarlock.checkpoints.packing.activations import simulation_of
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import CountedDataset, RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
@@ -31,6 +33,7 @@ from invarlock.evaluation.task import LanguageTask
 from invarlock.models.autograd import start_contexts
 from invarlock.models.batches import batch_size
 from invarlock.models.facts import ModelClass, own_code_of
+from invarlock.models.simulation import NONE, Simulation
 from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
@@ -69,6 +72,7 @@ class Session:
         self._documents: Samples | None = None
         self._checkpoints: dict[Path, InputFiles] = {}
         """Each that was loaded, as it was before."""
+        self._simulations: WeakKeyDictionary[torch.nn.Module, Simulation] = WeakKeyDictionary()
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -125,6 +129,17 @@ class Session:
         start_contexts(model)
         put_on_hooks_of_its_own(model)
         return model, adapter
+
+    def simulate(self, model: torch.nn.Module, model_id: str, key: str = BASELINE) -> None:
+        """Let passes over a model round what its checkpoint declares to be rounded while it runs.
+
+        :raises UsageError: the scales for that are broken.
+        """
+        with named_by(key):
+            self._simulations[model] = simulation_of(model, Path(model_id))
+
+    def simulation(self, model: torch.nn.Module) -> Simulation:
+        return self._simulations.get(model, NONE)
 
     def _check_owned(self, model_id: str) -> None:
         """Refuse a class that no task owns, and samples that its task cannot read, before the weights are loaded.
@@ -189,7 +204,7 @@ class Baseline:
         self.view = WholeView(model) if self.sharding else None
         """Of a model that is spread over the processes."""
         self._view_state = ModelState.of(self.view.model) if self.view else None
-        self.declared = Declared.of(model, config.model.id)
+        self.declared = Declared.of(model, config.model.id, session.simulation(model))
         self.own_code = own_code_of(model)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
@@ -298,16 +313,17 @@ class Baseline:
         whole = self.sharding is Sharding.TENSOR
         share, calls = self._share_of(final, ahead=0 if self.sharding else len(preview), model=model)
         with self.session.clock.stage(stage), nullcontext() if whole else ranks.progress_summed():
-            measured = self.task.measure(
-                model,
-                preview if self.sees_preview else preview[:0],
-                final[share],
-                taps=taps,
-                reference=reference,
-                vocabulary=vocabulary,
-                calls=calls,
-                taps_off=taps_off,
-            )
+            with self.session.simulation(model).running(model):
+                measured = self.task.measure(
+                    model,
+                    preview if self.sees_preview else preview[:0],
+                    final[share],
+                    taps=taps,
+                    reference=reference,
+                    vocabulary=vocabulary,
+                    calls=calls,
+                    taps_off=taps_off,
+                )
             parts = ranks.gather(replace(measured, record=None))
         return PassResult.joined(parts[:1] if whole else parts), measured.record
 

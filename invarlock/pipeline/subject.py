@@ -21,13 +21,19 @@ TOKENIZER = "tokenizer_config.json"
 
 
 def load(session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE) -> tuple[torch.nn.Module, Adapter]:
-    """Load a checkpoint, leaving its weights on disk if that is wanted and can be."""
+    """Load a checkpoint, leaving its weights on disk if that is wanted and can be.
+
+    Passes simulate the rounding of activations that it declares; of weights on disk there are no passes.
+    """
     if on_disk:
         try:
             return session.load(model_id, stream=True, key=key)
         except UsageError as error:
             log.info("%s; loading the whole model", one_line(error))
-    return session.load(model_id, key=key)
+    model, adapter = session.load(model_id, key=key)
+    if not on_disk:
+        session.simulate(model, model_id, key)
+    return model, adapter
 
 
 @dataclass(frozen=True)

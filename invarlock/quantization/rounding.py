@@ -2,12 +2,7 @@
 
 The numbers are those of compressed-tensors (``calculate_qparams`` and ``_quantize_dequantize``), so that a checkpoint
 exported in that format carries what was judged here. With b bits, codes from -2^(b-1) to 2^(b-1) - 1, and rounding half
-to even:
-
-- symmetric: ``scale = max|w| / ((2^b - 1) / 2)``, ``code = clamp(round(w / scale))``, ``w = code * scale``;
-- asymmetric: the range is widened to hold zero, ``scale = (max - min) / (2^b - 1)``,
-  ``zero = clamp(round(-2^(b-1) - min / scale))``, ``code = clamp(round(w / scale + zero))``,
-  ``w = (code - zero) * scale``.
+to even; the formulas are in ``quantization.integers``, and those of floating-point grids in ``quantization.floats``.
 
 The scale is rounded to the dtype of the weight, or to the one that a format stores scales in, before it is used;
 everything else is float32, and the product is rounded to the dtype of the weight.
@@ -18,8 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,14 +24,16 @@ from invarlock.models.kernels import takes_triton
 from invarlock.models.sizes import sizes_of
 from invarlock.quantization.clipping import clip_bounds, finite_rows
 from invarlock.quantization.floats import Clip, FloatGrid, grid_over
+from invarlock.quantization.integers import IntegerGrid, MinimumGrid, scale_limits
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
 from invarlock.quantization.tightening import tightened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-GridOver = Callable[..., "_Grid | FloatGrid"]
-"""As ``_Grid.over``."""
+AnyGrid: TypeAlias = IntegerGrid | MinimumGrid | FloatGrid
+GridOver = Callable[..., AnyGrid]
+"""As ``IntegerGrid.over``."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class RoundedWeight:
     """
 
     sums: Sums
-    grids: Sequence[Sequence[Sequence[_Grid | FloatGrid]]]
+    grids: Sequence[Sequence[Sequence[AnyGrid]]]
     """Of each matrix, of its rows that were rounded together, of each part of these: whole groups, and a short one."""
     scale_dtype: torch.dtype
 
@@ -67,6 +64,12 @@ class RoundedWeight:
         """Whole numbers, float32; None where zero is in the middle of the grid."""
         return None if self.grids[0][0][0].zero is None else self._joined(lambda grid: grid.zero)
 
+    @cached_property
+    def minimums(self) -> Tensor | None:
+        """The numbers at the zero points, float32; None where these are zero."""
+        has_minimum = isinstance(self.grids[0][0][0], MinimumGrid)
+        return self._joined(lambda grid: grid.minimum) if has_minimum else None
+
     def _joined(self, of: Callable[[Any], Any]) -> Tensor:
         matrices = [
             torch.cat([torch.cat([of(grid).flatten(1) for grid in parts], dim=1) for parts in rows])
@@ -80,7 +83,10 @@ class RoundedWeight:
         They are not kept from the rounding: those of all weights would take half as much memory as a 16-bit model.
         """
         # In float32: in 16 bits the quotient can be off by a code.
-        codes = (rounded.float().reshape(*self.scales.shape, -1) / self.scales.float().unsqueeze(-1)).round_()
+        units = rounded.float().reshape(*self.scales.shape, -1)
+        if self.minimums is not None:
+            units = units - self.minimums.unsqueeze(-1)
+        codes = (units / self.scales.float().unsqueeze(-1)).round_()
         if self.zero_points is not None:
             codes.add_(self.zero_points.unsqueeze(-1))
         return codes.to(torch.int8).view(rounded.shape)
@@ -121,7 +127,8 @@ def fake_quantize_(
         same with the last two exchanged, or (out, in, ...). Every expert is a matrix of its own.
     :param measure: whether to work out the error figures, which takes about half as long again.
     :param workspace: memory to use again; a caller with many weights passes the same one each time.
-    :param scale_dtype: that scales are rounded to, for a format that stores no other; by default the weight's.
+    :param scale_dtype: that scales are rounded to, for a format that stores no other; by default the weight's. Grids
+        that are not symmetric then have a minimum of this dtype and no zero point, see ``quantization.integers``.
     :param columns: how much the loss depends on each input, float32 (..., in), for scales ``fisher``.
     :returns: the figures of the weight, its scales and zero points.
     :raises PlanError: the weight is not there (``meta``), or its dtype or number of axes is not one of these.
@@ -134,7 +141,8 @@ def fake_quantize_(
     sums = Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
     # Scales of blocks are of a format's own type, which float32 holds.
     kept = torch.float32 if scheme.of_floats and scheme.of_floats.block else weight.dtype
-    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or kept)
+    minimums = scale_dtype is not None and not scheme.symmetric
+    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or kept, minimums)
     if weight.numel():
         target = weight.detach()
         matrices = layout.matrices(target)
@@ -162,68 +170,6 @@ def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
     if weight.ndim < 2 or (layout is not WeightLayout.CONV and weight.ndim > 3):
         return f"has shape {tuple(weight.shape)}, which is not {layout}"
     return None
-
-
-@dataclass(slots=True)
-class _Grid:
-    """The numbers that weights are rounded to: ``scale`` and ``zero`` are float32 and broadcast against them."""
-
-    scale: Tensor
-    zero: Tensor | None
-    lowest: int
-    highest: int
-    finite: bool
-    """True if the weights surely hold no NaN and no Inf: both would be in the scale, and so would too wide a range."""
-
-    @classmethod
-    def over(cls, part: Tensor, scheme: Scheme, clip: Clip | None, dtype: torch.dtype) -> _Grid:
-        """The grids of weights whose last axis shares a scale; the formulas are in the docstring of this module.
-
-        :param dtype: of the scales.
-        """
-        low, high = part.amin(-1, keepdim=True).float(), part.amax(-1, keepdim=True).float()
-        if not scheme.per_channel:
-            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
-        if clip:
-            low, high = low.clamp_(*clip), high.clamp_(*clip)
-        lowest, highest = scheme.code_range
-        if scheme.symmetric:
-            scale = torch.maximum(high, low.neg_(), out=high)
-        else:
-            scale = high.clamp_(min=0) - low.clamp_(max=0)
-        # A tensor, not a number: CUDA would multiply with the reciprocal of that, and get other bits than a CPU.
-        scale.div_(scale.new_full((), scheme.levels))
-        smallest, largest = map(float, torch.aminmax(scale))
-        finite = math.isfinite(largest)
-        if dtype != torch.float32:
-            scale = scale.to(dtype).float()
-        floor, ceiling = _scale_limits(dtype, scheme.bitwidth)
-        if not floor <= smallest <= largest <= ceiling:
-            scale.clamp_(floor, ceiling)
-        if scheme.symmetric:
-            return cls(scale, None, lowest, highest, finite)
-        zero = (lowest - low / scale).round_().clamp_(lowest, highest)
-        # With zero off the middle, codes reach further than the limits of the scale allow for.
-        limits = torch.finfo(part.dtype)
-        reach = torch.maximum(highest - zero, zero - lowest)
-        held = (limits.max * (1 - limits.eps) / reach).to(part.dtype).float()
-        return cls(torch.minimum(scale, held), zero, lowest, highest, finite)
-
-    def snap_(self, block: Tensor) -> Tensor:
-        """Move float32 numbers to the grid, in place."""
-        if self.zero is None:
-            return block.div_(self.scale).round_().clamp_(self.lowest, self.highest).mul_(self.scale)
-        codes = torch.addcdiv(self.zero, block, self.scale, out=block).round_().clamp_(self.lowest, self.highest)
-        return codes.sub_(self.zero).mul_(self.scale)
-
-
-@cache
-def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
-    """The smallest and the largest scale: no code times its scale may overflow."""
-    limits = torch.finfo(dtype)
-    # An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero.
-    smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
-    return smallest, limits.max / 2 ** (bitwidth - 1)
 
 
 @dataclass
@@ -265,14 +211,16 @@ class _Rounder:
     sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
+    minimums: bool
     columns: Tensor | None = None
     """Of the matrix at hand, as of ``fake_quantize_``."""
-    grids: list[list[list[_Grid | FloatGrid]]] = field(default_factory=list)
+    grids: list[list[list[AnyGrid]]] = field(default_factory=list)
 
     def matrix_(self, matrix: Tensor) -> None:
         """Round a matrix (out, in) in place."""
         clip = clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
-        round_rows_ = kernel_for(matrix, self.scheme) if self.columns is None else None
+        plain = self.minimums or self.columns is not None
+        round_rows_ = None if plain else kernel_for(matrix, self.scheme)
         if round_rows_ is None:
             self.grids.append(self._in_blocks_(matrix, clip))
             return
@@ -282,18 +230,20 @@ class _Rounder:
             clip=clip,
             measure=self.sums.measure,
             scale_dtype=self.scale_dtype,
-            scale_limits=_scale_limits(self.scale_dtype, self.scheme.bitwidth),
+            scale_limits=scale_limits(self.scale_dtype, self.scheme.bitwidth),
         )
         self.sums.of_device.append(rows.sums)
-        self.grids.append([[_Grid(rows.scales, rows.zero_points, *self.scheme.code_range, finite=True)]])
+        self.grids.append([[IntegerGrid(rows.scales, rows.zero_points, *self.scheme.code_range, finite=True)]])
 
-    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[_Grid | FloatGrid]]:
+    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[AnyGrid]]:
         at_once = _rows_at_once(matrix)
         together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
-        over = grid_over(matrix, self.scheme, clip) if self.scheme.of_floats else _Grid.over
+        over: GridOver = MinimumGrid.over if self.minimums else IntegerGrid.over
+        if self.scheme.of_floats:
+            over = grid_over(matrix, self.scheme, clip)
         return [self._rows_(rows, at_once, clip, over) for rows in together]
 
-    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None, over: GridOver) -> list[_Grid | FloatGrid]:
+    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None, over: GridOver) -> list[AnyGrid]:
         """Round rows that share no scale with rows elsewhere."""
         parts = _parts(rows, self.scheme.group_size)
         grids = [over(part, self.scheme, clip, self.scale_dtype) for part in parts]
@@ -314,7 +264,7 @@ class _Rounder:
                 self._block_(block, grid, clip)
         return grids
 
-    def _block_(self, block: Tensor, grid: _Grid | FloatGrid, clip: Clip | None) -> None:
+    def _block_(self, block: Tensor, grid: AnyGrid, clip: Clip | None) -> None:
         in_place = block.dtype == torch.float32
         if in_place and not self.sums.measure:
             grid.snap_(self._clip_(block, clip) if clip else block)

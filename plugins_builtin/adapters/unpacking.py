@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import InputError, one_line
@@ -12,7 +13,7 @@ from plugins_builtin.adapters.locating import read_config
 if TYPE_CHECKING:
     from invarlock.api import UnpackedCheckpoint
 
-PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq", "auto-round": "auto_round"}
+PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
 """Packages that transformers needs to unpack weights of a method, by the names that they are imported under."""
 
 
@@ -23,9 +24,10 @@ def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    from invarlock.api import LAYOUTS, method_of
+    from invarlock.api import LAYOUTS, described, method_of
 
-    method = method_of(read_config(model_id, options))
+    folder = Path(model_id)
+    method = method_of(described(folder) if folder.is_dir() else read_config(model_id, options))
     known = method in LAYOUTS or any(name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
     if not known:
         raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")

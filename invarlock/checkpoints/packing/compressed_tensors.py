@@ -16,15 +16,24 @@ from invarlock.core.errors import one_line
 
 SCALE = ".weight_scale"
 OPTIONAL = {"zero_point": ".weight_zero_point", "global_scale": ".weight_global_scale", "weight_shape": ".weight_shape"}
-GRAINS = {"tensor": "per tensor", "channel": "per channel"}
+GRAINS = {"tensor": "per tensor", "channel": "per channel", "token": "per token"}
 GROUPED = ("group", "tensor_group")
 
 
 def packed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[PackedWeight]:
     """As ``Layout`` says."""
     described = _described(checkpoint, settings)
-    for stem in stems(checkpoint, SCALE):
-        yield _packed(checkpoint, stem, _scheme_of(checkpoint, described, stem), described.format)
+    for stem, scheme in _schemes(checkpoint, described):
+        yield _packed(checkpoint, stem, scheme, described.format)
+
+
+def schemes(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names of modules whose weights are packed, each with its scheme as the library has it."""
+    return _schemes(checkpoint, _described(checkpoint, settings))
+
+
+def _schemes(checkpoint: Checkpoint, described: Any) -> Iterator[tuple[str, Any]]:
+    return ((stem, _scheme_of(checkpoint, described, stem)) for stem in stems(checkpoint, SCALE))
 
 
 def _described(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
@@ -88,7 +97,7 @@ def _packed(checkpoint: Checkpoint, stem: str, scheme: Any, format_: str) -> Pac
         stored,
         shape,
         scale if scale in FLOATS else torch.bfloat16,
-        _format(weights),
+        format_of(weights),
         weights.num_bits,
         unpack,
         [part for part in ("weight_scale", "weight_global_scale") if part in stored],
@@ -135,8 +144,8 @@ def _scale_shapes(shape: tuple[int, ...], weights: Any) -> list[tuple[int, ...]]
     return [(rows, math.ceil(columns / weights.group_size))]
 
 
-def _format(weights: Any) -> str:
-    """Name of a scheme's numbers, and what shares a scale."""
+def format_of(weights: Any) -> str:
+    """Name of the numbers that arguments of the library describe, and what shares a scale."""
     grain = GRAINS.get(weights.strategy, "")
     if weights.strategy == "block":
         grain = "blocks of {} x {}".format(*weights.block_structure)

@@ -81,7 +81,18 @@ def broken(checkpoint: Checkpoint, what: str) -> InputError:
 
 
 def words_unpacked(words: Tensor, bits: int) -> Tensor:
-    """Codes of ``bits`` bits, which divide 32, from words of 32 bits along the last axis, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, device=words.device)
-    codes: Tensor = (words.view(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)
+    """Codes of ``bits`` bits from words of 32 bits along the last axis, the lowest bits first.
+
+    Where ``bits`` does not divide 32, codes cross words, and 32 of them fill ``bits`` words.
+    """
+    codes: Tensor
+    words, most = words.view(torch.int32), 2**bits - 1
+    if 32 % bits == 0:
+        codes = (words.unsqueeze(-1) >> torch.arange(0, 32, bits, device=words.device)) & most
+        return codes.flatten(-2)
+    runs = words.reshape(*words.shape[:-1], -1, bits).long() & 0xFFFFFFFF
+    starts = torch.arange(0, 32 * bits, bits, device=words.device)
+    first, shifts = starts // 32, starts % 32
+    following = runs[..., (first + 1).clamp(max=bits - 1)] << (32 - shifts)
+    codes = ((runs[..., first] >> shifts) | following) & most
+    return codes.int().flatten(-2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.packing import compressed_tensors, fine_grained, word_layouts
+from invarlock.checkpoints.packing import auto_round, compressed_tensors, fine_grained, modelopt, word_layouts
 from invarlock.checkpoints.packing.packed import Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
@@ -21,8 +21,13 @@ LAYOUTS: Mapping[str, Layout] = {
     "gptq": word_layouts.gptq_weights,
     "awq": word_layouts.awq_weights,
     "mlx": word_layouts.mlx_weights,
+    "modelopt": modelopt.packed_weights,
+    "auto-round": auto_round.packed_weights,
 }
 """By method, as ``method_of`` has it."""
+MODELOPT = "hf_quant_config.json"
+OTHER_NAMES = {"modelopt": "modelopt", "intel/auto-round": "auto-round"}
+"""Names of methods by how a name begins that some versions write."""
 
 
 class UnpackedCheckpoint(Checkpoint):
@@ -75,9 +80,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     :raises InputError: as ``Checkpoint`` and ``UnpackedCheckpoint`` say.
     """
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = described(folder)
     layout = LAYOUTS.get(method_of(config))
     return UnpackedCheckpoint(folder, layout, settings_of(config)) if layout else Checkpoint(folder)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint; ModelOpt may say in a file of its own how weights are packed."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "quantization_config" in config or not (folder / MODELOPT).is_file():
+        return config
+    section = read_json(folder / MODELOPT).get("quantization")
+    return {**config, "quantization_config": {"quant_method": "modelopt", **(section or {})}}
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,4 +109,5 @@ def method_of(config: Mapping[str, Any]) -> str:
     if not settings:
         # Anything but a section is reported as an unknown method.
         return str(config.get("quantization_config") or "")
-    return str(settings.get("quant_method", "mlx" if "quantization" in config else "None"))
+    method = settings.get("quant_method", settings.get("quant_library", "mlx" if "quantization" in config else "None"))
+    return next((ours for theirs, ours in OTHER_NAMES.items() if str(method).startswith(theirs)), str(method))

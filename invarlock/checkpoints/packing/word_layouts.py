@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from invarlock.checkpoints.packing.packed import PackedWeight, Tensors, broken, expect, stems, words_unpacked
 from invarlock.checkpoints.reader import Checkpoint
 
-WHOLE = (2, 4, 8)
-"""Bits whose codes do not cross words."""
+WHOLE, OF_GPTQ = (2, 4, 8), (2, 3, 4, 8)
+"""Bits whose codes do not cross words, and those of GPTQ."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word of each of eight output channels: AutoAWQ interleaves them for its kernels."""
 
@@ -22,11 +23,12 @@ def gptq_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterato
     """As ``Layout`` says: words along the inputs, ``w = (code - zero) * scale``.
 
     Version 1 (``checkpoint_format`` gptq) stores each zero point less one, version 2 as it is; ``g_idx`` has the group
-    of each input.
+    of each input. A module may have settings of its own.
     """
-    bits, size = _bits(checkpoint, settings, "bits"), int(settings.get("group_size", -1))
     first = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     for stem in stems(checkpoint, ".qweight"):
+        own = _own(settings, stem)
+        bits, size = _bits(checkpoint, own, "bits", only=OF_GPTQ), int(own.get("group_size", -1))
         rows, columns = _matrix(checkpoint, f"{stem}.qweight")
         inputs, groups = rows * 32 // bits, _groups(rows * 32 // bits, size)
         parts = _parts(checkpoint, stem, (groups, columns), (groups, columns * bits // 32))
@@ -38,10 +40,11 @@ def gptq_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterato
 
 def awq_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[PackedWeight]:
     """As ``Layout`` says: interleaved words along the outputs, ``w = (code - zero) * scale``."""
-    bits, size = _bits(checkpoint, settings, "bits", only=(4,)), int(settings.get("group_size", 128))
     if (version := str(settings.get("version", "gemm")).lower()) != "gemm":
         raise broken(checkpoint, f"its weights are packed by awq in version {version}; only gemm can be unpacked")
     for stem in stems(checkpoint, ".qweight"):
+        own = _own(settings, stem)
+        bits, size = _bits(checkpoint, own, "bits", only=(4,)), int(own.get("group_size", 128))
         inputs, words = _matrix(checkpoint, f"{stem}.qweight")
         columns, groups = words * 32 // bits, _groups(inputs, size)
         parts = _parts(checkpoint, stem, (groups, columns), (groups, words))
@@ -68,6 +71,14 @@ def mlx_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator
             "bias": expect(checkpoint, f"{stem}.biases", grid, of=name),
         }
         yield _weight(checkpoint, stem, parts, (rows, words * 32 // bits), bits, size, partial(_mlx, bits, size))
+
+
+def _own(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Settings of a module: AutoRound has them by its name, GPTQModel by the first regular expression that fits."""
+    named = (settings.get("extra_config") or {}).get(module, {})
+    dynamic = (settings.get("dynamic") or {}).items()
+    matched = (own for pattern, own in dynamic if re.match(pattern.removeprefix("+:"), module))
+    return {**settings, **next(matched, {}), **named}
 
 
 def _gptq(bits: int, size: int, first: int, tensors: Tensors) -> Tensor:
