@@ -1,4 +1,4 @@
-"""A plot of bars with a number beside each, which every page has: importing matplotlib takes longer than a whole page."""
+"""A plot of bars with a number beside each. Every page has one, and importing matplotlib takes longer than a page."""
 
 from __future__ import annotations
 
