@@ -250,7 +250,10 @@ class _Weight:
         return [Matrix(name, self.module, self.family) for name in names]
 
     def emptied(self) -> _Weight:
-        return replace(self, parameter=self.parameter.detach().to("meta"))
+        import torch
+
+        shape, dtype = self.parameter.shape, self.parameter.dtype
+        return replace(self, parameter=torch.empty(shape, dtype=dtype, device="meta"))
 
     @property
     def is_finite(self) -> bool:
