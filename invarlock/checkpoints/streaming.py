@@ -80,7 +80,7 @@ class Streaming:
         self._weights = LazyWeights(parameters, buffers)
         self.undo(model)
 
-    def unedited(self) -> Mapping[str, Tensor]:
+    def unedited(self) -> ReadWeights:
         """Parameters and buffers as they are stored, by every name that the model has for each."""
         buffers = {name: name for name in self._weights.buffers if name in self.parts}
         places = {**self.stored, **buffers}

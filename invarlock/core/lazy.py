@@ -72,10 +72,20 @@ def _written(arguments: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str,
 
 
 class ReadWeights(Mapping[str, Tensor]):
-    """Weights by name, each read when it is asked for."""
+    """Weights by name, each read when it is asked for.
 
-    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
-        self._names, self._read = names, read
+    :param lend: reads one that the caller will not write to; by default as any other.
+    """
+
+    def __init__(
+        self, names: Collection[str], read: Callable[[str], Tensor], lend: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self._names, self._read, self._lend = names, read, lend or read
+
+    @property
+    def lent(self) -> ReadWeights:
+        """The same weights without a copy of each: nobody may write to them."""
+        return ReadWeights(self._names, self._lend)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)

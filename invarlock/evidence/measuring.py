@@ -26,7 +26,7 @@ from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.subject import Subject, load
 from invarlock.pipeline.supply import Supply
 from invarlock.pipeline.tasks import judging_of
-from invarlock.pipeline.tokenizer import LoadedTokenizer
+from invarlock.pipeline.tokenizer import load_tokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
 
@@ -215,7 +215,7 @@ class _Again:
             self.verification.not_checked.append(f"losses of both models, measured again: {reason}")
             return
         session = self.first.session
-        own = LoadedTokenizer(adapter, checkpoint, session.trust, required=True, wanted=True).live
+        own = load_tokenizer(adapter, checkpoint, session.trust, required=True)
         same_text = read_with("own", self.first, self.supply.made_yet, model, own).same_text
         if same_text is None:
             told = Disagreement("metrics.windows.bytes", "two tokenizers", "the same ids from both", "measured")

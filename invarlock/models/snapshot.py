@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class Snapshot:
         for place in {self._places[name] for name in names}:
             local(self._tensors[place]).copy_(self._copies.read(place))
 
-    def parameters(self) -> Mapping[str, Tensor]:
+    def parameters(self) -> ReadWeights:
         """Parameters and stored buffers as they were, by name, tied ones under each of theirs.
 
         Each is copied when it is asked for, to the device of the model's own.
@@ -75,11 +76,11 @@ class Snapshot:
         copies, places = self._copies, self._places
         owners = [(assembler(tensor), tensor.device) for tensor in self._tensors]
 
-        def read(name: str) -> Tensor:
+        def put(name: str, read: Callable[[int], Tensor]) -> Tensor:
             assemble, device = owners[places[name]]
-            return assemble(copies.read(places[name]).to(device))
+            return assemble(read(places[name]).to(device))
 
-        return ReadWeights(places, read)
+        return ReadWeights(places, partial(put, read=copies.read), partial(put, read=copies.lend))
 
     def _each(self) -> Iterator[Tensor]:
         return counted(self._tensors, lambda tensor: tensor.nbytes)
@@ -116,6 +117,9 @@ class _CopiesInMemory:
         # A copy: whoever reads it may change it.
         return self._kept[place].clone()
 
+    def lend(self, place: int) -> Tensor:
+        return self._kept[place]
+
 
 class _CopiesOnDisk:
     """Tensors in the checkpoint that they came from, or kept in a folder, which is removed with this object.
@@ -136,9 +140,12 @@ class _CopiesOnDisk:
             save_file({"tensor": tensor.contiguous()}, self._file(len(self._names) - 1))
 
     def read(self, place: int) -> Tensor:
-        name = self._names[place]
         # A clone, because pages of the checkpoint must not be written to.
-        return load_file(self._file(place))["tensor"] if name is None else self._stored[name].clone()
+        return self.lend(place) if self._names[place] is None else self.lend(place).clone()
+
+    def lend(self, place: int) -> Tensor:
+        name = self._names[place]
+        return load_file(self._file(place))["tensor"] if name is None else self._stored[name]
 
     def _file(self, place: int) -> Path:
         return self._folder.path / f"{place}.safetensors"

@@ -17,6 +17,8 @@ class Calibration:
     windows: Windows | None
     """Copies: nothing that a guard does to them reaches the windows that are measured."""
     batch_size: int = 8
+    comparing: bool = False
+    """The edited model is another checkpoint, and ``context["baseline_weights"]`` will have the baseline's weights."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.windows.batches(self.batch_size) if self.windows else ():

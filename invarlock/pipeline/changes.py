@@ -46,7 +46,7 @@ class Changes:
 def find_changes(model: nn.Module, before: Mapping[str, Tensor], tokenizer: Any = None) -> Changes:
     """Each tensor of a model against the baseline's, read for the comparison and let go.
 
-    :param before: the baseline's tensors by every name that it has for each.
+    :param before: the baseline's tensors by every name that it has for each; nothing is written to them.
     :param tokenizer: the baseline's, which names rows of tokens, or None.
     """
     return _Comparison(model, before, TokenRows.of(model, tokenizer)).changes()
@@ -74,7 +74,7 @@ class _Comparison:
 
     def _tied_before(self, name: str, other: str) -> bool:
         one, another = self._before.get(name), self._before.get(other)
-        return one is None or another is None or torch.equal(one, another)
+        return one is None or another is None or one is another or torch.equal(one, another)
 
     def _missing(self) -> Iterator[EditedWeight]:
         there = {name for name, _ in stored_tensors(self._model)}

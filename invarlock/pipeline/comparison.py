@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InputError, named_by
 from invarlock.core.invocation import Invocation
+from invarlock.core.lazy import ReadWeights
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
@@ -37,13 +38,13 @@ from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
-from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
+from invarlock.pipeline.keeping import Gone, Loaded, Prints, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load
 from invarlock.pipeline.tasks import find_task
-from invarlock.pipeline.tokenizer import LoadedTokenizer
+from invarlock.pipeline.tokenizer import load_tokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.reporting.report import COMPARE
@@ -102,19 +103,19 @@ def _compare(
     guarding, weights, kept, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Comparing(guarding, edited, weights, kept, tokenizer, output), gone)
+    return judge(guarding, _Comparing(guarding, edited, weights, kept, gone.prints, tokenizer, output), gone)
 
 
 def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
-) -> tuple[Guarding, Mapping[str, torch.Tensor], Loaded | None, Gone]:
+) -> tuple[Guarding, ReadWeights, Loaded | None, Gone]:
     """The prepared guards, the baseline's weights on disk, the baseline if it is kept, and what is left of it."""
     if not weights_only:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
     baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
     windows = None if weights_only else baseline.make_windows(model)
-    weights: Mapping[str, torch.Tensor]
+    weights: ReadWeights
     watched: Watched
     if streaming := streaming_of(model):
         weights, watched = streaming.unedited(), WatchingStreamed.of(model, streaming)
@@ -123,11 +124,11 @@ def _prepare_baseline(
             snapshot = Snapshot(model, files_of(model))
         weights = snapshot.parameters()
         watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
-    guarding = Guarding(session, baseline, windows, slots, strict)
+    guarding = Guarding(session, baseline, windows, slots, strict, comparing=True)
     steps = session.config.dataset.is_stepped and windows is not None
     kept = watched if steps and isinstance(watched, Loaded) and _has_room_for_another(model) else None
     guarding.begin(model, watched, comes_back=kept is not None)
-    return guarding, weights, kept, Gone(watched.digest, watched.streamed)
+    return guarding, weights, kept, Gone.of(watched)
 
 
 def _has_room_for_another(model: torch.nn.Module) -> bool:
@@ -147,8 +148,9 @@ class _Comparing:
         self,
         guarding: Guarding,
         subject: Subject,
-        before: Mapping[str, torch.Tensor],
+        before: ReadWeights,
         kept: Loaded | None,
+        prints: Prints | None,
         tokenizer: Choice,
         output: OutputFolder | None,
     ) -> None:
@@ -156,7 +158,7 @@ class _Comparing:
         self.plan = subject.plan
         self.model: torch.nn.Module | None = None
         self._guarding, self._session = guarding, guarding.session
-        self._before, self._tokenizer, self._output = before, tokenizer, output
+        self._before, self._prints, self._tokenizer, self._output = before, prints, tokenizer, output
         self._watched: Watched = Gone()
 
     def apply(self, number: int) -> Edited:
@@ -165,10 +167,10 @@ class _Comparing:
         _check_head(model, guarding.baseline, subject.model_id)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
-            changes = find_changes(model, self._before, guarding.baseline.tokenizer)
+            changes = find_changes(model, self._before.lent, guarding.baseline.tokenizer)
             tensors = named_by_format(changes.tensors, formats_of(model, Path(subject.model_id)))
         with named_by(SUBJECT), session.clock.stage("windows"):
-            own = LoadedTokenizer(adapter, subject.tokenizer_id, session.trust, required=False, wanted=True).live
+            own = load_tokenizer(adapter, subject.tokenizer_id, session.trust, required=False)
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
         reason = reading.unreadable
         if reason is None and reading.same_text is None:
@@ -227,7 +229,7 @@ class _Comparing:
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data
 
-        return Loaded.of(model, clock, read_again)
+        return Loaded.of(model, clock, read_again, self._prints)
 
 
 def _check_head(model: torch.nn.Module, baseline: Baseline, subject: str) -> None:

@@ -59,6 +59,8 @@ class Guarding:
     """None where outputs are not measured."""
     slots: Sequence[GuardSlot]
     strict: bool = False
+    comparing: bool = False
+    """The edited model is another checkpoint."""
     prepared: Sequence[PrepareResult] = ()
     _stepping: Stepping | None = None
     """The passes; None where outputs are not measured."""
@@ -104,7 +106,7 @@ class Guarding:
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]
-        calib = Calibration(copy.deepcopy(self.windows[0]) if self.windows else None)
+        calib = Calibration(copy.deepcopy(self.windows[0]) if self.windows else None, comparing=self.comparing)
         with settings_kept(), self.session.clock.guard(place, slot.name):
             prepared = self.session.plugins.prepare(slot, model, self.baseline.adapter, calib)
         if observed.message:
@@ -258,7 +260,7 @@ class Guarding:
         plugins = self.session.plugins
         if faults := plugins.faults.take():
             raise PluginError("; ".join(f"{fault.source}: {fault.message}" for fault in faults))
-        if changed := self.baseline.undo(watched):
+        if changed := self.baseline.undo(watched, at_the_end=True):
             who = ", ".join(plugins.that_saw_the_end()) or "a plugin that kept it"
             raise PluginError(f"{who}: the model changed after it had been judged ({some(changed)}); nothing is saved")
         for finding in self.session.changed_checkpoints():

@@ -28,11 +28,40 @@ class Watched(Protocol):
     def digest(self) -> str:
         """Of its weights, as they have to be."""
 
+    @property
+    def prints(self) -> Prints | None:
+        """Of its tensors, where they are in memory."""
+
     def undo(self) -> list[str]:
         """Undo what was changed of it, and name that."""
 
     def settle(self) -> None:
         """Take what differs by now, and is not stored, as the model's own doing: it ran, and nothing else did."""
+
+
+@dataclass(frozen=True)
+class Prints:
+    """Digests of a model's tensors at one moment."""
+
+    fingerprint: Fingerprint
+    marks: Fingerprint
+    """Digests to compare with after every call of a plugin; on a CPU quicker ones than the fingerprint's."""
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, clock: Clock, others: Prints | None = None) -> Prints:
+        """
+        :param others: of a model that may share tensors with it: what has the same mark has the same digest.
+        """
+        marks = _marks_of(model, clock)
+        by_mark = others.by_mark if others else {}
+        known = {name: by_mark[mark] for name, mark in marks.tensors.items() if mark in by_mark}
+        return cls(marks if marks.portable else fingerprint_of(model, clock, known), marks)
+
+    @property
+    def by_mark(self) -> dict[str, str]:
+        """Digests of the fingerprint by the mark of their tensor."""
+        marks = self.marks.tensors
+        return {marks[name]: digest for name, digest in self.fingerprint.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -42,9 +71,7 @@ class Loaded:
     model: torch.nn.Module
     clock: Clock
     state: ModelState
-    fingerprint: Fingerprint
-    marks: Fingerprint
-    """Digests to compare with after every call of a plugin; on a CPU quicker ones than the fingerprint's."""
+    prints: Prints
     bring_back: Callable[[], object]
     """Makes its weights that again."""
     recomputed: set[str] = field(default_factory=set)
@@ -52,23 +79,32 @@ class Loaded:
     streamed = False
 
     @classmethod
-    def of(cls, model: torch.nn.Module, clock: Clock, bring_back: Callable[[], object] = lambda: None) -> Loaded:
+    def of(
+        cls,
+        model: torch.nn.Module,
+        clock: Clock,
+        bring_back: Callable[[], object] = lambda: None,
+        baseline: Prints | None = None,
+    ) -> Loaded:
+        """
+        :param baseline: of a model that may share tensors with it.
+        """
         # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
         state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
-        return cls(model, clock, state, fingerprint_of(model, clock), _marks_of(model, clock), bring_back)
+        return cls(model, clock, state, Prints.of(model, clock, baseline), bring_back)
 
     def edited(self, bring_back: Callable[[], object]) -> Loaded:
         """The model as it has to be from now on: its weights are edited."""
-        fingerprint, marks = fingerprint_of(self.model, self.clock), _marks_of(self.model, self.clock)
-        return replace(self, fingerprint=fingerprint, marks=marks, bring_back=bring_back)
+        return replace(self, prints=Prints.of(self.model, self.clock, self.prints), bring_back=bring_back)
 
     @property
     def digest(self) -> str:
-        return self.fingerprint.digest
+        return self.prints.fingerprint.digest
 
     def differing(self) -> list[str]:
         """Names of tensors that are not what they have to be."""
-        changed = _marks_of(self.model, self.clock, portable=self.marks.portable).changed_since(self.marks)
+        marks = self.prints.marks
+        changed = _marks_of(self.model, self.clock, portable=marks.portable).changed_since(marks)
         return [name for name in changed if name not in self.recomputed]
 
     def undo(self) -> list[str]:
@@ -80,9 +116,10 @@ class Loaded:
 
     def settle(self) -> None:
         self.state.settle()
+        marks = self.prints.marks
         with self.clock.stage("fingerprint"):
-            now = Fingerprint.of(self.model, only_computed=True, portable=self.marks.portable)
-        self.recomputed.update(name for name in now.computed if now.tensors[name] != self.marks.tensors.get(name))
+            now = Fingerprint.of(self.model, only_computed=True, portable=marks.portable)
+        self.recomputed.update(name for name in now.computed if now.tensors[name] != marks.tensors.get(name))
 
 
 @dataclass(frozen=True)
@@ -95,6 +132,7 @@ class WatchingStreamed:
     plan: Mapping[str, Any] | None = None
     """Of the edit."""
     streamed = True
+    prints = None
 
     @classmethod
     def of(cls, model: torch.nn.Module, streaming: Streaming) -> WatchingStreamed:
@@ -118,6 +156,11 @@ class Gone:
 
     digest: str = ""
     streamed: bool = False
+    prints: Prints | None = None
+
+    @classmethod
+    def of(cls, watched: Watched) -> Gone:
+        return cls(watched.digest, watched.streamed, watched.prints)
 
     def undo(self) -> list[str]:
         return []
@@ -163,9 +206,12 @@ class Keeper:
             )
 
 
-def fingerprint_of(model: torch.nn.Module, clock: Clock) -> Fingerprint:
+def fingerprint_of(model: torch.nn.Module, clock: Clock, known: Mapping[str, str]) -> Fingerprint:
+    """
+    :param known: digests by the name of the tensor, of those that need not be read.
+    """
     with clock.stage("fingerprint"):
-        return Fingerprint.of(model)
+        return Fingerprint.of(model, known=known)
 
 
 def _marks_of(model: torch.nn.Module, clock: Clock, *, portable: bool | None = None) -> Fingerprint:

@@ -215,6 +215,11 @@ class Baseline:
         )
 
     @property
+    def _has_strangers(self) -> bool:
+        """True if others may have a hand on the tokenizer; to write it out and digest it takes as long as a batch."""
+        return self.session.plugins.catalog.has_strangers or bool(self.own_code)
+
+    @property
     def tokenizer(self) -> Any:
         """The baseline's, or None where there is none or nobody needs it."""
         return self._tokenizer.live
@@ -234,9 +239,12 @@ class Baseline:
         """The model as guards see it."""
         return self.view.model if self.view else model
 
-    def undo(self, watched: Watched) -> list[str]:
-        """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them."""
-        of_tokenizer = self._tokenizer.undo()
+    def undo(self, watched: Watched, *, at_the_end: bool = False) -> list[str]:
+        """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them.
+
+        :param at_the_end: nobody looks again, so that the tokenizer is looked at even where all code is our own.
+        """
+        of_tokenizer = self._tokenizer.undo() if at_the_end or self._has_strangers else []
         if self.view and self._view_state:
             return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
         return [*watched.undo(), *of_tokenizer]

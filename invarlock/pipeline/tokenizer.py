@@ -49,16 +49,27 @@ class LoadedTokenizer:
         return "" if self.live is None else tokenizer_digest(self.live)
 
     def _load(self) -> Any:
-        if not self._wanted:
-            return None
-        try:
-            tokenizer = self._adapter.load_tokenizer(self._model_id, **self._trust)
-        except UsageError as error:
-            if self._required:
-                raise
-            log.warning("%s; going on without it", one_line(error))
-            return None
-        if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
-            found = type(tokenizer).__name__
-            raise PluginError(f"adapter {self._adapter.name}: load_tokenizer returned {found}, not a tokenizer")
-        return tokenizer
+        return (
+            load_tokenizer(self._adapter, self._model_id, self._trust, required=self._required)
+            if self._wanted
+            else None
+        )
+
+
+def load_tokenizer(adapter: Adapter, model_id: str, trust: Mapping[str, Any], *, required: bool) -> Any:
+    """A checkpoint's tokenizer; None where there is none.
+
+    :raises UsageError: it is required, and cannot be loaded.
+    """
+    try:
+        tokenizer = adapter.load_tokenizer(model_id, **trust)
+    except UsageError as error:
+        if required:
+            raise
+        log.warning("%s; going on without it", one_line(error))
+        return None
+    if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
+        raise PluginError(
+            f"adapter {adapter.name}: load_tokenizer returned {type(tokenizer).__name__}, not a tokenizer"
+        )
+    return tokenizer

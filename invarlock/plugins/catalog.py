@@ -126,6 +126,13 @@ class Catalog:
     def named(self, name: str, *kinds: Kind) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.name == name and (not kinds or plugin.kind in kinds)]
 
+    @property
+    def has_strangers(self) -> bool:
+        """True if any plugin that was imported is not built in, even if it failed."""
+        return any(
+            plugin.origin is not Origin.BUILTIN and plugin.status is not Status.BLOCKED for plugin in self.plugins
+        )
+
     def of_kind(self, *kinds: Kind) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.kind in kinds]
 

@@ -298,10 +298,11 @@ class PluginManager:
         return slots
 
     def watches(self, slot: GuardSlot) -> bool:
-        """True if a guard, or a wrapper around it, has an ``observe`` of its own."""
+        """True if there is code of others, and a guard, or a wrapper around it, has an ``observe`` of its own."""
         implementations = self._only("invarlock_observe", slot.instance).get_hookimpls()
         default = getattr(getattr(slot.instance, "observe", None), "__func__", None) is Guard.observe
-        return any(implementation.plugin is not slot.instance or not default for implementation in implementations)
+        own = any(implementation.plugin is not slot.instance or not default for implementation in implementations)
+        return own and self.catalog.has_strangers
 
     def observe(self, slot: GuardSlot, model: Any, adapter: Adapter) -> Observation:
         observation = Observation()

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "os^Dv"
-MOST_STAGES = 20
-"""Bars that a plot has the height for."""
 SVG = "http://www.w3.org/2000/svg"
 # What matplotlib draws with, and what the page's style sheet makes of it, by day and by night.
 COLOURS = {
@@ -97,15 +95,6 @@ def runs(axes: Axes, points: Sequence[RunPoint], limits: Sequence[float]) -> Non
         axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
     axes.set_xlabel("bits per parameter")
     axes.set_ylabel("perplexity ratio")
-
-
-def stages(axes: Axes, timed: Sequence[tuple[str, float]]) -> None:
-    names, seconds = zip(*timed[:MOST_STAGES], strict=True)
-    axes.barh(range(len(names)), seconds, color=SERIES[0])
-    # Characters that any font can draw.
-    axes.set_yticks(range(len(names)), [re.sub(r"[^ -~]", "?", name)[:24] for name in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
 
 
 def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any, heights: Sequence[int] = (1,)) -> str:

@@ -10,12 +10,14 @@ from itertools import islice, zip_longest
 from invarlock.core.results import EditedWeight
 from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
-from invarlock.reporting.plots import captions, data, drawing
+from invarlock.reporting.plots import bars, captions, data, drawing
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import Report, WindowsSection
 
 MOST_ROWS = 400
 """In the table below a plot."""
+MOST_STAGES = 20
+"""Bars of one plot."""
 SHAPES = ("●", "■", "▲", "◆", "▼")
 """Of ``drawing.MARKERS``."""
 
@@ -173,7 +175,7 @@ def plot_of_stages(timings: Mapping[str, float]) -> Plot:
         return Plot("stages", title, captions.missing("The time of the stages"))
     rows = [[name, shown(seconds, "s")] for name, seconds in timed[:MOST_ROWS]]
     caption = captions.stages(sum(seconds for _, seconds in timed))
-    svg = drawing.drawn("stages", title, drawing.stages, timed)
+    svg = bars.drawn("stages", title, timed[:MOST_STAGES])
     return Plot("stages", title, caption, ["stage", "seconds"], rows, svg)
 
 

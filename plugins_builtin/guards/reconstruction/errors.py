@@ -119,6 +119,11 @@ class Reference:
             if gradient is not None and are_finite(gradient):
                 part.gradient = _tempered(gradient.float(), _update(part))
 
+    @property
+    def unedited(self) -> PartJudgement:
+        """The judgement of a model that computes what the baseline does."""
+        return PartJudgement([PartError(name, 0.0, 0.0) for name in self.parts], rotated=False)
+
     def judge(self, model: nn.Module) -> PartJudgement:
         """Run every part of an edited model on the baseline's calls."""
         moved: dict[str, Tensor] = {}

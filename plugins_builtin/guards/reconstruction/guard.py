@@ -94,6 +94,8 @@ class ReconstructionGuard(Guard):
         self._recorder: CallRecorder | None = None
         self._reference: Reference | None = None
         self._unmeasured = "prepare was not called"
+        self._architecture: list[Any] = []
+        """Of a baseline that another checkpoint is compared with."""
 
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._reference is not None:
@@ -107,7 +109,10 @@ class ReconstructionGuard(Guard):
         from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN, record
         from plugins_builtin.guards.reconstruction.errors import Reference
         from plugins_builtin.guards.reconstruction.probes import images_of, of_tokens, random_inputs
+        from plugins_builtin.guards.reconstruction.sameness import architecture_of
 
+        if getattr(calib, "comparing", False):
+            self._architecture = architecture_of(model)
         calls = self._recorder.take() if self._recorder else {}
         batch = next(iter(calib or ()), None)
         try:
@@ -136,7 +141,7 @@ class ReconstructionGuard(Guard):
             return {"passed": False, "action": action, "message": f"not measured: {self._unmeasured}"}
         from plugins_builtin.guards.reconstruction.suspects import find_suspects
 
-        judgement = self._reference.judge(model)
+        judgement = self._judgement(self._reference, model, context)
         max_score = math.log(context.get("limit", LIMIT)) / DOUBT if self.max_score is None else self.max_score
         action = self._action(judgement, math.inf if outputs_decide else max_score)
         # Of an edit that seems harmless the costliest part alone is looked into, in case that others reject it.
@@ -158,6 +163,13 @@ class ReconstructionGuard(Guard):
                 "not_measured": self._reference.unmeasured,
             },
         }
+
+    def _judgement(self, reference: Reference, model: Any, context: Mapping[str, Any]) -> PartJudgement:
+        from plugins_builtin.guards.reconstruction.sameness import all_tensors_equal, architecture_of
+
+        if all_tensors_equal(context) and self._architecture == architecture_of(model):
+            return reference.unedited
+        return reference.judge(model)
 
     def _action(self, judgement: PartJudgement, max_score: float) -> str:
         if any(error.failure for error in judgement.errors):

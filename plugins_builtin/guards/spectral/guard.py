@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,40 +98,65 @@ class SpectralGuard(Guard):
         self._deadband = number("deadband", deadband, 0)
         self._sigma_quantile = number("sigma_quantile", sigma_quantile, 0, 1)
         self._row_cap = number("row_cap", row_cap, 0)
-        self._baseline: dict[str, Spectrum | None] | None = None
+        self._stored: list[_Weight] | None = None
+        """Of the baseline, without their numbers."""
+        self._spectra: dict[str, Spectrum | None] = {}
+        """Of its matrices that were measured."""
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:
-        found = each(_spectra, _alike(_weights(model, self._families)))
-        self._baseline = {name: spectrum for of_batch in found for name, spectrum in of_batch}
-        finite = [entry for entry in self._baseline.values() if entry]
+        weights = list(_weights(model, self._families))
+        self._stored = [weight.emptied() for weight in weights]
+        if getattr(calib, "comparing", False):
+            # Most weights may be equal: the others are measured once these are known.
+            return {"ready": True, "matrices": sum(len(weight.matrices()) for weight in weights)}
+        self._measure(weights)
+        finite = [entry for entry in self._spectra.values() if entry]
         return {
             "ready": True,
             "matrices": len(finite),
             "largest_sigma": rounded(max((entry.size.sigma for entry in finite), default=None)),
-            "non_finite_in_baseline": [name for name, entry in self._baseline.items() if entry is None][:TOP],
+            "non_finite_in_baseline": [name for name, entry in self._spectra.items() if entry is None][:TOP],
         }
 
+    def _measure(self, weights: Iterable[_Weight]) -> None:
+        for of_batch in each(_spectra, _alike(weights)):
+            self._spectra |= of_batch
+
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        if self._baseline is None:
+        if self._stored is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
-        before = {name: entry for name, entry in self._baseline.items() if entry}
-        weights = list(_weights(model, self._families, {name: entry.shape[0] for name, entry in before.items()}))
-        before |= _shared_spectra(weights, before, context.get("baseline_weights") or {})
+        baseline = context.get("baseline_weights") or {}
+        # Without a copy of each: they are only read.
+        baseline = getattr(baseline, "lent", baseline)
+        weights = list(_weights(model, self._families, {weight.module: weight.shape[0] for weight in self._stored}))
         same = _unchanged(context)
-        looked_at = _alike(weight for weight in weights if weight.module not in same)
-        found = each(lambda alike: self._moves(alike, before), looked_at)
+        changed = [weight for weight in weights if weight.module not in same]
+        still = [one for weight in weights if weight.module in same and weight.is_finite for one in weight.matrices()]
+        self._measure_late({*(weight.module for weight in changed), *(one.module for one in still[:TOP])}, baseline)
+        before = {name: entry for name, entry in self._spectra.items() if entry}
+        before |= _shared_spectra(weights, before, baseline)
+        found = each(lambda alike: self._moves(alike, before), _alike(changed))
         moves = {matrix.name: (matrix, move) for of_batch in found for matrix, move in of_batch}
-        still = (matrix for weight in weights if weight.module in same for matrix in weight.matrices())
-        moves |= {one.name: (one, Move.none(one, before[one.name].size)) for one in still if one.name in before}
+        moves |= {one.name: (one, Move.none(one, before.get(one.name))) for one in still}
         if broken := [matrix.module for matrix, move in moves.values() if not move]:
             return not_finite("weights", broken, "its weights hold NaN or Inf")
+        names = [matrix.name for weight in self._stored for matrix in weight.matrices()]
         if not moves:
-            return not_measured(f"no weight in scope could be compared ({len(self._baseline)} in the baseline)")
+            return not_measured(f"no weight in scope could be compared ({len(names)} in the baseline)")
         ranked = sorted((move for _, move in moves.values() if move), key=lambda move: -move.score)
-        result = self._result(ranked, [name for name in self._baseline if name not in moves])
+        result = self._result(ranked, [name for name in names if name not in moves])
         shown = [move for move in ranked[: TOP if result["warnings"] else FEW] if move.score > 0]
-        result["metrics"]["spectra"] = _leading_values(shown, weights, context.get("baseline_weights") or {})
+        result["metrics"]["spectra"] = _leading_values(shown, weights, baseline)
         return result
+
+    def _measure_late(self, modules: Collection[str], baseline: Mapping[str, torch.Tensor]) -> None:
+        """Measure these weights of the baseline that have not been measured, where they can be read back."""
+        self._measure(
+            replace(weight, parameter=baseline[weight.parameter_name])
+            for weight in self._stored or ()
+            if weight.module in modules and weight.parameter_name in baseline
+            if any(matrix.name not in self._spectra for matrix in weight.matrices())
+        )
 
     def _moves(self, alike: _Alike, before: Mapping[str, Spectrum]) -> list[tuple[Matrix, Move | None]]:
         """Changes of the matrices that the baseline has, too; None for one that holds NaN or Inf."""
@@ -223,6 +248,19 @@ class _Weight:
         count = self.parameter.numel() // (self.shape[0] * self.shape[1])
         names = [self.module] if count == 1 else [f"{self.module}[{place}]" for place in range(count)]
         return [Matrix(name, self.module, self.family) for name in names]
+
+    def emptied(self) -> _Weight:
+        import torch
+
+        shape, dtype = self.parameter.shape, self.parameter.dtype
+        return replace(self, parameter=torch.empty(shape, dtype=dtype, device="meta"))
+
+    @property
+    def is_finite(self) -> bool:
+        from plugins_builtin.guards.activations import are_finite
+
+        values = self.read()
+        return bool(are_finite(values if values.itemsize > 1 else values.float()))
 
     def read(self) -> torch.Tensor:
         """(matrices, ``rows``, columns); a streamed weight is read once for it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from plugins_builtin.guards.figures import rounded
 
 if TYPE_CHECKING:
-    from plugins_builtin.guards.spectral.sketches import Size
+    from plugins_builtin.guards.spectral.sketches import Size, Spectrum
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Move:
     score: float
 
     @classmethod
-    def none(cls, matrix: Matrix, size: Size) -> Move:
+    def none(cls, matrix: Matrix, spectrum: Spectrum | None) -> Move:
+        """
+        :param spectrum: None where it is of no interest: of equal matrices a few are shown.
+        """
+        from plugins_builtin.guards.spectral.sketches import Size
+
+        size = spectrum.size if spectrum else Size(0.0, 0.0)
         return cls(matrix, size, size, 0.0, 0.0, 0, 0, 0.0, 0.0)
 
     @property
