@@ -82,6 +82,6 @@ def _sides_of_predictions(
         yield 1
         return
     # Flips only warn: their limit is of no matter here, and takes long.
-    limits = limits_of(judging.ratio, changes.margin_before, flips=0.0)
+    limits = limits_of(judging.ratio, changes.margin_before, flips=1.0)
     bounds = prediction_bounds(baseline, edited, limits, stopping)
     yield from (bounds[name].side for name in REJECTING)

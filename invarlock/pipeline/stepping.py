@@ -223,8 +223,8 @@ def looks(most: int, *, first: int, growth: float, least: int) -> list[int]:
 
     :param least: windows of a step: one for each process that shares it.
     """
-    ends = [min(most, max(first, least))]
-    while ends[-1] < most:
-        following = ends[-1] + max(least, int(ends[-1] * (growth - 1)))
-        ends.append(following if following + least <= most else most)
-    return ends
+    ends, following = [], max(first, least)
+    while most - following >= least:
+        ends.append(following)
+        following += max(least, int(following * (growth - 1)))
+    return [*ends, most]
