@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import DEMO, Done, read_report, slow
 from test_compare import rtn, save
 
 from invarlock.core.results import Action
+from invarlock.evaluation.confidence_sequence import by_document, mean_bounds
 from invarlock.evaluation.divergence import judge_figures, limits_of, prediction_bounds
 from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.passes import PassResult
@@ -155,9 +157,9 @@ def test_a_comparison_measures_little_more_than_the_decision_needs(invarlock, co
 def test_looks_come_after_a_tenth_more_at_most(most: int) -> None:
     found = looks(most, first=4, growth=1.1, least=1)
     assert (found[0], found[-1]) == (4, most)
-    assert all(one < other <= max(one + 1, 1.1 * one) for one, other in zip(found, found[1:], strict=False))
+    assert all(one < other <= max(one + 1, 1.1 * one) for one, other in pairwise(found))
     shared = looks(most, first=4, growth=1.1, least=3)
-    assert shared[-1] == most and all(other - one >= 3 for one, other in zip([0, *shared], shared, strict=False))
+    assert shared[-1] == most and all(other - one >= 3 for one, other in pairwise([0, *shared]))
 
 
 def test_a_streamed_run_takes_longer_steps(run) -> None:
@@ -181,6 +183,20 @@ def test_a_report_of_steps_is_verified(run, invarlock) -> None:
     report["metrics"]["path"][1]["high"] = 1.0
     Path("out/report.json").write_text(json.dumps(report))
     assert "metrics.path[1].high" in invarlock("verify", "out").out
+
+
+def test_windows_of_one_document_count_as_one(run, invarlock) -> None:
+    texts = [json.loads(line)["text"] for line in TEXT.read_text().splitlines()]
+    long = [" ".join(texts[start : start + 2]) for start in range(0, 200, 2)]
+    Path("long.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in long))
+    text = {"provider": "local_jsonl", "path": "long.jsonl", "seq_len": 16, "max_n": 64}
+    report = run("edit.plan.bitwidth=4", "eval.max_pm_ratio=1.03", **text)
+    windows, path = report["metrics"]["windows"], report["metrics"]["path"]
+    assert len({*windows["documents"]}) < len(windows["documents"]) == path[-1]["windows"]
+    rises = np.array(windows["edited"]) - windows["baseline"]
+    units = by_document(rises, np.array(windows["tokens"]), np.array(windows["documents"]))
+    assert np.exp(mean_bounds(*units, level=0.95)) == pytest.approx(report["metrics"]["primary"]["ci"])
+    assert invarlock("verify", "out").code == 0
 
 
 @pytest.mark.parametrize("size", slow(2))
