@@ -187,9 +187,9 @@ def test_a_report_of_steps_is_verified(run, invarlock) -> None:
 
 def test_windows_of_one_document_count_as_one(run, invarlock) -> None:
     texts = [json.loads(line)["text"] for line in TEXT.read_text().splitlines()]
-    long = [" ".join(texts[start : start + 2]) for start in range(0, 200, 2)]
-    Path("long.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in long))
-    text = {"provider": "local_jsonl", "path": "long.jsonl", "seq_len": 16, "max_n": 64}
+    pieces = (text[start : start + 150] for text in texts for start in range(0, 1500, 150))
+    Path("pieces.jsonl").write_text("\n".join(json.dumps({"text": piece}) for piece in pieces))
+    text = {"provider": "local_jsonl", "path": "pieces.jsonl", "seq_len": 16, "max_n": 64}
     report = run("edit.plan.bitwidth=4", "eval.max_pm_ratio=1.03", **text)
     windows, path = report["metrics"]["windows"], report["metrics"]["path"]
     assert len({*windows["documents"]}) < len(windows["documents"]) == path[-1]["windows"]
