@@ -335,7 +335,9 @@ class Guarding:
         found = self.baseline.task.compare(measured.baseline, measured.edited, measured.judging)
         before, after = found.passes
         sizes = None if before.bytes is None else before.bytes.tolist()
-        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
+        stopping, count = measured.judging.stopping, len(before.tokens)
+        units = stopping.units(count).tolist() if stopping and stopping.documents is not None else None
+        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes, units)
         return MetricsSection(found.primary, found.predictions, windows, list(found.figures), measured.path)
 
     def _coverage(self, baseline: PassResult, count: int) -> CoverageSection:

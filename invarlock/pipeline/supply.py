@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.window_order import followed_by, windows_between
 from invarlock.pipeline.session import FIRST_WRITTEN, Baseline, WindowPair
+
+MANY = 16
+"""Documents from which on they are the units of the statistics: as many as it takes for a limit near a figure."""
 
 
 class Supply:
@@ -21,6 +26,17 @@ class Supply:
         if dataset.is_generated and dataset.is_stepped:
             self.made = min(FIRST_WRITTEN, self.most)
         self._lots = 1
+
+    @property
+    def documents(self) -> NDArray[np.int64] | None:
+        """Number of the document that each final window is of, where there are many, and some have several windows.
+
+        Of few long ones each window stands for itself: windows are drawn from all of their text.
+        """
+        if self._final.documents is None:
+            return None
+        numbers: NDArray[np.int64] = self._final.documents.numpy()
+        return numbers if MANY <= len(np.unique(numbers)) < len(numbers) else None
 
     @property
     def made_yet(self) -> WindowPair:
