@@ -125,17 +125,17 @@ def measure(
             scores = [_together(model, preview, final, task, taps, watch, vocabulary)]
             taps_off()
         else:
-            batches = Batches(model, Tally(len(preview) + len(final)), _logits)
+            batches = Batches(model, Tally(len(preview) + len(final)), uncached_logits)
             with ExitStack() as stack:
                 for wanted in batches.tried(preview, taps):
                     stack.enter_context(attached(model, wanted))
                 batches.run(preview, lambda batch, logits: None)
             taps_off()
             scores = batches.run(
-                final, lambda batch, logits: _score(logits[..., :vocabulary], _targets(batch, task), watch)
+                final, lambda batch, logits: _score(logits[..., :vocabulary], predicted_tokens(batch, task), watch)
             )
             for _ in range(calls - len(scores)):
-                _logits(model, final[-1:])
+                uncached_logits(model, final[-1:])
     losses, tokens, positions = (torch.cat(column).numpy() for column in zip(*scores, strict=True))
     if isinstance(watch, Recorder):
         return PassResult(losses, tokens, record=watch.result(), position_losses=positions)
@@ -205,9 +205,9 @@ def _together(
         head = stack.enter_context(_head_set_aside(model))
         for wanted in taps if len(preview) else ():
             stack.enter_context(attached(model, wanted, of_preview))
-        hidden = _logits(model, windows)
+        hidden = uncached_logits(model, windows)
     head.check(hidden)
-    return _score(hidden[len(preview) :], _targets(final, task), watch, head.of(vocabulary))
+    return _score(hidden[len(preview) :], predicted_tokens(final, task), watch, head.of(vocabulary))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,13 +258,13 @@ def _head_set_aside(model: nn.Module) -> Iterator[_Head]:
         del module.forward
 
 
-def _logits(model: nn.Module, batch: Windows) -> Tensor:
+def uncached_logits(model: nn.Module, batch: Windows) -> Tensor:
     # A cache of keys and values would be kept for a next token that never comes.
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     return logits_of(model, model(**batch.inputs(device_of(model)), **uncached))
 
 
-def _targets(batch: Windows, task: Predicted) -> Tensor:
+def predicted_tokens(batch: Windows, task: Predicted) -> Tensor:
     """The token that the logits at each position predict, or -100; shaped as the labels."""
     return functional.pad(batch.labels[:, 1:], (0, 1), value=UNSCORED) if task == "causal" else batch.labels
 

@@ -35,6 +35,7 @@ class Rounding:
             measure=self.measure,
             workspace=self.workspace,
             scale_dtype=self.scale_dtype,
+            columns=planned.columns,
         )
 
     @staticmethod

@@ -21,16 +21,17 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from invarlock.core.results import EditedWeight
 from invarlock.models.kernels import takes_triton
 from invarlock.models.sizes import sizes_of
+from invarlock.quantization.clipping import clip_bounds, finite_rows
 from invarlock.quantization.floats import Clip, FloatGrid, grid_over
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
+from invarlock.quantization.tightening import tightened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,6 +113,7 @@ def fake_quantize_(
     measure: bool = True,
     workspace: Workspace | None = None,
     scale_dtype: torch.dtype | None = None,
+    columns: Tensor | None = None,
 ) -> RoundedWeight:
     """Round a weight to a grid in place, on the device where it lives; it stays of its dtype.
 
@@ -120,6 +122,7 @@ def fake_quantize_(
     :param measure: whether to work out the error figures, which takes about half as long again.
     :param workspace: memory to use again; a caller with many weights passes the same one each time.
     :param scale_dtype: that scales are rounded to, for a format that stores no other; by default the weight's.
+    :param columns: how much the loss depends on each input, float32 (..., in), for scales ``fisher``.
     :returns: the figures of the weight, its scales and zero points.
     :raises PlanError: the weight is not there (``meta``), or its dtype or number of axes is not one of these.
 
@@ -135,7 +138,9 @@ def fake_quantize_(
     if weight.numel():
         target = weight.detach()
         matrices = layout.matrices(target)
-        for matrix in matrices.unbind() if matrices.ndim == 3 else (matrices,):
+        each = matrices.unbind() if matrices.ndim == 3 else (matrices,)
+        for number, matrix in enumerate(each):
+            rounder.columns = None if columns is None else columns.reshape(-1, columns.shape[-1])[number]
             rounder.matrix_(matrix)
         if matrices.data_ptr() != target.data_ptr():
             target.copy_(matrices.view(target.shape))
@@ -260,12 +265,14 @@ class _Rounder:
     sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
+    columns: Tensor | None = None
+    """Of the matrix at hand, as of ``fake_quantize_``."""
     grids: list[list[list[_Grid | FloatGrid]]] = field(default_factory=list)
 
     def matrix_(self, matrix: Tensor) -> None:
         """Round a matrix (out, in) in place."""
-        clip = _clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
-        round_rows_ = kernel_for(matrix, self.scheme)
+        clip = clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
+        round_rows_ = kernel_for(matrix, self.scheme) if self.columns is None else None
         if round_rows_ is None:
             self.grids.append(self._in_blocks_(matrix, clip))
             return
@@ -291,13 +298,17 @@ class _Rounder:
         parts = _parts(rows, self.scheme.group_size)
         grids = [over(part, self.scheme, clip, self.scale_dtype) for part in parts]
         if clip or not all(grid.finite for grid in grids):
-            finite = _finite_rows(rows)
+            finite = finite_rows(rows)
             if not finite.all():
                 kept = rows[finite]
                 self.sums.non_finite_rows += len(rows) - len(kept)
                 of_finite = self._rows_(kept, at_once, clip, over) if len(kept) else grids
                 rows[finite] = kept
                 return grids if self.scheme.per_channel else of_finite
+        if self.columns is not None:
+            weights = _parts(self.columns.unsqueeze(0), self.scheme.group_size)
+            for part, grid, of_part in zip(parts, grids, weights, strict=True):
+                grid.scale = tightened(grid.scale, part, of_part, self.scheme.code_range, self.scale_dtype)
         for part, grid in zip(parts, grids, strict=True):
             for block in _blocks(part, at_once):
                 self._block_(block, grid, clip)
@@ -339,10 +350,6 @@ def kernel_for(matrix: Tensor, scheme: Scheme) -> Callable[..., Any] | None:
     return round_rows_ if takes(matrix, scheme) else None
 
 
-def _finite_rows(rows: Tensor) -> Tensor:
-    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
-
-
 def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
     # A view of a whole costs as much time as an operation on a small weight.
     return (part,) if part.shape[0] <= at_once else torch.split(part, at_once)
@@ -365,22 +372,6 @@ def _parts(rows: Tensor, group_size: int | None) -> list[Tensor]:
     if whole < columns:
         parts.append(rows[:, whole:])
     return parts
-
-
-def _clip_bounds(matrix: Tensor, ratio: float) -> Clip | None:
-    """The quantiles ratio/2 and 1 - ratio/2 over the finite rows, linearly interpolated; None without such rows.
-
-    On the host, with numpy: ``torch.quantile`` takes neither 16-bit dtypes nor more than 2^24 numbers.
-    """
-    finite = _finite_rows(matrix)
-    if not finite.any():
-        return None
-    rows = matrix if finite.all() else matrix[finite]
-    numbers = rows.to(device="cpu", dtype=torch.float32, copy=True).numpy().ravel(order="K")
-    # As float64: numpy would otherwise look for the place in the order in float32, too coarse for millions of numbers.
-    places = np.array([ratio / 2, 1 - ratio / 2], dtype=np.float64)
-    low, high = np.quantile(numbers, places, overwrite_input=True).astype(np.float32).tolist()
-    return low, high
 
 
 def _energy(flat: Tensor) -> float:

@@ -1,0 +1,96 @@
+"""Candidates of a search: the schemes that weights may get, and what each costs in bits and in loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from invarlock.core.progress import counted
+from invarlock.quantization.partners import partners_of
+from invarlock.quantization.rounding import Workspace, fake_quantize_
+from invarlock.quantization.scheme import Scheme
+from invarlock.quantization.selection import PlannedWeight, WeightTarget
+from invarlock.search.fisher import Curvature, Fisher
+
+BITS = range(2, 9)
+GROUPS = (32, 64, 128)
+"""Sizes that engines have kernels for."""
+ROWS = 192
+"""Of a matrix that candidates are tried on; the error of a prediction, a quarter, is far above that of the sample."""
+
+Holds = Callable[[Scheme, Sequence[WeightTarget]], bool]
+"""True if the format of the output can hold some weights in a scheme."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A scheme of a decision."""
+
+    scheme: Scheme
+    bits: int
+    """Of all its weights, scales included."""
+    rise: float
+    """Predicted, of the loss, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Weights that get the same scheme, and the schemes that they may get."""
+
+    names: tuple[str, ...]
+    """As rules match them."""
+    weights: int
+    choices: tuple[Choice, ...]
+
+
+def decisions(
+    targets: Sequence[WeightTarget],
+    base: Scheme,
+    fisher: Fisher,
+    *,
+    fuse: bool = True,
+    holds: Holds = lambda scheme, targets: True,
+) -> list[Decision]:
+    """The decisions of a search, in the order of the model.
+
+    :param base: all that is not searched of the schemes.
+    :param fuse: whether weights that engines fuse share a scheme.
+    """
+    sets = partners_of(targets) if fuse else [(target,) for target in targets]
+    tried = [dataclasses.replace(base, bitwidth=bits, group_size=size) for bits in BITS for size in GROUPS]
+    found = []
+    for together in counted(sets):
+        held = [scheme for scheme in tried if holds(scheme, together)]
+        if held:
+            found.append(_decision(together, held, fisher))
+    return found
+
+
+def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher: Fisher) -> Decision:
+    choices = [
+        Choice(
+            scheme,
+            sum(PlannedWeight(target, scheme).bits for target in together),
+            sum(predicted_rise(target, scheme, fisher[target.parameter_name]) for target in together),
+        )
+        for scheme in tried
+    ]
+    weights = sum(target.parameter.numel() for target in together)
+    return Decision(tuple(target.name for target in together), weights, tuple(choices))
+
+
+@torch.no_grad()
+def predicted_rise(target: WeightTarget, scheme: Scheme, curvature: Curvature) -> float:
+    """The predicted rise of the loss, nats per token, from rounding a weight; from rows at equal distances."""
+    matrices = target.layout.matrices(target.parameter)
+    step = max(1, matrices.shape[-2] // ROWS)
+    before = matrices[..., ::step, :]
+    after = before.clone(memory_format=torch.contiguous_format)
+    columns = curvature.columns if scheme.scale == "fisher" else None
+    fake_quantize_(after, scheme, measure=False, workspace=Workspace(), columns=columns)
+    sampled = Curvature(curvature.rows[..., ::step], curvature.columns)
+    share = float(sampled.rows.sum() / curvature.rows.sum().clamp(min=1e-30))
+    return sampled.rise(after.float() - before.float()) / max(share, 1e-6)
