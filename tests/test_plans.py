@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.loading import json_schema, load
 from invarlock.core.errors import UsageError
+from invarlock.core.results import SuspectedModule
 from invarlock.pipeline import run
-from invarlock.pipeline.repairing import Part, as_rules, repaired
+from invarlock.pipeline.repairing import Part, Repair, as_rules
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization import Plan, find_weights, quantize_model
@@ -253,32 +254,45 @@ def test_what_no_repair_helps_ends_rejected_after_its_attempts(invarlock, config
     assert invarlock("verify", "out").code == 0
 
 
-def parts(*shares: float, bitwidth: int = 4) -> list[Part]:
-    targets = [target for target in find_weights(architectures.llama()) if target.name.endswith("o_proj")]
-    targets += [target for target in find_weights(architectures.llama()) if target.name.endswith("down_proj")]
-    return [Part((target,), Scheme(bitwidth), share) for target, share in zip(targets, shares, strict=False)]
+def parts(*shares: float, bitwidth: int = 4) -> tuple[Repair, list[Part]]:
+    """Weights that contribute so much to a rise, and a quarter of it with each further bit."""
+    names = ("0.self_attn.o_proj", "1.self_attn.o_proj", "0.mlp.down_proj")
+    by_end = {target.name.partition("layers.")[2]: target for target in find_weights(architectures.llama())}
+    targets = [by_end[name] for name in names[: len(shares)]]
+    first = {target.name: share for target, share in zip(targets, shares, strict=True)}
+
+    def widen(scheme: Scheme, targets: Any) -> Scheme | None:
+        return dataclasses.replace(scheme, bitwidth=scheme.bitwidth + 1) if scheme.bitwidth < 8 else None
+
+    def contribution(targets: Any, scheme: Scheme) -> float:
+        return sum(first[target.name] * 0.25 ** (scheme.bitwidth - bitwidth) for target in targets)
+
+    repair = Repair(widen, contribution)
+    return repair, repair.parts_of(targets, {target.parameter_name: Scheme(bitwidth) for target in targets})
 
 
-def widen(scheme: Scheme, targets: Any) -> Scheme | None:
-    return dataclasses.replace(scheme, bitwidth=scheme.bitwidth + 1) if scheme.bitwidth < 8 else None
-
-
-def by_name(rules: Rules | None) -> dict[str, int | None]:
+def bits_of(rules: Rules | None) -> dict[str, int | None]:
     assert rules is not None
     return {name.partition("layers.")[2]: rule.bitwidth for rule in rules.rules for name in rule.match}
 
 
-def test_bits_go_to_what_contributes_most_until_the_limit_is_predicted_to_hold() -> None:
-    found = by_name(repaired(parts(0.9, 0.05, 0.05), [], within=0.3, widen=widen))
-    # 0.05 + 0.05 stay; 0.9 / 16 with them is within 0.24.
-    assert found == {"0.self_attn.o_proj": 6, "1.self_attn.o_proj": 5, "0.mlp.down_proj": 5}
+def test_bits_go_to_what_is_blamed_and_what_contributes_most_until_the_limit_is_predicted_to_hold() -> None:
+    repair, found = parts(0.9, 0.05, 0.05)
+    blamed = [SuspectedModule("model.layers.0.mlp", 1.0, ())]
+    # 0.9 / 16, 0.05 and 0.05 / 4 are within 0.8 times 0.3 of the rise.
+    assert bits_of(repair.repaired(found, blamed, 0.3)) == {
+        "0.self_attn.o_proj": 6, "1.self_attn.o_proj": 4, "0.mlp.down_proj": 5,
+    }  # fmt: skip
+    # Where no figure is beyond a limit, what is blamed alone.
+    assert bits_of(repair.repaired(found, blamed, None))["0.self_attn.o_proj"] == 4
 
 
 def test_what_has_all_bits_is_left_alone_and_nothing_left_is_no_plan() -> None:
-    rules = as_rules([part.widened(widen) for part in parts(0.5, bitwidth=8)] + parts(0.5, 0.5)[1:])
+    repair, found = parts(0.5, 0.5, bitwidth=8)
+    rules = as_rules([repair.widened(found[0]), found[1]])
     assert rules is not None
-    assert [(rule.keep, rule.bitwidth) for rule in rules.rules] == [(True, None), (False, 4)]
-    assert repaired(parts(0.5, 0.5, bitwidth=8), [], within=None, widen=widen) is None
+    assert [(rule.keep, rule.bitwidth) for rule in rules.rules] == [(True, None), (False, 8)]
+    assert repair.repaired(found, [], None) is None
 
 
 def test_bits_of_a_weight_count_its_scales() -> None:

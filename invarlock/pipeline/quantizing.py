@@ -21,6 +21,7 @@ from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
 from invarlock.pipeline.retrying import Retries
+from invarlock.pipeline.sensitivity import Contribution, by_gradients, sensitivities
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -88,6 +89,8 @@ class _Rounding:
         self._retries = retries
         self._rounded: dict[str, tuple[PlannedWeight, EditedWeight]] = {}
         """As the model has them now, by the name of the parameter."""
+        self._asked: list[Contribution | None] = []
+        """Whose contribution to the loss is known, once it was asked for."""
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -130,15 +133,31 @@ class _Rounding:
         if others and isinstance(self._keeper.snapshot, Snapshot) and len(others) < len(self._rounded):
             self._keeper.snapshot.restore_only(others)
         elif others:
-            self._keeper.restore()
-            others = list(self._rounded)
+            self._restore_all()
+            return
         for name in others:
             del self._rounded[name]
             if self._export is not None:
                 self._export.quantized.pop(name, None)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self._retries.revise(attempts)
+        return self._retries.revise(attempts, self._contribution)
+
+    def _contribution(self) -> Contribution | None:
+        """By gradients, for which the baseline is restored after the first attempt; later ones go on from it."""
+        if not self._asked:
+            self._restore_all()
+            guarding = self._guarding
+            fisher = sensitivities(guarding.baseline, self.model, guarding.windows, self._retries.targets)
+            candidates = self._retries.candidates()
+            self._asked.append(None if fisher is None else by_gradients(fisher, candidates))
+        return self._asked[0]
+
+    def _restore_all(self) -> None:
+        self._keeper.restore()
+        self._rounded.clear()
+        if self._export is not None:
+            self._export.quantized.clear()
 
     def undo(self) -> Loaded:
         self._keeper.restore()

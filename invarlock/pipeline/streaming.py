@@ -138,7 +138,7 @@ class _StreamedRounding:
         return Edited(self.model, watched, self.name, described, modules, unedited, bits_per_weight=bits)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self.retries.revise(attempts)
+        return self.retries.revise(attempts, lambda: None)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)

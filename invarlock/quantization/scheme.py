@@ -69,7 +69,6 @@ class Scheme:
         "Numbers that weights are rounded to: int, whole ones times a scale; fp8, E4M3 with a scale for each output "
         "channel or the tensor; mxfp4 and nvfp4, E2M1 in blocks of 32 and 16.",
     ] = "int"
-
     scale: Annotated[
         Scale,
         "Scale of a group: largest, that of its largest magnitude; fisher, the share of it, 0.6 to 1, that loses least "
@@ -141,11 +140,6 @@ class Scheme:
         grain = f"groups of {self.group_size}" if self.group_size else grain
         scales = ", scales by Fisher information" if self.scale == "fisher" else ""
         return f"{self.bitwidth} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {grain}{scales}"
-
-    @property
-    def scale_bits(self) -> int:
-        """Bits of a scale as formats store it: 8 of small blocks of floats, else 16."""
-        return SCALE_BITS if self.of_floats is None or self.of_floats.block is None else BLOCK_SCALE_BITS
 
     @property
     def scale_bits(self) -> int:
