@@ -13,9 +13,11 @@ from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.plans import keys_named, plans_of, wider
 from invarlock.pipeline.repairing import parts_of, repaired, share_within, shares_by_error
+from invarlock.pipeline.sensitivities import weighed
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
+from invarlock.search.fisher import Fisher
 
 
 class Retries:
@@ -27,7 +29,9 @@ class Retries:
     def __init__(self, config: RunConfig, model: nn.Module, tokenizer: Any, export: Export | None) -> None:
         self._config, self._model, self._tokenizer, self._export = config, model, tokenizer, export
         self.plan: AnyPlan = config.edit.plan
-        self._targets = [planned.target for planned in self.weights()]
+        self.fisher: Fisher | None = None
+        """Once it is measured, where scales go by it."""
+        self.targets = [planned.target for planned in self.weights()]
 
     @property
     def described(self) -> Mapping[str, Any]:
@@ -37,17 +41,20 @@ class Retries:
     def weights(self) -> list[PlannedWeight]:
         """Those that the plan rounds; found anew, because an adapter that restores a model may put others in place."""
         with keys_named():
-            return planned_weights(self._model, self.plan)
+            weights = planned_weights(self._model, self.plan)
+        return weighed(weights, self.fisher) if self.fisher else weights
 
     @property
     def bits_per_weight(self) -> float:
         """Scales included, of all weights that the first plan rounds, whether or not a later one leaves them alone."""
         schemes = self._schemes()
-        bits = sum(PlannedWeight.bits_of(target, schemes.get(target.parameter_name)) for target in self._targets)
-        return bits / max(sum(target.parameter.numel() for target in self._targets), 1)
+        bits = sum(PlannedWeight.bits_of(target, schemes.get(target.parameter_name)) for target in self.targets)
+        return bits / max(sum(target.parameter.numel() for target in self.targets), 1)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         """Plan the next attempt after a rollback; False where there is none."""
+        if attempts[-1].verdict.accepted:
+            return False
         plan = self._next(attempts) if len(attempts) < self._config.edit.retry.max_attempts else None
         if plan is None or plan == self.plan:
             return False
@@ -59,8 +66,8 @@ class Retries:
             plans = plans_of(self._config)
             return plans[len(attempts)] if len(attempts) < len(plans) else None
         last = attempts[-1]
-        shares = shares_by_error(last.modules, self._targets)
-        parts = parts_of(self._targets, self._schemes(), shares)
+        shares = shares_by_error(last.modules, self.targets)
+        parts = parts_of(self.targets, self._schemes(), shares)
         return repaired(parts, last.verdict.suspects, within=share_within(last.metrics), widen=self._widen)
 
     def _schemes(self) -> dict[str, Scheme]:

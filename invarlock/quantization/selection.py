@@ -62,23 +62,6 @@ class PlannedWeight:
         zero_points = 0 if scheme.symmetric else scheme.bitwidth
         return weights * scheme.bitwidth + scales * (scheme.scale_bits + zero_points)
 
-    @property
-    def bits(self) -> int:
-        """The bits that it takes, scales included."""
-        return self.bits_of(self.target, self.scheme)
-
-    @staticmethod
-    def bits_of(target: WeightTarget, scheme: Scheme | None) -> int:
-        """The bits that a weight takes, scales included; None leaves it as it is."""
-        weights = target.parameter.numel()
-        if scheme is None:
-            return weights * 8 * target.parameter.element_size()
-        columns = target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
-        groups = math.ceil(columns / scheme.group_size) if scheme.group_size else 1
-        scales = weights // columns * groups if scheme.per_channel else 1
-        zero_points = 0 if scheme.symmetric else scheme.bitwidth
-        return weights * scheme.bitwidth + scales * (scheme.scale_bits + zero_points)
-
 
 def find_weights(model: nn.Module) -> list[WeightTarget]:
     """Every weight that RTN could round, in the order of the model, each once.
