@@ -104,10 +104,42 @@ class RetryConfig(_Section):
 
 
 @dataclass(frozen=True)
+class TargetConfig(_Section):
+    max_pm_ratio: Annotated[
+        float | None, Ge(1.0), IsFinite, "Search the fewest bits that pass with this limit, in place of that in eval."
+    ] = None
+    bits_per_weight: Annotated[
+        float | None, Gt(2.0), Le(9.0), "Search the best plan with at most so many bits a weight, scales included."
+    ] = None
+
+    @property
+    def is_set(self) -> bool:
+        return self.max_pm_ratio is not None or self.bits_per_weight is not None
+
+
+@dataclass(frozen=True)
+class SearchConfig(_Section):
+    max_attempts: Annotated[int, Ge(1), Le(50), "Plans of a search that are applied and judged, at most."] = 6
+    max_minutes: Annotated[
+        float | None, Gt(0.0), IsFinite, "Minutes after which a search begins no further attempt; null sets no limit."
+    ] = None
+    fuse: Annotated[
+        bool, "Whether modules that engines fuse (q/k/v, gate/up, the experts of a layer) share a scheme."
+    ] = True
+
+
+@dataclass(frozen=True)
 class EditConfig(_Section):
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
     plan: AnyPlan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    @property
+    def is_searched(self) -> bool:
+        """True where the bits are left to a search."""
+        return isinstance(self.plan, Plan) and self.plan.is_searched
 
 
 @dataclass(frozen=True)

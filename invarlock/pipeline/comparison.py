@@ -130,6 +130,7 @@ class _Comparing:
     """Another checkpoint in place of an edit: it is loaded once, and only read."""
 
     name = COMPARE
+    search = None
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from invarlock.pipeline.report_builder import assemble, finish
 
 
 def judge(guarding: Guarding, editor: Editor, baseline: Watched) -> RunResult:
-    """Attempt an edit until one attempt is accepted, one aborts, or there are none left; report, and write.
+    """Attempt an edit until one aborts, or the editor has no other plan; report, and write.
 
     :param baseline: the model as it has to be where no attempt is made: unless all guards are ready.
     """
@@ -37,10 +37,8 @@ def _attempt(guarding: Guarding, editor: Editor, baseline: Watched) -> tuple[lis
         edited = editor.apply(number)
         attempt = replace(guarding.judge(edited, number), seconds=round(time.monotonic() - began, 2))
         attempts.append(_announced(guarding, attempt))
-        if attempt.verdict.accepted:
-            return attempts, edited.watched
         if attempt.verdict.action is Action.ABORT or not editor.revise(attempts):
-            return attempts, editor.undo()
+            return attempts, edited.watched if attempt.verdict.accepted else editor.undo()
 
 
 def _announced(guarding: Guarding, attempt: Attempt) -> Attempt:

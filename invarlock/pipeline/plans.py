@@ -32,6 +32,8 @@ def plans_of(config: RunConfig) -> list[AnyPlan]:
 
     After a rollback there is one more bit, up to 8; a format of floats has as many as it has.
     """
+    if config.edit.is_searched:
+        return []
     plans = [config.edit.plan]
     if config.edit.retry.strategy != "uniform":
         return plans

@@ -74,6 +74,7 @@ def assemble(
             "transformers": transformers.__version__,
             "threads": torch.get_num_threads(),
         },
+        search=editor.search,
         command=guarding.session.invocation.command,
     )
     return replace(report, what_next=next_steps(report)).as_dict()

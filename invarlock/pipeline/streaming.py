@@ -34,6 +34,7 @@ from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
 from invarlock.pipeline.retrying import Retries
+from invarlock.pipeline.sensitivities import check_measurable
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -72,6 +73,7 @@ def _run_streamed(
     session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
 ) -> RunResult:
     config = session.config
+    check_measurable(config, streamed=True, processes=session.ranks.size)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
@@ -102,6 +104,8 @@ def _run_streamed(
 
 class _StreamedRounding:
     """Rounding shard by shard, by one plan an attempt; the edited model reads weights as rounding leaves them."""
+
+    search = None
 
     def __init__(
         self,
@@ -138,7 +142,7 @@ class _StreamedRounding:
         return Edited(self.model, watched, self.name, described, modules, unedited, bits_per_weight=bits)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self.retries.revise(attempts, lambda: None)
+        return self.retries.revise(attempts)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)

@@ -171,6 +171,35 @@ class AttemptSection:
         return self.ratio if self.figure is None else self.figure
 
 
+@dataclass(frozen=True)
+class SearchPoint:
+    """A plan of a search that was judged."""
+
+    bits_per_weight: float
+    """Of the weights that are searched, scales included."""
+    bytes: int
+    """Of those weights, with their scales."""
+    predicted: float
+    """The ratio of perplexities that the sensitivities predict."""
+    ratio: Number | None
+    """As it was measured on the final windows."""
+    ci: tuple[Number, Number] | None
+    action: Action
+    plan: list[dict[str, Any]]
+    """As ``edit.plan`` of a configuration takes it."""
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """A search for the bits of each weight; the attempts of the report are those since it was last begun."""
+
+    target: str
+    decisions: int
+    """Weights, or sets of weights that engines fuse, which are given a scheme each."""
+    points: list[SearchPoint]
+    """The smallest first; the windows that they were measured on are the same."""
+
+
 @dataclass
 class Report:
     invarlock_version: str
@@ -194,6 +223,8 @@ class Report:
     storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
+    search: SearchSection | None = None
+    """Null where the bits were given."""
     what_next: list[NextStep] = field(default_factory=list)
     """At most three, of a rejection or a warning."""
     command: str = ""

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from invarlock.core.errors import one_line
+from invarlock.core.errors import UsageError
 from invarlock.core.results import EditedWeight
-from invarlock.evaluation.task import LanguageTask
-from invarlock.pipeline.session import Baseline, WindowPair
+from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.sensitivities import measured_sensitivities
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
 from invarlock.search.candidates import predicted_rise
-from invarlock.search.fisher import Curvature, Fisher, fisher_of
+from invarlock.search.fisher import Curvature, Fisher
 
 log = logging.getLogger("invarlock")
 
@@ -25,24 +25,20 @@ Contribution = Callable[[Sequence[WeightTarget], Scheme], float]
 """Predicted rise of the loss from rounding some weights, in a unit that all weights share."""
 
 
-def sensitivities(
-    baseline: Baseline, model: nn.Module, windows: WindowPair | None, targets: Sequence[WeightTarget]
-) -> Fisher | None:
-    """The Fisher information of a baseline on its preview windows; None where gradients cannot be had.
+def fisher_or_none(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> Fisher | None:
+    """The curvature of a baseline on its preview windows; None where gradients of the whole model cannot be had.
 
-    :param model: the baseline, unedited and whole in the memory of this process.
+    :param model: the baseline, as it is unedited.
     """
-    task = baseline.task
-    if windows is None or not isinstance(task, LanguageTask) or baseline.sharding is not None:
+    session = guarding.session
+    if guarding.windows is None or guarding.baseline.sharding is not None or session.ranks.size > 1:
         return None
-    session = baseline.session
-    with session.clock.stage("sensitivities"):
-        try:
-            return fisher_of(model, windows[0], targets, task=task.predicted, seed=session.config.dataset.seed)
-        except (RuntimeError, NotImplementedError) as error:
-            # Operations of the model's own need not have a derivative.
-            log.info("no gradients, weights are told apart by their relative errors: %s", one_line(error))
-            return None
+    try:
+        return measured_sensitivities(guarding, model, targets)
+    except UsageError:
+        # Of a task that predicts no tokens, or where an operation of the model's own has no derivative.
+        log.info("there are no gradients of the baseline: weights are told apart by their relative errors")
+        return None
 
 
 def by_gradients(fisher: Fisher, candidates: Iterable[PlannedWeight]) -> Contribution:
