@@ -20,6 +20,7 @@ LAYERS = {
     "hookspecs": set(),
     "distributed": {"core"},
     "models": {"core", "distributed"},
+    "search": {"core", "models", "quantization", "datasets", "evaluation"},
     # Section edit.plan is the plan, and output.format has the names of formats.
     "config": {"core", "quantization", "exporters"},
     "quantization": {"core", "distributed", "models"},

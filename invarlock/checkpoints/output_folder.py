@@ -22,11 +22,13 @@ from invarlock.distributed.process_group import ALONE, Ranks
 SIGNATURE = "run.sigstore.json"
 """A bundle goes by this ending."""
 ARTIFACTS = ("report.json", "report.html", "model", SIGNATURE)
+SEARCH = "search.json"
+"""Plans that a search judged so far; it goes once the report holds them."""
 PARTIAL = ".model.partial"
 """Folder of a model until it is whole."""
 JOURNALS = ".model.journals"
 """Folder of the whole shards of an output that is written shard by shard."""
-OURS = (*ARTIFACTS, PARTIAL, JOURNALS)
+OURS = (*ARTIFACTS, SEARCH, PARTIAL, JOURNALS)
 """Folder names that make room for the output of a run."""
 
 
@@ -208,6 +210,8 @@ class OutputFolder:
         if self.saved:
             what = "the report and the model" if is_there(self.path / "model") else "the report"
             return f"{what} had been saved to {self.path}"
+        if (self.path / SEARCH).is_file():
+            return "nothing was saved but the plans that were judged, from which the same command goes on"
         if any(self.path.glob(f"{JOURNALS}/*.json")):
             return "nothing was saved but whole shards, from which the same command goes on"
         return "nothing was saved"

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from invarlock.config.reading import DEPTH, Source, kind, read_file, read_setting
 from invarlock.config.rules import read_rules
-from invarlock.config.schema import PATHS, PLAN, RunConfig, as_keys, keys
+from invarlock.config.schema import PATHS, PLAN, EditConfig, RunConfig, as_keys, keys
 from invarlock.core.errors import UsageError, nearest
 from invarlock.core.paths import PathError, given
 from invarlock.quantization.rules import Rule, Rules
-from invarlock.quantization.scheme import PlanError
+from invarlock.quantization.scheme import AUTO, PlanError
 
 KNOWN_GUARD_KEYS = ("order", "fail_fast")
 ANCHORS = "x-"
@@ -74,18 +74,44 @@ def validate(source: Source) -> RunConfig:
     values = dict(source.values)
     if isinstance(values.get("guards"), dict):
         values["guards"] = _gather_guard_options(values["guards"], source)
-    rules = _take_rules(values, source)
+    rules, searched = _take_rules(values, source), _take_auto(values)
     try:
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
+        if searched:
+            config = _with_plan(config, dataclasses.replace(config.edit.plan, bitwidth=AUTO))  # type: ignore[arg-type]
     except ValidationError as error:
         raise _explain(error.errors()[0], source) from None
     except PlanError as error:
         key, _, problem = as_keys(str(error)).partition(" ")
         raise source.error(key, problem) from None
     if rules is not None:
-        config = dataclasses.replace(config, edit=dataclasses.replace(config.edit, plan=rules))
+        config = _with_plan(config, rules)
     _check_across_keys(config, source)
-    return config
+    return _with_limit(config)
+
+
+def _with_plan(config: RunConfig, plan: Any) -> RunConfig:
+    return dataclasses.replace(config, edit=dataclasses.replace(config.edit, plan=plan))
+
+
+def _with_limit(config: RunConfig) -> RunConfig:
+    """The configuration, whose verdict is held against the limit that a search is for."""
+    limit = config.edit.target.max_pm_ratio
+    return (
+        config
+        if limit is None
+        else dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_pm_ratio=limit))
+    )
+
+
+def _take_auto(values: dict[str, Any]) -> bool:
+    """True if the bits are to be searched; that is taken out of the values."""
+    edit = values.get("edit")
+    plan = edit.get("plan") if isinstance(edit, dict) else None
+    if not isinstance(edit, dict) or not isinstance(plan, dict) or plan.get("bitwidth") != AUTO:
+        return False
+    values["edit"] = {**edit, "plan": {key: value for key, value in plan.items() if key != "bitwidth"}}
+    return True
 
 
 def _take_rules(values: dict[str, Any], source: Source) -> Rules | None:
@@ -158,6 +184,17 @@ def _check_across_keys(config: RunConfig, source: Source) -> None:
         raise source.error("dataset.path", "provider generated reads no path; did you mean provider: local_jsonl?")
     if dataset.stride is not None and dataset.stride < dataset.seq_len:
         raise source.error("dataset.stride", f"windows must not overlap: at least seq_len ({dataset.seq_len})")
+    _check_search(config.edit, source)
+
+
+def _check_search(edit: EditConfig, source: Source) -> None:
+    target = edit.target
+    if target.max_pm_ratio is not None and target.bits_per_weight is not None:
+        raise source.error("edit.target", "max_pm_ratio and bits_per_weight are two targets: remove one")
+    if target.is_set and not edit.is_searched:
+        raise source.error("edit.target", f"is for a search, and {PLAN} has its bits: set edit.plan.bitwidth to auto")
+    if edit.is_searched and edit.retry.max_attempts > 1:
+        raise source.error("edit.retry.max_attempts", "a search has attempts of its own: edit.search.max_attempts")
 
 
 def json_schema() -> dict[str, Any]:
@@ -189,6 +226,7 @@ def _allow_rules(schema: dict[str, Any], sentences: Mapping[str, str]) -> None:
     for name, entry in rule["properties"].items():
         entry["description"] = sentences.get(f"{PLAN}[N].{name}") or sentences[f"{PLAN}.{name}"]
     schema["$defs"]["Rule"] = rule
+    schema["$defs"]["Plan"]["properties"]["bitwidth"]["anyOf"].append({"const": AUTO})
     plan = schema["$defs"]["EditConfig"]["properties"]["plan"]
     listed = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Rule"}}
     schema["$defs"]["EditConfig"]["properties"]["plan"] = {"anyOf": [plan, listed]}

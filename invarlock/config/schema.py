@@ -126,10 +126,42 @@ class RetryConfig(_Section):
 
 
 @dataclass(frozen=True)
+class TargetConfig(_Section):
+    max_pm_ratio: Annotated[
+        float | None, Ge(1.0), IsFinite, "Search the fewest bits that pass with this limit, in place of that in eval."
+    ] = None
+    bits_per_weight: Annotated[
+        float | None, Gt(2.0), Le(9.0), "Search the best plan with at most so many bits a weight, scales included."
+    ] = None
+
+    @property
+    def is_set(self) -> bool:
+        return self.max_pm_ratio is not None or self.bits_per_weight is not None
+
+
+@dataclass(frozen=True)
+class SearchConfig(_Section):
+    max_attempts: Annotated[int, Ge(1), Le(50), "Plans of a search that are applied and judged, at most."] = 6
+    max_minutes: Annotated[
+        float | None, Gt(0.0), IsFinite, "Minutes after which a search begins no further attempt; null sets no limit."
+    ] = None
+    fuse: Annotated[
+        bool, "Whether modules that engines fuse (q/k/v, gate/up, the experts of a layer) share a scheme."
+    ] = True
+
+
+@dataclass(frozen=True)
 class EditConfig(_Section):
     name: Annotated[Literal["quant_rtn"], "Round-to-nearest is the only edit."] = "quant_rtn"
     plan: AnyPlan = field(default_factory=Plan)
     retry: RetryConfig = field(default_factory=RetryConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    @property
+    def is_searched(self) -> bool:
+        """True where the bits are left to a search."""
+        return isinstance(self.plan, Plan) and self.plan.is_searched
 
 
 @dataclass(frozen=True)
@@ -175,6 +207,13 @@ class EvalConfig(_Section):
         "fine-tune does. With improve, predictions that differ from the baseline's (KL divergence, top-1 disagreement) "
         "warn and do not reject; a perplexity above max_pm_ratio still does.",
     ] = "preserve"
+    attribute: Annotated[
+        int,
+        Ge(0),
+        "Weights to put back one at a time, those first that contribute most to the predicted rise of the loss, to "
+        "measure the part of it that each is responsible for; each takes two more passes over the final windows. The "
+        "prediction, by gradients of the baseline, takes about as long as three passes over the preview windows.",
+    ] = 0
     max_pm_ratio: Annotated[
         float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."
     ] = 1.10

@@ -46,6 +46,8 @@ class Exporter(Protocol):
     With a dtype, grids that are not symmetric have a minimum of that dtype and no zero point."""
     mixes: bool = False
     """True if a model can hold weights of several schemes: without it, a plan is never a list of rules."""
+    shares_fused: bool = False
+    """True if weights that engines fuse (q/k/v, gate/up, the experts of a layer) have to share a scheme."""
     library: str = "transformers"
     """The hub's name of the library that loads it, for the model card."""
     loading: str = 'from_pretrained(".")'

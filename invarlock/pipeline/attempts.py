@@ -12,7 +12,7 @@ import torch
 from invarlock.core.results import EditedWeight, Finding, GuardResult, Verdict
 from invarlock.datasets.same_text import SameText
 from invarlock.pipeline.keeping import Watched
-from invarlock.reporting.report import CoverageSection, Gap, MetricsSection
+from invarlock.reporting.report import CoverageSection, Gap, MetricsSection, SearchSection
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Editor(Protocol):
         """The plan of the attempt at hand."""
 
     @property
+    def search(self) -> SearchSection | None:
+        """The search that the attempts are of; None where there is none."""
+
+    @property
     def model(self) -> torch.nn.Module | None:
         """The model as it is left; None where it was not loaded."""
 
@@ -76,7 +80,7 @@ class Editor(Protocol):
         """Make the attempt of this number, from 1, out of the baseline, or out of the attempt before."""
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        """Plan the next attempt after a rollback; False where there is none."""
+        """Plan the next attempt; False where the last one stands."""
 
     def undo(self) -> Watched:
         """Take back the last attempt, which was not accepted; returns the model that is left."""

@@ -22,7 +22,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import InputError, named_by
+from invarlock.core.errors import InputError, UsageError, named_by
 from invarlock.core.invocation import Invocation
 from invarlock.core.lazy import ReadWeights
 from invarlock.core.progress import Progress
@@ -35,6 +35,7 @@ from invarlock.models.snapshot import Snapshot, Structure, has_room
 from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
+from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
@@ -47,6 +48,7 @@ from invarlock.pipeline.tasks import find_task
 from invarlock.pipeline.tokenizer import load_tokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
+from invarlock.quantization.selection import find_weights
 from invarlock.reporting.report import COMPARE
 
 log = logging.getLogger("invarlock")
@@ -98,6 +100,8 @@ def _compare(
     tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
+    if weights_only and session.config.eval.attribute:
+        raise UsageError("eval.attribute needs the outputs that --weights-only leaves out; remove one")
     # Before the baseline is measured: an adapter may be broken.
     edited = Subject.of(session, subject)
     guarding, weights, kept, gone = _prepare_baseline(session, slots, strict, weights_only)
@@ -128,6 +132,8 @@ def _prepare_baseline(
     steps = session.config.dataset.is_stepped and windows is not None
     kept = watched if steps and isinstance(watched, Loaded) and _has_room_for_another(model) else None
     guarding.begin(model, watched, comes_back=kept is not None)
+    if session.config.eval.attribute and guarding.ready:
+        guarding.fisher = fisher_or_none(guarding, model, find_weights(model))
     return guarding, weights, kept, Gone.of(watched)
 
 
@@ -143,6 +149,7 @@ class _Comparing:
     """Another checkpoint in place of an edit: it is loaded once, and only read."""
 
     name = COMPARE
+    search = None
 
     def __init__(
         self,

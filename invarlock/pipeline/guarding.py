@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
+if TYPE_CHECKING:
+    from invarlock.search.fisher import Fisher
+
 log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
@@ -62,6 +65,8 @@ class Guarding:
     comparing: bool = False
     """The edited model is another checkpoint."""
     prepared: Sequence[PrepareResult] = ()
+    fisher: Fisher | None = None
+    """Curvature of the baseline, once it was measured."""
     _stepping: Stepping | None = None
     """The passes; None where outputs are not measured."""
     _vocabulary: int = 0
@@ -103,6 +108,11 @@ class Guarding:
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
             for place, slot in enumerate(self.slots)
         ]
+
+    def final_windows(self, count: int) -> Windows:
+        """The first of the final windows."""
+        assert self._stepping is not None
+        return self._stepping.supply.between(0, count)
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]

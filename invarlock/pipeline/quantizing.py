@@ -18,16 +18,20 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
+from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
 from invarlock.pipeline.retrying import Retries
+from invarlock.pipeline.searching import Search, check_target
+from invarlock.pipeline.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_weights
 from invarlock.quantization.selection import PlannedWeight
+from invarlock.reporting.report import SearchSection
 
 
 def run(
@@ -39,12 +43,14 @@ def run(
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
+    frontier: bool = False,
 ) -> RunResult:
     """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
 
     :param output: where the report and, if ``output.save_model`` is set, an accepted model go; None writes nothing.
     :param strict: a warning makes the exit code of the verdict 1.
     :param ranks: the processes that share the run; the first one writes.
+    :param frontier: with ``edit.plan.bitwidth: auto``, measure plans of all sizes, and not those for a target.
     :raises UsageError: for a mistake in the configuration or a broken input; nothing was written.
     :raises PluginError: when an adapter failed; nothing was written.
 
@@ -52,11 +58,15 @@ def run(
     """
     with output.claimed(config.model.id, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output)
+        return _run(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output, frontier)
 
 
-def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
+def _run(
+    session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None, frontier: bool
+) -> RunResult:
     config = session.config
+    check_measurable(config, streamed=False, processes=session.ranks.size)
+    check_target(config, frontier=frontier)
     export = export_of(config, session.plugins)
     session.documents()
     model, adapter = session.load(config.model.id, spread=True)
@@ -71,35 +81,56 @@ def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: Out
     guarding = Guarding(session, baseline, windows, slots, strict)
     try:
         guarding.begin(model, keeper.baseline)
-        retries = Retries(config, model, baseline.tokenizer, export)
-        return judge(guarding, _Rounding(guarding, keeper, retries, export, output), keeper.baseline)
+        plans = _plans(guarding, keeper, export, output, frontier=frontier)
+        return judge(guarding, _Rounding(guarding, keeper, plans, export, output), keeper.baseline)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
         keeper.restore(check=baseline.view is None)
         raise
 
 
+def _plans(
+    guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None, *, frontier: bool
+) -> Retries | Search:
+    """The plans of the attempts."""
+    config, baseline = guarding.config, keeper.baseline
+    if config.edit.is_searched and guarding.ready:
+        folder = output.path if output else None
+        return Search(guarding, baseline.model, export, folder, weights=baseline.digest, frontier=frontier)
+    retries = Retries(config, baseline.model, guarding.baseline.tokenizer, export)
+    if guarding.ready and needs_sensitivities(config.edit.plan):
+        retries.fisher = guarding.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)
+    elif guarding.ready and config.eval.attribute:
+        guarding.fisher = fisher_or_none(guarding, baseline.model, retries.targets)
+    return retries
+
+
 class _Rounding:
     """Rounding in memory, by one plan an attempt; what two plans round alike is rounded once."""
 
     def __init__(
-        self, guarding: Guarding, keeper: Keeper, retries: Retries, export: Export | None, output: OutputFolder | None
+        self,
+        guarding: Guarding,
+        keeper: Keeper,
+        plans: Retries | Search,
+        export: Export | None,
+        output: OutputFolder | None,
     ) -> None:
         self.name, self.model = guarding.config.edit.name, keeper.baseline.model
         self._guarding, self._keeper, self._export, self._output = guarding, keeper, export, output
-        self._retries = retries
+        self._plans = plans
         self._rounded: dict[str, tuple[PlannedWeight, EditedWeight]] = {}
         """As the model has them now, by the name of the parameter."""
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        return self._retries.described
+        return self._plans.described
 
     def apply(self, number: int) -> Edited:
-        weights, export, keeper = self._retries.weights(), self._export, self._keeper
+        weights, export, keeper = self._plans.weights(), self._export, self._keeper
         scale_dtype = export.exporter.scale_dtype if export else None
         if export is not None:
-            export.take(self._retries.plan, weights)
+            export.take(self._plans.plan, weights)
         with self._guarding.session.clock.stage("quantize"), keys_named():
             self._restore_others(weights)
             new = [planned for planned in weights if planned.target.parameter_name not in self._rounded]
@@ -113,14 +144,14 @@ class _Rounding:
 
         def round_again() -> None:
             keeper.restore()
-            quantize_weights(self._retries.weights(), measure=False, scale_dtype=scale_dtype)
+            quantize_weights(self._plans.weights(), measure=False, scale_dtype=scale_dtype)
 
         @contextmanager
         def bring_baseline() -> Iterator[torch.nn.Module]:
             keeper.restore()
             yield self.model
             with self._guarding.session.clock.stage("quantize"):
-                quantize_weights(self._retries.weights(), measure=False, scale_dtype=scale_dtype)
+                quantize_weights(self._plans.weights(), measure=False, scale_dtype=scale_dtype)
 
         return Edited(
             self.model,
@@ -130,7 +161,7 @@ class _Rounding:
             [self._rounded[planned.target.parameter_name][1] for planned in weights],
             keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
             bring_baseline=bring_baseline,
-            bits_per_weight=self._retries.bits_per_weight,
+            bits_per_weight=self._plans.bits_per_weight,
         )
 
     def _restore_others(self, weights: Sequence[PlannedWeight]) -> None:
@@ -140,15 +171,28 @@ class _Rounding:
         if others and isinstance(self._keeper.snapshot, Snapshot) and len(others) < len(self._rounded):
             self._keeper.snapshot.restore_only(others)
         elif others:
-            self._keeper.restore()
-            others = list(self._rounded)
+            self._restore_all()
+            return
         for name in others:
             del self._rounded[name]
             if self._export is not None:
                 self._export.quantized.pop(name, None)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self._retries.revise(attempts)
+        plans = self._plans
+        if isinstance(plans, Retries) and plans.wants_gradients(attempts):
+            # Those of the baseline, which later attempts go on from.
+            self._restore_all()
+            guarding = self._guarding
+            guarding.fisher = guarding.fisher or fisher_or_none(guarding, self.model, plans.targets)
+            plans.learn(guarding.fisher)
+        return plans.revise(attempts)
+
+    def _restore_all(self) -> None:
+        self._keeper.restore()
+        self._rounded.clear()
+        if self._export is not None:
+            self._export.quantized.clear()
 
     def undo(self) -> Loaded:
         self._keeper.restore()
@@ -161,3 +205,9 @@ class _Rounding:
             save = partial(self._export.write, model=saved, tokenizer=baseline.tokenizer)
         if self._output is not None and session.ranks.is_first:
             write(report, self._output, session.clock, save)
+        if isinstance(self._plans, Search):
+            self._plans.finished()
+
+    @property
+    def search(self) -> SearchSection | None:
+        return self._plans.section if isinstance(self._plans, Search) else None

@@ -36,6 +36,7 @@ from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
 from invarlock.pipeline.retrying import Retries
+from invarlock.pipeline.sensitivities import check_measurable
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -74,6 +75,9 @@ def _run_streamed(
     session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
 ) -> RunResult:
     config = session.config
+    if config.eval.attribute:
+        raise UsageError("eval.attribute puts weights back in memory: run without --stream")
+    check_measurable(config, streamed=True, processes=session.ranks.size)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
@@ -104,6 +108,8 @@ def _run_streamed(
 
 class _StreamedRounding:
     """Rounding shard by shard, by one plan an attempt; the edited model reads weights as rounding leaves them."""
+
+    search = None
 
     def __init__(
         self,

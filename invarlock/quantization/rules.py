@@ -56,6 +56,8 @@ class Rules:
         if not self.rules:
             raise PlanError("the list of rules is empty; give one at least, or a mapping")
 
+    is_searched: ClassVar = False
+
     @property
     def schemes(self) -> tuple[Rule, ...]:
         """Rules that round."""

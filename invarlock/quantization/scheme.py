@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     # None stands for those of the format until ``__post_init__`` has put them there: nobody sees it.
     Bits = int
 else:
-    Bits = Annotated[int | None, Ge(2), Le(8), "Bits a weight; null means those of the format, which are 8 for int."]
+    Bits = Annotated[
+        int | None,
+        Ge(2),
+        Le(8),
+        "Bits a weight; null means those of the format, which are 8 for int; auto, in a plan that is no list of rules, "
+        "searches them and the sizes of groups for edit.target.",
+    ]
 
 FLOATS = {
     "fp8": FloatFormat("FP8 (E4M3)", 8, None),
@@ -39,6 +45,8 @@ FLOATS = {
     "nvfp4": FloatFormat("NVFP4", 4, 16),
 }
 SCALE_BITS, BLOCK_SCALE_BITS = 16, 8
+AUTO = "auto"
+"""In place of bits, where they are searched."""
 INTEGER_BITS = 8
 """By default."""
 
@@ -69,7 +77,6 @@ class Scheme:
         "Numbers that weights are rounded to: int, whole ones times a scale; fp8, E4M3 with a scale for each output "
         "channel or the tensor; mxfp4 and nvfp4, E2M1 in blocks of 32 and 16.",
     ] = "int"
-
     scale: Annotated[
         Scale,
         "Scale of a group: largest, that of its largest magnitude; fisher, the share of it, 0.6 to 1, that loses least "
@@ -86,6 +93,9 @@ class Scheme:
             self._settle(self.of_floats)
         elif self.bitwidth is None:
             object.__setattr__(self, "bitwidth", INTEGER_BITS)
+        if self.is_searched:
+            self._check_scale()
+            return
         if not _is_whole(self.bitwidth) or not 2 <= self.bitwidth <= 8:
             raise PlanError(f"`bitwidth` is {self.bitwidth!r}; set a whole number from 2 to 8")
         _check_size("group_size", self.group_size)
@@ -103,7 +113,8 @@ class Scheme:
         if self.scale not in known:
             raise PlanError(f"`scale` is {self.scale!r}; known are {', '.join(known)}{nearest(str(self.scale), known)}")
         if self.scale == "fisher" and (self.of_floats or not self.symmetric or not self.per_channel):
-            raise PlanError("`scale` is 'fisher', which is for whole numbers, symmetric and per channel; set it to largest")
+            problem = "is for whole numbers, symmetric and per channel"
+            raise PlanError(f"`scale` is {self.scale!r}, which {problem}; set it to largest")
 
     def _settle(self, floats: FloatFormat) -> None:
         """Take what the format leaves open from it, and refuse what contradicts it."""
@@ -120,6 +131,11 @@ class Scheme:
                 f"`per_channel` is false, but `format` {self.format} has a scale for each block of {floats.block}: "
                 "set it to true"
             )
+
+    @property
+    def is_searched(self) -> bool:
+        """True of a plan whose bits are yet to be found."""
+        return False
 
     @property
     def of_floats(self) -> FloatFormat | None:
@@ -189,6 +205,10 @@ class Plan(Scheme):
         _check_size("max_modules", self.max_modules)
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             object.__setattr__(self, name, checked_patterns(name, patterns))
+
+    @property
+    def is_searched(self) -> bool:
+        return str(self.bitwidth) == AUTO
 
 
 def matches(pattern: str, name: str) -> bool:

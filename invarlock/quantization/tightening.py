@@ -1,4 +1,4 @@
-"""Scales that lose least: of each group the share of its largest magnitude, by how much the loss depends on each input."""
+"""Scales that lose least, by how much the loss depends on each input: a share of the largest magnitude of a group."""
 
 from __future__ import annotations
 

@@ -182,6 +182,64 @@ class AttemptSection:
         return self.ratio if self.figure is None else self.figure
 
 
+@dataclass(frozen=True)
+class ModuleRise:
+    """The part of a changed weight in the rise of the loss, nats per token; null stands for what was not measured."""
+
+    module: str
+    predicted: Number | None
+    """By the gradients of the baseline and the change of the weight."""
+    share: Number | None
+    """Of the sum of all predicted parts."""
+    measured: Number | None = None
+    """The part of the rise that goes if this weight alone is put back."""
+    noise: Number | None = None
+    """The rise from a random change of the same norm in its place."""
+
+
+@dataclass(frozen=True)
+class AttributionSection:
+    """The rise of the loss on the final windows, weight by weight."""
+
+    rise: Number
+    """Measured with all weights edited, nats per token."""
+    predicted: Number | None
+    """The sum of all predicted parts."""
+    additivity: Number | None
+    """The measured parts, one by one, over that of the same weights put back together."""
+    modules: list[ModuleRise]
+    """What contributes most first."""
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """A plan of a search that was judged."""
+
+    bits_per_weight: float
+    """Of the weights that are searched, scales included."""
+    bytes: int
+    """Of those weights, with their scales."""
+    predicted: float
+    """The ratio of perplexities that the sensitivities predict."""
+    ratio: Number | None
+    """As it was measured on the final windows."""
+    ci: tuple[Number, Number] | None
+    action: Action
+    plan: list[dict[str, Any]]
+    """As ``edit.plan`` of a configuration takes it."""
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """A search for the bits of each weight; the attempts of the report are those since it was last begun."""
+
+    target: str
+    decisions: int
+    """Weights, or sets of weights that engines fuse, which are given a scheme each."""
+    points: list[SearchPoint]
+    """The smallest first; the windows that they were measured on are the same."""
+
+
 @dataclass
 class Report:
     invarlock_version: str
@@ -205,6 +263,10 @@ class Report:
     storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
+    attribution: AttributionSection | None = None
+    """Null where it was not asked for: of a run that was repaired it is there, and with ``eval.attribute``."""
+    search: SearchSection | None = None
+    """Null where the bits were given."""
     what_next: list[NextStep] = field(default_factory=list)
     """At most three, of a rejection or a warning."""
     command: str = ""

@@ -1,4 +1,4 @@
-"""Allocation: one choice for each decision, so that the sum of one cost is least and that of another within a budget."""
+"""Allocation: one choice for each decision, so that the sum of their costs is least and their sizes fit a budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 EXACT = 2_000
-"""Decisions up to which the optimum is found in about two seconds; for 10,000 of 14 choices it is not within a minute."""
+"""Decisions up to which the optimum takes about two seconds; that for 10,000 of 14 choices takes over a minute."""
 SECONDS = 10
 """After which the best allocation that was found so far is taken: what is left to gain then is far below a percent."""
 GAP = 1e-4
@@ -47,7 +47,7 @@ def _exact(costs: Matrix, sizes: Matrix, budget: float) -> list[int] | None:
     solved = milp(
         weighed / max(weighed.max(), 1e-300),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(within, -np.inf, 1)],
-        integrality=np.ones(len(places)),
+        integrality=np.ones(len(places), dtype=np.int64),
         bounds=Bounds(0, 1),
         options={"time_limit": SECONDS, "mip_rel_gap": GAP},
     )
@@ -56,7 +56,7 @@ def _exact(costs: Matrix, sizes: Matrix, budget: float) -> list[int] | None:
     taken = np.zeros_like(costs)
     taken[decision, choice] = solved.x
     chosen = taken.argmax(axis=1)
-    return chosen.tolist() if _sum(sizes, chosen) <= budget else None
+    return [*map(int, chosen)] if _sum(sizes, chosen) <= budget else None
 
 
 def _by_multiplier(costs: Matrix, sizes: Matrix, budget: float) -> list[int]:
@@ -70,7 +70,7 @@ def _by_multiplier(costs: Matrix, sizes: Matrix, budget: float) -> list[int]:
             best, high = chosen, (low + high) / 2
         else:
             low = (low + high) / 2
-    return _topped_up(costs, sizes, best, budget).tolist()
+    return [*map(int, _topped_up(costs, sizes, best, budget))]
 
 
 def _topped_up(costs: Matrix, sizes: Matrix, chosen: NDArray[np.int64], budget: float) -> NDArray[np.int64]:

@@ -54,19 +54,26 @@ def decisions(
     fuse: bool = True,
     holds: Holds = lambda scheme, targets: True,
 ) -> list[Decision]:
-    """The decisions of a search, in the order of the model.
+    """The decisions of a search, in the order of the model; none for weights that no scheme can hold.
 
-    :param base: all that is not searched of the schemes.
+    :param base: all that is not searched of the schemes; with a size of groups that is not searched either.
     :param fuse: whether weights that engines fuse share a scheme.
     """
     sets = partners_of(targets) if fuse else [(target,) for target in targets]
-    tried = [dataclasses.replace(base, bitwidth=bits, group_size=size) for bits in BITS for size in GROUPS]
     found = []
     for together in counted(sets):
-        held = [scheme for scheme in tried if holds(scheme, together)]
+        held = [scheme for scheme in _schemes(base, together) if holds(scheme, together)]
         if held:
             found.append(_decision(together, held, fisher))
     return found
+
+
+def _schemes(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
+    """With whole groups alone, which formats and kernels need; whole channels where no size fits."""
+    columns = [target.layout.matrices(target.parameter).shape[-1] for target in together]
+    whole = [size for size in GROUPS if base.per_channel and all(count % size == 0 for count in columns)]
+    sizes: Sequence[int | None] = [base.group_size] if base.group_size else whole or [None]
+    return [dataclasses.replace(base, bitwidth=bits, group_size=size) for bits in BITS for size in sizes]
 
 
 def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher: Fisher) -> Decision:

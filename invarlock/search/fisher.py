@@ -65,7 +65,7 @@ def fisher_of(
             scored = predicted_tokens(window, task) != UNSCORED
             logits = uncached_logits(model, window)[scored].float()
             drawn = _drawn(logits.detach(), generator)
-            functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            torch.autograd.backward(functional.cross_entropy(logits, drawn, reduction="sum"))
             tokens += len(drawn)
     return {name: total.curvature(tokens) for name, total in sums.items()}
 
@@ -113,5 +113,6 @@ def _squared_into(model: nn.Module, targets: Sequence[WeightTarget], sums: Mappi
             parameter.requires_grad_(False)
         for target in targets:
             target.parameter.requires_grad_(True)
-            stack.callback(target.parameter.register_post_accumulate_grad_hook(partial(add, target)).remove)
+            hook = target.parameter.register_post_accumulate_grad_hook(partial(add, target))  # type: ignore[no-untyped-call]
+            stack.callback(hook.remove)
         yield

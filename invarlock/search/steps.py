@@ -1,0 +1,69 @@
+"""The steps of a search: the next plan to measure, from what the plans before it were measured to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from invarlock.search.candidates import Decision
+from invarlock.search.frontier import Allocation, best_within, smallest_within
+
+CLOSE = 0.1
+"""Bits per weight between a rejected plan and an accepted one that are not worth another attempt: two percent of 5."""
+STRIDE = 0.5
+"""Bits per weight by which a search goes up where the predictions do not help: half of what halves an error."""
+FACTORS = (0.1, 10.0)
+"""Of measured and predicted rise: beyond, the measurement is noise or something else than rounding rejects."""
+RISES = (0.5, 0.005)
+"""Nats per token between which a frontier is measured: ratios from 1.65, which is broken, to 1.005, hardly changed."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that was judged."""
+
+    allocation: Allocation
+    upper: float | None
+    """Of the measured rise, the interval's upper end; None where it was not measured."""
+    accepted: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.allocation.bits_per_weight
+
+
+def for_ratio(decisions: Sequence[Decision], limit: float, tried: Sequence[Tried]) -> Allocation | None:
+    """The next plan on the way to the fewest bits that pass; None where no other one is worth an attempt.
+
+    :param limit: of the ratio, which the interval's upper end is held against.
+    """
+    low = max((each.bits_per_weight for each in tried if not each.accepted), default=-math.inf)
+    high = min((each.bits_per_weight for each in tried if each.accepted), default=math.inf)
+    if high - low <= CLOSE:
+        return None
+    widest = best_within(decisions, math.inf)
+    found = smallest_within(decisions, math.log(limit) / _correction(tried)) or widest
+    if found is None or found.bits_per_weight > high - CLOSE:
+        return None
+    if found.bits_per_weight >= low + CLOSE:
+        return found
+    # Fewer bits than were rejected are predicted to pass: predictions do not help.
+    found = best_within(decisions, (low + high) / 2 if high < math.inf else low + STRIDE)
+    return found if found and low + CLOSE / 2 < found.bits_per_weight < high else None
+
+
+def for_frontier(decisions: Sequence[Decision], points: int, tried: int) -> Allocation | None:
+    """The next of so many plans whose predicted rises are at equal distances on a logarithmic scale."""
+    if tried >= points:
+        return None
+    first, last = RISES
+    wanted = first * (last / first) ** (tried / max(points - 1, 1))
+    return smallest_within(decisions, wanted)
+
+
+def _correction(tried: Sequence[Tried]) -> float:
+    """The factor between the rise that was measured last and its prediction."""
+    low, high = FACTORS
+    factors = [each.upper / each.allocation.rise for each in tried if each.upper is not None]
+    return min(max(factors[-1], low), high) if factors else 1.0
