@@ -7,7 +7,7 @@ import yaml
 from invarlock.reporting.describing import action_word, shown, shown_bytes
 from invarlock.reporting.report import SearchPoint, SearchSection
 
-POINT_COLUMNS = ("bits per weight", "size", "predicted ratio", "measured ratio", "interval", "verdict")
+POINT_COLUMNS = ("bits", "size", "predicted", "measured", "interval", "verdict")
 
 
 def search_line(search: SearchSection) -> str:
