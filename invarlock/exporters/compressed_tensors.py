@@ -31,6 +31,8 @@ class CompressedTensors(Exporter):
     name = "compressed-tensors"
     stores_codes = True
     mixes = True
+    # As vLLM wants it.
+    shares_fused = True
 
     def refuse(self, plan: Scheme, targets: Sequence[WeightTarget], model: Any, tokenizer: Any) -> str | None:
         if not plan.symmetric:

@@ -44,6 +44,8 @@ class Exporter(Protocol):
     """The only dtype that the format has for scales; weights are rounded with such scales. None: any."""
     mixes: bool = False
     """True if a model can hold weights of several schemes: without it, a plan is never a list of rules."""
+    shares_fused: bool = False
+    """True if weights that engines fuse (q/k/v, gate/up, the experts of a layer) have to share a scheme."""
     library: str = "transformers"
     """The hub's name of the library that loads it, for the model card."""
     loading: str = 'from_pretrained(".")'

@@ -14,9 +14,10 @@ from invarlock.core.errors import PluginError, UsageError, unknown
 from invarlock.exporters.exporter import Exporter
 from invarlock.exporters.saving import Export
 from invarlock.plugins.manager import PluginManager
+from invarlock.quantization.partners import partners_of
 from invarlock.quantization.rules import AnyPlan, Rules
 from invarlock.quantization.scheme import PlanError, Scheme
-from invarlock.quantization.selection import PlannedWeight, planned_weights
+from invarlock.quantization.selection import PlannedWeight, find_weights, planned_weights
 
 SomeScheme = TypeVar("SomeScheme", bound=Scheme)
 EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
@@ -88,6 +89,9 @@ def check(export: Export, plans: Sequence[AnyPlan], model: nn.Module, tokenizer:
     for plan in plans:
         if isinstance(plan, Rules) and not export.exporter.mixes:
             raise _refused(export, f"it holds weights of one scheme, and {PLAN} is a list of rules")
+        if isinstance(plan, Rules) and export.exporter.shares_fused and (torn := _torn(plan, model)):
+            names = " and ".join(torn)
+            raise _refused(export, f"{PLAN} rounds {names} differently, and vLLM fuses them; give them one scheme")
         for key, part in _parts(plan, model):
             targets = [planned.target for planned in part]
             if reason := export.exporter.refuse(part[0].scheme, targets, model, tokenizer):
@@ -103,6 +107,16 @@ def _parts(plan: AnyPlan, model: nn.Module) -> Iterator[tuple[str, list[PlannedW
     for number, rule in enumerate(plan.rules):
         if part := [each for each in planned if each.scheme == rule]:
             yield f"{PLAN}[{number}]", part
+
+
+def _torn(plan: AnyPlan, model: nn.Module) -> list[str]:
+    """Two weights that are fused and do not share a scheme, or none."""
+    schemes = {planned.target.parameter_name: planned.scheme.alone for planned in planned_weights(model, plan)}
+    for partners in partners_of(find_weights(model)):
+        found = {schemes.get(target.parameter_name): target.name for target in reversed(partners)}
+        if len(found) > 1:
+            return [*found.values()][:2]
+    return []
 
 
 def _refused(export: Export, problem: str) -> UsageError:

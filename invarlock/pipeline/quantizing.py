@@ -16,6 +16,7 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
+from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
@@ -158,15 +159,26 @@ class _Rounding:
         if others and isinstance(self._keeper.snapshot, Snapshot) and len(others) < len(self._rounded):
             self._keeper.snapshot.restore_only(others)
         elif others:
-            self._keeper.restore()
-            others = list(self._rounded)
+            self._restore_all()
+            return
         for name in others:
             del self._rounded[name]
             if self._export is not None:
                 self._export.quantized.pop(name, None)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self._plans.revise(attempts)
+        plans = self._plans
+        if isinstance(plans, Retries) and plans.wants_gradients(attempts):
+            # Those of the baseline, which later attempts go on from.
+            self._restore_all()
+            plans.learn(plans.fisher or fisher_or_none(self._guarding, self.model, plans.targets))
+        return plans.revise(attempts)
+
+    def _restore_all(self) -> None:
+        self._keeper.restore()
+        self._rounded.clear()
+        if self._export is not None:
+            self._export.quantized.clear()
 
     def undo(self) -> Loaded:
         self._keeper.restore()

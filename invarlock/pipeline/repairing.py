@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from invarlock.core.results import EditedWeight, SuspectedModule
+from invarlock.core.results import SuspectedModule
 from invarlock.evaluation.results import DivergenceResult, MetricResult
+from invarlock.pipeline.contributions import Contribution
 from invarlock.pipeline.suspects import MOST
 from invarlock.quantization.partners import partners_of
 from invarlock.quantization.rules import Rule, Rules
@@ -16,8 +17,6 @@ from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
 from invarlock.reporting.report import MetricsSection
 
-LEFT_OF_NOISE = 0.25
-"""Of the squared rounding error, what one more bit leaves of it: steps of half the size."""
 SPARED = 0.8
 """Of the rise of the loss that is within the limit, what a repair aims at: the share of each weight in it is a
 prediction, and those are right to a quarter."""
@@ -28,7 +27,7 @@ Widen = Callable[[Scheme, Sequence[WeightTarget]], Scheme | None]
 """The next wider scheme for some weights, or None where there is none: they are left alone then."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """Weights that share a scheme, because engines fuse them."""
 
@@ -36,7 +35,7 @@ class Part:
     scheme: Scheme | None
     """None where they are left alone."""
     share: float
-    """In the predicted rise of the loss."""
+    """In the predicted rise of the loss, in its unit."""
 
     @property
     def names(self) -> list[str]:
@@ -46,52 +45,50 @@ class Part:
     def bits(self) -> int:
         return sum(PlannedWeight.bits_of(target, self.scheme) for target in self.targets)
 
-    def widened(self, widen: Widen) -> Part:
+
+@dataclass(frozen=True)
+class Repair:
+    """Ways to change parts of a plan."""
+
+    widen: Widen
+    contribution: Contribution
+
+    def parts_of(self, targets: Sequence[WeightTarget], schemes: Mapping[str, Scheme]) -> list[Part]:
+        """The weights of a plan, as they are rounded now.
+
+        :param schemes: of the rounded ones, by the name of the parameter.
+        """
+        return [self._part(together, schemes.get(together[0].parameter_name)) for together in partners_of(targets)]
+
+    def widened(self, part: Part) -> Part:
         """The part with the next wider scheme, or left alone."""
-        scheme = widen(self.scheme, self.targets) if self.scheme else None
-        left = LEFT_OF_NOISE ** (scheme.bitwidth - self.scheme.bitwidth) if scheme and self.scheme else 0.0
-        return Part(self.targets, scheme, self.share * left)
+        return self._part(part.targets, self.widen(part.scheme, part.targets) if part.scheme else None)
 
+    def _part(self, targets: tuple[WeightTarget, ...], scheme: Scheme | None) -> Part:
+        return Part(targets, scheme, self.contribution(targets, scheme) if scheme else 0.0)
 
-def parts_of(targets: Sequence[WeightTarget], schemes: Mapping[str, Scheme], shares: Mapping[str, float]) -> list[Part]:
-    """The weights of a plan, as they are rounded now.
+    def repaired(
+        self, parts: Sequence[Part], suspects: Sequence[SuspectedModule], within: float | None
+    ) -> Rules | None:
+        """A plan with more bits where they are needed, or None where nothing is left to round.
 
-    :param schemes: of the rounded ones, by the name of the parameter.
-    :param shares: in the rise of the loss, by the same.
-    """
-    return [
-        Part(
-            together,
-            schemes.get(together[0].parameter_name),
-            sum(shares.get(target.parameter_name, 0.0) for target in together),
-        )
-        for together in partners_of(targets)
-    ]
+        What is blamed gets a bit more, or is left alone where it has all bits; without any suspect that is what
+        contributes most. If the outputs were measured, further bits go where they take most from the predicted rise for
+        their number, until it is within the limit.
 
-
-def repaired(
-    parts: Sequence[Part], suspects: Sequence[SuspectedModule], *, within: float | None, widen: Widen
-) -> Rules | None:
-    """A plan with more bits where they are needed, or None where nothing is left to round.
-
-    What is blamed gets a bit more, or is left alone where it has all bits; without any suspect that is what contributes
-    most. If the outputs were measured, further bits go where they take most from the predicted rise for their number,
-    until it is within the limit.
-
-    :param within: the share of the rise that is within the limit; None where all of it is, or it was not measured.
-    """
-    parts = list(parts)
-    allowed = sum(part.share for part in parts) * (1 if within is None else SPARED * within)
-    for place in _blamed(parts, suspects):
-        parts[place] = parts[place].widened(widen)
-    while sum(part.share for part in parts) > allowed:
-        wider = {place: part.widened(widen) for place, part in enumerate(parts) if part.scheme}
-        gains = {place: _gain(parts[place], part) for place, part in wider.items()}
-        if not gains:
-            break
-        best = max(gains, key=gains.__getitem__)
-        parts[best] = wider[best]
-    return as_rules(parts)
+        :param within: the share of the rise that is within the limit; None where all of it is, or it was not measured.
+        """
+        parts = list(parts)
+        allowed = sum(part.share for part in parts) * (1 if within is None else SPARED * within)
+        for place in _blamed(parts, suspects):
+            parts[place] = self.widened(parts[place])
+        wider = {place: self.widened(part) for place, part in enumerate(parts) if part.scheme}
+        while wider and sum(part.share for part in parts) > allowed:
+            best = max(wider, key=lambda place: _gain(parts[place], wider[place]))
+            parts[best] = wider.pop(best)
+            if parts[best].scheme:
+                wider[best] = self.widened(parts[best])
+        return as_rules(parts)
 
 
 def _blamed(parts: Sequence[Part], suspects: Sequence[SuspectedModule]) -> list[int]:
@@ -150,13 +147,3 @@ def _of_predictions(predictions: DivergenceResult | None) -> Iterable[float]:
         # One that is not finite tells of no share.
         if value is not None and value > 0:
             yield getattr(predictions.limits, name) / value
-
-
-def shares_by_error(modules: Sequence[EditedWeight], targets: Sequence[WeightTarget]) -> dict[str, float]:
-    """Shares in the rise of the loss by the relative errors of the weights, by the name of the parameter.
-
-    For small errors the loss rises with the sum of their squares (Malinovskii et al. 2024, "Pushing the Limits of Large
-    Language Model Quantization via the Linearity Theorem"); how much each weight matters is taken as equal.
-    """
-    errors = {module.name: module.relative_error for module in modules}
-    return {target.parameter_name: (errors.get(target.name) or 0.0) ** 2 for target in targets}

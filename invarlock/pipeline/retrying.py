@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from torch import nn
 from invarlock.config.schema import RunConfig
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
+from invarlock.pipeline.contributions import Contribution, by_errors, by_gradients
 from invarlock.pipeline.plans import keys_named, plans_of, wider
-from invarlock.pipeline.repairing import parts_of, repaired, share_within, shares_by_error
+from invarlock.pipeline.repairing import Repair, share_within
 from invarlock.pipeline.sensitivities import weighed
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import Scheme
@@ -31,6 +32,8 @@ class Retries:
         self.plan: AnyPlan = config.edit.plan
         self.fisher: Fisher | None = None
         """Once it is measured, where scales go by it."""
+        self._contribution: Contribution | None = None
+        self._learned = False
         self.targets = [planned.target for planned in self.weights()]
 
     @property
@@ -51,24 +54,43 @@ class Retries:
         bits = sum(PlannedWeight.bits_of(target, schemes.get(target.parameter_name)) for target in self.targets)
         return bits / max(sum(target.parameter.numel() for target in self.targets), 1)
 
+    def candidates(self) -> Iterator[PlannedWeight]:
+        """Each weight with its scheme, and with all that a repair may give it."""
+        for planned in self.weights():
+            scheme: Scheme | None = planned.scheme
+            while scheme:
+                yield PlannedWeight(planned.target, scheme)
+                scheme = self._widen(scheme, [planned.target])
+
+    def wants_gradients(self, attempts: Sequence[Attempt]) -> bool:
+        """True where the next plan will be a repair, and nothing was learned of the baseline yet."""
+        repairs = self._config.edit.retry.strategy == "suspects" and self._goes_on(attempts)
+        return repairs and not self._learned
+
+    def learn(self, fisher: Fisher | None) -> None:
+        """Predict what each weight contributes to the rise of the loss, while they are those of the baseline."""
+        self._learned = True
+        self._contribution = by_gradients(fisher, self.candidates()) if fisher else None
+
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         """Plan the next attempt after a rollback; False where there is none."""
-        if attempts[-1].verdict.accepted:
-            return False
-        plan = self._next(attempts) if len(attempts) < self._config.edit.retry.max_attempts else None
+        plan = self._next(attempts) if self._goes_on(attempts) else None
         if plan is None or plan == self.plan:
             return False
         self.plan = plan
         return True
 
+    def _goes_on(self, attempts: Sequence[Attempt]) -> bool:
+        return not attempts[-1].verdict.accepted and len(attempts) < self._config.edit.retry.max_attempts
+
     def _next(self, attempts: Sequence[Attempt]) -> AnyPlan | None:
         if self._config.edit.retry.strategy == "uniform":
             plans = plans_of(self._config)
             return plans[len(attempts)] if len(attempts) < len(plans) else None
-        last = attempts[-1]
-        shares = shares_by_error(last.modules, self.targets)
-        parts = parts_of(self.targets, self._schemes(), shares)
-        return repaired(parts, last.verdict.suspects, within=share_within(last.metrics), widen=self._widen)
+        last, schemes = attempts[-1], self._schemes()
+        repair = Repair(self._widen, self._contribution or by_errors(last.modules, schemes))
+        parts = repair.parts_of(self.targets, schemes)
+        return repair.repaired(parts, last.verdict.suspects, share_within(last.metrics))
 
     def _schemes(self) -> dict[str, Scheme]:
         return {planned.target.parameter_name: planned.scheme for planned in self.weights()}
