@@ -14,8 +14,8 @@ def search_line(search: SearchSection) -> str:
     """The target, and what the plans were chosen from and measured on."""
     plans = f"{len(search.points)} plans" if len(search.points) != 1 else "one plan"
     chosen = f"{search.target}, schemes chosen for {search.decisions} weights or sets of fused ones"
-    several = ", all on the same final windows" if len(search.points) > 1 else ""
-    return f"{chosen} by sensitivities on the preview windows; {plans} judged{several}"
+    several = "the same final windows" if len(search.points) > 1 else "final windows that no step of the search saw"
+    return f"{chosen} by sensitivities on the preview windows; {plans} judged on {several}"
 
 
 def point_cells(point: SearchPoint) -> list[str]:
