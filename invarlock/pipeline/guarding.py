@@ -20,6 +20,7 @@ import torch
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, PrepareResult, Verdict, fold
+from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.passes import PassResult

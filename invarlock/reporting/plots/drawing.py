@@ -107,6 +107,14 @@ def runs(axes: Axes, points: Sequence[RunPoint], limits: Sequence[float]) -> Non
     axes.set_ylabel("perplexity ratio")
 
 
+def frontier(axes: Axes, points: Sequence[tuple[RunPoint, float]]) -> None:
+    """Plans of a search, and the ratio that was predicted of each."""
+    runs(axes, [point for point, _ in points], [limit for limit in {point.limit for point, _ in points} if limit])
+    for point, ratio in points:
+        axes.plot(point.bits, ratio, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK)
+    axes.set_xlabel("bits per weight")
+
+
 def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any, heights: Sequence[int] = (1,)) -> str:
     """An SVG element: the same bytes for the same figures, and ids that no other plot of the page has.
 
