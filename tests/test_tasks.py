@@ -279,10 +279,18 @@ def test_the_page_of_models_lists_the_classes_that_are_tested() -> None:
     assert {row[1].strip() for row in rows} - {"task", "---"} == {*tasks}
 
 
-def test_what_no_task_owns_is_refused_before_its_weights_are_read(judged, monkeypatch) -> None:
+@pytest.mark.parametrize("named", ["folder", "adapter", "hub"])
+def test_what_no_task_owns_is_refused_before_its_weights_are_read(named: str, invarlock, monkeypatch) -> None:
     monkeypatch.setattr("invarlock.checkpoints.reader.Checkpoint.__init__", lambda *_: pytest.fail("weights were read"))
-    model = tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE)
-    done = judged(model, lambda model: None, "--quiet")
+    folder = Path("hub/models--some--reader/snapshots/1") if named == "hub" else Path("reader")
+    tiny_models.save(tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE), folder)
+    if named == "hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
+        (folder.parent.parent / "refs").mkdir()
+        (folder.parent.parent / "refs" / "main").write_text("1")
+    adapter = ("--set", "model.adapter=hf_auto") if named == "adapter" else ()
+    given = "some/reader" if named == "hub" else folder
+    done = invarlock("compare", "--baseline", given, "--subject", given, "--quiet", *adapter)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "no task measures models of class BertForQuestionAnswering; there are causal, embedding," in done.err
     assert "invarlock_tasks" in done.err
