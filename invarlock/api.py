@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from invarlock.models.facts import context_of as context_of
     from invarlock.models.facts import device_of as device_of
     from invarlock.models.facts import evaluating as evaluating
+    from invarlock.models.facts import is_streamed as is_streamed
     from invarlock.models.facts import task_of as task_of
     from invarlock.models.facts import vocabulary_of as vocabulary_of
     from invarlock.models.norms import is_norm as is_norm
@@ -126,7 +127,15 @@ _HOMES = {
     "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours", "changed_order", "unit"),
     "invarlock.exporters.exporter": ("Exporter",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
-    "invarlock.models.facts": ("ModelClass", "context_of", "device_of", "evaluating", "task_of", "vocabulary_of"),
+    "invarlock.models.facts": (
+        "ModelClass",
+        "context_of",
+        "device_of",
+        "evaluating",
+        "is_streamed",
+        "task_of",
+        "vocabulary_of",
+    ),
     "invarlock.models.norms": ("is_norm",),
     "invarlock.models.structure": (
         "block_of",

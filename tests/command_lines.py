@@ -32,6 +32,42 @@ def _text(path: Path) -> None:
     shutil.copyfile(DEMO / "text.jsonl", path)
 
 
+def _images(path: Path) -> None:
+    from media import draw
+
+    draw(path, 8)
+
+
+def _sounds(path: Path) -> None:
+    from media import play
+
+    path.mkdir()
+    for number in range(8):
+        play(path / f"{number}.wav")
+
+
+def _pairs(path: Path) -> None:
+    from media import CAPTIONS, lines
+
+    lines(path, *({"text": one, "text_pair": other} for one in CAPTIONS for other in CAPTIONS))
+
+
+def _tiny(path: Path) -> None:
+    """A tiny model of the kind that its name begins with."""
+    import media
+    import tiny_models
+
+    names = {
+        "vit": "ViTForImageClassification",
+        "whisper": "WhisperForConditionalGeneration",
+        "reranker": "LlamaForSequenceClassification",
+    }
+    kind = path.name.partition("-")[0]
+    tiny_models.save(tiny_models.MODELS[names[kind]](), path)
+    if kind == "whisper":
+        (path / "preprocessor_config.json").write_text(json.dumps(media.SOUNDS))
+
+
 def _config(path: Path) -> None:
     values = {
         "model": {"id": str(DEMO / "checkpoint"), "dtype": "float32"},
@@ -77,6 +113,10 @@ def _keys(path: Path) -> None:
 MAKERS: dict[str, Callable[[Path], None]] = {
     r"(path/to/)?(original|quantized|checkpoint)|CHECKPOINT": _checkpoint,
     r"path/to/adapter": _adapter,
+    r"path/to/(vit|whisper|reranker)(-int8)?": _tiny,
+    r"photos": _images,
+    r"recordings": _sounds,
+    r"pairs\.jsonl": _pairs,
     r"held-out\.jsonl": _text,
     r"config\.yaml": _config,
     r"runs/[\w-]+(/model)?": _run,
@@ -92,6 +132,7 @@ def lay_out(line: str) -> None:
     """Make what a command line reads, in the working folder, and the folder that it redirects to."""
     words = shlex.split(line)
     for before, word in zip(["", *words], words, strict=False):
+        word = word.removeprefix("dataset.path=")
         path = Path(word).expanduser()
         if before == ">":
             path.parent.mkdir(parents=True, exist_ok=True)

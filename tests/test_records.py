@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import wave
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import DEMO, Done, read_report, texts_of
-from PIL import Image
+from media import CAPTIONS, SOUNDS, draw, lines, play
 from tiny_models import MODELS
 from transformers import AutoTokenizer
 
@@ -29,7 +28,6 @@ from plugins_builtin.tasks.speech import Speech
 from plugins_builtin.tasks.transcripts import word_errors
 from plugins_builtin.tasks.vision_language import VisionLanguage
 
-SOUNDS = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16, "chunk_length": 1}
 IMAGES = {
     "LlavaForConditionalGeneration": {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32},
     "CLIPModel": {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32},
@@ -37,35 +35,6 @@ IMAGES = {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2, "min_pixels": 64,
     },
 }  # fmt: skip
-CAPTIONS = ["In the beginning God created the heaven", "And the earth was without form", "Let there be light"]
-
-
-def draw(folder: Path, count: int = 3) -> Path:
-    """Images of random colours."""
-    folder.mkdir()
-    colours = np.random.default_rng(0)
-    for number in range(count):
-        pixels = colours.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-def play(path: Path, rate: int = 16_000, width: int = 2) -> Path:
-    """A second of two tones in PCM."""
-    times = np.arange(rate) / rate
-    levels = 0.4 * np.sin(2 * math.pi * 440 * times) + 0.2 * np.sin(2 * math.pi * 1000 * times)
-    words = (levels * 2**31).astype("<i4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes((words ^ 0x80 if width == 1 else words).tobytes())
-    return path
-
-
-def lines(path: Path, *records: Mapping[str, object]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def dataset(provider: str, path: object, **settings: Any) -> DatasetConfig:

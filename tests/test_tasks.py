@@ -80,11 +80,6 @@ def rounded(bits: int, **plan: Any) -> Callable[[Any], object]:
     return lambda model: quantize_model(model, Plan(bitwidth=bits, scope="all", **plan))
 
 
-def text_of(name: str, text: tuple[Any, ...] = TEXT) -> tuple[Any, ...]:
-    """Text for those models that read any."""
-    return () if name.endswith("ForImageClassification") else text
-
-
 SECOND = (
     "JambaForCausalLM",
     "LlamaForSequenceClassification",
@@ -94,10 +89,21 @@ SECOND = (
 """Classes of tasks that another class is tested with."""
 
 
-@pytest.mark.parametrize("text", [TEXT, ()], ids=["text", "no data"])
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
-def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple[Any, ...], judged) -> None:
-    done = judged(MODELS[name](), lambda model: None, *text_of(name, text), "--strict")
+def text_of(name: str) -> tuple[Any, ...]:
+    """Text for those models that read any."""
+    return () if name.endswith("ForImageClassification") else TEXT
+
+
+FIRST = [name for name in MODELS if name not in SECOND]
+READERS = [(name, True) for name in FIRST if text_of(name)], [(name, True) for name in SECOND if text_of(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [*READERS[0], *((name, False) for name in FIRST), *slow(*READERS[1], *((name, False) for name in SECOND))],
+)
+def test_the_unedited_model_is_accepted_without_a_warning(name: str, reads: bool, judged) -> None:
+    done = judged(MODELS[name](), lambda model: None, *(TEXT if reads else ()), "--strict")
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     metric = report["metrics"]["primary"]
@@ -106,7 +112,7 @@ def test_the_unedited_model_is_accepted_without_a_warning(name: str, text: tuple
     assert report["verdict"]["action"] == "continue"
 
 
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name not in SECOND), *slow(*SECOND)])
+@pytest.mark.parametrize("name", [*FIRST, *slow(*SECOND)])
 def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
     done = judged(MODELS[name](), rounded(8), *text_of(name))
     assert done.code == 0, done.out + done.err
@@ -175,13 +181,24 @@ def sentence_modules(folder: Path, *, activation: str = "Tanh") -> torch.Tensor:
     return weight
 
 
-def test_the_modules_after_the_pooling_make_the_vector() -> None:
+@pytest.fixture
+def hub(monkeypatch) -> Path:
+    """The cache of a hub with a snapshot of some/model, yet empty."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
+    repository = Path("hub/models--some--model")
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1")
+    return repository / "snapshots" / "1"
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["folder", "hub"])
+def test_the_modules_after_the_pooling_make_the_vector(cached: bool, hub: Path) -> None:
     from plugins_builtin.tasks.embedding import Embedding
 
     model = MODELS["BertModel"]()
-    folder = tiny_models.save(model, Path("baseline"))
+    folder = tiny_models.save(model, hub if cached else Path("baseline"))
     weight = sentence_modules(folder)
-    model.config._name_or_path = str(folder)
+    model.config._name_or_path = "some/model" if cached else str(folder)
     batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     with torch.no_grad():
         pooled = model(**batch).last_hidden_state.mean(dim=1)
@@ -222,6 +239,7 @@ def test_an_unknown_pooling_is_refused(judged) -> None:
 
 
 PROBED = (
+    "WhisperForConditionalGeneration",
     "ViTForImageClassification",
     "ResNetForImageClassification",
     "BertForSequenceClassification",
@@ -232,7 +250,7 @@ PROBED = (
 """Classes whose weights alone are judged, as those of a neighbour are."""
 
 
-@pytest.mark.parametrize("name", ["BertModel", "CLIPModel", "WhisperForConditionalGeneration", *slow(*PROBED)])
+@pytest.mark.parametrize("name", ["BertModel", "CLIPModel", *slow(*PROBED)])
 def test_weights_alone_judge_a_model_of_any_kind(name: str, judged) -> None:
     assert judged(MODELS[name](), rounded(8), "--weights-only").code == 0
     done = judged(MODELS[name](), rounded(2, per_channel=False), "--weights-only", "--force")
@@ -279,10 +297,14 @@ def test_the_page_of_models_lists_the_classes_that_are_tested() -> None:
     assert {row[1].strip() for row in rows} - {"task", "---"} == {*tasks}
 
 
-def test_what_no_task_owns_is_refused_before_its_weights_are_read(judged, monkeypatch) -> None:
+@pytest.mark.parametrize("named", ["folder", "adapter", "hub"])
+def test_what_no_task_owns_is_refused_before_its_weights_are_read(named: str, invarlock, hub, monkeypatch) -> None:
     monkeypatch.setattr("invarlock.checkpoints.reader.Checkpoint.__init__", lambda *_: pytest.fail("weights were read"))
-    model = tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE)
-    done = judged(model, lambda model: None, "--quiet")
+    folder = hub if named == "hub" else Path("reader")
+    tiny_models.save(tiny_models.built("BertForQuestionAnswering", **tiny_models.SIZE), folder)
+    adapter = ("--set", "model.adapter=hf_auto") if named == "adapter" else ()
+    given = "some/model" if named == "hub" else folder
+    done = invarlock("compare", "--baseline", given, "--subject", given, "--quiet", *adapter)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "no task measures models of class BertForQuestionAnswering; there are causal, embedding," in done.err
     assert "invarlock_tasks" in done.err

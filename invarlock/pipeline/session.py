@@ -13,6 +13,7 @@ import torch
 
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
+from invarlock.checkpoints.locating import config_file
 from invarlock.checkpoints.packing.activations import simulation_of
 from invarlock.checkpoints.soundness import read_json
 from invarlock.config.schema import CountedDataset, RunConfig
@@ -42,6 +43,7 @@ from invarlock.pipeline.tasks import find_task, suited
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
 from invarlock.plugins.manager import PluginManager
+from invarlock.plugins.plugin import Kind
 
 BASELINE, SUBJECT = "model.id", "subject"
 """The key and the argument that name a checkpoint, for messages."""
@@ -144,15 +146,19 @@ class Session:
     def _check_owned(self, model_id: str) -> None:
         """Refuse a class that no task owns, and samples that its task cannot read, before the weights are loaded.
 
-        An adapter that is named may make another class of it.
+        An adapter that is named may make another class of it, unless it says that it does not.
 
         :raises UsageError: with the tasks that there are, or the columns that it reads.
         """
-        config = Path(model_id) / "config.json"
-        if self.config.model.adapter == "auto" and config.is_file():
-            model_class = ModelClass.declared(read_json(config))
-            if model_class.names:
-                suited(find_task(self.plugins, model_class), self._documents)
+        section = self.config.model
+        if section.adapter != "auto":
+            adapter = self.plugins.catalog.get(section.adapter, Kind.ADAPTER, "model.adapter").instance
+            if not getattr(adapter, "keeps_class", False):
+                return
+        config = config_file(model_id, section.revision)
+        model_class = ModelClass.declared(read_json(config)) if config else None
+        if model_class and model_class.names:
+            suited(find_task(self.plugins, model_class), self._documents)
 
     def _take_note_of(self, checkpoint: Path) -> None:
         """Hold the files of a checkpoint against digests that lie beside them; processes share the files.

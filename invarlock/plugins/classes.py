@@ -88,6 +88,8 @@ class ModelAdapter(ABC):
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
+    keeps_class: ClassVar[bool] = False
+    """True if it makes the class that ``config.json`` names, so that one that no task owns can be refused unloaded."""
 
     @abstractmethod
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:

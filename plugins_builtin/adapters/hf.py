@@ -122,6 +122,7 @@ class HF_Auto_Adapter(_TransformersAdapter):
 
     name = "hf_auto"
     architecture_suffixes = ("",)
+    keeps_class = True
 
     def auto_class_for(self, model_id: str, options: Mapping[str, Any]) -> str:
         import transformers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import FigureResult, Metric, VectorTask
@@ -37,7 +36,7 @@ class Embedding(VectorTask):
     def __init__(self) -> None:
         self._baseline: SentenceModules | None = None
         self._read: dict[str, SentenceModules | None] = {}
-        """By folder, each read once."""
+        """By the name of the checkpoint, each read once."""
         self._pairs = False
 
     def owns(self, model_class: ModelClass) -> bool:
@@ -67,12 +66,14 @@ class Embedding(VectorTask):
         return [*found, order("pairs", *map(_cosines, (before["text"], after["text"])))] if self._pairs else found
 
     def _stated(self, model: Any) -> SentenceModules | None:
+        from plugins_builtin.tasks.beside import folder_beside
         from plugins_builtin.tasks.sentence_modules import SentenceModules
 
-        folder = getattr(getattr(model, "config", None), "_name_or_path", "")
-        if folder and folder not in self._read:
-            self._read[folder] = SentenceModules.stated(Path(folder))
-        return self._read.get(folder)
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if name not in self._read:
+            folder = folder_beside(model)
+            self._read[name] = SentenceModules.stated(folder) if folder else None
+        return self._read[name]
 
 
 def neighbours(name: str, before: Any, after: Any) -> FigureResult:

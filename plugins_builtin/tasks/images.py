@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invarlock.api import InputError, Noise, UsageError, complaints_of, one_line, read_json
+from plugins_builtin.tasks.beside import folder_beside
 
 COARSE = 4
 """Patches of colour along each side of an image: noise alone looks the same to a model wherever it looks."""
@@ -23,13 +24,13 @@ SIDE = 224
 """Pixels along each side where neither the model nor its processor states a size: that of ImageNet's classifiers."""
 
 
-def noise_images(model: nn.Module, count: int, size: tuple[int, int], *, seed: int) -> Tensor:
-    """Images as the processor hands them over, float32 (count, 3, height, width)."""
+def noise_images(model: Any, count: int, size: tuple[int, int], *, seed: int) -> Tensor:
+    """Images as the processor hands them over, float32 (count, channels, height, width)."""
     noise = Noise(seed, torch.device("cpu"))
     coarse = functional.interpolate(noise.uniform(count, 3, COARSE, COARSE), size=size)
     pixels = (coarse + noise.uniform(count, 3, *size)) / 2
     mean, deviation = (_channels(_processor(model), key) for key in ("image_mean", "image_std"))
-    return (pixels - mean) / deviation
+    return ((pixels - mean) / deviation)[:, : getattr(model.config, "num_channels", len(MIDDLE))]
 
 
 def given_images(model: Any, files: Sequence[Path], *, side: int | None = None) -> Mapping[str, Tensor]:
@@ -39,12 +40,12 @@ def given_images(model: Any, files: Sequence[Path], *, side: int | None = None) 
     :raises UsageError: an image does not open, or a library is missing.
     :raises InputError: there is no processor.
     """
-    folder = model.config._name_or_path
+    folder = folder_beside(model)
     images = [_opened(file, side) for file in files]
     with complaints_of(f"{folder}: its image processor cannot be used"):
         from transformers import AutoImageProcessor
 
-        if Path(folder).is_dir() and not _processor(model):
+        if folder is None or not _processor(model):
             raise InputError(f"{folder}: images are read as {CONFIG} says, and there is none; add the original's")
         processor = AutoImageProcessor.from_pretrained(folder)
         return dict(processor(images=images, return_tensors="pt"))
@@ -76,7 +77,9 @@ def size_of(model: Any) -> tuple[int, int]:
 
 
 def _processor(model: nn.Module) -> Mapping[str, Any]:
-    folder = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    folder = folder_beside(model)
+    if folder is None:
+        return {}
     if (folder / CONFIG).is_file():
         return read_json(folder / CONFIG)
     whole = read_json(folder / WHOLE).get("image_processor") if (folder / WHOLE).is_file() else None

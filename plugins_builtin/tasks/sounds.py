@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from invarlock.api import Noise, UsageError, complaints_of, one_line
+from plugins_builtin.tasks.beside import folder_beside
 
 log = logging.getLogger("invarlock")
 
@@ -51,7 +52,7 @@ def given_sounds(model: Any, files: Sequence[Path]) -> Tensor:
 
     :raises UsageError: a file cannot be read, or a library is missing.
     """
-    folder = model.config._name_or_path
+    folder = folder_beside(model)
     sounds = [_read(file) for file in files]
     with complaints_of(f"{folder}: its feature extractor cannot be used"):
         from transformers import AutoFeatureExtractor

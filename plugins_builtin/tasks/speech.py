@@ -60,11 +60,13 @@ class Speech(LanguageTask):
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
     def measure(self, model: Any, preview: Windows, final: Windows, **how: Any) -> Any:
-        """One pass, and then transcripts of a few sounds; none where processes have to run a model together."""
+        """One pass, and then transcripts of a few sounds: none where each token that is written would read all weights
+        from disk, or take several processes."""
+        from invarlock.api import is_streamed
         from plugins_builtin.tasks.transcripts import TRANSCRIBED, transcribed
 
         measured = super().measure(model, preview, final, **how)
-        if how.get("calls"):
+        if how.get("calls") or is_streamed(model):
             return measured
         sounds = final.media["input_features"][:TRANSCRIBED]
         length = final.labels.shape[1] - len(self._prompt) + 1
