@@ -14,8 +14,8 @@ from invarlock.core.errors import InputError
 
 Tensors = Mapping[str, Tensor]
 """The stored tensors of a weight, by the part that each plays in it."""
-NAN_EXPONENT = 255
-"""In E8M0, which has neither zero nor infinity."""
+NAN_EXPONENT, E8M0_BIAS = 255, 127
+"""Of E8M0, which has neither zero nor infinity."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.packing import auto_round, compressed_tensors, fine_grained, modelopt, word_layouts
+from invarlock.checkpoints.packing import auto_round, compressed_tensors, fine_grained, modelopt, mxfp4, word_layouts
 from invarlock.checkpoints.packing.packed import Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
@@ -22,6 +22,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "awq": word_layouts.awq_weights,
     "mlx": word_layouts.mlx_weights,
     "modelopt": modelopt.packed_weights,
+    "mxfp4": mxfp4.packed_weights,
     "auto-round": auto_round.packed_weights,
 }
 """By method, as ``method_of`` has it."""
