@@ -115,6 +115,7 @@ def words(codes: Tensor, bits: int = 4, order: Iterable[int] | None = None) -> T
     return packed.to(torch.uint32).view(torch.int32)
 
 
+BITSANDBYTES = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
 HOW: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False},
@@ -126,6 +127,9 @@ HOW: dict[str, dict[str, Any]] = {
     "mlx": {"bits": 4, "group_size": 32},
     "mlx-8": {"bits": 8, "group_size": 64},
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    "nf4": BITSANDBYTES | {"load_in_4bit": True},
+    "nf4-nested": BITSANDBYTES | {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "llm-int8": BITSANDBYTES | {"load_in_8bit": True},
     "modelopt-fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
     "modelopt-fp8-block": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
     "modelopt-nvfp4": {
@@ -158,7 +162,7 @@ def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
         if f"{stem}.bias" in state:
             state[f"{stem}.bias"].normal_()
         own = how | how.get("extra_config", {}).get(stem, {})
-        weights[name], stored = (_by_modelopt if "quant_algo" in how else _stored)(method, weight.float(), own)
+        weights[name], stored = _packer(how)(method, weight.float(), own)
         state |= {f"{stem}.{part}": tensor for part, tensor in stored.items()}
     model.save_pretrained(BASE)
     config.save_pretrained(folder)
@@ -173,6 +177,12 @@ def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
     return weights | {name: tensor.float() for name, tensor in state.items() if name.endswith(".bias")}
+
+
+def _packer(how: Mapping[str, Any]) -> Any:
+    if "quant_algo" in how:
+        return _by_modelopt
+    return _by_bitsandbytes if how.get("quant_method") == "bitsandbytes" else _stored
 
 
 def _stored(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -239,6 +249,34 @@ def _by_modelopt(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[T
     rounded = codes * scale.repeat_interleave(how["group_size"], 1) * smoothing
     packed = (codes[::2].to(torch.int8) & 15 | codes[1::2].to(torch.int8) << 4).view(torch.uint8)
     return rounded, {"weight": packed, "weight_scale": scale, "pre_quant_scale": smoothing}
+
+
+def _by_bitsandbytes(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``_stored``; a level of its map is as good as another for the layout."""
+    if method == "llm-int8":
+        scale = weight.abs().amax(1)
+        codes = (weight / scale.unsqueeze(1) * 127).round()
+        return codes * scale.unsqueeze(1) / 127, {"weight": codes.to(torch.int8), "SCB": scale}
+    levels, blocks = torch.linspace(-1, 1, 16), weight.reshape(-1, 64)
+    absmax = blocks.abs().amax(1)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": list(weight.shape)}
+    stored = {"weight.quant_map": levels, "weight.absmax": absmax}
+    if method == "nf4-nested":
+        offset, nested_levels = float(absmax.mean()), torch.linspace(-1, 1, 256)
+        parts = (absmax - offset).split(256)
+        nested = torch.stack([part.abs().max() for part in parts])
+        places = [(part / largest).unsqueeze(1) - nested_levels for part, largest in zip(parts, nested, strict=True)]
+        numbers = torch.cat([place.abs().argmin(1) for place in places])
+        absmax = nested_levels[numbers] * nested.repeat_interleave(256)[: len(numbers)] + offset
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        stored |= {"weight.absmax": numbers.byte(), "weight.nested_absmax": nested}
+        stored["weight.nested_quant_map"] = nested_levels.clone()
+    codes = ((blocks / absmax.unsqueeze(1)).unsqueeze(-1) - levels).abs().argmin(-1)
+    rounded = (levels[codes] * absmax.unsqueeze(1)).view(weight.shape)
+    pairs = codes.byte().view(-1, 2)
+    stored["weight"] = (pairs[:, :1] << 4) | pairs[:, 1:]
+    stored["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return rounded, {name: tensor.clone() for name, tensor in stored.items()}
 
 
 def changed(folder: Path, part: str, change: Any) -> str:

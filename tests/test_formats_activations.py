@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from invarlock.adapters import HF_Causal_Adapter
-from invarlock.checkpoints.packing.activations import simulation_of
+from invarlock.checkpoints.packing.activations import ActivationRounding, simulation_of
 from invarlock.models.simulation import ACTIVATIONS, CACHE
 
 # Of compressed-tensors, on import.
@@ -39,7 +39,11 @@ def scaled(scales: dict[str, float], **declared: Any) -> None:
     path, config = Path("packed/model.safetensors"), Path("packed/config.json")
     tensors, settings = load_file(path), json.loads(config.read_text())
     for name, value in scales.items():
-        of_cache = [f"model.layers.{layer}.self_attn.{name}" for layer in range(settings["num_hidden_layers"])]
+        of_cache = (
+            [name]
+            if name.startswith("model.")
+            else [f"model.layers.{layer}.self_attn.{name}" for layer in range(settings["num_hidden_layers"])]
+        )
         found = [stored for stored in tensors if stored.endswith(f".{name}")]
         tensors |= {stored: torch.tensor([float(value)]) for stored in found or of_cache}
     save_file(tensors, path, {"format": "pt"})
@@ -104,6 +108,51 @@ def test_modelopt_rounds_activations_to_nvfp4() -> None:
     packed_as("modelopt-nvfp4", Path("packed"))
     described = simulation_of(HF_Causal_Adapter().load_model("packed", "cpu"), Path("packed")).described
     assert described == {ACTIVATIONS: "NVFP4, blocks of 16, dynamic, of the inputs of 7 layers"}
+
+
+KINDS = {
+    "per token": (
+        "modelopt-fp8-block",
+        {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        {},
+        "FP8 (E4M3), per token, dynamic",
+    ),
+    "static": ("fp8", {"activation_scheme": "static"}, {"activation_scale": 0.05}, "FP8 (E4M3), per tensor, static"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_other_layouts(kind: str) -> None:
+    method, declared, scales, words = KINDS[kind]
+    packed_as(method, Path("packed"))
+    stems = {name.rpartition(".")[0] for name in load_file("packed/model.safetensors") if name.endswith("proj.weight")}
+    scaled({f"{stem}.{name}": value for stem in stems for name, value in scales.items()}, **declared)
+    simulation = simulation_of(HF_Causal_Adapter().load_model("packed", "cpu"), Path("packed"))
+    assert simulation.described == {ACTIVATIONS: f"{words}, of the inputs of 7 layers"}
+    inputs = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(0))
+    rounded = simulation.inputs["model.layers.0.self_attn.q_proj"](inputs)
+    assert 0 < (rounded - inputs).norm() / inputs.norm() < 0.05
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "MXFP4, blocks of 32": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "MXFP8, blocks of 32": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "INT8, asymmetric, per token": {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": False},
+    "INT8, per tensor": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+    "FP8 (E4M3), blocks of 16": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ARGUMENTS)
+def test_dynamic_rounding_is_near_the_inputs(words: str) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    rounding = ActivationRounding(QuantizationArgs(**ARGUMENTS[words], dynamic=True))
+    inputs = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded = rounding(inputs)
+    assert str(rounding) == f"{words}, dynamic"
+    assert rounded.dtype == inputs.dtype
+    assert 0 < (rounded - inputs).norm() / inputs.norm() < (0.2 if "MXFP4" in words else 0.05)
 
 
 def test_fp8_in_blocks_rounds_activations_in_groups(invarlock) -> None:

@@ -58,6 +58,9 @@ NAMED = {
     "mlx": "INT4, asymmetric, groups of 32 (4 bits)",
     "mlx-8": "INT8, asymmetric, groups of 64 (8 bits)",
     "fp8": "FP8 (E4M3), blocks of 32 x 32 (8 bits)",
+    "nf4": "NF4, blocks of 64 (4 bits)",
+    "nf4-nested": "NF4, blocks of 64 (4 bits)",
+    "llm-int8": "INT8, per channel (8 bits)",
     "gptq-3": "INT3, asymmetric, groups of 32 (3 bits)",
     "modelopt-fp8": "FP8 (E4M3), per tensor (8 bits)",
     "modelopt-fp8-block": "FP8 (E4M3), blocks of 64 x 32 (8 bits)",
@@ -231,6 +234,16 @@ WORDS = {
     "a factor of zero": ("modelopt-nvfp4", ".weight_scale_2", scale(0), "holds scales that are zero"),
     "scales of too few blocks": ("modelopt-nvfp4", ".weight_scale", lambda scales: scales[:, 1:], "needs (128, 16)"),
     "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (255,)"),
+    "a nested scale that is NaN": ("nf4-nested", ".nested_absmax", scale(float("nan")), "scales that are not finite"),
+    "scales of too few 64s": ("nf4", ".weight.absmax", lambda scales: scales[1:], "needs (512,)"),
+    "too few halves": (
+        "nf4",
+        ".down_proj.weight",
+        lambda codes: codes[1:],
+        "does not hold (128, 256) numbers of 4 bits",
+    ),
+    "a shape that is none": ("nf4", "__nf4", lambda state: state[1:], "does not describe the weight"),
+    "scales of too few rows": ("llm-int8", ".SCB", lambda scales: scales[1:], "needs (128,)"),
     "scales of other blocks": ("fp8", ".weight_scale_inv", lambda scales: scales[1:], "needs (4, 8)"),
 }
 
@@ -277,16 +290,15 @@ def test_a_layout_that_cannot_be_unpacked_is_one_line(invarlock, changes: dict[s
     assert said in done.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao")])
-def test_what_reads_packed_weights_is_named_where_it_is_missing(invarlock, monkeypatch, method, package) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize("method", ["hqq", "torchao"])
+def test_what_reads_packed_weights_is_named_where_it_is_missing(invarlock, monkeypatch, method: str) -> None:
+    monkeypatch.setitem(sys.modules, method, None)
     packed_as("gptq", Path("packed"))
     described(quant_method=method)
     done = invarlock("compare", "--baseline", BASE, "--subject", "packed", "--weights-only", "--out", "out")
     assert done.code == 2
-    said = (
-        f"invarlock: error: subject: packed: its weights are packed by {method}; to unpack them: pip install {package}"
-    )
+    todo = f"pip install 'invarlock[{method}]', which brings {method}"
+    said = f"invarlock: error: subject: packed: its weights are packed by {method}; to unpack them: {todo}"
     assert done.err.splitlines()[-1] == said
     assert not Path("out").exists()
 

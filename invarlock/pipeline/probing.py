@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import NormalDist
 
 from invarlock.datasets.layout import Windows
+from invarlock.evaluation.confidence_sequence import errors_reached
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.statistics import mean_per_token, standard_error
 from invarlock.pipeline.guarding import Guarding
@@ -35,11 +36,12 @@ class Probe:
         differences = after.losses - before.losses
         rise = float(mean_per_token(differences, before.tokens))
         if len(differences) > 1:
-            dataset, level = self.guarding.config.dataset, self.guarding.config.eval.metric.ci_level
+            config, windows = self.guarding.config, self.guarding.baseline.dataset.final_n
+            level = config.eval.metric.ci_level
+            of_fixed = NormalDist().inv_cdf((1 + level) / 2)
+            reach = errors_reached(windows, level) if config.dataset.is_stepped else of_fixed
             # The interval narrows with the root of the number of windows.
-            narrower = math.sqrt(len(differences) / dataset.final_n)
-            error = float(standard_error(differences, before.tokens))
-            rise += NormalDist().inv_cdf((1 + level) / 2) * narrower * error
+            rise += reach * float(standard_error(differences, before.tokens)) * math.sqrt(len(differences) / windows)
         return rise if math.isfinite(rise) else None
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ def formats_of(model: nn.Module, checkpoint: Path) -> dict[str, StoredWeight]:
     if checkpoint.suffix == ".gguf" and stored:
         names = _names_in_gguf(model, checkpoint)
         return {name: stored[theirs] for name, theirs in names.items() if theirs in stored}
-    return stored
+    return stored | _converted(model, stored)
 
 
 def named_by_format(changes: Sequence[EditedWeight], formats: Mapping[str, StoredWeight]) -> list[EditedWeight]:
@@ -35,6 +36,28 @@ def _named(change: EditedWeight, stored: StoredWeight | None) -> EditedWeight:
     if stored is None or not BY_ROUNDING.fullmatch(change.change):
         return change
     return replace(change, change=stored.change, bits=stored.bits)
+
+
+def _converted(model: nn.Module, stored: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """Formats of parameters that transformers makes of tensors of other names, as of a layer's experts one by one.
+
+    Left out is what is made of tensors in several formats.
+    """
+    from transformers import PreTrainedModel
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    mapping, wanted = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+    of_parameter: defaultdict[str, list[StoredWeight]] = defaultdict(list)
+    for theirs, weight in stored.items():
+        name, _ = loading.rename_source_key(theirs, renamings, converters, model.base_model_prefix, wanted)
+        if name in wanted and theirs not in wanted:
+            of_parameter[name].append(weight)
+    return {name: parts[0] for name, parts in of_parameter.items() if len({part.change for part in parts}) == 1}
 
 
 def _names_in_gguf(model: nn.Module, file: Path) -> dict[str, str]:

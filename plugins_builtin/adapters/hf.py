@@ -67,9 +67,9 @@ class _TransformersAdapter(ModelAdapter):
                 checkpoint = _checked(folder_of(model_id, options), loader, options)
             if streamed and checkpoint is not None:
                 return _streamed(checkpoint, loader, device, options)
+            options |= _parallel(loader, model_id, device, wanted, options)
             if isinstance(checkpoint, UnpackedCheckpoint):
                 loader = _unpacking(loader, checkpoint, options)
-            options |= _parallel(model_id, device, wanted, options)
             options = {"dtype": "auto", "use_safetensors": True, **options}
             return load_checkpoint(loader, model_id, device, **options)
 
@@ -229,7 +229,9 @@ def _may_lack_pooler(loader: Any, options: Mapping[str, Any]) -> bool:
     return "add_pooling_layer" in inspect.signature(loader).parameters and "add_pooling_layer" not in options
 
 
-def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _parallel(
+    loader: Any, model_id: str, device: str, wanted: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Options that let transformers spread a model over the processes; empty where each holds all of it."""
     if wanted is None:
         return {}
@@ -238,7 +240,7 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
 
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if wanted == "auto":
-        fits = _fits(model_id, _resolve(device), options, ranks.on_this_machine())
+        fits = _fits(loader, model_id, _resolve(device), options, ranks.on_this_machine())
         # All do the same, though each sees the memory that is free on its own device.
         if all(ranks.gather(fits)):
             return {}
@@ -249,18 +251,28 @@ def _parallel(model_id: str, device: str, wanted: str | None, options: Mapping[s
     return {"distributed_config": DistributedConfig(**{dimension: ranks.size})}
 
 
-def _fits(model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
-    """True if a checkpoint fits on a device with room for activations; ``sharing`` processes share the memory."""
+def _fits(loader: Any, model_id: str, device: str, options: Mapping[str, Any], sharing: int) -> bool:
+    """True if a model fits on a device with room for activations; ``sharing`` processes share the memory."""
     import torch
 
     from invarlock.api import free_memory
 
-    stored = sum(path.stat().st_size for path in Path(model_id).glob("*.safetensors"))
-    if options.get("dtype") == "float32" and read_config(model_id, options).get("dtype") in ("bfloat16", "float16"):
-        stored *= 2
+    config = packing_left_out(_config_of(model_id, options))
+    with torch.device("meta"):
+        # Of codes it is their weights that will be in memory.
+        model = _built(loader, config, options, dtype=_dtype_of(config, options))
+    needed = sum(parameter.nbytes for parameter in model.parameters())
     on_device = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if on_device else free_memory() // sharing
-    return bool(stored * MARGIN < free)
+    return bool(needed * MARGIN < free)
+
+
+def _dtype_of(config: Any, options: Mapping[str, Any]) -> Any:
+    """The dtype that a checkpoint is loaded in."""
+    import torch
+
+    wanted = options.get("dtype", "auto")
+    return config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
 
 
 def _indivisible(model_id: str, options: Mapping[str, Any], size: int) -> str | None:
@@ -290,9 +302,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     if isinstance(checkpoint, UnpackedCheckpoint):
         checkpoint.device = torch.device(_resolve(device))
     config = packing_left_out(_config_of(str(folder), options))
-    wanted = options.get("dtype", "auto")
-    dtype = config.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
-    config.dtype = dtype
+    config.dtype = dtype = _dtype_of(config, options)
     # Its buffers are real: rotary angles and masks are computed, not stored.
     with init_empty_weights(include_buffers=False):
         model = _built(loader, config, options, dtype=dtype).eval()

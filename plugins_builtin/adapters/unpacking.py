@@ -13,8 +13,8 @@ from plugins_builtin.adapters.locating import read_config
 if TYPE_CHECKING:
     from invarlock.api import UnpackedCheckpoint
 
-PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
-"""Packages that transformers needs to unpack weights of a method, by the names that they are imported under."""
+PACKAGES = {"torchao": "torchao", "hqq": "hqq"}
+"""Packages that transformers needs to unpack weights, by method, which is the name of the extra that brings one."""
 
 
 def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
@@ -33,7 +33,7 @@ def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
         raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")
     package = PACKAGES.get(method)
     if package and find_spec(package) is None:
-        todo = f"pip install {package.replace('_', '-')}"
+        todo = f"pip install 'invarlock[{method}]', which brings {package}"
         raise InputError(f"{model_id}: its weights are packed by {method}; to unpack them: {todo}")
     return method
 

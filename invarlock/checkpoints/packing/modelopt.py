@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.packing.packed import PackedWeight, Tensors, broken, expect, stems
+from invarlock.checkpoints.packing.packed import E8M0_BIAS, PackedWeight, Tensors, broken, expect, stems
 from invarlock.checkpoints.reader import Checkpoint, Entry
 
 SCALE, SECOND, SMOOTHING = ".weight_scale", ".weight_scale_2", ".pre_quant_scale"
 E4M3 = torch.float8_e4m3fn
 NVFP4_BLOCK, MX_BLOCK = 16, 32
-E8M0_BIAS = 127
 
 
 def packed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[PackedWeight]:

@@ -14,8 +14,9 @@ from invarlock.core.errors import InputError
 
 Tensors = Mapping[str, Tensor]
 """The stored tensors of a weight, by the part that each plays in it."""
-NAN_EXPONENT = 255
-"""In E8M0, which has neither zero nor infinity."""
+NAN_EXPONENT, E8M0_BIAS = 255, 127
+"""Of E8M0, which has neither zero nor infinity."""
+ZERO = "zero"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +36,8 @@ class PackedWeight:
     unpack: Callable[[Tensors], Tensor]
     scales: Sequence[str] = ("scale",)
     """Parts that have to be finite and not zero."""
+    zero_scales: bool = False
+    """True where quantizers store a scale of zero for weights that are all zero."""
 
 
 class Layout(Protocol):
@@ -67,13 +70,13 @@ def expect(checkpoint: Checkpoint, name: str, *shapes: tuple[int, ...], of: str)
 
 
 def unsound(scales: Tensor) -> str | None:
-    """The word for scales that no quantizer writes, or None."""
+    """The word for scales that quantizers do not write, or None."""
     if scales.dtype == torch.uint8:
         return "NaN" if (scales == NAN_EXPONENT).any() else None
     numbers = scales.float()
     if not numbers.isfinite().all():
         return "not finite"
-    return "zero" if (numbers == 0).any() else None
+    return ZERO if (numbers == 0).any() else None
 
 
 def broken(checkpoint: Checkpoint, what: str) -> InputError:

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.packing import auto_round, compressed_tensors, fine_grained, modelopt, word_layouts
-from invarlock.checkpoints.packing.packed import Layout, PackedWeight, broken, unsound
+from invarlock.checkpoints.packing import (
+    auto_round,
+    bitsandbytes,
+    compressed_tensors,
+    fine_grained,
+    modelopt,
+    mxfp4,
+    word_layouts,
+)
+from invarlock.checkpoints.packing.packed import ZERO, Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
 from invarlock.core.inputs import complaints_of
@@ -22,6 +30,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "awq": word_layouts.awq_weights,
     "mlx": word_layouts.mlx_weights,
     "modelopt": modelopt.packed_weights,
+    "bitsandbytes": bitsandbytes.packed_weights,
+    "mxfp4": mxfp4.packed_weights,
     "auto-round": auto_round.packed_weights,
 }
 """By method, as ``method_of`` has it."""
@@ -64,7 +74,8 @@ class UnpackedCheckpoint(Checkpoint):
         for weight in self.packed.values():
             for part in weight.scales:
                 name = weight.stored[part]
-                if wrong := unsound(self._read(self._stored[name].file, name)):
+                wrong = unsound(self._read(self._stored[name].file, name))
+                if wrong and not (wrong == ZERO and weight.zero_scales):
                     raise broken(self, f"{name} holds scales that are {wrong}")
 
     def nbytes_stored(self, weight: PackedWeight) -> int:
