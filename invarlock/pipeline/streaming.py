@@ -203,7 +203,8 @@ class _StreamedRounding:
         """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
         rounded = {name: rounding(self.targets[name], weights[name]) for name in weights.keys() & self.targets.keys()}
-        results = {name: rounding.effect(self.targets[name], weight.sums) for name, weight in rounded.items()}
+        effects = rounding.effects([self.targets[name] for name in rounded], [done.sums for done in rounded.values()])
+        results = dict(zip(rounded, effects, strict=True))
         if self.export is None:
             return {}, results
         stored, exporter = part.store(weights), self.export.exporter

@@ -12,9 +12,10 @@ from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rounding import RoundedWeight, Sums, Workspace, fake_quantize_, unfit
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
 from invarlock.quantization.scheme import Plan, PlanError
 from invarlock.quantization.selection import WeightTarget, select_targets
+from invarlock.quantization.sums import Sums, effects
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Rounding:
         )
 
     @staticmethod
-    def effect(target: WeightTarget, sums: Sums) -> EditedWeight:
-        """The effect on the weight of a target, named; waits for its device."""
-        return replace(sums.effect(), name=target.name, role=target.role.value)
+    def effects(targets: Sequence[WeightTarget], sums: Sequence[Sums]) -> list[EditedWeight]:
+        """The effects on the weights of targets, named; waits for their device."""
+        found = zip(targets, effects(sums), strict=True)
+        return [replace(effect, name=target.name, role=target.role.value) for target, effect in found]
 
 
 def quantize_model(
@@ -78,6 +80,6 @@ def quantize_model(
                 parameters[target.parameter_name] = rounded
             tally.add()
         # Only now: a device is still at work on the last weights when the first ones are asked for.
-        return [*map(Rounding.effect, of_one_device, results)]
+        return Rounding.effects(of_one_device, results)
 
     return side_by_side(round_all, targets, lambda target: target.parameter.device)

@@ -31,6 +31,7 @@ from invarlock.models.sizes import sizes_of
 from invarlock.quantization.floats import Clip, FloatGrid, grid_over
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
+from invarlock.quantization.sums import Sums, effects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,7 +55,7 @@ class RoundedWeight:
     @property
     def effect(self) -> EditedWeight:
         """The effect, without a name and a role, which a weight by itself has not; waits for the device."""
-        return self.sums.effect()
+        return effects([self.sums])[0]
 
     @cached_property
     def scales(self) -> Tensor:
@@ -219,37 +220,6 @@ def _scale_limits(dtype: torch.dtype, bitwidth: int) -> tuple[float, float]:
     # An all-zero unit needs a scale that is not zero, even where hardware flushes subnormal numbers to zero.
     smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     return smallest, limits.max / 2 ** (bitwidth - 1)
-
-
-@dataclass
-class Sums:
-    """Sums over one weight, from which the figures of its rounding follow."""
-
-    parameters: int
-    device: str
-    bits: int
-    measure: bool
-    signal: float = 0.0
-    noise: float = 0.0
-    clipped: int = 0
-    non_finite_rows: int = 0
-    of_device: list[Tensor] = field(default_factory=list)
-    """The same four, float64 (4,) for each matrix that a kernel rounded, which may not have done so yet."""
-
-    def effect(self) -> EditedWeight:
-        of_device = torch.stack(self.of_device).sum(0).tolist() if self.of_device else (0, 0, 0, 0)
-        host = (self.signal, self.noise, self.clipped, self.non_finite_rows)
-        signal, noise, clipped, non_finite_rows = map(sum, zip(host, of_device, strict=True))
-        return EditedWeight(
-            change="quantized",
-            bits=self.bits,
-            parameters=self.parameters,
-            relative_error=math.sqrt(noise / (signal or 1)) if self.measure else None,
-            sqnr_db=10 * math.log10(signal / noise) if noise else None,
-            clipped_share=clipped / max(self.parameters, 1),
-            non_finite_rows=int(non_finite_rows),
-            device=self.device,
-        )
 
 
 @dataclass
