@@ -87,12 +87,14 @@ class _Writer:
         read = self.layout.surround(source)
         seen = torch.ones_like(read)
         first = self.tensor((start, *self.layout.prefix)).expand(count, -1)
+        length = first.shape[1] + half
         # Not by the encoder alone: where its weights are spread over processes, only the whole model gathers them.
         encoded = self.model(input_ids=read, attention_mask=seen, decoder_input_ids=first).encoder_last_hidden_state
         step = self.step(
-            lambda rows, fresh: {"encoder_outputs": (encoded,), "attention_mask": seen, "decoder_input_ids": fresh}
+            length,
+            lambda rows, fresh: {"encoder_outputs": (encoded,), "attention_mask": seen, "decoder_input_ids": fresh},
         )
-        rows = self.extend(first, first.shape[1] + half, step)
+        rows = self.extend(first, length, step)
         return torch.cat([source, rows[:, -half:]], dim=1)
 
     def fill(self, count: int, mask: int) -> Tensor:
@@ -129,15 +131,16 @@ class _Writer:
     def causal_step(self, length: int) -> Step:
         if replayed := Replayed.of(self.model, length):
             return lambda rows, fresh: replayed(fresh)
-        return self.step(lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)})
+        return self.step(length, lambda rows, fresh: {"input_ids": fresh, "attention_mask": torch.ones_like(rows)})
 
-    def step(self, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Step:
+    def step(self, length: int, inputs: Callable[[Tensor, Tensor], dict[str, Any]]) -> Step:
         """A step by the model's own cache or, where it has none, by reading all of the rows again.
 
+        :param length: of the rows in the end.
         :param inputs: the model's arguments, from all of the rows and the part of them that it has not read yet.
         """
         if caches(self.model):
-            growing = Growing(self.model)
+            growing = Growing(self.model, length)
             return lambda rows, fresh: growing(**inputs(rows, fresh))
         return lambda rows, fresh: logits_of(self.model, self.model(**inputs(rows, rows)))[:, -1]
 

@@ -12,6 +12,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from invarlock.models.sizes import sizes_of
+
 BITS = 23
 """Of a uniform number: as many as leave float32 one more, for the half that keeps it off 0 and 1."""
 
@@ -38,8 +40,17 @@ class Noise:
         keys = self._hashed(self._hashed(rows + _signed(self.seed * 0x9E3779B1)) + _signed(next(self._calls)))
         # Two keys, one before a hash and one after it: rows of which one is alike do not share their numbers.
         first, second = keys.unsqueeze(1), self._hashed(keys + 1).unsqueeze(1)
-        numbers = self._hashed(self._hashed(self._hashed(places) + first) ^ second)
-        return ((((numbers >> (32 - BITS)) & ((1 << BITS) - 1)).float() + 0.5) / float(1 << BITS)).view(shape)
+        hashed = self._hashed(places)
+        numbers = torch.empty(len(rows), len(places), device=self.device)
+        # A few rows at a time, which stay in a cache: each hash goes over its numbers a dozen times.
+        at_once = max(1, sizes_of(self.device).words // max(1, len(places)))
+        for part, *of_rows in zip(*(torch.split(each, at_once) for each in (numbers, first, second)), strict=True):
+            part.copy_(self._fraction(hashed, *of_rows))
+        return numbers.view(shape)
+
+    def _fraction(self, hashed: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        mixed = self._hashed(self._hashed(hashed + first) ^ second)
+        return (((mixed >> (32 - BITS)) & ((1 << BITS) - 1)).float() + 0.5) / float(1 << BITS)
 
     def exponential(self, *shape: int) -> Tensor:
         """Float32 numbers of the exponential distribution with mean 1."""
@@ -53,8 +64,10 @@ class Noise:
     def _hashed(numbers: Tensor) -> Tensor:
         """32-bit integers mixed so that each bit depends on all: lowbias32 of C. Wellons, "Hash Prospector"."""
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            numbers = (numbers ^ ((numbers >> shift) & ((1 << (32 - shift)) - 1))) * _signed(factor)
-        return numbers ^ ((numbers >> 16) & 0xFFFF)
+            numbers = (
+                ((numbers >> shift).bitwise_and_((1 << (32 - shift)) - 1)).bitwise_xor_(numbers).mul_(_signed(factor))
+            )
+        return (numbers >> 16).bitwise_and_(0xFFFF).bitwise_xor_(numbers)
 
 
 def _signed(number: int) -> int:

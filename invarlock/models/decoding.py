@@ -33,6 +33,8 @@ class Growing:
     """A cache that is the model's own, and grows with each token."""
 
     model: nn.Module
+    length: int
+    """Number of tokens that will be read."""
     given: dict[str, Any] = field(default_factory=lambda: {"use_cache": True})
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -41,6 +43,11 @@ class Growing:
         :param inputs: the model's arguments; of tokens those that it has not read yet.
         """
         output = self.model(**inputs, **self.given)
+        if "past_key_values" not in self.given:
+            # Only here: the module imports transformers.
+            from invarlock.models.roomy_cache import make_room
+
+            make_room(output.past_key_values, self.length)
         self.given["past_key_values"] = output.past_key_values
         return logits_of(self.model, output)[:, -1]
 

@@ -237,7 +237,8 @@ class _StreamedRounding:
         """Tensors to store for some weights, and the effect of rounding on each of them that is in the plan."""
         weights = part.load(self.streaming.read)
         rounded = {name: rounding(self.weights[name], weights[name]) for name in weights.keys() & self.weights.keys()}
-        results = {name: rounding.effect(self.weights[name].target, weight.sums) for name, weight in rounded.items()}
+        targets = [self.weights[name].target for name in rounded]
+        results = dict(zip(rounded, rounding.effects(targets, [done.sums for done in rounded.values()]), strict=True))
         if self.export is None:
             return {}, results
         stored, exporter = part.store(weights), self.export.exporter

@@ -12,10 +12,11 @@ from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
 from invarlock.distributed.dtensor import gathered
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rounding import RoundedWeight, Sums, Workspace, fake_quantize_, unfit
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import PlanError
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
+from invarlock.quantization.sums import Sums, effects
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Rounding:
         )
 
     @staticmethod
-    def effect(target: WeightTarget, sums: Sums) -> EditedWeight:
-        """The effect on the weight of a target, named; waits for its device."""
-        return replace(sums.effect(), name=target.name, role=target.role.value)
+    def effects(targets: Sequence[WeightTarget], sums: Sequence[Sums]) -> list[EditedWeight]:
+        """The effects on the weights of targets, named; waits for their device."""
+        found = zip(targets, effects(sums), strict=True)
+        return [replace(effect, name=target.name, role=target.role.value) for target, effect in found]
 
 
 def quantize_model(
@@ -93,6 +95,6 @@ def quantize_weights(
                 parameters[planned.target.parameter_name] = rounded
             tally.add()
         # Only now: a device is still at work on the last weights when the first ones are asked for.
-        return [Rounding.effect(each.target, sums) for each, sums in zip(of_one_device, results, strict=True)]
+        return Rounding.effects([planned.target for planned in of_one_device], results)
 
     return side_by_side(round_all, weights, lambda planned: planned.target.parameter.device)

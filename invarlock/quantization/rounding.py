@@ -27,6 +27,7 @@ from invarlock.quantization.floats import Clip, FloatGrid, grid_over
 from invarlock.quantization.integers import IntegerGrid, MinimumGrid, scale_limits
 from invarlock.quantization.layout import WeightLayout
 from invarlock.quantization.scheme import PlanError, Scheme
+from invarlock.quantization.sums import Sums, effects
 from invarlock.quantization.tightening import tightened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ class RoundedWeight:
     @property
     def effect(self) -> EditedWeight:
         """The effect, without a name and a role, which a weight by itself has not; waits for the device."""
-        return self.sums.effect()
+        return effects([self.sums])[0]
 
     @cached_property
     def scales(self) -> Tensor:
@@ -170,37 +171,6 @@ def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
     if weight.ndim < 2 or (layout is not WeightLayout.CONV and weight.ndim > 3):
         return f"has shape {tuple(weight.shape)}, which is not {layout}"
     return None
-
-
-@dataclass
-class Sums:
-    """Sums over one weight, from which the figures of its rounding follow."""
-
-    parameters: int
-    device: str
-    bits: int
-    measure: bool
-    signal: float = 0.0
-    noise: float = 0.0
-    clipped: int = 0
-    non_finite_rows: int = 0
-    of_device: list[Tensor] = field(default_factory=list)
-    """The same four, float64 (4,) for each matrix that a kernel rounded, which may not have done so yet."""
-
-    def effect(self) -> EditedWeight:
-        of_device = torch.stack(self.of_device).sum(0).tolist() if self.of_device else (0, 0, 0, 0)
-        host = (self.signal, self.noise, self.clipped, self.non_finite_rows)
-        signal, noise, clipped, non_finite_rows = map(sum, zip(host, of_device, strict=True))
-        return EditedWeight(
-            change="quantized",
-            bits=self.bits,
-            parameters=self.parameters,
-            relative_error=math.sqrt(noise / (signal or 1)) if self.measure else None,
-            sqnr_db=10 * math.log10(signal / noise) if noise else None,
-            clipped_share=clipped / max(self.parameters, 1),
-            non_finite_rows=int(non_finite_rows),
-            device=self.device,
-        )
 
 
 @dataclass
