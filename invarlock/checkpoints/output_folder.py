@@ -31,7 +31,7 @@ OURS = (*ARTIFACTS, PARTIAL, JOURNALS)
 
 
 @contextmanager
-def unwritable_said(path: Path) -> Iterator[None]:
+def unwritable_said(path: Path, key: str = "output.dir") -> Iterator[None]:
     """Turn complaints of the system about a full disk, or a folder that may not be written to, into one line.
 
     :raises UsageError: in place of an ``OSError``.
@@ -39,7 +39,7 @@ def unwritable_said(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"output.dir: {path} could not be written: {one_line(error)}") from error
+        raise UsageError(f"{key}: {path} could not be written: {one_line(error)}") from error
 
 
 @contextmanager
@@ -155,9 +155,7 @@ class OutputFolder:
     def _check_place(self, model_id: str) -> None:
         checkpoint, folder = Path(model_id).resolve(), self.path.resolve()
         if checkpoint.is_dir() and (checkpoint == folder or checkpoint in folder.parents):
-            raise UsageError(
-                f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
-            )
+            raise UsageError(f"output.dir: {self.path} lies inside the input {model_id}; choose another folder")
         for name in (*OURS, *(path.name for path in swapping.stagings(folder))):
             artifact = (folder / name).resolve()
             if checkpoint.exists() and (checkpoint == artifact or artifact in checkpoint.parents):

@@ -37,6 +37,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load
@@ -61,6 +62,7 @@ def compare(
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
+    reference: Path | None = None,
 ) -> RunResult:
     """Judge an edit that somebody else made: ``config.model.id`` is the baseline, ``subject`` the edited checkpoint.
 
@@ -70,13 +72,15 @@ def compare(
     :param tokenizer: whose encodes the text for the subject. Where its own gives other ids, the loss of the same text
         is compared per byte.
     :param ranks: the processes that share the comparison; the first one writes.
+    :param reference: as ``run`` takes it.
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
-    with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
+    inputs = [config.model.id, subject, *([str(reference)] if reference else [])]
+    with output.claimed(*inputs, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
         return _compare(
-            Session(config, plugins, on_progress, ranks, invocation),
+            Session(config, plugins, on_progress, ranks, invocation, Reference.for_one(reference, ranks)),
             slots,
             strict,
             subject,
@@ -107,7 +111,7 @@ def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
 ) -> tuple[Guarding, Mapping[str, torch.Tensor], Gone]:
     """The prepared guards, the baseline's weights on disk, and the baseline once its model has gone."""
-    if not weights_only:
+    if not weights_only and session.reference is None:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
     baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)

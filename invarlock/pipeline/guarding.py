@@ -34,6 +34,8 @@ from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.own_tokenizer import PER_BYTE
+from invarlock.pipeline.reference import BaselinePass
+from invarlock.pipeline.resting import facts_of
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.suspects import blame
 from invarlock.pipeline.tasks import judging_of
@@ -66,6 +68,8 @@ class Guarding:
     baseline_pass: PassResult | None = None
     coverage: CoverageSection = field(default_factory=CoverageSection)
     """Of the baseline."""
+    pass_again: str = ""
+    """The reason that the baseline's pass was run in spite of a reference."""
     _never_ran: frozenset[str] = frozenset()
     """Modules of the baseline that no preview window reaches."""
     _record: TokenRecord | None = None
@@ -83,14 +87,11 @@ class Guarding:
         return all(prepared.ready for prepared in self.prepared)
 
     def begin(self, model: torch.nn.Module, watched: Watched) -> None:
-        """Run the baseline over the windows once, and prepare the guards one by one."""
-        observed = self.baseline.sees_preview and self.windows is not None
-        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
-        self._observed, self.baseline_pass = self._observed_pass(
-            model, "baseline pass", watched, own=(routing, reached)
-        )
-        self._never_ran = never_ran(model, reached)
-        if self.windows and self.baseline_pass:
+        """Run the baseline over the windows once, or take that of a reference, and prepare the guards one by one."""
+        measured = self._of_reference(model, watched) or self.measure_baseline(model, watched)
+        self._observed, self.baseline_pass = measured.observed, measured.result
+        self._record, self._never_ran = measured.record, measured.never_ran
+        if self.windows and measured.result:
             self.coverage = coverage_of(
                 self.baseline.declared,
                 self.windows,
@@ -99,14 +100,38 @@ class Guarding:
                 template=self.baseline.template,
                 dataset=self.config.dataset,
                 task=self.baseline.task,
-                perplexity=self.baseline_pass.perplexity,
-                experts=[tap.result() for tap in dict.fromkeys(routing.values())],
+                perplexity=measured.result.perplexity,
+                experts=measured.experts,
             )
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
             for place, slot in enumerate(self.slots)
         ]
+
+    def measure_baseline(self, model: torch.nn.Module, watched: Watched) -> BaselinePass:
+        """Run the baseline over the windows once, with the guards' taps on it."""
+        seen = self.baseline.sees_preview and self.windows is not None
+        routing, reached = (routing_taps(model), reach_taps(model)) if seen else ({}, {})
+        observed, result = self._observed_pass(model, "baseline pass", watched, own=(routing, reached))
+        experts = [tap.result() for tap in dict.fromkeys(routing.values())]
+        return BaselinePass(result, self._record, observed, never_ran(model, reached), experts)
+
+    def _of_reference(self, model: torch.nn.Module, watched: Watched) -> BaselinePass | None:
+        """The pass of a reference; None where there is none, or it lacks what a guard observes.
+
+        :raises InputError: it is of another baseline.
+        """
+        reference = self.session.reference
+        if reference is None:
+            return None
+        reference.check(facts_of(self.baseline, model, watched.digest))
+        found = reference.with_observations(self.slots, [self._observe(slot, model, watched) for slot in self.slots])
+        if isinstance(found, BaselinePass):
+            return found
+        log.warning("--reference: %s; the baseline's pass is run", found)
+        self.pass_again = found
+        return None
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from invarlock.checkpoints.output_folder import OutputFolder
@@ -20,6 +21,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, targets_of
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -36,26 +38,31 @@ def run(
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
+    reference: Path | None = None,
 ) -> RunResult:
     """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
 
     :param output: where the report and, if ``output.save_model`` is set, an accepted model go; None writes nothing.
     :param strict: a warning makes the exit code of the verdict 1.
     :param ranks: the processes that share the run; the first one writes.
+    :param reference: folder of a reference (:func:`invarlock.pipeline.make_reference`) that holds the baseline's pass.
     :raises UsageError: for a mistake in the configuration or a broken input; nothing was written.
     :raises PluginError: when an adapter failed; nothing was written.
 
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
-    with output.claimed(config.model.id, ranks=ranks) if output else nullcontext():
+    inputs = [config.model.id, *([str(reference)] if reference else [])]
+    with output.claimed(*inputs, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output)
+        held = Reference.for_one(reference, ranks)
+        return _run(Session(config, plugins, on_progress, ranks, invocation, held), slots, strict, output)
 
 
 def _run(session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder | None) -> RunResult:
     config = session.config
     export = export_of(config, session.plugins)
-    session.documents()
+    if session.reference is None:
+        session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
     targets = targets_of(config, model)

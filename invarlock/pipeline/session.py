@@ -33,6 +33,7 @@ from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.tasks import find_task
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
@@ -54,8 +55,11 @@ class Session:
         on_progress: Progress = lambda stage, done, total: None,
         ranks: Ranks = ALONE,
         invocation: Invocation | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.config, self.plugins, self.ranks = config, plugins, ranks
+        self.reference = reference
+        """Holds the windows and the baseline's pass, where there is one."""
         self.invocation = invocation or Invocation()
         self.clock = Clock(self.invocation.began, on_progress)
         self._documents: Sequence[str] | None = None
@@ -221,6 +225,8 @@ class Baseline:
 
         :raises UsageError: there is too little text, or it does not fit the model.
         """
+        if reference := self.session.reference:
+            return reference.windows
         documents = self.session.take_documents()
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self._reads_text else None

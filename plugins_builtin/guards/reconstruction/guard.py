@@ -68,6 +68,7 @@ class ReconstructionGuard(Guard):
     """
 
     name = "reconstruction"
+    taps_optional = True
 
     def __init__(
         self,

@@ -1,0 +1,283 @@
+"""A reference: what a baseline measured, kept so that many subjects are judged against one pass of it.
+
+It is read as a stranger's: shapes and numbers are checked, and it is refused where anything that it rests on differs.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invarlock.checkpoints import tensor_tree
+from invarlock.checkpoints.checksums import digest_of
+from invarlock.checkpoints.tensor_tree import UnstorableError
+from invarlock.core.errors import InputError, UsageError, named_by, one_line
+from invarlock.core.paths import absolute
+from invarlock.datasets.layout import Windows
+from invarlock.distributed.process_group import Ranks
+from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.predictions import TokenRecord
+from invarlock.plugins.manager import GuardSlot
+from invarlock.plugins.observation import Observation
+from invarlock.plugins.plugin import Origin
+
+FORMAT_VERSION, FILE = "reference-v1", "reference.json"
+KEY = "--reference"
+REMEDY = "make it again with invarlock reference"
+FORGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+"""Exceptions of a tree that is not of this form."""
+DIGITS = 32
+"""Of the shortest digest: it says nothing to a reader."""
+Facts = Mapping[str, Any]
+"""Plain data, by names for messages."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaselinePass:
+    """A pass of the baseline, and what was seen on the way."""
+
+    result: PassResult | None
+    """None where no outputs are measured."""
+    record: TokenRecord | None
+    observed: list[Observation] = field(default_factory=list)
+    """Of each guard."""
+    never_ran: frozenset[str] = frozenset()
+    """Modules that no preview window reaches."""
+    experts: Sequence[Tensor | None] = ()
+    """Of each layer of experts, which of them received a token of the preview windows; None if not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Windows and measurements of a baseline, and the facts that they rest on."""
+
+    rests_on: Facts
+    windows: tuple[Windows, Windows]
+    """Preview and final ones."""
+    measured: BaselinePass
+    guards: Sequence[Mapping[str, Any]] = ()
+    """Of each guard whose observations are kept: who it is, and the result of each tap."""
+    noise: Sequence[Mapping[str, Any]] = ()
+    created: str = ""
+    digest: str = ""
+    """SHA-256 of its list of digests, empty until it is written or read."""
+    folder: Path = Path()
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_one(cls, folder: Path | None, ranks: Ranks) -> Reference | None:
+        """The reference of a run, where it has one.
+
+        :raises UsageError: several processes share the run, and each would need its part of the predictions.
+        """
+        if folder is not None and ranks.size > 1:
+            raise UsageError(f"{KEY}: it is for one process, and {ranks.size} share this run; leave it out")
+        return None if folder is None else cls.read(folder)
+
+    @classmethod
+    @named_by(KEY)
+    def read(cls, folder: Path) -> Reference:
+        """:raises InputError: it is missing, damaged, or of another form."""
+        try:
+            tree, digest = tensor_tree.read(folder, FILE)
+            return cls._of_tree(tree, digest, folder)
+        except FORGED as error:
+            raise InputError(f"{absolute(folder)} is damaged: {one_line(error)}; {REMEDY}") from error
+        except InputError as error:
+            raise InputError(f"{error}; {REMEDY}") from error
+
+    def write(self, folder: Path) -> str:
+        """Write it to a new folder; returns its digest.
+
+        :raises InputError: what the baseline measured can be no reference: it holds NaN or infinity.
+        """
+        tree = self._tree()
+        try:
+            self._of_tree(tree, "", folder)
+        except FORGED as error:
+            raise InputError(f"what the baseline measures can be no reference: {one_line(error)}") from error
+        return tensor_tree.write(folder, FILE, tree)
+
+    def _tree(self) -> dict[str, Any]:
+        measured = self.measured
+        return {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "rests_on": dict(self.rests_on),
+            "windows": [_tree_of_windows(part) for part in self.windows],
+            "pass": _tree_of_pass(measured.result),
+            "record": dict(vars(measured.record)) if measured.record else None,
+            "never_ran": sorted(measured.never_ran),
+            "experts": list(measured.experts),
+            "guards": [dict(guard) for guard in self.guards],
+            "noise": [dict(figures) for figures in self.noise],
+        }
+
+    @classmethod
+    def _of_tree(cls, tree: Mapping[str, Any], digest: str, folder: Path) -> Reference:
+        if tree["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format_version is not {FORMAT_VERSION}")
+        preview, final = (_windows_of(part) for part in tree["windows"])
+        measured = BaselinePass(
+            _pass_of(tree["pass"], final),
+            _record_of(tree["record"], tree["pass"]["tokens"]),
+            never_ran=frozenset(map(str, tree["never_ran"])),
+            experts=list(tree["experts"]),
+        )
+        guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
+        noise = [dict(figures) for figures in tree["noise"]]
+        facts = dict(tree["rests_on"])
+        return cls(facts, (preview, final), measured, guards, noise, str(tree["created"]), digest, folder)
+
+    # -- use -----------------------------------------------------------------------------------------------------------
+
+    @named_by(KEY)
+    def check(self, facts: Facts) -> None:
+        """:raises InputError: the baseline that is here differs from the one that was measured."""
+        if differing := list(_differing(self.rests_on, facts)):
+            raise InputError(f"{absolute(self.folder)} was made with another {', '.join(differing)}; {REMEDY}")
+
+    def with_observations(self, slots: Sequence[GuardSlot], asked: Sequence[Observation]) -> BaselinePass | str:
+        """The baseline's pass with what each guard observed in it, or the reason that it has to be run after all.
+
+        :param asked: the taps that each guard wants.
+        """
+        observed = []
+        for slot, asking in zip(slots, asked, strict=True):
+            kept = self._taps_of(slot)
+            if not asking.wanted or taps_optional(slot):
+                kept = {}
+            elif kept is None or kept.keys() != asking.wanted.keys():
+                return f"guard {slot.name}: what it observes of the baseline is not in the reference"
+            observed.append(Observation(kept=kept, message=asking.message, trace=asking.trace))
+        measured = self.measured
+        return BaselinePass(measured.result, measured.record, observed, measured.never_ran, measured.experts)
+
+    def _taps_of(self, slot: GuardSlot) -> Mapping[str, Any] | None:
+        found = (guard["taps"] for guard in self.guards if guard.get("guard") == _described(slot))
+        return next(found, None)
+
+
+def kept_observations(
+    slots: Sequence[GuardSlot], observed: Sequence[Observation]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Observations of guards as a reference holds them, and a reason for each guard whose cannot be held."""
+    kept, refused = [], []
+    for slot, observation in zip(slots, observed, strict=True):
+        if not observation.wanted or taps_optional(slot):
+            continue
+        results = observation.results()
+        try:
+            if observation.message or all(result is None for result in results.values()):
+                raise UnstorableError(observation.message or "its taps have no results")
+            tensor_tree.storable(results)
+            kept.append({"guard": _described(slot), "taps": results})
+        except UnstorableError as error:
+            refused.append(f"guard {slot.name}: {error}")
+    return kept, refused
+
+
+def taps_optional(slot: GuardSlot) -> bool:
+    """True where a guard's ``prepare`` does without its taps on the baseline."""
+    return bool(getattr(type(slot.instance), "taps_optional", False))
+
+
+def _described(slot: GuardSlot) -> dict[str, Any]:
+    """A guard as far as its observations depend on it: its name, its code and its options."""
+    plugin = slot.plugin
+    code = digest_of(Path(plugin.file)) if plugin.origin is not Origin.BUILTIN and plugin.file else None
+    return {"name": slot.name, "version": plugin.version, "code": code, "policy": dict(slot.policy)}
+
+
+def _differing(held: Facts, here: Facts) -> Iterator[str]:
+    """A phrase for each fact that differs."""
+    for name in dict.fromkeys((*held, *here)):
+        before, now = held.get(name), here.get(name)
+        # A tokenizer that is not loaded has no part in the windows.
+        if before != now and not (name == "tokenizer" and now is None):
+            is_digest = any(isinstance(value, str) and len(value) >= DIGITS for value in (before, now))
+            yield name if is_digest else f"{name} ({before} there, {now} here)"
+
+
+# -- parts of the tree -------------------------------------------------------------------------------------------------
+
+
+def _tree_of_windows(windows: Windows) -> dict[str, Any]:
+    return {name: value for name, value in vars(windows).items() if value is not None}
+
+
+def _windows_of(tree: Mapping[str, Any]) -> Windows:
+    windows = Windows(**tree)
+    rows = len(windows.input_ids)
+    tensors = {"input_ids", "attention_mask", "labels", "decoder_input_ids"} & tree.keys()
+    for name in tensors:
+        _check(tree[name], name, torch.int64, 2)
+    if any(len(tensor) != rows for tensor in [*(tree[name] for name in tensors), *windows.media.values()]):
+        raise ValueError("windows of different numbers")
+    if windows.input_ids.shape != windows.attention_mask.shape or int(windows.input_ids.min()) < 0:
+        raise ValueError("windows of no tokens")
+    return windows
+
+
+def _tree_of_pass(result: PassResult | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    arrays = {each.name: getattr(result, each.name) for each in fields(result)}
+    named = {name: torch.from_numpy(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return {**named, "vectors": {name: torch.from_numpy(array) for name, array in result.vectors.items()}}
+
+
+def _pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
+    """:raises ValueError: it is no pass over these windows, or its numbers are not finite."""
+    losses, tokens = tree["losses"], tree["tokens"]
+    _check(losses, "losses", torch.float64, 1)
+    _check(tokens, "tokens", torch.int64, 1)
+    positions, vectors = tree.get("position_losses"), dict(tree["vectors"])
+    if not len(losses) == len(tokens) == len(final) or int(tokens.min()) < 0:
+        raise ValueError("losses of other windows")
+    if positions is not None:
+        _check(positions, "position_losses", torch.float32, 2)
+        if positions.shape != final.labels.shape:
+            raise ValueError("position_losses of other windows")
+    for name, rows in vectors.items():
+        _check(rows, name, torch.float32, 2)
+        if len(rows) != int(tokens.sum()):
+            raise ValueError(f"{name} of other samples")
+    return PassResult(
+        losses.numpy(),
+        tokens.numpy(),
+        position_losses=None if positions is None else positions.numpy(),
+        vectors={name: rows.numpy() for name, rows in vectors.items()},
+    )
+
+
+def _record_of(tree: Mapping[str, Any] | None, tokens: Tensor) -> TokenRecord | None:
+    if tree is None:
+        return None
+    record = TokenRecord(**tree)
+    _check(record.tokens, "record.tokens", torch.int32, 2)
+    _check(record.log_probs, "record.log_probs", torch.float32, 2)
+    likely = record.log_probs.shape[1]
+    if record.tokens.shape != record.log_probs.shape or len(record) != int(tokens.sum()):
+        raise ValueError("a record of other tokens")
+    if type(record.vocabulary) is not int or not 2 <= likely <= record.vocabulary:
+        raise ValueError("a record of no vocabulary")
+    if int(record.tokens.min()) < 0 or int(record.tokens.max()) >= record.vocabulary:
+        raise ValueError("a record of unknown tokens")
+    return record
+
+
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, dimensions: int) -> None:
+    """:raises ValueError: a tensor has another form, is empty, or holds NaN or infinity."""
+    if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity")
