@@ -33,6 +33,7 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.noise import with_noise
 from invarlock.pipeline.own_tokenizer import PER_BYTE
 from invarlock.pipeline.reference import BaselinePass
 from invarlock.pipeline.resting import facts_of
@@ -125,7 +126,7 @@ class Guarding:
         reference = self.session.reference
         if reference is None:
             return None
-        reference.check(facts_of(self.baseline, model, watched.digest))
+        reference.check(facts_of(self.baseline, model, watched.digest), self.baseline.task, model)
         found = reference.with_observations(self.slots, [self._observe(slot, model, watched) for slot in self.slots])
         if isinstance(found, BaselinePass):
             return found
@@ -178,6 +179,8 @@ class Guarding:
             self.windows = None
         observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
         metrics = self._compare(edited_pass, edited.same_text)
+        if self.session.reference:
+            metrics = with_noise(metrics, self.session.reference.noise)
         gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
         coverage = of_edit(self.coverage, gaps, (self.baseline_pass, edited_pass))
         context = self._context(edited, metrics.primary, number)

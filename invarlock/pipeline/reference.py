@@ -6,24 +6,29 @@ It is read as a stranger's: shapes and numbers are checked, and it is refused wh
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from invarlock.checkpoints import tensor_tree
 from invarlock.checkpoints.checksums import digest_of
 from invarlock.checkpoints.tensor_tree import UnstorableError
 from invarlock.core.errors import InputError, UsageError, named_by, one_line
 from invarlock.core.paths import absolute
-from invarlock.datasets.layout import Windows
+from invarlock.datasets.layout import UNSCORED, Windows
+from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import Ranks
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
+from invarlock.evaluation.results import NoiseRun
+from invarlock.evaluation.task import LanguageTask, Task
+from invarlock.models.facts import Predicted
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -64,7 +69,7 @@ class Reference:
     measured: BaselinePass
     guards: Sequence[Mapping[str, Any]] = ()
     """Of each guard whose observations are kept: who it is, and the result of each tap."""
-    noise: Sequence[Mapping[str, Any]] = ()
+    noise: Sequence[NoiseRun] = ()
     created: str = ""
     digest: str = ""
     """SHA-256 of its list of digests, empty until it is written or read."""
@@ -118,7 +123,7 @@ class Reference:
             "never_ran": sorted(measured.never_ran),
             "experts": list(measured.experts),
             "guards": [dict(guard) for guard in self.guards],
-            "noise": [dict(figures) for figures in self.noise],
+            "noise": [asdict(run) for run in self.noise],
         }
 
     @classmethod
@@ -133,17 +138,35 @@ class Reference:
             experts=list(tree["experts"]),
         )
         guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
-        noise = [dict(figures) for figures in tree["noise"]]
+        noise = [_noise_of(run) for run in tree["noise"]]
         facts = dict(tree["rests_on"])
         return cls(facts, (preview, final), measured, guards, noise, str(tree["created"]), digest, folder)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
     @named_by(KEY)
-    def check(self, facts: Facts) -> None:
-        """:raises InputError: the baseline that is here differs from the one that was measured."""
+    def check(self, facts: Facts, task: Task, model: nn.Module) -> None:
+        """:raises InputError: the baseline that is here differs from the one that was measured, or cannot be it."""
         if differing := list(_differing(self.rests_on, facts)):
             raise InputError(f"{absolute(self.folder)} was made with another {', '.join(differing)}; {REMEDY}")
+        wrong = [unreadable(part, model) for part in self.windows]
+        predicted = task.predicted if isinstance(task, LanguageTask) else None
+        if (predicted is None) != (self.measured.record is None) or not self._scores(predicted):
+            wrong.append(f"it does not hold the predictions of a {task.name} model over its windows")
+        if reason := next(filter(None, wrong), None):
+            raise InputError(f"{absolute(self.folder)} is damaged: {reason}; {REMEDY}")
+
+    def _scores(self, predicted: Predicted | None) -> bool:
+        """True if the passes score the tokens that the final windows' labels say."""
+        preview, final = self.windows
+        if (preview.decoder_input_ids is None) != (final.decoder_input_ids is None):
+            return False
+        if predicted is None or self.measured.result is None:
+            return True
+        labels = final.labels[:, 1:] if predicted == "causal" else final.labels
+        scored = (labels != UNSCORED).sum(dim=1).numpy()
+        seq2seq = final.decoder_input_ids is not None
+        return seq2seq == (predicted == "seq2seq") and np.array_equal(scored, self.measured.result.tokens)
 
     def with_observations(self, slots: Sequence[GuardSlot], asked: Sequence[Observation]) -> BaselinePass | str:
         """The baseline's pass with what each guard observed in it, or the reason that it has to be run after all.
@@ -273,6 +296,14 @@ def _record_of(tree: Mapping[str, Any] | None, tokens: Tensor) -> TokenRecord | 
     if int(record.tokens.min()) < 0 or int(record.tokens.max()) >= record.vocabulary:
         raise ValueError("a record of unknown tokens")
     return record
+
+
+def _noise_of(tree: Mapping[str, Any]) -> NoiseRun:
+    run = NoiseRun(**tree)
+    figures = [run.figure, *(value for value in (run.kl_mean, run.flips) if value is not None)]
+    if type(run.how) is not str or not all(type(value) is float and math.isfinite(value) for value in figures):
+        raise ValueError("noise of no numbers")
+    return run
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, dimensions: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from invarlock.checkpoints.output_folder import unwritable_said
@@ -14,6 +14,7 @@ from invarlock.core.errors import UsageError
 from invarlock.core.progress import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Loaded
+from invarlock.pipeline.noise import noise_of
 from invarlock.pipeline.reference import Reference, kept_observations
 from invarlock.pipeline.resting import facts_of
 from invarlock.pipeline.session import Baseline, Session
@@ -38,10 +39,12 @@ def make_reference(
     plugins: PluginManager,
     folder: Path,
     *,
+    noise: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Made:
     """Measure the baseline ``config.model.id``, and write a reference to a new folder.
 
+    :param noise: measure it in other ways, too, so that a difference can be held against what the machine makes.
     :raises UsageError: for a mistake in the configuration, a broken checkpoint, or a folder that is there; nothing was
         written.
     """
@@ -54,14 +57,17 @@ def make_reference(
     windows = baseline.make_windows(model)
     watched = Loaded.of(model, session.clock)
     measured = Guarding(session, baseline, windows, slots).measure_baseline(model, watched)
+    assert measured.result is not None, "there are windows"
     guards, refused = kept_observations(slots, measured.observed)
     for reason in refused:
         log.warning("%s; runs with this guard run the baseline's pass again", reason)
-    reference = Reference(facts_of(baseline, model, watched.digest), windows, measured, guards)
+    facts = facts_of(baseline, model, watched.digest)
+    before = replace(measured.result, record=measured.record)
+    runs = [*noise_of(baseline, model, windows[1], before)] if noise else []
+    reference = Reference(facts, windows, measured, guards, runs)
     with session.clock.stage("save"), unwritable_said(folder, OUT):
         digest = reference.write(folder)
-    tokens = int(measured.result.tokens.sum()) if measured.result else 0
-    return Made(digest, (len(windows[0]), len(windows[1])), tokens)
+    return Made(digest, (len(windows[0]), len(windows[1])), int(before.tokens.sum()))
 
 
 def _check_place(folder: Path, model_id: str) -> None:

@@ -25,7 +25,14 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.session import Session
 from invarlock.reporting.next_steps import next_steps
-from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report, StorageSection
+from invarlock.reporting.report import (
+    AttemptSection,
+    EditSection,
+    ModelSection,
+    ReferenceSection,
+    Report,
+    StorageSection,
+)
 
 
 def assemble(
@@ -75,6 +82,7 @@ def assemble(
             "threads": torch.get_num_threads(),
         },
         command=guarding.session.invocation.command,
+        reference=_reference(guarding),
     )
     return replace(report, what_next=next_steps(report)).as_dict()
 
@@ -114,6 +122,11 @@ def _edit(editor: Editor, last: Attempt) -> EditSection:
     if edit.is_comparison:
         edit.plan["families"] = families(last.modules)
     return edit
+
+
+def _reference(guarding: Guarding) -> ReferenceSection | None:
+    held = guarding.session.reference
+    return ReferenceSection(str(held.folder), held.digest, held.created, guarding.pass_again) if held else None
 
 
 def _own_code(guarding: Guarding, editor: Editor) -> list[str]:

@@ -16,7 +16,7 @@ from invarlock import __version__
 from invarlock.checkpoints.checksums import digest_of
 from invarlock.config.schema import DatasetConfig
 from invarlock.models.configuration import fields_of
-from invarlock.models.state import tokenizer_digest
+from invarlock.models.state import ENCODING, tokenizer_digest
 from invarlock.pipeline.reference import Facts
 from invarlock.pipeline.session import Baseline
 
@@ -32,7 +32,7 @@ def facts_of(baseline: Baseline, model: torch.nn.Module, weights: str) -> Facts:
         "class of the model": type(model).__name__,
         "configuration of the model": hashlib.sha256(config.encode()).hexdigest(),
         "code beside the weights": _code_digest(baseline),
-        "tokenizer": tokenizer_digest(baseline.tokenizer) if baseline.tokenizer is not None else None,
+        "tokenizer": tokenizer_digest(baseline.tokenizer, ENCODING) if baseline.tokenizer is not None else None,
         "task": baseline.task.name,
         "data type": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": ", ".join(sorted({_kind_of(parameter.device) for parameter in model.parameters()})),

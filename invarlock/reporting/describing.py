@@ -18,6 +18,7 @@ from invarlock.reporting.report import (
     EditSection,
     MetricsSection,
     ModelSection,
+    ReferenceSection,
     Report,
     StorageSection,
 )
@@ -318,6 +319,11 @@ def bits_per_parameter(report: Report) -> float | None:
     if not stored or not total or left < 0:
         return None
     return (sum(bits * parameters for bits, parameters in rounded) + stored * left) / total
+
+
+def reference_line(reference: ReferenceSection) -> str:
+    used = f"reference {reference.folder}, SHA-256 {reference.digest}"
+    return f"{used}, and the baseline's pass was run: {reference.pass_again}" if reference.pass_again else used
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:

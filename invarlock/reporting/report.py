@@ -17,7 +17,7 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, Number
+from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, NoiseResult, Number
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -77,6 +77,8 @@ class MetricsSection:
     windows: WindowsSection | None
     figures: list[FigureResult] = field(default_factory=list)
     """Of tasks that compare more than the primary metric and the predictions of tokens."""
+    noise: NoiseResult | None = None
+    """The noise floor, where a reference holds it."""
 
     @property
     def findings(self) -> list[Finding]:
@@ -139,6 +141,18 @@ class NextStep:
     reason: str
 
 
+@dataclass(frozen=True)
+class ReferenceSection:
+    """The reference that the run was given in place of the baseline's pass."""
+
+    folder: str
+    digest: str
+    """SHA-256 of its file SHA256SUMS."""
+    created: str
+    pass_again: str = ""
+    """The reason that the baseline's pass was run all the same; empty where it was not."""
+
+
 @dataclass
 class StorageSection:
     """Weights on disk, before and after the edit; null where that cannot be told, or where nothing was saved."""
@@ -188,6 +202,8 @@ class Report:
     """Sections of plugins, of ``invarlock_report_sections``."""
     what_next: list[NextStep] = field(default_factory=list)
     """At most three, of a rejection or a warning."""
+    reference: ReferenceSection | None = None
+    """Null where the baseline's pass was run."""
     command: str = ""
     """The command line that asked for the report; empty where a program did."""
     format_version: Literal["report-v1"] = FORMAT_VERSION

@@ -41,6 +41,10 @@ def invarlock_add_commands(subparsers: Any) -> None:
     add_text_options(parser)
     add_path("-c", "--config", metavar="CONFIG", help="a configuration; its model.id is CHECKPOINT")
     add_path("--out", required=True, metavar="REF", help="the folder to write, which must not be there")
+    parser.add_argument(
+        "--noise", action="store_true",
+        help="measure it in another batch size and in bfloat16, too: the difference that the machine itself makes",
+    )  # fmt: skip
     add_measuring_options(parser)
     parser.set_defaults(run=run)
 
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     quieten_libraries(verbose=False)
     with args.manager.threads.watched(), progress.display(shown=not args.quiet) as on_progress:
-        made = make_reference(config, args.manager, Path(args.out), on_progress=on_progress)
+        made = make_reference(config, args.manager, Path(args.out), noise=args.noise, on_progress=on_progress)
     preview, final = made.windows
     size = sum(path.stat().st_size for path in Path(args.out).iterdir()) / 1e6
     streams.result().write(
