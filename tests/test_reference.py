@@ -130,6 +130,20 @@ def test_windows_that_the_baseline_wrote_are_not_written_again(invarlock, made) 
     assert "windows" not in read_report(Path("with"))["timings"]
 
 
+def test_windows_are_measured_step_by_step_until_the_limits_are_certain(invarlock, made) -> None:
+    dataset = {"provider": "demo", "seq_len": 64, "preview_n": 2, "max_n": 16}
+    reference, path = made(dataset=dataset, guards={"order": ["variance"]})
+    arguments = ("run", "-c", path, "--set", "edit.plan.bitwidth=2")
+    assert invarlock(*arguments, "--out", "without").code == 1
+    assert invarlock(*arguments, "--reference", reference, "--out", "with").code == 1
+    assert figures(Path("with")) == figures(Path("without"))
+    assert 4 <= read_report(Path("with"))["metrics"]["primary"]["windows"] < 16
+    compare = ("compare", "--baseline", BASELINE, "--subject", BASELINE, "-c", path)
+    assert invarlock(*compare, "--out", "c-without").code == 0
+    assert invarlock(*compare, "--reference", reference, "--out", "c-with").code == 0
+    assert figures(Path("c-with")) == figures(Path("c-without"))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -201,15 +215,18 @@ def forge(reference: Path, change) -> None:
 
 
 FORGERIES = {
-    "other losses": lambda tree: tree["pass"].update(losses=torch.zeros(3, dtype=torch.float64)),
-    "NaN": lambda tree: tree["pass"]["losses"].fill_(float("nan")),
-    "a type": lambda tree: tree["pass"].update(tokens=tree["pass"]["tokens"].float()),
-    "no record": lambda tree: tree.update(record=None),
-    "a longer record": lambda tree: tree["record"].update(tokens=tree["record"]["tokens"].repeat(2, 1)),
-    "unknown tokens": lambda tree: tree["record"]["tokens"].fill_(1 << 30),
+    "other losses": lambda tree: tree["steps"][0]["pass"].update(losses=torch.zeros(3, dtype=torch.float64)),
+    "NaN": lambda tree: tree["steps"][0]["pass"]["losses"].fill_(float("nan")),
+    "a type": lambda tree: tree["steps"][0]["pass"].update(tokens=tree["steps"][0]["pass"]["tokens"].float()),
+    "no record": lambda tree: tree["steps"][0].update(record=None),
+    "a longer record": lambda tree: tree["steps"][0]["record"].update(
+        tokens=tree["steps"][0]["record"]["tokens"].repeat(2, 1)
+    ),
+    "unknown tokens": lambda tree: tree["steps"][0]["record"]["tokens"].fill_(1 << 30),
     "unknown ids": lambda tree: tree["windows"][1]["input_ids"].fill_(1 << 30),
     "fewer windows": lambda tree: tree["windows"][1].update(labels=tree["windows"][1]["labels"][:2]),
     "no labels": lambda tree: tree["windows"][1].update(labels=torch.full_like(tree["windows"][1]["labels"], -100)),
+    "other steps": lambda tree: tree["steps"][0].update(look=5),
     "a key": lambda tree: tree.pop("guards"),
     "a version": lambda tree: tree.update(format_version="reference-v0"),
     "a list": lambda tree: tree.update(windows=[]),
@@ -313,7 +330,7 @@ def test_a_difference_below_the_noise_floor_is_said_to_be_that(invarlock, made) 
     assert "the difference is above what the machine itself makes" in rounded.out
     noise = read_report(Path("same"))["metrics"]["noise"]
     batches, halved = noise["runs"]
-    assert "windows at once" in batches["how"] and halved["how"] == "in bfloat16"
+    assert batches["how"] == "in batches of 1" and halved["how"] == "in bfloat16"
     assert 0 <= batches["figure"] < halved["figure"] and 0 < halved["kl_mean"] < 0.01
     assert "what the machine itself makes" in Path("same/report.html").read_text()
 

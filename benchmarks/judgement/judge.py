@@ -130,7 +130,9 @@ class Bench:
             if label is None:
                 dataset = _label_dataset(args)
                 documents = plugins.documents(dataset)
-                _, label = make_windows(dataset, model, baseline.tokenizer, task="causal", documents=documents)
+                _, label = make_windows(
+                    dataset.counted(args.final), model, baseline.tokenizer, task="causal", documents=documents
+                )
         return cls(model, all_guarding, keeper.snapshot, label)
 
     def perplexity(self) -> float:

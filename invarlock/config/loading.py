@@ -96,12 +96,13 @@ def _explain(error: Any, source: Source) -> UsageError:
     path = [str(part) for part in error["loc"]]
     if path[:2] == ["guards", "options"]:
         del path[1]
-    key = ".".join(path)
+    known = {entry.path: entry for entry in keys()}
+    # After a key of several types comes the type that its value is not.
+    key = ".".join(path[:-1] if ".".join(path[:-1]) in known and not path[-1].isdigit() else path)
     if error["type"] == "unexpected_keyword_argument":
         return source.error(key, "unknown key" + _nearest_key(key))
     if error["type"] == "missing":
         return source.error(key, "is required")
-    known = {entry.path: entry for entry in keys()}
     expected = known[key].type if key in known else error["msg"].removeprefix("Input should be ")
     expected = "a mapping of keys" if error["type"] == "dataclass_type" else expected
     close = nearest(str(error["input"]), expected.split(" | ")) if " | " in expected else ""

@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
@@ -65,13 +65,27 @@ class DatasetConfig(_Section):
         int | None, "Tokens from the start of a window to the next, at least seq_len; null means seq_len."
     ] = None
     preview_n: Annotated[int, Ge(1), "Windows that the guards calibrate on."] = 8
-    final_n: Annotated[int, Ge(2), "Windows that decide the primary metric; disjoint from the preview."] = 32
+    final_n: Annotated[
+        Literal["auto"] | Annotated[int, Ge(2)],
+        "Windows that decide, disjoint from the preview. auto measures them in growing steps, and ends as soon as the "
+        "limits are certain to be kept or broken; a number measures so many, whatever they show.",
+    ] = "auto"
+    max_n: Annotated[int, Ge(4), "Most windows that auto measures, as far as there is text."] = 256
     seed: Annotated[int, Ge(0), "Seed of the choice of windows, of masks and of generation."] = 42
     chat: Annotated[
         Literal["auto", "never"],
         "Conversations: with auto, where text is read and the baseline's tokenizer has a chat template, one window in "
         "four is a conversation that it renders of the same text, so that chat tokens are measured; with never, none.",
     ] = "auto"
+
+    @property
+    def is_stepped(self) -> bool:
+        """True if windows are measured only until the limits are certain."""
+        return self.final_n == "auto"
+
+    def counted(self, windows: int) -> CountedDataset:
+        """The dataset with so many windows that decide."""
+        return CountedDataset(**{**vars(self), "final_n": windows})
 
     @property
     def has_conversations(self) -> bool:
@@ -82,6 +96,13 @@ class DatasetConfig(_Section):
     def is_generated(self) -> bool:
         """True if the baseline writes its own text."""
         return self.provider == GENERATED
+
+
+@dataclass(frozen=True)
+class CountedDataset(DatasetConfig):
+    """A dataset of a number of windows, as those that make them are given it."""
+
+    final_n: int = 2
 
 
 @dataclass(frozen=True)
@@ -221,10 +242,12 @@ def _default_text(entry: dataclasses.Field[Any]) -> str:
 
 
 def _type_text(hint: Any) -> str:
-    kind, *extras = get_args(hint)
+    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     low, high = _bounds(extras)
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is Union:
+        return " | ".join(map(_type_text, get_args(kind)))
     if get_origin(kind) is tuple:
         return "list of strings"
     if isinstance(kind, types.UnionType):

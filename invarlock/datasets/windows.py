@@ -25,6 +25,21 @@ while plain text, which does not depend on a template, decides."""
 Token = TypeVar("Token")
 
 
+class TooLittleText(UsageError):
+    """The text is not enough for the windows of a dataset.
+
+    :ivar windows: number of windows that it is enough for.
+    """
+
+    def __init__(self, dataset: Dataset, windows: int) -> None:
+        self.windows = windows
+        super().__init__(
+            f"dataset.path: the text is enough for {windows} windows of {dataset.seq_len} tokens, "
+            f"{dataset.preview_n + dataset.final_n} are asked for: give more text, or lower dataset.preview_n "
+            f"({dataset.preview_n}), dataset.final_n ({dataset.final_n}) or dataset.seq_len"
+        )
+
+
 class Dataset(Protocol):
     """The section ``dataset`` of a configuration; ``seq_len`` and ``stride`` count tokens, the others say windows."""
 
@@ -120,16 +135,13 @@ def read_rows(
 
     :param split: splits a document into tokens.
     :param length: tokens of text in a window.
+    :raises TooLittleText: there is not enough for all windows.
     """
     generator, wanted = torch.Generator().manual_seed(dataset.seed), dataset.preview_n + dataset.final_n
     skipped = 0 if dataset.stride is None else dataset.stride - dataset.seq_len
     rows = list(islice(_cut(read_tokens(documents, dataset, split, generator), length, skipped=skipped), wanted))
     if len(rows) < wanted:
-        raise UsageError(
-            f"dataset.path: the text is enough for {len(rows)} windows of {dataset.seq_len} tokens, {wanted} are asked "
-            f"for: give more text, or lower dataset.preview_n ({dataset.preview_n}), dataset.final_n "
-            f"({dataset.final_n}) or dataset.seq_len"
-        )
+        raise TooLittleText(dataset, len(rows))
     return [rows[place] for place in torch.randperm(wanted, generator=generator).tolist()]
 
 

@@ -130,14 +130,14 @@ def _text(config: RunConfig, baseline: Baseline, opened: torch.nn.Module) -> Che
         if dataset.is_generated:
             # Weights on disk would be read anew for each token that is written.
             if not baseline.task.towers:  # Else a window holds as much text as fits.
-                check_lengths(dataset, opened)
+                check_lengths(baseline.dataset, opened)
             made_up = baseline.task.made_up
             what = f"samples are {made_up}" if made_up else "the baseline writes its own windows"
             return Check(Outcome.OK, "text", what)
         baseline.make_windows(opened)
     except InvarlockError as error:
         return Check(Outcome.PROBLEM, "text", one_line(error), "correct the configuration, or give more text")
-    what = f"enough for {dataset.preview_n} + {dataset.final_n} windows of {dataset.seq_len} tokens"
+    what = f"enough for {dataset.preview_n} + {baseline.dataset.final_n} windows of {dataset.seq_len} tokens"
     return Check(Outcome.OK, "text", what)
 
 

@@ -47,7 +47,7 @@ def mean_bounds(
     if not 0 < level < 1:
         raise ValueError(f"level {level} is not between 0 and 1")
     mean = mean_per_token(differences, tokens)
-    reach = _errors_reached(differences.shape[-1], level, effects)
+    reach = errors_reached(differences.shape[-1], level, effects)
     if math.isinf(reach):
         return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
     width = reach * standard_error(differences, tokens)
@@ -67,7 +67,7 @@ def by_document(
     return totals[counts > 0], counts[counts > 0]
 
 
-def _errors_reached(windows: int, level: float, effects: float) -> float:
+def errors_reached(windows: int, level: float, effects: float = EFFECTS) -> float:
     """Standard errors from the mean to either end."""
     spread = 1 + windows * effects
     ratio = (spread / (1 - level) ** 2) ** (1 / windows)

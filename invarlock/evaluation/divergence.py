@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from invarlock.core.results import Action
+from invarlock.evaluation.confidence_sequence import by_document, mean_bounds
+from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.power import windows_to_detect
 from invarlock.evaluation.predictions import TokenChanges
-from invarlock.evaluation.results import DivergenceResult, PredictionLimits
+from invarlock.evaluation.results import Bounds, DivergenceResult, MoreBy, PredictionLimits, Undecided
+from invarlock.evaluation.statistics import mean_per_token, standard_error
 
 BROKEN = math.log(2)
 """Nats of divergence at which a prediction counts as broken: the perplexity there is expected to double."""
@@ -32,6 +37,12 @@ SHOWN = {
     "flips": "top-1 disagreement",
     "broken": "share of predictions that broke",
 }
+
+
+REJECTING = ("kl_mean", "kl_p95", "kl_p99", "window_p95")
+"""Figures that reject an edit above their limits; the others warn."""
+SHARES_ABOVE = {"kl_p95": 0.05, "kl_p99": 0.01, "window_p95": 0.05}
+"""The largest shares of what lies above the limit of a percentile."""
 
 
 def limits_of(
@@ -74,6 +85,7 @@ def compare_predictions(
     improving: bool = False,
     flips: float | None = None,
     broken: float = 0.001,
+    stopping: Stopping | None = None,
 ) -> DivergenceResult:
     """Judge an edit by its predictions: rollback, or a warning, where a figure is above its limit.
 
@@ -84,9 +96,11 @@ def compare_predictions(
     :param edited: a pass over the same windows with ``baseline.record`` as its reference.
     :param ratio: the largest perplexity ratio to accept; with ``flips`` and ``broken`` as :func:`limits_of`.
     :param improving: as in :func:`judge_figures`.
+    :param stopping: of windows that were measured until the limits were certain: confidence sequences are held against
+        these. None holds the figures themselves against them, as suits a number of windows that was fixed before.
     :raises ValueError: the passes did not score the same tokens, or the edited one had no reference.
     """
-    nothing = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
+    nothing: dict[str, Any] = dict.fromkeys([*SHOWN, "margin_baseline", "margin_loss", "limits"])
     if baseline.bytes is not None:
         return DivergenceResult(**nothing, action=Action.CONTINUE, message=OTHER_TOKENS)
     changes = edited.changes
@@ -96,18 +110,113 @@ def compare_predictions(
         message = "predictions not compared, the baseline's own are not finite"
         return DivergenceResult(**nothing, action=Action.ABORT, message=message)
     limits = limits_of(ratio, changes.margin_before, flips=flips, broken=broken)
-    return judge_figures(_figures(baseline, edited, changes), limits, improving=improving)
+    figures = _figures(baseline, edited, changes)
+    bounds = None
+    if stopping is not None and all(figures[name] is not None for name in SHOWN):
+        bounds = prediction_bounds(baseline, edited, limits, stopping)
+    more_by = stopping.more_by if stopping else "dataset.final_n"
+    return judge_figures(figures, limits, improving=improving, bounds=bounds, more_by=more_by)
 
 
-def judge_figures(figures: Mapping[str, Any], limits: PredictionLimits, *, improving: bool = False) -> DivergenceResult:
-    """Hold figures against their limits.
+def prediction_bounds(
+    baseline: PassResult,
+    edited: PassResult,
+    limits: PredictionLimits,
+    stopping: Stopping,
+) -> dict[str, Bounds]:
+    """Confidence sequences of the figures, by their names, from the windows' sums.
+
+    A percentile is at most its limit where the share of what lies above the limit is at most the rest: so that share is
+    bounded, of tokens or, of the windows' loss increases, of windows.
+    """
+    changes, tokens = edited.changes, baseline.tokens
+    if changes is None:
+        raise ValueError("the edited pass was not made with the baseline's record as its reference")
+    window = np.repeat(np.arange(len(tokens)), tokens)
+
+    # Where no token is above a limit, the sequence has no spread to see: the exact end is -log(tail) / tokens.
+    unseen = math.log(2 / (1 - stopping.level)) / tokens.sum()
+
+    def summed(of_token: NDArray[Any]) -> NDArray[np.float64]:
+        return np.bincount(window, of_token, len(tokens)).astype(np.float64)
+
+    def share(name: str, of_token: NDArray[np.bool_]) -> Bounds:
+        limit = limit_of_bounds(name, limits)
+        if of_token.any():
+            return _bounds(summed(of_token), tokens, stopping, limit)
+        needed = math.ceil(unseen / limit * len(tokens)) if unseen > limit else None
+        return Bounds(0.0, min(unseen, 1.0), limit, needed)
+
+    return {
+        "kl_mean": _bounds(summed(changes.kl), tokens, stopping, limits.kl_mean),
+        "kl_p95": share("kl_p95", changes.kl > limits.kl_p95),
+        "kl_p99": share("kl_p99", changes.kl > limits.kl_p99),
+        "window_p95": window_bounds(baseline, edited, limits, stopping),
+        "flips": share("flips", changes.flipped),
+        "broken": share("broken", ~(changes.kl <= BROKEN)),
+    }
+
+
+def window_bounds(baseline: PassResult, edited: PassResult, limits: PredictionLimits, stopping: Stopping) -> Bounds:
+    """Of the share of windows whose loss rises by more than the limit of its 95th percentile."""
+    above = edited.losses - baseline.losses > limits.window_p95 * baseline.tokens
+    scored = (baseline.tokens > 0).astype(np.int64)
+    return _bounds((above * scored).astype(np.float64), scored, stopping, limit_of_bounds("window_p95", limits))
+
+
+def limit_of_bounds(name: str, limits: PredictionLimits) -> float:
+    """The limit that the bounds of a figure are held against."""
+    return SHARES_ABOVE[name] if name in SHARES_ABOVE else float(getattr(limits, name))
+
+
+def _bounds(sums: NDArray[np.float64], counts: NDArray[np.int64], stopping: Stopping, limit: float) -> Bounds:
+    units = by_document(sums, counts, stopping.units(len(sums)))
+    low, high = (float(end) for end in mean_bounds(*units, level=stopping.level))
+    found = Bounds(max(low, 0.0), high, limit)
+    if found.side:
+        return found
+    missing, error = limit - float(mean_per_token(*units)), float(standard_error(*units))
+    needed = windows_to_detect(missing, error, len(units[0]), level=stopping.level, sequence=True)
+    return replace(found, windows=needed and math.ceil(needed * len(sums) / len(units[0])))
+
+
+def judge_figures(
+    figures: Mapping[str, Any],
+    limits: PredictionLimits,
+    *,
+    improving: bool = False,
+    bounds: Mapping[str, Bounds] | None = None,
+    more_by: MoreBy = "dataset.max_n",
+) -> DivergenceResult:
+    """Hold figures, or their bounds where there are any, against their limits.
 
     :param figures: by the names of :class:`DivergenceResult`, each a number or None.
     :param improving: the edit is meant to change predictions (``eval.intent``), so that a figure above its limit only
         warns: it tells that they differ, and not which ones are better.
     """
     action, reason = _judge(figures, limits, improving)
-    return DivergenceResult(**figures, limits=limits, action=action, message=f"{_summary(figures)}: {reason}")
+    undecided = None if bounds is None or improving else _undecided(bounds, more_by)
+    if undecided is not None:
+        action, reason = Action.ROLLBACK, undecided.message
+    return DivergenceResult(
+        **figures,
+        limits=limits,
+        action=action,
+        message=f"{_summary(figures)}: {reason}",
+        bounds=bounds,
+        undecided=undecided,
+    )
+
+
+def _undecided(bounds: Mapping[str, Bounds], more_by: MoreBy) -> Undecided | None:
+    """The figure that most windows would settle, where none is above its limit for certain."""
+    held = {name: bounds[name] for name in REJECTING}
+    straddling = [name for name, bound in held.items() if bound.side == 0]
+    if not straddling or any(bound.side == 1 for bound in held.values()):
+        return None
+    name = max(straddling, key=lambda name: held[name].windows or math.inf)
+    undecided = Undecided(None, None, held[name].windows, "", more_by)
+    return replace(undecided, message=f"{SHOWN[name]} not certain to be within its limit; {undecided.remedy}")
 
 
 def window_p95(baseline: PassResult, edited: PassResult) -> float | None:

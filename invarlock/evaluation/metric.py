@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.core.results import Action
+from invarlock.evaluation.confidence_sequence import by_document, mean_bounds
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.power import detectable, windows_to_detect
-from invarlock.evaluation.results import MetricResult, Statistic, Undecided
+from invarlock.evaluation.results import MetricResult, MoreBy, Statistic, Undecided
 from invarlock.evaluation.statistics import (
     Interval,
     exp,
@@ -20,6 +22,22 @@ from invarlock.evaluation.statistics import (
     share_interval,
     standard_error,
 )
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Circumstances of windows that are measured until the limits are certain."""
+
+    level: float
+    """Of the confidence sequences."""
+    documents: NDArray[np.int64] | None = None
+    """Number of the document that each window is of; None where each window stands for itself."""
+    more_by: MoreBy = "dataset.max_n"
+    """What it takes to measure more of them."""
+
+    def units(self, windows: int) -> NDArray[np.int64]:
+        """Number of the unit that each window is of: its document, or itself."""
+        return np.arange(windows) if self.documents is None else self.documents
 
 
 def compare(
@@ -32,6 +50,7 @@ def compare(
     reps: int,
     seed: int,
     statistic: Statistic = "ratio",
+    stopping: Stopping | None = None,
 ) -> MetricResult:
     """Compare two passes over the same windows.
 
@@ -48,24 +67,27 @@ def compare(
 
     :param limit: the largest ratio to accept (``eval.max_pm_ratio``).
     :param level: of confidence; with ``reps`` and ``seed`` as :func:`~invarlock.evaluation.statistics.ratio_interval`.
+    :param stopping: of windows that were measured until the limit was certain; None for a number fixed before.
     :raises ValueError: the passes did not score the same tokens.
     """
     if not np.array_equal(baseline.tokens, edited.tokens):
         raise ValueError("the two passes did not score the same tokens")
     if statistic != "ratio":
-        return _distance(baseline, edited, kind, statistic, limit, level, reps, seed)
+        return _distance(baseline, edited, kind, statistic, limit, level, reps, seed, stopping)
     tokens, sizes = baseline.tokens, baseline.sizes
     per_token, per_byte = limit, baseline.bytes is not None
-    if per_byte and sizes.any():
-        limit = per_token ** float(tokens.sum() / sizes.sum())
+    limit = limit_of(baseline, limit)
     before, after = _finite_perplexity(baseline), _finite_perplexity(edited)
     ratio = interval = undecided = None
     if before is not None and after is not None:
         differences = edited.losses - baseline.losses
         ratio = exp(mean_per_token(differences, sizes))
-        interval = ratio_interval(differences, sizes, level=level, reps=reps, seed=seed)
+        if stopping is None:
+            interval = ratio_interval(differences, sizes, level=level, reps=reps, seed=seed)
+        else:
+            interval = sequence(baseline, edited, stopping)
         if interval is not None and interval[0] <= limit < interval[1]:
-            undecided = _undecided(differences, sizes, limit, level)
+            undecided = _undecided(differences, sizes, limit, level, stopping)
     action, reason = _judge(before, after, interval, limit)
     name = kind.replace("_", " ") + (" per byte" if per_byte else "")
     numbers = f"{name} {_shown(before)} -> {_shown(after)}"
@@ -91,7 +113,31 @@ def compare(
         message=f"{numbers} on {len(tokens)} windows: {reason}",
         unit="byte" if per_byte else "token",
         undecided=undecided,
+        interval="fixed" if stopping is None else "sequence",
     )
+
+
+def sequence(
+    baseline: PassResult,
+    edited: PassResult,
+    stopping: Stopping,
+    *,
+    statistic: Statistic = "ratio",
+) -> Interval | None:
+    """Both ends of the confidence sequence of the ratio or of the mean, or None where no window is scored."""
+    differences, sizes = edited.losses - baseline.losses, baseline.sizes
+    differences, sizes = by_document(differences, sizes, stopping.units(len(sizes)))
+    if not len(sizes):
+        return None
+    low, high = (float(end) for end in mean_bounds(differences, sizes, level=stopping.level))
+    return (exp(low), exp(high)) if statistic == "ratio" else (low, high)
+
+
+def limit_of(baseline: PassResult, limit: float) -> float:
+    """The largest ratio to accept, per byte where losses are per byte: the loss of the whole text that reaches it."""
+    if baseline.bytes is None or not baseline.bytes.any():
+        return limit
+    return float(limit ** float(baseline.tokens.sum() / baseline.bytes.sum()))
 
 
 def _distance(
@@ -103,10 +149,13 @@ def _distance(
     level: float,
     reps: int,
     seed: int,
+    stopping: Stopping | None,
 ) -> MetricResult:
     before, after = (_finite_mean(measured) for measured in (baseline, edited))
-    interval = None
-    if before is not None and after is not None and statistic == "mean":
+    interval: Interval | None = None
+    if before is not None and after is not None and stopping is not None:
+        interval = sequence(baseline, edited, stopping, statistic=statistic)
+    elif before is not None and after is not None and statistic == "mean":
         interval = mean_interval(edited.losses - baseline.losses, edited.tokens, level=level, reps=reps, seed=seed)
     elif before is not None and after is not None:
         interval = share_interval(int(edited.losses.sum()), int(edited.tokens.sum()), level=level)
@@ -131,6 +180,7 @@ def _distance(
         message=f"{numbers} on {int(edited.tokens.sum())} samples in {len(edited.tokens)} windows: {reason}",
         unit="sample",
         statistic=statistic,
+        interval="fixed" if stopping is None else "sequence",
     )
 
 
@@ -139,22 +189,25 @@ def _finite_mean(measured: PassResult) -> float | None:
     return float(mean_per_token(measured.losses, measured.tokens)) if finite else None
 
 
-def _undecided(differences: NDArray[np.float64], sizes: NDArray[np.int64], limit: float, level: float) -> Undecided:
-    scored = sizes > 0
-    windows, edge = int(scored.sum()), math.log(limit)
-    error = float(standard_error(differences[scored], sizes[scored]))
-    told = detectable(error, windows, level=level)
+def _undecided(
+    differences: NDArray[np.float64], sizes: NDArray[np.int64], limit: float, level: float, stopping: Stopping | None
+) -> Undecided:
+    units = by_document(differences, sizes, (stopping or Stopping(level)).units(len(sizes)))
+    windows, edge = len(units[1]), math.log(limit)
+    error = float(standard_error(*units))
+    told = detectable(error, windows, level=level, sequence=stopping is not None)
     missing = edge - float(mean_per_token(differences, sizes))
-    needed = windows_to_detect(missing, error, windows, level=level)
+    needed = windows_to_detect(missing, error, windows, level=level, sequence=stopping is not None)
     if needed is not None:
         # Windows without a scored token are asked for, too.
         needed = math.ceil(needed * len(sizes) / windows)
     below, above = exp(edge - told), exp(edge + told)
-    remedy = "it is at the limit" if needed is None else f"--set dataset.final_n={needed} would decide"
+    more_by: MoreBy = "dataset.final_n" if stopping is None else stopping.more_by
     told_apart = (
         f"{len(sizes)} windows tell ratios of at most {below:.4g} or at least {above:.4g} from the limit {limit:g}"
     )
-    return Undecided(below, above, needed, f"{told_apart}; {remedy}")
+    undecided = Undecided(below, above, needed, told_apart, more_by)
+    return replace(undecided, message=f"{told_apart}; {undecided.remedy}")
 
 
 def _judge(

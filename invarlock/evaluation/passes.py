@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -77,6 +77,19 @@ class PassResult:
             position_losses=np.concatenate(positions) if positions else None,
             vectors={name: np.concatenate([part.vectors[name] for part in parts]) for name in parts[0].vectors},
         )
+
+    def first(self, windows: int) -> PassResult:
+        """Losses of the first windows alone."""
+        return PassResult(
+            self.losses[:windows], self.tokens[:windows], bytes=None if self.bytes is None else self.bytes[:windows]
+        )
+
+    def reordered(self, samples: NDArray[np.int64]) -> PassResult:
+        """The result with its samples, of which it has vectors, in another order."""
+        ends = np.cumsum(self.tokens)
+        rows = np.concatenate([np.arange(ends[each] - self.tokens[each], ends[each]) for each in samples])
+        vectors = {name: of_all[rows] for name, of_all in self.vectors.items()}
+        return replace(self, losses=self.losses[samples], tokens=self.tokens[samples], vectors=vectors)
 
     @property
     def sizes(self) -> NDArray[np.int64]:

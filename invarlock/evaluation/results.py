@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,24 +11,65 @@ from invarlock.core.results import Action
 Unit = Literal["token", "byte", "sample"]
 Statistic = Literal["ratio", "mean", "share"]
 """Of two passes: the ratio of exp of the mean losses; the mean difference; the share of samples that differ."""
+IntervalKind = Literal["fixed", "sequence"]
+MoreBy = Literal["dataset.final_n", "dataset.max_n", "text"]
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no number that is not finite."""
 
 
 @dataclass(frozen=True)
+class Look:
+    """The primary metric after so many windows: its figure, and both ends of its confidence sequence."""
+
+    windows: int
+    figure: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Both ends of the confidence sequence of a mean or, of a percentile, of the share of what lies above its limit."""
+
+    low: Number
+    high: Number
+    limit: Number
+    """The largest mean, or the largest share: 5 % of a 95th percentile."""
+    windows: int | None = None
+    """So many would put the limit outside, at the spread that was seen; None where it is, or where none would."""
+
+    @property
+    def side(self) -> int:
+        """Where the limit lies for certain: -1 above both ends, 1 below them, 0 between them."""
+        low, high, limit = map(float, (self.low, self.high, self.limit))
+        return 1 if low > limit else -1 if high <= limit else 0
+
+
+@dataclass(frozen=True)
 class Undecided:
-    """An interval that straddles the limit: the ratios that so many windows tell from it, and how many could decide.
+    """An interval that straddles its limit: the ratios that so many windows tell from it, and how many could decide.
 
     Four of five runs over as many windows find a ratio of at most ``below``, or of at least ``above``, to be on its
-    side of the limit.
+    side of the limit; None of a limit on predictions.
     """
 
-    below: Number
-    above: Number
+    below: Number | None
+    above: Number | None
     windows: int | None
-    """So many tell the ratio that was measured from the limit, at the spread that was seen; None where none do."""
+    """So many tell the figure that was measured from the limit, at the spread that was seen; None where none do."""
     message: str
     """With the option that would decide, ready to paste."""
+    option: MoreBy = "dataset.final_n"
+    """The key that asks for more windows, or what there has to be more of."""
+
+    @property
+    def remedy(self) -> str:
+        """What would decide, for a message."""
+        if self.windows is None:
+            return "it is at the limit"
+        if self.option == "text":
+            return f"about {self.windows} would decide: give more text (dataset.path)"
+        return f"--set {self.option}={self.windows} would decide"
 
 
 @dataclass(frozen=True)
@@ -59,6 +101,8 @@ class MetricResult:
     statistic: Statistic = "ratio"
     undecided: Undecided | None = None
     """None where the interval is on one side of the limit, or was not measured."""
+    interval: IntervalKind = "fixed"
+    """Whether ``ci`` holds for the number of windows alone, or however often one looked on the way to it."""
 
     @property
     def name(self) -> str:
@@ -140,6 +184,10 @@ class DivergenceResult:
     limits: PredictionLimits | None
     action: Action
     message: str
+    bounds: Mapping[str, Bounds] | None = None
+    """By the name of the figure; None where the figures are held against their limits as they are."""
+    undecided: Undecided | None = None
+    """Of bounds that hold a limit between them, where no figure is above its limit for certain."""
 
 
 @dataclass(frozen=True)

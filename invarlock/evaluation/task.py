@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from invarlock.datasets.conversations import ChatTemplate
     from invarlock.datasets.layout import Windows
     from invarlock.datasets.windows import Dataset
+    from invarlock.evaluation.metric import Stopping
     from invarlock.evaluation.passes import PassResult
     from invarlock.evaluation.results import DivergenceResult
     from invarlock.models.facts import ModelClass, Predicted
@@ -56,6 +57,8 @@ class Judging:
     improving: bool
     windows: int
     """Number of windows that decide."""
+    stopping: Stopping | None = None
+    """Of windows that are measured until the limits are certain; None for a number fixed before."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ class LanguageTask(Task):
         from invarlock.evaluation.divergence import compare_predictions
 
         primary = _primary(self.metric, (baseline, edited), judging, judging.ratio)
-        predictions = compare_predictions(baseline, edited, ratio=judging.ratio, improving=judging.improving)
+        predictions = compare_predictions(
+            baseline, edited, ratio=judging.ratio, improving=judging.improving, stopping=judging.stopping
+        )
         return Compared(primary, (baseline, edited), predictions)
 
 
@@ -185,12 +190,17 @@ class VectorTask(Task):
         return measure_vectors(model, preview, final, self.vectors, self.counts, **how)
 
     def compare(self, baseline: PassResult, edited: PassResult, judging: Judging) -> Compared:
+        passes = self.by_window(baseline, edited, judging.windows)
+        limit = self.metric.limit if judging.limit is None else judging.limit
+        figures = self.figures(baseline.vectors, edited.vectors, judging)
+        return Compared(_primary(self.metric, passes, judging, limit), passes, figures=figures)
+
+    def by_window(self, baseline: PassResult, edited: PassResult, windows: int) -> tuple[PassResult, PassResult]:
+        """The differences of both passes from the baseline's vectors, summed over the samples of each window."""
         from invarlock.evaluation.vectors import by_window
 
         before, after = baseline.vectors, edited.vectors
-        passes = by_window(baseline, self.differences(before, before), self.differences(before, after), judging.windows)
-        primary = _primary(self.metric, passes, judging, self.metric.limit if judging.limit is None else judging.limit)
-        return Compared(primary, passes, figures=self.figures(before, after, judging))
+        return by_window(baseline, self.differences(before, before), self.differences(before, after), windows)
 
 
 def _primary(
@@ -206,4 +216,5 @@ def _primary(
         level=judging.level,
         reps=judging.reps,
         seed=judging.seed,
+        stopping=judging.stopping,
     )

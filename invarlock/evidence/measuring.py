@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -25,6 +24,7 @@ from invarlock.pipeline.comparison import unreadable_windows
 from invarlock.pipeline.own_tokenizer import PER_BYTE, read_with
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.subject import Subject, load
+from invarlock.pipeline.supply import Supply
 from invarlock.pipeline.tasks import judging_of
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
@@ -71,7 +71,11 @@ def measure_again(
     streamed = run.report.model.streamed
     model, adapter = load(session, first, on_disk=streamed)
     opened = Baseline(session, model, adapter)
-    again = _Again(run, verification, opened, opened.make_windows(model) if run.report.metrics.windows else None)
+    again = _Again(run, verification, opened, None)
+    if stored := run.report.metrics.windows:
+        supply = Supply(opened, opened.make_windows(model))
+        supply.write(model, min(len(stored.tokens), supply.most))
+        again = replace(again, supply=supply)
     if checkpoints.baseline is not None:
         again.baseline(model)
     if checkpoints.baseline is not None and subject is not None:
@@ -95,7 +99,7 @@ def _saved_model(run: Run) -> str | None:
 
 def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None) -> RunConfig:
     """The report's configuration, without what a stranger must not decide."""
-    model = dataclasses.replace(
+    model = replace(
         run.config.model,
         id=first,
         adapter="auto" if (subject or "").endswith(".gguf") else run.config.model.adapter,
@@ -107,16 +111,16 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
     )
     # A report of an older version, which rendered no conversations, lacks the key.
     chat = run.config.dataset.chat if "chat" in run.report.config.get("dataset", {}) else "never"
-    dataset = dataclasses.replace(run.config.dataset, chat=chat)
+    dataset = replace(run.config.dataset, chat=chat)
     if checkpoints.dataset is not None:
-        dataset = dataclasses.replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
+        dataset = replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
     elif dataset.path is not None and not Path(dataset.path).is_file():
         raise UsageError(
             f"dataset.path: there is no file {printable(dataset.path)}; give the text with --dataset FILE.jsonl"
         )
     if dataset.is_generated and checkpoints.baseline is None:
         raise UsageError("dataset.provider: the baseline wrote the windows; give --baseline, too")
-    return dataclasses.replace(run.config, model=model, dataset=dataset, plugins=())
+    return replace(run.config, model=model, dataset=dataset, plugins=())
 
 
 def _dtype(run: Run) -> Dtype:
@@ -134,10 +138,21 @@ class _Again:
     run: Run
     verification: Verification
     first: Baseline
-    windows: WindowPair | None
-    """None where the report has no losses."""
+    supply: Supply | None
+    """Of windows; None where the report has no losses."""
     passes: list[PassResult] = field(default_factory=list)
     """Of the baseline, where what is compared cannot be told before the subject has been run."""
+
+    @property
+    def count(self) -> int:
+        """Number of final windows that were measured."""
+        stored = self.run.report.metrics.windows
+        return len(stored.tokens) if stored else 0
+
+    @property
+    def windows(self) -> WindowPair | None:
+        """Those that were measured."""
+        return (self.supply.preview, self.supply.between(0, self.count)) if self.supply else None
 
     @property
     def per_byte(self) -> bool:
@@ -195,20 +210,21 @@ class _Again:
     def _losses_per_byte(self, model: torch.nn.Module, adapter: Adapter, checkpoint: str) -> None:
         """Both sides' losses of the same text, which takes both tokenizers."""
         stored = passes(self.run.report)
-        if stored is None or self.windows is None or not self.passes:
+        if stored is None or self.supply is None or not self.passes:
             reason = "they are of the text that two tokenizers split; give --baseline, too"
             self.verification.not_checked.append(f"losses of both models, measured again: {reason}")
             return
         session = self.first.session
         own = LoadedTokenizer(adapter, checkpoint, session.trust, required=True, wanted=True).live
-        same_text = read_with("own", self.first, self.windows, model, own).same_text
+        same_text = read_with("own", self.first, self.supply.made_yet, model, own).same_text
         if same_text is None:
             told = Disagreement("metrics.windows.bytes", "two tokenizers", "the same ids from both", "measured")
             self.verification.check("losses of both models", [told])
             return
-        edited, _ = self.first.run_pass(model, (self.windows[0][:0], same_text.windows), "pass")
-        ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-        found = over_same_text((self.passes[0], ends[0]), (edited, ends[1]), task=PER_BYTE[self.first.task.name])
+        edited, _ = self.first.run_pass(model, (self.supply.preview[:0], same_text.windows[: self.count]), "pass")
+        ends = (each[: self.count].numpy() for each in (same_text.baseline_ends, same_text.ends))
+        sides = zip((self.passes[0], edited), ends, strict=True)
+        found = over_same_text(*sides, task=PER_BYTE[self.first.task.name])
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 
@@ -219,7 +235,7 @@ class _Again:
             self.verification.not_checked.append("distances, measured again: give --baseline, too")
             return
         edited, _ = self.first.run_pass(model, self.windows, "pass")
-        found = self.first.task.compare(self.passes[0], edited, judging_of(self.run.config)).passes
+        found = self.first.task.compare(self.passes[0], edited, judging_of(self.run.config, self.count)).passes
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 

@@ -13,11 +13,30 @@ import numpy as np
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
-from invarlock.evaluation.divergence import SHOWN, compare_predictions, judge_figures, limits_of, window_p95
-from invarlock.evaluation.metric import compare
+from invarlock.evaluation.divergence import (
+    SHOWN,
+    compare_predictions,
+    judge_figures,
+    limit_of_bounds,
+    limits_of,
+    window_bounds,
+    window_p95,
+)
+from invarlock.evaluation.metric import Stopping, compare
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
-from invarlock.evaluation.results import MetricResult, Unit
+from invarlock.evaluation.results import (
+    Bounds,
+    DivergenceResult,
+    IntervalKind,
+    MetricResult,
+    MoreBy,
+    PredictionLimits,
+    Statistic,
+    Undecided,
+    Unit,
+)
+from invarlock.evaluation.stopping import look_of
 from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, of_attributes
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
 from invarlock.pipeline.plans import plans_of
@@ -64,11 +83,13 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     section = config.eval
     wanted = section.metric.kind
     yield from differences("metrics.primary.kind", stored.kind, stored.kind if wanted == "auto" else wanted)
-    yield from differences("metrics.windows (how many)", len(measured[0].tokens), config.dataset.final_n)
-    # Earlier builds named neither: the unit was the token, and the metric a ratio.
+    yield from _number_of_windows(report, config, len(measured[0].tokens))
+    # Earlier builds named none of them: the unit was the token, the metric a ratio, the number of windows fixed.
     unit = "token" if stored.unit not in get_args(Unit) else stored.unit
     statistic = stored.statistic if stored.is_distance else "ratio"
-    stored = dataclasses.replace(stored, unit=unit, statistic=statistic)
+    interval = stored.interval if stored.interval in get_args(IntervalKind) else "fixed"
+    stored = dataclasses.replace(stored, unit=unit, statistic=statistic, interval=interval)
+    stopping = _stopping(report, config)
     found = compare(
         *measured,
         kind=stored.kind,
@@ -77,11 +98,54 @@ def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         level=section.metric.ci_level,
         reps=section.metric.reps,
         seed=config.dataset.seed,
+        stopping=stopping,
     )
     # Nor did they tell what is undecided.
     if report.verdict.ending is None and found.message.startswith(stored.message):
         found = dataclasses.replace(found, message=stored.message, undecided=None)
+    if found.undecided and stored.undecided and stored.undecided.option not in get_args(MoreBy):
+        stored = dataclasses.replace(stored, undecided=dataclasses.replace(stored.undecided, option="dataset.final_n"))
     yield from differences("metrics.primary", stored, found)
+    if stopping is not None:
+        yield from _path(report, measured, stopping, statistic)
+
+
+def _number_of_windows(report: Report, config: RunConfig, found: int) -> Iterator[Disagreement]:
+    wanted, path = config.dataset.final_n, report.metrics.path
+    if wanted != "auto":
+        yield from differences("metrics.windows (how many)", found, wanted)
+    elif found > config.dataset.max_n:
+        yield Disagreement("metrics.windows (how many)", found, f"at most {config.dataset.max_n}", how="expected")
+    elif path:
+        yield from differences("metrics.path[-1].windows", path[-1].windows, found)
+
+
+def _stopping(report: Report, config: RunConfig) -> Stopping | None:
+    """Of windows that were measured step by step; a share of samples is of a number of them that was fixed."""
+    primary = report.metrics.primary
+    if not config.dataset.is_stepped or primary is None or primary.statistic == "share":
+        return None
+    return Stopping(config.eval.metric.ci_level, more_by=_more_by(primary.undecided))
+
+
+def _more_by(stored: Undecided | None) -> MoreBy:
+    """What more windows take: it depends on the text, which no report holds."""
+    return stored.option if stored and stored.option in get_args(MoreBy) else "dataset.max_n"
+
+
+def _path(
+    report: Report, measured: tuple[PassResult, PassResult], stopping: Stopping, statistic: Statistic
+) -> Iterator[Disagreement]:
+    """Each look, from the windows that it saw."""
+    for place, stored in enumerate(report.metrics.path):
+        where, windows = f"metrics.path[{place}]", stored.windows
+        if not 0 < windows <= len(measured[0].tokens):
+            yield Disagreement(
+                f"metrics.path[{place}].windows", stored.windows, "windows that were measured", "expected"
+            )
+            continue
+        before, after = (each.first(windows) for each in measured)
+        yield from differences(where, stored, look_of(before, after, stopping, statistic))
 
 
 def _limit(stored: MetricResult, config: RunConfig) -> float:
@@ -111,8 +175,24 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     figures["window_p95"] = window_p95(*measured)
     # The limit of flips comes from margins of single tokens, which no report holds.
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
-    found = judge_figures(figures, limits, improving=config.eval.improving)
+    bounds = _bounds(stored, measured, limits, config) if _stopping(report, config) else None
+    more_by = _more_by(stored.undecided)
+    found = judge_figures(figures, limits, improving=config.eval.improving, bounds=bounds, more_by=more_by)
     yield from differences("metrics.predictions", stored, found)
+
+
+def _bounds(
+    stored: DivergenceResult, measured: tuple[PassResult, PassResult], limits: PredictionLimits, config: RunConfig
+) -> dict[str, Bounds] | None:
+    """The stored bounds, which follow from single tokens, with the limits that they are held against; those of the
+    windows' rises made anew."""
+    if stored.bounds is None or {*stored.bounds} != {*SHOWN}:
+        return None
+    stopping = Stopping(config.eval.metric.ci_level)
+    own = {
+        name: dataclasses.replace(bound, limit=limit_of_bounds(name, limits)) for name, bound in stored.bounds.items()
+    }
+    return own | {"window_p95": window_bounds(*measured, limits, stopping)}
 
 
 def _figures(report: Report) -> Iterator[Disagreement]:
@@ -193,7 +273,8 @@ def verdict(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         found["ending"] = folded.ending
     found["suspects"] = [] if folded.accepted else blame(report.guards, report.edit.modules)
     if report.metrics.windows is not None or not report.edit.is_comparison:
-        found["rests_on"] = rests_on(config, _samples(report))
+        measured = report.metrics.windows
+        found["rests_on"] = rests_on(config, _samples(report), len(measured.tokens) if measured else None)
     elif _made(report):
         found["rests_on"] = WEIGHTS_ALONE
     yield from of_attributes("verdict", report.verdict, found)

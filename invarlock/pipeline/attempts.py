@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +51,8 @@ class Edited:
     """The model's own, where it has one besides the baseline's."""
     same_text: SameText | None = None
     """Final windows of the model's own, where its tokenizer gives other ids than the baseline's."""
+    bring_baseline: Callable[[], AbstractContextManager[torch.nn.Module]] | None = None
+    """A block in which the baseline is in memory, and after which the edited model is as it was; None where it went."""
 
 
 class Editor(Protocol):

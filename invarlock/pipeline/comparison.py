@@ -1,14 +1,16 @@
 """A comparison: the same guards, metric and verdict as a run, with a second checkpoint in place of an edit.
 
-One model is in memory at a time; the baseline's weights are read back from disk one by one.
+One model is in memory at a time, unless there is room for both and the baseline may be needed for further windows; its
+weights are read back from disk one by one.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import ModelClass
 from invarlock.models.fingerprint import named_tensors
-from invarlock.models.snapshot import Snapshot, Structure
+from invarlock.models.snapshot import Snapshot, Structure, has_room
 from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Edited, RunResult
 from invarlock.pipeline.changes import find_changes
@@ -101,16 +103,16 @@ def _compare(
 ) -> RunResult:
     # Before the baseline is measured: an adapter may be broken.
     edited = Subject.of(session, subject)
-    guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
+    guarding, weights, kept, gone = _prepare_baseline(session, slots, strict, weights_only)
     # The baseline goes before the subject comes, and a module tree has cycles that would keep it.
     gc.collect()
-    return judge(guarding, _Comparing(guarding, edited, weights, tokenizer, output), gone)
+    return judge(guarding, _Comparing(guarding, edited, weights, kept, tokenizer, output), gone)
 
 
 def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
-) -> tuple[Guarding, Mapping[str, torch.Tensor], Gone]:
-    """The prepared guards, the baseline's weights on disk, and the baseline once its model has gone."""
+) -> tuple[Guarding, Mapping[str, torch.Tensor], Loaded | None, Gone]:
+    """The prepared guards, the baseline's weights on disk, the baseline if it is kept, and what is left of it."""
     if not weights_only and session.reference is None:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
@@ -126,8 +128,18 @@ def _prepare_baseline(
         weights = snapshot.parameters()
         watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
     guarding = Guarding(session, baseline, windows, slots, strict)
-    guarding.begin(model, watched)
-    return guarding, weights, Gone(watched.digest, watched.streamed)
+    steps = session.config.dataset.is_stepped and windows is not None
+    kept = watched if steps and isinstance(watched, Loaded) and _has_room_for_another(model) else None
+    guarding.begin(model, watched, comes_back=kept is not None)
+    return guarding, weights, None if guarding.is_whole else kept, Gone(watched.digest, watched.streamed)
+
+
+def _has_room_for_another(model: torch.nn.Module) -> bool:
+    """True if the devices of a model have room for another one of its size."""
+    needed: Counter[torch.device] = Counter()
+    for _, tensor in named_tensors(model):
+        needed[tensor.device] += tensor.nbytes
+    return all(has_room(nbytes, device) for device, nbytes in needed.items())
 
 
 class _Comparing:
@@ -140,10 +152,11 @@ class _Comparing:
         guarding: Guarding,
         subject: Subject,
         before: Mapping[str, torch.Tensor],
+        kept: Loaded | None,
         tokenizer: Choice,
         output: OutputFolder | None,
     ) -> None:
-        self._subject = subject
+        self._kept, self._subject = kept, subject
         self.plans = [subject.plan]
         self.model: torch.nn.Module | None = None
         self._guarding, self._session = guarding, guarding.session
@@ -179,7 +192,15 @@ class _Comparing:
             unreadable=reason is not None,
             tokenizer=own if self._tokenizer == "own" else None,
             same_text=reading.same_text,
+            bring_baseline=self._bring_baseline if self._kept else None,
         )
+
+    @contextmanager
+    def _bring_baseline(self) -> Iterator[torch.nn.Module]:
+        assert self._kept is not None
+        # A guard may have kept it, too.
+        self._kept.undo()
+        yield self._kept.model
 
     def undo(self) -> Watched:
         """A rejected subject stays what it is."""

@@ -10,16 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from invarlock.checkpoints.soundness import read_json
-from invarlock.config.schema import DatasetConfig
+from invarlock.config.schema import CountedDataset, DatasetConfig
 from invarlock.core.results import Action, EditedWeight
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.windows import conversation_places
-from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.task import Task
 from invarlock.models.configuration import position_fields_of
 from invarlock.models.facts import context_of, text_config_of
@@ -74,7 +72,7 @@ def coverage_of(
     vocabulary: int,
     tokenizer: Any,
     template: ChatTemplate | None,
-    dataset: DatasetConfig,
+    dataset: CountedDataset,
     task: Task,
     perplexity: float,
     experts: Sequence[torch.Tensor | None] = (),
@@ -135,15 +133,11 @@ def unreached(weights: Sequence[EditedWeight], never_ran: Collection[str]) -> li
     ]
 
 
-def of_edit(
-    baseline: CoverageSection, opened: Sequence[Gap], passes: tuple[PassResult | None, PassResult | None]
-) -> CoverageSection:
+def of_edit(baseline: CoverageSection, opened: Sequence[Gap], *, equal: bool = True) -> CoverageSection:
     """The coverage of an edit: the baseline's, with the gaps that the edit opens in front.
 
-    :param passes: the baseline's and the edited model's; a baseline near chance matters only where they differ.
+    :param equal: whether all losses are as they were; a baseline near chance matters only where they differ.
     """
-    before, after = passes
-    equal = before is None or after is None or np.array_equal(before.losses, after.losses)
     parts = {gap.part for gap in opened}
     kept = [
         gap if equal or gap.part != NEAR_CHANCE else replace(gap, action=Action.WARN)

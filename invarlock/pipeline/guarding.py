@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import PluginError
 from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, PrepareResult, Verdict, fold
-from invarlock.datasets.same_text import SameText
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.parallel_map import asked_together
 from invarlock.evaluation.passes import PassResult
-from invarlock.evaluation.per_byte import over_same_text
-from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.reach import never_ran, reach_taps
 from invarlock.evaluation.results import MetricResult
 from invarlock.evaluation.routing import routing_taps
@@ -34,15 +30,14 @@ from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
 from invarlock.pipeline.noise import with_noise
-from invarlock.pipeline.own_tokenizer import PER_BYTE
+from invarlock.pipeline.observing import changed_message, observe, settings_kept, watching_of
 from invarlock.pipeline.reference import BaselinePass
 from invarlock.pipeline.resting import facts_of
 from invarlock.pipeline.session import Baseline, Session, WindowPair
+from invarlock.pipeline.stepping import Measured, Stepping, Watching
 from invarlock.pipeline.suspects import blame
-from invarlock.pipeline.tasks import judging_of
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
-from invarlock.plugins.plugin import Origin
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 log = logging.getLogger("invarlock")
@@ -66,14 +61,16 @@ class Guarding:
     slots: Sequence[GuardSlot]
     strict: bool = False
     prepared: Sequence[PrepareResult] = ()
-    baseline_pass: PassResult | None = None
-    coverage: CoverageSection = field(default_factory=CoverageSection)
-    """Of the baseline."""
     pass_again: str = ""
     """The reason that the baseline's pass was run in spite of a reference."""
+    _stepping: Stepping | None = None
+    """The passes; None where outputs are not measured."""
+    _vocabulary: int = 0
+    """Of the baseline, as ``_experts`` and ``_never_ran``."""
+    _experts: Sequence[torch.Tensor | None] = ()
+    """Of each layer of experts, which of them received a token of the preview windows."""
     _never_ran: frozenset[str] = frozenset()
-    """Modules of the baseline that no preview window reaches."""
-    _record: TokenRecord | None = None
+    """Modules that no preview window reaches."""
     _observed: list[Observation] = field(default_factory=list)
 
     @property
@@ -87,52 +84,68 @@ class Guarding:
         """True once all guards are prepared, and ready."""
         return all(prepared.ready for prepared in self.prepared)
 
-    def begin(self, model: torch.nn.Module, watched: Watched) -> None:
-        """Run the baseline over the windows once, or take that of a reference, and prepare the guards one by one."""
-        measured = self._of_reference(model, watched) or self.measure_baseline(model, watched)
-        self._observed, self.baseline_pass = measured.observed, measured.result
-        self._record, self._never_ran = measured.record, measured.never_ran
-        if self.windows and measured.result:
-            self.coverage = coverage_of(
-                self.baseline.declared,
-                self.windows,
-                vocabulary=vocabulary_of(model),
-                tokenizer=self.baseline.tokenizer,
-                template=self.baseline.template,
-                dataset=self.config.dataset,
-                task=self.baseline.task,
-                perplexity=measured.result.perplexity,
-                experts=measured.experts,
-            )
+    def begin(self, model: torch.nn.Module, watched: Watched, *, comes_back: bool = True) -> None:
+        """Run the baseline over the first windows, or take its pass from a reference, and prepare the guards.
+
+        :param comes_back: whether it can be run over more of them later; else it is run over all that are planned.
+        """
+        self._vocabulary = vocabulary_of(model)
+        if not self._held(model, watched):
+            self._measure(model, watched)
+            if self._stepping and not comes_back:
+                self._stepping.take_all(model)
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
             for place, slot in enumerate(self.slots)
         ]
 
-    def measure_baseline(self, model: torch.nn.Module, watched: Watched) -> BaselinePass:
-        """Run the baseline over the windows once, with the guards' taps on it."""
-        seen = self.baseline.sees_preview and self.windows is not None
-        routing, reached = (routing_taps(model), reach_taps(model)) if seen else ({}, {})
-        observed, result = self._observed_pass(model, "baseline pass", watched, own=(routing, reached))
-        experts = [tap.result() for tap in dict.fromkeys(routing.values())]
-        return BaselinePass(result, self._record, observed, never_ran(model, reached), experts)
+    @property
+    def is_whole(self) -> bool:
+        """True if a reference holds the baseline's pass, which then need not be run again."""
+        return self.session.reference is not None and not self.pass_again
 
-    def _of_reference(self, model: torch.nn.Module, watched: Watched) -> BaselinePass | None:
-        """The pass of a reference; None where there is none, or it lacks what a guard observes.
+    def measure_baseline(self, model: torch.nn.Module, watched: Watched) -> tuple[WindowPair, BaselinePass]:
+        """Run the baseline over all windows, with the guards' taps on it; no guard is prepared."""
+        self._measure(model, watched)
+        assert self._stepping is not None
+        measured = self._stepping.complete(model)
+        measured = replace(measured, observed=self._observed, never_ran=self._never_ran, experts=self._experts)
+        return self._stepping.supply.windows, measured
+
+    def _measure(self, model: torch.nn.Module, watched: Watched) -> None:
+        """Run the baseline over the first windows."""
+        observed = self.baseline.sees_preview and self.windows is not None
+        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
+        self._observed, watching = watching_of(
+            self.baseline, self.slots, model, "baseline pass", watched, self.windows, (routing, reached)
+        )
+        if self.windows:
+            self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed)
+            self._stepping.begin(model, watching)
+        self._never_ran = never_ran(model, reached)
+        self._experts = [tap.result() for tap in dict.fromkeys(routing.values())]
+
+    def _held(self, model: torch.nn.Module, watched: Watched) -> bool:
+        """Take the baseline's pass from a reference; False where there is none, or it lacks what a guard observes.
 
         :raises InputError: it is of another baseline.
         """
         reference = self.session.reference
-        if reference is None:
-            return None
+        if reference is None or self.windows is None:
+            return False
         reference.check(facts_of(self.baseline, model, watched.digest), self.baseline.task, model)
-        found = reference.with_observations(self.slots, [self._observe(slot, model, watched) for slot in self.slots])
-        if isinstance(found, BaselinePass):
-            return found
-        log.warning("--reference: %s; the baseline's pass is run", found)
-        self.pass_again = found
-        return None
+        observed = reference.observations(
+            self.slots, [observe(self.baseline, slot, model, watched) for slot in self.slots]
+        )
+        if isinstance(observed, str):
+            log.warning("--reference: %s; the baseline's pass is run", observed)
+            self.pass_again = observed
+            return False
+        held = reference.measured
+        self._observed, self._never_ran, self._experts = observed, held.never_ran, held.experts
+        self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed, held=held)
+        return True
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]
@@ -155,7 +168,10 @@ class Guarding:
     def not_ready(self, bitwidth: int | None = None) -> Attempt:
         """The abort before the edit, when a guard was not ready."""
         results = [self._described(place, self._unready_result(place)) for place in range(len(self.slots))]
-        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, self.coverage, self._fold(results, []))
+        coverage = CoverageSection()
+        if self._stepping:
+            coverage = self._coverage(self._stepping.baseline_pass, self._stepping.measured)
+        return Attempt(1, bitwidth, [], results, NO_OUTPUTS, coverage, self._fold(results, []))
 
     def _unready_result(self, place: int) -> GuardResult:
         slot, prepared = self.slots[place], self.prepared[place]
@@ -170,19 +186,24 @@ class Guarding:
     # -- the edit ------------------------------------------------------------------------------------------------------
 
     def judge(self, edited: Edited, number: int = 1) -> Attempt:
-        """Run the edited model over the windows once, ask every guard, and fold.
+        """Run the edited model over windows until the limits are certain, ask every guard, and fold.
 
         :param number: of the attempt, from 1.
         """
         model, watched = edited.model, edited.watched
         if edited.unreadable:
-            self.windows = None
-        observed, edited_pass = self._observed_pass(model, "edited pass", watched, edited.same_text)
-        metrics = self._compare(edited_pass, edited.same_text)
+            self.windows = self._stepping = None
+        windows = self._windows_for(edited)
+        observed, watching = watching_of(self.baseline, self.slots, model, "edited pass", watched, windows)
+        measured = self._measured(edited, watching, windows)
+        metrics = self._compare(measured)
         if self.session.reference:
             metrics = with_noise(metrics, self.session.reference.noise)
         gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
-        coverage = of_edit(self.coverage, gaps, (self.baseline_pass, edited_pass))
+        coverage = of_edit(CoverageSection(), gaps)
+        if measured:
+            equal = np.array_equal(measured.baseline.losses, measured.edited.losses)
+            coverage = of_edit(self._coverage(measured.baseline, measured.judging.windows), gaps, equal=equal)
         context = self._context(edited, metrics.primary, number)
         shown = self.baseline.shown(model)
         results: list[GuardResult] = []
@@ -193,7 +214,9 @@ class Guarding:
                 ask = partial(self._validate, place, shown, context, observed[place], watched)
                 result = GuardResult.merged(self._asked(slot, ask))
             results.append(self._described(place, result))
-        verdict = self._fold(results, [*metrics.findings, *edited.findings], coverage.findings, edited.modules)
+        count = measured.judging.windows if measured else None
+        findings = [*metrics.findings, *edited.findings]
+        verdict = self._fold(results, findings, coverage.findings, edited.modules, windows=count)
         return Attempt(number, edited.plan.get("bitwidth"), edited.modules, results, metrics, coverage, verdict)
 
     def _described(self, place: int, result: GuardResult) -> GuardResult:
@@ -229,10 +252,13 @@ class Guarding:
         findings: Sequence[Finding],
         uncovered: Sequence[Finding] = (),
         weights: Sequence[EditedWeight] = (),
+        *,
+        windows: int | None = None,
     ) -> Verdict:
         """One verdict, the same in all processes, of what guards, outputs and the plugins around them gave.
 
         :param uncovered: come first: among warnings, what was not measured matters more than what was.
+        :param windows: number of final windows that both models were run over; None where there was no edit.
         """
         said = [Finding.of_guard(result) for result in results if result.passed is not None]
         session = self.session
@@ -241,7 +267,7 @@ class Guarding:
         verdict = fold([*uncovered, *said, *findings, *found], strict=self.strict)
         return replace(
             verdict,
-            rests_on=rests_on(self.config, self.baseline.task.made_up) if self.windows else WEIGHTS_ALONE,
+            rests_on=rests_on(self.config, self.baseline.task.made_up, windows) if self.windows else WEIGHTS_ALONE,
             suspects=() if verdict.accepted else blame(results, weights),
         )
 
@@ -285,104 +311,60 @@ class Guarding:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def _observed_pass(
-        self,
-        model: torch.nn.Module,
-        stage: str,
-        watched: Watched,
-        same_text: SameText | None = None,
-        own: Sequence[Mapping[str, Any]] = (),
-    ) -> tuple[list[Observation], PassResult | None]:
-        """One pass over all windows: what it measured, and what the taps of each guard collect on the way.
+    def _windows_for(self, edited: Edited) -> WindowPair | None:
+        """Windows that an edited model begins with: the baseline's, or those of the same text."""
+        if self.windows is None or edited.same_text is None:
+            return self.windows
+        # The same ids on both sides, if both know them: guards compare what one input becomes.
+        preview = self.windows[0] if unreadable(self.windows[0], edited.model) is None else self.windows[0][:0]
+        return preview, edited.same_text.windows
 
-        :param same_text: final windows in place of the baseline's; guards see the baseline's preview windows even so.
-        :param own: taps of our own.
-        :raises PluginError: a tap changed the model; whose it is cannot be told.
-        """
-        observing = self.baseline.sees_preview
-        observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
-        windows = self.windows
-        if windows is None:
-            return observations, None
-        if same_text is not None:
-            # The same ids on both sides, if both know them: guards compare what one input becomes.
-            preview = windows[0] if unreadable(windows[0], model) is None else windows[0][:0]
-            windows = preview, same_text.windows
-        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
-        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-        if strangers and not self.baseline.sharding:
-            # What their taps change must not be taken for the model's own doing: it runs once without them.
-            self.baseline.run_alone(model, windows)
-            watched.settle()
-
-        def taps_off() -> None:
-            if not strangers:
-                watched.settle()
-            elif changed := self.baseline.undo(watched):
-                raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
-
-        measured, record = self.baseline.run_pass(
-            model,
-            windows,
-            stage,
-            taps=[*(observation.taps for observation in observations), *own],
-            reference=None if same_text else self._record,
-            taps_off=taps_off,
+    def _measured(self, edited: Edited, watching: Watching, windows: WindowPair | None) -> Measured | None:
+        if self._stepping is None or windows is None:
+            return None
+        return self._stepping.judge(
+            edited.model,
+            watching,
+            changed=any(weight.is_changed for weight in edited.modules),
+            preview=windows[0],
+            same_text=edited.same_text,
+            bring_baseline=edited.bring_baseline,
         )
-        self._record = record or self._record
-        return observations, measured
 
-    def _observe(self, slot: GuardSlot, model: torch.nn.Module, watched: Watched) -> Observation:
-        """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
-        plugins = self.session.plugins
-        with settings_kept():
-            observation = plugins.observe(slot, self.baseline.shown(model), self.baseline.adapter)
-        if plugins.watches(slot) and (changed := self.baseline.undo(watched)):
-            observation.fail("observe", PluginError(changed_message(changed)))
-            observation.wanted = {}
-        return observation
-
-    def _compare(self, edited: PassResult | None, same_text: SameText | None) -> MetricsSection:
+    def _compare(self, measured: Measured | None) -> MetricsSection:
         """The two voices of the outputs: the loss, and the predictions token by token."""
-        baseline = self.baseline_pass
-        if baseline is None or edited is None:
+        if measured is None:
             return NO_OUTPUTS
-        if same_text is not None:
-            ends = same_text.baseline_ends.numpy(), same_text.ends.numpy()
-            predicted = PER_BYTE[self.baseline.task.name]
-            baseline, edited = over_same_text((baseline, ends[0]), (edited, ends[1]), task=predicted)
-        found = self.baseline.task.compare(baseline, edited, judging_of(self.config))
+        found = self.baseline.task.compare(measured.baseline, measured.edited, measured.judging)
         before, after = found.passes
         sizes = None if before.bytes is None else before.bytes.tolist()
         windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
-        return MetricsSection(found.primary, found.predictions, windows, list(found.figures))
+        return MetricsSection(found.primary, found.predictions, windows, list(found.figures), measured.path)
+
+    def _coverage(self, baseline: PassResult, count: int) -> CoverageSection:
+        """Of the baseline, by the windows that its pass was over."""
+        assert self._stepping is not None
+        return coverage_of(
+            self.baseline.declared,
+            (self._stepping.supply.preview, self._stepping.supply.between(0, count)),
+            vocabulary=self._vocabulary,
+            tokenizer=self.baseline.tokenizer,
+            template=self.baseline.template,
+            dataset=self.baseline.dataset.counted(count),
+            task=self.baseline.task,
+            perplexity=baseline.perplexity,
+            experts=self._experts,
+        )
 
 
-@contextmanager
-def settings_kept() -> Iterator[None]:
-    """Put torch's defaults and Python's recursion limit back after the block: the next guard must not inherit them."""
-    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
-    depth = sys.getrecursionlimit()
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(depth)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(gradients)
-        if torch.get_default_device() != device:
-            # None, not the CPU: torch would go on looking at every call, as it does for any device but none.
-            torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def rests_on(config: RunConfig, made_up: str) -> str:
+def rests_on(config: RunConfig, made_up: str, windows: int | None) -> str:
     """Outputs that the verdict rests on, where any were measured.
 
     :param made_up: the samples of the task where there is no data; empty where the baseline writes its own text.
+    :param windows: number of final windows that both models were run over; None where there was no edit.
     """
     dataset = config.dataset
     source = f"windows of {made_up}" if made_up else "windows that the baseline wrote"
-    return f"{dataset.preview_n} + {dataset.final_n} {source if dataset.is_generated else 'windows of text'}"
-
-
-def changed_message(names: Sequence[str]) -> str:
-    return f"the guard changed the model ({some(names)}); the change was undone"
+    final = f"up to {dataset.max_n}" if dataset.is_stepped else dataset.final_n
+    source = source if dataset.is_generated else "windows of text"
+    return f"{dataset.preview_n} + {final if windows is None else windows} {source}"

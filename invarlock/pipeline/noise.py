@@ -9,33 +9,38 @@ from dataclasses import replace
 import torch
 
 from invarlock.datasets.layout import Windows
-from invarlock.evaluation.passes import PassResult
+from invarlock.datasets.window_order import windows_between
 from invarlock.evaluation.results import MetricResult, NoiseResult, NoiseRun, Number
 from invarlock.models.batches import batch_size
+from invarlock.pipeline.reference import BaselinePass
 from invarlock.pipeline.session import Baseline
+from invarlock.pipeline.stepping import joined
 from invarlock.pipeline.tasks import judging_of
 from invarlock.reporting.report import MetricsSection
 
 
-def noise_of(baseline: Baseline, model: torch.nn.Module, final: Windows, before: PassResult) -> Iterator[NoiseRun]:
+def noise_of(baseline: Baseline, model: torch.nn.Module, final: Windows, measured: BaselinePass) -> Iterator[NoiseRun]:
     """Run a baseline over its final windows again, in other ways; its weights are in bfloat16 afterwards.
 
-    :param before: the usual pass, with its record.
+    :param final: all windows, of which ``measured`` is over those up to its last step.
     """
-    usual = batch_size(model, final.length)
-    other = 1 if usual > 1 else 2
-    yield _run(baseline, model, final, before, f"{other} instead of up to {usual} windows at once", other)
+    again = windows_between(final, measured.made, 0, measured.looks[-1])
+    # A step often is a single window.
+    usual = 1 if len(measured.looks) > 1 else batch_size(model, final.length)
+    other = max(2, batch_size(model, final.length)) if usual == 1 else 1
+    yield _run(baseline, model, again, measured, f"in batches of {other}", other)
     if next(model.parameters()).dtype == torch.float32:
-        yield _run(baseline, model.to(torch.bfloat16), final, before, "in bfloat16", None)
+        yield _run(baseline, model.to(torch.bfloat16), again, measured, "in bfloat16", None)
 
 
 def _run(
-    baseline: Baseline, model: torch.nn.Module, final: Windows, before: PassResult, how: str, at_once: int | None
+    baseline: Baseline, model: torch.nn.Module, final: Windows, measured: BaselinePass, how: str, at_once: int | None
 ) -> NoiseRun:
     task, session = baseline.task, baseline.session
+    before = joined(measured.parts, measured.looks)
     with session.clock.stage("noise", how):
-        again = task.measure(model, final[:0], final, reference=before.record, at_once=at_once)
-    found = task.compare(before, again, judging_of(session.config))
+        after = task.measure(model, final[:0], final, reference=measured.record, at_once=at_once)
+    found = task.compare(before, after, judging_of(session.config, measured.looks[-1]))
     predictions = found.predictions
     return NoiseRun(
         how,

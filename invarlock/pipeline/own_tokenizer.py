@@ -87,7 +87,7 @@ def _gives_same_windows(
 
 
 def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str]) -> Reading:
-    dataset, context = baseline.session.config.dataset, context_of(model)
+    dataset, context = baseline.dataset, context_of(model)
     if context is not None and context < dataset.seq_len:
         return Reading(unreadable=f"the windows are {dataset.seq_len} tokens long, and the model reads only {context}")
     different = "the subject's tokenizer gives other ids for this text"

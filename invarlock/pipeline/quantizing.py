@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.config.schema import RunConfig
@@ -107,6 +109,13 @@ class _Rounding:
             keeper.restore()
             quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
 
+        @contextmanager
+        def bring_baseline() -> Iterator[torch.nn.Module]:
+            keeper.restore()
+            yield self.model
+            with self._guarding.session.clock.stage("quantize"):
+                quantize_model(self.model, plan, measure=False, scale_dtype=scale_dtype)
+
         return Edited(
             self.model,
             keeper.baseline.edited(round_again),
@@ -114,6 +123,7 @@ class _Rounding:
             self.plans[number - 1],
             modules,
             keeper.snapshot.parameters() if isinstance(keeper.snapshot, Snapshot) else None,
+            bring_baseline=bring_baseline,
         )
 
     def undo(self) -> Loaded:

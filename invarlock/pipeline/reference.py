@@ -9,6 +9,7 @@ import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,36 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class BaselinePass:
-    """A pass of the baseline, and what was seen on the way."""
+    """A pass of the baseline, step by step, and what was seen on the way."""
 
-    result: PassResult | None
-    """None where no outputs are measured."""
-    record: TokenRecord | None
+    looks: list[int]
+    """Number of windows at the end of each step."""
+    parts: Sequence[PassResult]
+    records: Sequence[TokenRecord | None]
+    made: int
+    """Final windows that there are; some are beyond the last step where no steps can be taken."""
+    most: int
+    """Final windows that there could be."""
     observed: list[Observation] = field(default_factory=list)
-    """Of each guard."""
+    """Of each guard; empty as long as it is a reference's."""
     never_ran: frozenset[str] = frozenset()
     """Modules that no preview window reaches."""
     experts: Sequence[Tensor | None] = ()
     """Of each layer of experts, which of them received a token of the preview windows; None if not known."""
+
+    @property
+    def record(self) -> TokenRecord | None:
+        """Of all steps; None where no tokens are predicted."""
+        records = [record for record in self.records if record]
+        if not records:
+            return None
+        tokens, log_probs = (torch.cat([getattr(each, name) for each in records]) for name in ("tokens", "log_probs"))
+        return TokenRecord(tokens, log_probs, records[0].vocabulary)
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return sum(int(part.tokens.sum()) for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +138,11 @@ class Reference:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rests_on": dict(self.rests_on),
             "windows": [_tree_of_windows(part) for part in self.windows],
-            "pass": _tree_of_pass(measured.result),
-            "record": dict(vars(measured.record)) if measured.record else None,
+            "made": measured.made,
+            "most": measured.most,
+            "steps": [
+                _tree_of_step(*step) for step in zip(measured.looks, measured.parts, measured.records, strict=True)
+            ],
             "never_ran": sorted(measured.never_ran),
             "experts": list(measured.experts),
             "guards": [dict(guard) for guard in self.guards],
@@ -132,8 +155,11 @@ class Reference:
             raise ValueError(f"its format_version is not {FORMAT_VERSION}")
         preview, final = (_windows_of(part) for part in tree["windows"])
         measured = BaselinePass(
-            _pass_of(tree["pass"], final),
-            _record_of(tree["record"], tree["pass"]["tokens"]),
+            [_whole(step["look"]) for step in tree["steps"]],
+            [_pass_of(step["pass"], final) for step in tree["steps"]],
+            [_record_of(step["record"], step["pass"]["tokens"]) for step in tree["steps"]],
+            _whole(tree["made"]),
+            _whole(tree["most"]),
             never_ran=frozenset(map(str, tree["never_ran"])),
             experts=list(tree["experts"]),
         )
@@ -150,26 +176,30 @@ class Reference:
         if differing := list(_differing(self.rests_on, facts)):
             raise InputError(f"{absolute(self.folder)} was made with another {', '.join(differing)}; {REMEDY}")
         wrong = [unreadable(part, model) for part in self.windows]
-        predicted = task.predicted if isinstance(task, LanguageTask) else None
-        if (predicted is None) != (self.measured.record is None) or not self._scores(predicted):
-            wrong.append(f"it does not hold the predictions of a {task.name} model over its windows")
+        if not self._fits(task.predicted if isinstance(task, LanguageTask) else None):
+            wrong.append(f"it does not hold a pass of a {task.name} model over its windows")
         if reason := next(filter(None, wrong), None):
             raise InputError(f"{absolute(self.folder)} is damaged: {reason}; {REMEDY}")
 
-    def _scores(self, predicted: Predicted | None) -> bool:
-        """True if the passes score the tokens that the final windows' labels say."""
-        preview, final = self.windows
-        if (preview.decoder_input_ids is None) != (final.decoder_input_ids is None):
+    def _fits(self, predicted: Predicted | None) -> bool:
+        """True if the steps follow each other, and score the tokens that the final windows' labels say.
+
+        :param predicted: None where no tokens are predicted.
+        """
+        measured, (preview, final) = self.measured, self.windows
+        seq2seq = [part.decoder_input_ids is not None for part in (preview, final)]
+        if seq2seq != [predicted == "seq2seq"] * 2 or not measured.looks[-1] <= measured.made <= measured.most:
             return False
-        if predicted is None or self.measured.result is None:
-            return True
+        if predicted is None:
+            return not any(measured.records) and len(final) % measured.made == 0
         labels = final.labels[:, 1:] if predicted == "causal" else final.labels
         scored = (labels != UNSCORED).sum(dim=1).numpy()
-        seq2seq = final.decoder_input_ids is not None
-        return seq2seq == (predicted == "seq2seq") and np.array_equal(scored, self.measured.result.tokens)
+        starts = [0, *measured.looks]
+        steps = zip(pairwise(starts), measured.parts, measured.records, strict=True)
+        return all(record and np.array_equal(scored[slice(*ends)], part.tokens) for ends, part, record in steps)
 
-    def with_observations(self, slots: Sequence[GuardSlot], asked: Sequence[Observation]) -> BaselinePass | str:
-        """The baseline's pass with what each guard observed in it, or the reason that it has to be run after all.
+    def observations(self, slots: Sequence[GuardSlot], asked: Sequence[Observation]) -> list[Observation] | str:
+        """What each guard observed in the baseline's pass, or the reason that it has to be run after all.
 
         :param asked: the taps that each guard wants.
         """
@@ -181,8 +211,7 @@ class Reference:
             elif kept is None or kept.keys() != asking.wanted.keys():
                 return f"guard {slot.name}: what it observes of the baseline is not in the reference"
             observed.append(Observation(kept=kept, message=asking.message, trace=asking.trace))
-        measured = self.measured
-        return BaselinePass(measured.result, measured.record, observed, measured.never_ran, measured.experts)
+        return observed
 
     def _taps_of(self, slot: GuardSlot) -> Mapping[str, Any] | None:
         found = (guard["taps"] for guard in self.guards if guard.get("guard") == _described(slot))
@@ -250,12 +279,11 @@ def _windows_of(tree: Mapping[str, Any]) -> Windows:
     return windows
 
 
-def _tree_of_pass(result: PassResult | None) -> dict[str, Any] | None:
-    if result is None:
-        return None
+def _tree_of_step(look: int, result: PassResult, record: TokenRecord | None) -> dict[str, Any]:
     arrays = {each.name: getattr(result, each.name) for each in fields(result)}
     named = {name: torch.from_numpy(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    return {**named, "vectors": {name: torch.from_numpy(array) for name, array in result.vectors.items()}}
+    vectors = {name: torch.from_numpy(array) for name, array in result.vectors.items()}
+    return {"look": look, "pass": {**named, "vectors": vectors}, "record": dict(vars(record)) if record else None}
 
 
 def _pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
@@ -264,11 +292,11 @@ def _pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
     _check(losses, "losses", torch.float64, 1)
     _check(tokens, "tokens", torch.int64, 1)
     positions, vectors = tree.get("position_losses"), dict(tree["vectors"])
-    if not len(losses) == len(tokens) == len(final) or int(tokens.min()) < 0:
+    if not len(losses) == len(tokens) <= len(final) or int(tokens.min()) < 0:
         raise ValueError("losses of other windows")
     if positions is not None:
         _check(positions, "position_losses", torch.float32, 2)
-        if positions.shape != final.labels.shape:
+        if positions.shape != (len(losses), final.labels.shape[1]):
             raise ValueError("position_losses of other windows")
     for name, rows in vectors.items():
         _check(rows, name, torch.float32, 2)
@@ -304,6 +332,12 @@ def _noise_of(tree: Mapping[str, Any]) -> NoiseRun:
     if type(run.how) is not str or not all(type(value) is float and math.isfinite(value) for value in figures):
         raise ValueError("noise of no numbers")
     return run
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r:.20} is no number of windows")
+    return value
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, dimensions: int) -> None:

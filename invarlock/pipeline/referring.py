@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from invarlock.checkpoints.output_folder import unwritable_said
@@ -56,18 +56,16 @@ def make_reference(
     baseline = Baseline(session, model, adapter, wants_tokenizer=True)
     windows = baseline.make_windows(model)
     watched = Loaded.of(model, session.clock)
-    measured = Guarding(session, baseline, windows, slots).measure_baseline(model, watched)
-    assert measured.result is not None, "there are windows"
+    windows, measured = Guarding(session, baseline, windows, slots).measure_baseline(model, watched)
     guards, refused = kept_observations(slots, measured.observed)
     for reason in refused:
         log.warning("%s; runs with this guard run the baseline's pass again", reason)
     facts = facts_of(baseline, model, watched.digest)
-    before = replace(measured.result, record=measured.record)
-    runs = [*noise_of(baseline, model, windows[1], before)] if noise else []
+    runs = [*noise_of(baseline, model, windows[1], measured)] if noise else []
     reference = Reference(facts, windows, measured, guards, runs)
     with session.clock.stage("save"), unwritable_said(folder, OUT):
         digest = reference.write(folder)
-    return Made(digest, (len(windows[0]), len(windows[1])), int(before.tokens.sum()))
+    return Made(digest, (config.dataset.preview_n, measured.looks[-1]), measured.tokens)
 
 
 def _check_place(folder: Path, model_id: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from invarlock.checkpoints.checksums import check_weights
 from invarlock.checkpoints.inputs import InputFiles
 from invarlock.checkpoints.soundness import read_json
-from invarlock.config.schema import RunConfig
+from invarlock.config.schema import CountedDataset, RunConfig
 from invarlock.core.errors import PluginError, UsageError, named_by
 from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import Windows
+from invarlock.datasets.windows import TooLittleText
 from invarlock.distributed.dtensor import Sharding, sharding_of
 from invarlock.distributed.gathered_view import WholeView
 from invarlock.distributed.process_group import ALONE, Ranks
@@ -43,6 +44,12 @@ BASELINE, SUBJECT = "model.id", "subject"
 """The key and the argument that name a checkpoint, for messages."""
 WindowPair = tuple[Windows, Windows]
 """Preview windows, which are the guards', and final ones, which are the metric's."""
+FIRST_WRITTEN = 4
+"""Final windows that a model writes before it is known whether more are needed: as many as the first look takes."""
+FEWEST = 2
+"""Final windows without which there is no interval."""
+SEEDS_APART = 1_000_003
+"""Between the seeds of two lots of windows: further than users' seeds are from each other."""
 
 
 class Session:
@@ -177,6 +184,9 @@ class Baseline:
     ) -> None:
         config = session.config
         self.session, self.adapter = session, adapter
+        dataset = config.dataset
+        self.dataset = dataset.counted(dataset.max_n if dataset.final_n == "auto" else dataset.final_n)
+        """With the number of final windows that there are, or that the model writes at most."""
         self.task, self.sharding = find_task(session.plugins, ModelClass.of(model)), sharding_of(model)
         self.task.metric.check(config.eval.metric.kind, self.task.name)
         self.view = WholeView(model) if self.sharding else None
@@ -186,7 +196,7 @@ class Baseline:
         self.own_code = own_code_of(model)
         self.description: Mapping[str, Any] = adapter.describe(self.shown(model))
         if reads_text is None:
-            reads_text = self.task.needs_tokenizer(config.dataset)
+            reads_text = self.task.needs_tokenizer(self.dataset)
         self._reads_text = reads_text
         self._tokenizer = LoadedTokenizer(
             adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
@@ -223,18 +233,42 @@ class Baseline:
     def make_windows(self, model: torch.nn.Module) -> WindowPair:
         """Windows of text, or of what the model writes.
 
+        If windows are measured step by step, all that the text is enough for, or the first that the model writes.
+
         :raises UsageError: there is too little text, or it does not fit the model.
         """
         if reference := self.session.reference:
+            self.dataset = self.dataset.counted(reference.measured.most)
             return reference.windows
-        documents = self.session.take_documents()
+        documents, wanted = self.session.take_documents(), self.session.config.dataset
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self._reads_text else None
-            return self.windows_of(model, tokenizer, documents)
+            if wanted.is_stepped and documents is None:
+                first = wanted.counted(min(FIRST_WRITTEN, wanted.max_n))
+                return self._windows_of(first, model, tokenizer, None)
+            try:
+                return self.windows_of(model, tokenizer, documents)
+            except TooLittleText as error:
+                if not wanted.is_stepped:
+                    raise
+                self.dataset = wanted.counted(max(FEWEST, error.windows - wanted.preview_n))
+                return self.windows_of(model, tokenizer, documents)
+
+    @named_by(BASELINE)
+    def write_windows(self, model: torch.nn.Module, count: int, *, lot: int) -> Windows:
+        """So many more final windows that the model writes; lot 0 came with the preview windows."""
+        more = replace(self.dataset, preview_n=0, final_n=count, seed=self.dataset.seed + lot * SEEDS_APART)
+        with self.session.clock.stage("windows"):
+            return self._windows_of(more, model, self.tokenizer if self._reads_text else None, None)[1]
 
     def windows_of(self, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str] | None) -> WindowPair:
         """Windows that the task makes, some of them conversations where the baseline's template renders any."""
-        task, given = self.task, (model, self.session.config.dataset, tokenizer, documents)
+        return self._windows_of(self.dataset, model, tokenizer, documents)
+
+    def _windows_of(
+        self, dataset: CountedDataset, model: torch.nn.Module, tokenizer: Any, documents: Sequence[str] | None
+    ) -> WindowPair:
+        task, given = self.task, (model, dataset, tokenizer, documents)
         if isinstance(task, LanguageTask) and self.chat:
             return task.make_windows(*given, chat=self.chat)
         return task.make_windows(*given)
@@ -280,7 +314,7 @@ class Baseline:
                 calls=calls,
                 taps_off=taps_off,
             )
-            parts = ranks.gather(dataclasses.replace(measured, record=None))
+            parts = ranks.gather(replace(measured, record=None))
         return PassResult.joined(parts[:1] if whole else parts), measured.record
 
     @named_by(BASELINE)

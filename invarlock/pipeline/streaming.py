@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from invarlock import __version__
@@ -126,9 +128,25 @@ class _StreamedRounding:
                 self.shards = self._open_shards(plan)
             with session.ranks.progress_summed():
                 modules = self._round_all(plan)
-        self.streaming.put(self._edit(plan))
+        edit = self._edit(plan)
+        self.streaming.put(edit)
         watched = dataclasses.replace(self.watched, plan=described)
-        return Edited(self.model, watched, self.name, described, modules, self.streaming.unedited())
+
+        @contextmanager
+        def bring_baseline() -> Iterator[torch.nn.Module]:
+            self.streaming.put(None)
+            yield self.model
+            self.streaming.put(edit)
+
+        return Edited(
+            self.model,
+            watched,
+            self.name,
+            described,
+            modules,
+            self.streaming.unedited(),
+            bring_baseline=bring_baseline,
+        )
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)

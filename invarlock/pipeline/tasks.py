@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InputError
+from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.task import Judging, Task
 from invarlock.models.facts import ModelClass
 from invarlock.plugins.contributions import Contained
@@ -27,7 +28,8 @@ def find_task(plugins: PluginManager, model_class: ModelClass) -> Task:
     )
 
 
-def judging_of(config: RunConfig) -> Judging:
+def judging_of(config: RunConfig, windows: int, stopping: Stopping | None = None) -> Judging:
+    """Limits and statistics of a configuration, for so many windows."""
     section = config.eval
     return Judging(
         ratio=section.max_pm_ratio,
@@ -36,5 +38,6 @@ def judging_of(config: RunConfig) -> Judging:
         reps=section.metric.reps,
         seed=config.dataset.seed,
         improving=section.improving,
-        windows=config.dataset.final_n,
+        windows=windows,
+        stopping=stopping,
     )

@@ -46,12 +46,16 @@ def _uncovered(report: Report) -> Iterator[NextStep]:
 
 
 def _undecided(report: Report) -> Iterator[NextStep]:
-    """More windows, where the interval holds the limit."""
-    metric = report.metrics.primary
-    undecided = metric.undecided if metric else None
-    if metric and undecided and undecided.windows and undecided.windows <= metric.windows * MOST_TIMES:
-        reason = f"about {undecided.windows:,} windows tell {shown(metric.figure)} from the limit"
-        yield _set("dataset.final_n", undecided.windows, reason)
+    """More windows, where an interval holds its limit."""
+    metric, undecided = report.metrics.primary, report.metrics.undecided
+    if not (metric and undecided and undecided.windows and undecided.windows <= metric.windows * MOST_TIMES):
+        return
+    figure = shown(metric.figure) if metric.undecided else "the predictions"
+    reason = f"about {undecided.windows:,} windows tell {figure} from the limit"
+    if undecided.option == "text":
+        yield NextStep("", f"{reason}: give more text (dataset.path)")
+    else:
+        yield _set(undecided.option, undecided.windows, reason)
 
 
 def _one_tokenizer(report: Report) -> Iterator[NextStep]:

@@ -17,7 +17,15 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, FigureResult, MetricResult, NoiseResult, Number
+from invarlock.evaluation.results import (
+    DivergenceResult,
+    FigureResult,
+    Look,
+    MetricResult,
+    NoiseResult,
+    Number,
+    Undecided,
+)
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -77,8 +85,16 @@ class MetricsSection:
     windows: WindowsSection | None
     figures: list[FigureResult] = field(default_factory=list)
     """Of tasks that compare more than the primary metric and the predictions of tokens."""
+    path: list[Look] = field(default_factory=list)
+    """Of windows that were measured until the limits were certain: each look on the way."""
     noise: NoiseResult | None = None
     """The noise floor, where a reference holds it."""
+
+    @property
+    def undecided(self) -> Undecided | None:
+        """The limit that was not told from its figure: the primary metric's, or else the predictions'."""
+        voices = (self.primary, self.predictions)
+        return next((voice.undecided for voice in voices if voice and voice.undecided), None)
 
     @property
     def findings(self) -> list[Finding]:
@@ -88,7 +104,8 @@ class MetricsSection:
             uncertain = primary.undecided is not None
             found.append(Finding("primary metric", primary.action, primary.message, inconclusive=uncertain))
         if predictions:
-            found.append(Finding("predictions", predictions.action, predictions.message))
+            message, uncertain = predictions.message, predictions.undecided is not None
+            found.append(Finding("predictions", predictions.action, message, inconclusive=uncertain))
         return found + [Finding(each.name, each.action, each.message) for each in self.figures]
 
 

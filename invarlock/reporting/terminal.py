@@ -61,9 +61,9 @@ def verdict_line(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    metric = report.metrics.primary
-    if metric and metric.undecided and describing.is_inconclusive(report.verdict):
-        return metric.undecided.message
+    undecided = report.metrics.undecided
+    if undecided and describing.is_inconclusive(report.verdict):
+        return undecided.message
     return describing.summary(report.verdict)
 
 

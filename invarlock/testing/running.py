@@ -35,6 +35,8 @@ Edit = Callable[[Any], object] | str | int | None
 """Function that changes the model in place, the name of an edit, bits to round to, or None for no edit."""
 
 ADAPTER = "in_memory"
+WINDOWS = 4
+DATASET = DatasetConfig(seq_len=24, preview_n=4, final_n=WINDOWS)
 
 
 def run_guard(guard: Any, model: torch.nn.Module, /, edit: Edit = None, **options: Any) -> GuardResult:
@@ -70,9 +72,8 @@ class GuardRun:
     @cached_property
     def windows(self) -> tuple[Windows, Windows]:
         """Windows that the model writes before its first edit."""
-        dataset = DatasetConfig(seq_len=24, preview_n=4, final_n=4)
         tokenizer = _Vocabulary(vocabulary_of(self.model))
-        return make_windows(dataset, self.model, tokenizer, task=task_of(self.model))
+        return make_windows(DATASET.counted(WINDOWS), self.model, tokenizer, task=task_of(self.model))
 
     def judge(self, edit: Edit = None) -> GuardResult:
         """The guard's result for an edit; see :func:`run_guard`."""
@@ -96,6 +97,7 @@ class GuardRun:
         name = _name_of(self.guard)
         config = RunConfig(
             model=ModelConfig(id=ADAPTER, adapter=ADAPTER),
+            dataset=DATASET,
             edit=EditConfig(plan=Plan(bitwidth=bitwidth, scope="all")),
             guards=GuardsConfig(order=(name,), options={name: dict(self.options)}),
         )
