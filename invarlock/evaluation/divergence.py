@@ -144,7 +144,7 @@ def prediction_bounds(
         limit = limit_of_bounds(name, limits)
         if of_token.any():
             return _bounds(summed(of_token), tokens, stopping, limit)
-        needed = math.ceil(unseen / limit * len(tokens)) if unseen > limit else None
+        needed = math.ceil(unseen / limit * len(tokens)) if unseen > limit > 0 else None
         return Bounds(0.0, min(unseen, 1.0), limit, needed)
 
     return {
