@@ -6,9 +6,8 @@ It is read as a stranger's: shapes and numbers are checked, and it is refused wh
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,16 @@ from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
 from invarlock.evaluation.task import LanguageTask, Task
 from invarlock.models.facts import Predicted
+from invarlock.pipeline.reference_tree import (
+    FORGED,
+    noise_of,
+    pass_of,
+    record_of,
+    tree_of_step,
+    tree_of_windows,
+    whole,
+    windows_of,
+)
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
@@ -37,8 +46,6 @@ from invarlock.plugins.plugin import Origin
 FORMAT_VERSION, FILE = "reference-v1", "reference.json"
 KEY = "--reference"
 REMEDY = "make it again with invarlock reference"
-FORGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
-"""Exceptions of a tree that is not of this form."""
 DIGITS = 32
 """Of the shortest digest: it says nothing to a reader."""
 Facts = Mapping[str, Any]
@@ -137,11 +144,11 @@ class Reference:
             "format_version": FORMAT_VERSION,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rests_on": dict(self.rests_on),
-            "windows": [_tree_of_windows(part) for part in self.windows],
+            "windows": [tree_of_windows(part) for part in self.windows],
             "made": measured.made,
             "most": measured.most,
             "steps": [
-                _tree_of_step(*step) for step in zip(measured.looks, measured.parts, measured.records, strict=True)
+                tree_of_step(*step) for step in zip(measured.looks, measured.parts, measured.records, strict=True)
             ],
             "never_ran": sorted(measured.never_ran),
             "experts": list(measured.experts),
@@ -153,18 +160,18 @@ class Reference:
     def _of_tree(cls, tree: Mapping[str, Any], digest: str, folder: Path) -> Reference:
         if tree["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format_version is not {FORMAT_VERSION}")
-        preview, final = (_windows_of(part) for part in tree["windows"])
+        preview, final = (windows_of(part) for part in tree["windows"])
         measured = BaselinePass(
-            [_whole(step["look"]) for step in tree["steps"]],
-            [_pass_of(step["pass"], final) for step in tree["steps"]],
-            [_record_of(step["record"], step["pass"]["tokens"]) for step in tree["steps"]],
-            _whole(tree["made"]),
-            _whole(tree["most"]),
+            [whole(step["look"]) for step in tree["steps"]],
+            [pass_of(step["pass"], final) for step in tree["steps"]],
+            [record_of(step["record"], step["pass"]["tokens"]) for step in tree["steps"]],
+            whole(tree["made"]),
+            whole(tree["most"]),
             never_ran=frozenset(map(str, tree["never_ran"])),
             experts=list(tree["experts"]),
         )
         guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
-        noise = [_noise_of(run) for run in tree["noise"]]
+        noise = [noise_of(run) for run in tree["noise"]]
         facts = dict(tree["rests_on"])
         return cls(facts, (preview, final), measured, guards, noise, str(tree["created"]), digest, folder)
 
@@ -257,92 +264,3 @@ def _differing(held: Facts, here: Facts) -> Iterator[str]:
         if before != now and not (name == "tokenizer" and now is None):
             is_digest = any(isinstance(value, str) and len(value) >= DIGITS for value in (before, now))
             yield name if is_digest else f"{name} ({before} there, {now} here)"
-
-
-# -- parts of the tree -------------------------------------------------------------------------------------------------
-
-
-def _tree_of_windows(windows: Windows) -> dict[str, Any]:
-    return {name: value for name, value in vars(windows).items() if value is not None}
-
-
-def _windows_of(tree: Mapping[str, Any]) -> Windows:
-    windows = Windows(**tree)
-    rows = len(windows.input_ids)
-    tensors = {"input_ids", "attention_mask", "labels", "decoder_input_ids"} & tree.keys()
-    for name in tensors:
-        _check(tree[name], name, torch.int64, 2)
-    if any(len(tensor) != rows for tensor in [*(tree[name] for name in tensors), *windows.media.values()]):
-        raise ValueError("windows of different numbers")
-    if windows.input_ids.shape != windows.attention_mask.shape or int(windows.input_ids.min()) < 0:
-        raise ValueError("windows of no tokens")
-    return windows
-
-
-def _tree_of_step(look: int, result: PassResult, record: TokenRecord | None) -> dict[str, Any]:
-    arrays = {each.name: getattr(result, each.name) for each in fields(result)}
-    named = {name: torch.from_numpy(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    vectors = {name: torch.from_numpy(array) for name, array in result.vectors.items()}
-    return {"look": look, "pass": {**named, "vectors": vectors}, "record": dict(vars(record)) if record else None}
-
-
-def _pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
-    """:raises ValueError: it is no pass over these windows, or its numbers are not finite."""
-    losses, tokens = tree["losses"], tree["tokens"]
-    _check(losses, "losses", torch.float64, 1)
-    _check(tokens, "tokens", torch.int64, 1)
-    positions, vectors = tree.get("position_losses"), dict(tree["vectors"])
-    if not len(losses) == len(tokens) <= len(final) or int(tokens.min()) < 0:
-        raise ValueError("losses of other windows")
-    if positions is not None:
-        _check(positions, "position_losses", torch.float32, 2)
-        if positions.shape != (len(losses), final.labels.shape[1]):
-            raise ValueError("position_losses of other windows")
-    for name, rows in vectors.items():
-        _check(rows, name, torch.float32, 2)
-        if len(rows) != int(tokens.sum()):
-            raise ValueError(f"{name} of other samples")
-    return PassResult(
-        losses.numpy(),
-        tokens.numpy(),
-        position_losses=None if positions is None else positions.numpy(),
-        vectors={name: rows.numpy() for name, rows in vectors.items()},
-    )
-
-
-def _record_of(tree: Mapping[str, Any] | None, tokens: Tensor) -> TokenRecord | None:
-    if tree is None:
-        return None
-    record = TokenRecord(**tree)
-    _check(record.tokens, "record.tokens", torch.int32, 2)
-    _check(record.log_probs, "record.log_probs", torch.float32, 2)
-    likely = record.log_probs.shape[1]
-    if record.tokens.shape != record.log_probs.shape or len(record) != int(tokens.sum()):
-        raise ValueError("a record of other tokens")
-    if type(record.vocabulary) is not int or not 2 <= likely <= record.vocabulary:
-        raise ValueError("a record of no vocabulary")
-    if int(record.tokens.min()) < 0 or int(record.tokens.max()) >= record.vocabulary:
-        raise ValueError("a record of unknown tokens")
-    return record
-
-
-def _noise_of(tree: Mapping[str, Any]) -> NoiseRun:
-    run = NoiseRun(**tree)
-    figures = [run.figure, *(value for value in (run.kl_mean, run.flips) if value is not None)]
-    if type(run.how) is not str or not all(type(value) is float and math.isfinite(value) for value in figures):
-        raise ValueError("noise of no numbers")
-    return run
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r:.20} is no number of windows")
-    return value
-
-
-def _check(tensor: Tensor, name: str, dtype: torch.dtype, dimensions: int) -> None:
-    """:raises ValueError: a tensor has another form, is empty, or holds NaN or infinity."""
-    if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
-        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity")
