@@ -6,6 +6,7 @@ It is read as a stranger's: shapes and numbers are checked, and it is refused wh
 from __future__ import annotations
 
 import datetime
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -246,7 +247,7 @@ def kept_observations(
 
 def taps_optional(slot: GuardSlot) -> bool:
     """True where a guard's ``prepare`` does without its taps on the baseline."""
-    return bool(getattr(type(slot.instance), "taps_optional", False))
+    return inspect.getattr_static(slot.instance, "taps_optional", False) is True
 
 
 def _described(slot: GuardSlot) -> dict[str, Any]:

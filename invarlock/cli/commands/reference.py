@@ -28,7 +28,7 @@ anything that it rests on differs: weights, tokenizer, windows, data type, devic
 EPILOG = """\
 examples:
   invarlock reference CHECKPOINT -c config.yaml --out references/original
-  invarlock reference CHECKPOINT --dataset held-out.jsonl --out references/original"""
+  invarlock reference CHECKPOINT --dataset held-out.jsonl --noise --out references/held-out"""
 
 
 @hookimpl
