@@ -173,7 +173,6 @@ def test_another_checkpoint_is_refused(invarlock, made, tmp_path, file, change, 
     _, path = made()
     other = tmp_path / "other"
     shutil.copytree(BASELINE, other)
-    assert invarlock("run", "-c", path, "--set", f"model.id={other}", "--reference", "ref", "--out", "copy").code == 0
     change(other / file)
     assert said in refused(invarlock, "run", "-c", path, "--set", f"model.id={other}")
 
@@ -184,6 +183,13 @@ def test_what_computes_has_to_be_the_same(invarlock, made) -> None:
     forge(reference, lambda tree: tree["rests_on"].update(others))
     said = refused(invarlock, "run", "-c", path)
     assert all(f"{fact} ({value} there, " in said for fact, value in others.items())
+
+
+def test_a_copy_of_the_checkpoint_is_the_same_baseline(invarlock, made, tmp_path) -> None:
+    _, path = made()
+    shutil.copytree(BASELINE, tmp_path / "copy")
+    setting = f"model.id={tmp_path / 'copy'}"
+    assert invarlock("run", "-c", path, "--set", setting, "--reference", "ref", "--out", "out").code == 0
 
 
 def scale_a_weight(path: Path) -> None:
@@ -234,10 +240,10 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES)
-def test_a_forged_reference_is_refused(invarlock, made, forgery) -> None:
+@pytest.mark.parametrize("name", ["NaN", "no record", "unknown ids", "no labels", "other steps", *slow(*FORGERIES)])
+def test_a_forged_reference_is_refused(invarlock, made, name) -> None:
     reference, path = made()
-    forge(reference, forgery)
+    forge(reference, FORGERIES[name])
     assert "--reference: " in refused(invarlock, "run", "-c", path)
 
 
