@@ -95,6 +95,8 @@ def test_a_terminal_is_shown_bars_also_of_loading() -> None:
         "out",
         "--set",
         "guards.order=[hello_guard]",
+        "--set",
+        "dataset.final_n=auto",
     ]
     with subprocess.Popen(
         arguments, stdout=subprocess.DEVNULL, stderr=slave, env=os.environ | {"TERM": "xterm"}
@@ -111,6 +113,7 @@ def test_a_terminal_is_shown_bars_also_of_loading() -> None:
     for stage in (b"load", b"fingerprint", b"baseline pass", b"quantize", b"edited pass"):
         assert stage in shown, stage
     assert b"Loading weights" not in shown
+    assert re.search(rb"ratio [\d.]+, [\d.]+ to [\d.]+, limit 1\.1, 4 of up to 256 windows, about \d+ s", shown)
 
 
 def test_a_log_gets_a_line_per_stage_once_a_run_takes_long(invarlock, config, monkeypatch) -> None:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import rich.progress as rich
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
-from invarlock.core.progress import Progress
+from invarlock.core.progress import Interval, Progress
 
 BYTES_FROM = 1_000_000
 """A total from here on is one of bytes: there are never so many windows or weights."""
@@ -74,6 +74,8 @@ class _Lines:
         self._lock = threading.Lock()
 
     def tell(self, stage: str, done: int, total: int) -> None:
+        if isinstance(stage, Interval):
+            return
         self._stage, self._done, self._total = stage, done, total
         if stage not in self._printed and time.monotonic() - self._began >= SILENT_SECONDS:
             self.print()
@@ -90,15 +92,29 @@ class _Lines:
             print(f"invarlock: {self._stage}{far}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
+class _Bars(rich.Progress):
+    """Bars, and below them the interval that narrows."""
+
+    interval = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.interval:
+            yield Text(self.interval)
+
+
 @contextmanager
 def _bars() -> Iterator[Progress]:
     """A bar for each stage."""
     columns = (rich.TextColumn("{task.description:<14}"), rich.BarColumn(), _Amount(), rich.TimeRemainingColumn())
     tasks: dict[str, rich.TaskID] = {}
     latest: dict[str, int] = {}
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _Bars(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def show(stage: str, done: int, total: int) -> None:
+            if isinstance(stage, Interval):
+                progress.interval = stage
+                return
             if not total:
                 return
             if stage not in tasks:

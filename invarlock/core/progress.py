@@ -12,9 +12,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Progress = Callable[[str, int, int], object]
 """Called with the stage, what is done of it and how much there is: bytes where it is a million or more, else things;
-0 of 0 as the stage begins."""
+0 of 0 as the stage begins. An :class:`Interval` comes between stages, with the windows that it is of."""
 Shown = Callable[[int, int], object]
 """``Progress`` of one stage."""
+
+
+class Interval(str):
+    """In place of a stage: the interval that narrows while stages go on, in words for a terminal."""
+
 
 EVERY_SECONDS = 0.5
 

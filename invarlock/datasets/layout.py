@@ -50,6 +50,8 @@ class Windows:
     decoder_input_ids: Tensor | None = None
     media: Mapping[str, Tensor] = field(default_factory=dict)
     """Further arguments of the model's forward, each (n, ...): images or sounds."""
+    documents: Tensor | None = None
+    """Number of the document that the text of each ends in, int64 (n,), where it was read."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -76,7 +78,7 @@ class Windows:
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The keyword arguments of the model's forward, on a device."""
         # A model that hears reads the tokens of its decoder, and no others.
-        left = {"labels", "input_ids", "attention_mask"} if "input_features" in self.media else {"labels"}
+        left = {"labels", "documents"} | ({"input_ids", "attention_mask"} if "input_features" in self.media else set())
         given = {name: tensor.to(device) for name, tensor in self._tensors().items() if name not in left}
         if "image_grid_thw" in given:
             # Patches of all images stand in one row.

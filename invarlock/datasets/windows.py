@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import Protocol, TypeVar
@@ -81,17 +82,18 @@ def make_windows(
     check_lengths(dataset, model)
     layout = WindowLayout.of(model, tokenizer, task=task, length=dataset.seq_len)
     wanted = dataset.preview_n + dataset.final_n
+    numbers: list[int] = []
     if documents is None:
         text = write_text(model, layout, wanted, seed=dataset.seed)
     elif tokenizer is None:
         raise InputError("it has no tokenizer to read text with; dataset.provider generated needs none")
     else:
-        rows = read_rows(documents, dataset, partial(tokens_of, tokenizer), layout.text)
+        rows, numbers = _read(documents, dataset, partial(tokens_of, tokenizer), layout.text)
         if chat is not None:
             for place in conversation_places(dataset):
                 rows[place] = _beginning(encode(tokenizer, chat.conversation(rows[place], layout.text)), layout.text)
         text = torch.tensor(rows)
-    windows = layout.windows(text, seed=dataset.seed)
+    windows = replace(layout.windows(text, seed=dataset.seed), documents=torch.tensor(numbers) if numbers else None)
     if reason := unreadable(windows, model):
         raise InputError(f"its tokenizer does not fit it: {reason}")
     return windows[: dataset.preview_n], windows[dataset.preview_n :]
@@ -137,12 +139,33 @@ def read_rows(
     :param length: tokens of text in a window.
     :raises TooLittleText: there is not enough for all windows.
     """
+    rows, _ = _read(documents, dataset, split, length)
+    return rows
+
+
+def _read(
+    documents: Sequence[str], dataset: Dataset, split: Callable[[str], Iterator[Token]], length: int
+) -> tuple[list[list[Token]], list[int]]:
+    """The text of each window, and the number of the document that it ends in."""
     generator, wanted = torch.Generator().manual_seed(dataset.seed), dataset.preview_n + dataset.final_n
     skipped = 0 if dataset.stride is None else dataset.stride - dataset.seq_len
-    rows = list(islice(_cut(read_tokens(documents, dataset, split, generator), length, skipped=skipped), wanted))
+    begun = 0
+
+    def counting(document: str) -> Iterator[Token]:
+        nonlocal begun
+        begun += 1
+        return split(document)
+
+    tokens = read_tokens(documents, dataset, counting, generator)
+    rows: list[list[Token]] = []
+    numbers: list[int] = []
+    for row in islice(_cut(tokens, length, skipped=skipped), wanted):
+        rows.append(row)
+        numbers.append(begun)
     if len(rows) < wanted:
         raise TooLittleText(dataset, len(rows))
-    return [rows[place] for place in torch.randperm(wanted, generator=generator).tolist()]
+    order = torch.randperm(wanted, generator=generator).tolist()
+    return [rows[place] for place in order], [numbers[place] for place in order]
 
 
 def read_tokens(

@@ -31,13 +31,13 @@ class Stopping:
     level: float
     """Of the confidence sequences."""
     documents: NDArray[np.int64] | None = None
-    """Number of the document that each window is of; None where each window stands for itself."""
+    """Number of the document that each window is of, and those to come; None where each window stands for itself."""
     more_by: MoreBy = "dataset.max_n"
     """What it takes to measure more of them."""
 
     def units(self, windows: int) -> NDArray[np.int64]:
         """Number of the unit that each window is of: its document, or itself."""
-        return np.arange(windows) if self.documents is None else self.documents
+        return np.arange(windows) if self.documents is None else self.documents[:windows]
 
 
 def compare(

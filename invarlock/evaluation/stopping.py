@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,19 @@ class Looked:
     look: Look | None
     """None where a loss is not finite, or no window is scored."""
     decided: bool
+    limit: float = math.nan
+
+    def windows_needed(self, most: int) -> int:
+        """About so many windows decide, as the primary metric stands: an interval narrows by the root of their number.
+
+        :param most: that there are.
+        """
+        if self.look is None:
+            return most
+        figure, low, high = (float(value) for value in (self.look.figure, self.look.low, self.look.high))
+        distance, reach = abs(self.limit - figure), (high - low) / 2
+        # Also where the interval is infinite yet.
+        return math.ceil(self.look.windows * (reach / distance) ** 2) if reach < distance * math.sqrt(most) else most
 
 
 def can_step(task: Task) -> bool:
@@ -59,7 +73,7 @@ def look_at(
     sides = [Bounds(look.low, look.high, limit).side, *_sides_of_predictions(baseline, edited, judging, stopping)]
     untouched = changed and len(sizes) < LEAST_UNTOUCHED and bool((differences[sizes > 0] == 0).any())
     decided = 1 in sides or (all(side == -1 for side in sides) and not untouched)
-    return Looked(look, decided)
+    return Looked(look, decided, limit)
 
 
 def look_of(baseline: PassResult, edited: PassResult, stopping: Stopping, statistic: Statistic) -> Look | None:
@@ -82,6 +96,6 @@ def _sides_of_predictions(
         yield 1
         return
     # Flips only warn: their limit is of no matter here, and takes long.
-    limits = limits_of(judging.ratio, changes.margin_before, flips=0.0)
+    limits = limits_of(judging.ratio, changes.margin_before, flips=1.0)
     bounds = prediction_bounds(baseline, edited, limits, stopping)
     yield from (bounds[name].side for name in REJECTING)

@@ -125,7 +125,9 @@ def _stopping(report: Report, config: RunConfig) -> Stopping | None:
     primary = report.metrics.primary
     if not config.dataset.is_stepped or primary is None or primary.statistic == "share":
         return None
-    return Stopping(config.eval.metric.ci_level, more_by=_more_by(primary.undecided))
+    documents = report.metrics.windows.documents if report.metrics.windows else None
+    units = None if documents is None else np.array(documents, dtype=np.int64)
+    return Stopping(config.eval.metric.ci_level, units, _more_by(primary.undecided))
 
 
 def _more_by(stored: Undecided | None) -> MoreBy:
@@ -175,20 +177,20 @@ def predictions(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     figures["window_p95"] = window_p95(*measured)
     # The limit of flips comes from margins of single tokens, which no report holds.
     limits = limits_of(config.eval.max_pm_ratio, np.empty(0), flips=stored.limits.flips)
-    bounds = _bounds(stored, measured, limits, config) if _stopping(report, config) else None
+    stopping = _stopping(report, config)
+    bounds = _bounds(stored, measured, limits, stopping) if stopping else None
     more_by = _more_by(stored.undecided)
     found = judge_figures(figures, limits, improving=config.eval.improving, bounds=bounds, more_by=more_by)
     yield from differences("metrics.predictions", stored, found)
 
 
 def _bounds(
-    stored: DivergenceResult, measured: tuple[PassResult, PassResult], limits: PredictionLimits, config: RunConfig
+    stored: DivergenceResult, measured: tuple[PassResult, PassResult], limits: PredictionLimits, stopping: Stopping
 ) -> dict[str, Bounds] | None:
     """The stored bounds, which follow from single tokens, with the limits that they are held against; those of the
     windows' rises made anew."""
     if stored.bounds is None or {*stored.bounds} != {*SHOWN}:
         return None
-    stopping = Stopping(config.eval.metric.ci_level)
     own = {
         name: dataclasses.replace(bound, limit=limit_of_bounds(name, limits)) for name, bound in stored.bounds.items()
     }
@@ -330,6 +332,8 @@ def passes(report: Report) -> tuple[PassResult, PassResult] | None:
     if not len(tokens) == len(before) == len(after) or not len(tokens) or tokens.min() < 0:
         raise UsageError("report.json: metrics.windows: each window has a number of tokens and two losses")
     sizes = None if windows.bytes is None else np.array(windows.bytes, dtype=np.int64)
+    if windows.documents is not None and len(windows.documents) != len(tokens):
+        raise UsageError("report.json: metrics.windows: each window is of a document, or none is")
     if sizes is not None and (len(sizes) != len(tokens) or sizes.min() < 0):
         raise UsageError("report.json: metrics.windows: each window of text has a number of bytes")
     return PassResult(before, tokens, bytes=sizes), PassResult(after, tokens, bytes=sizes)

@@ -111,7 +111,7 @@ class Guarding:
         assert self._stepping is not None
         measured = self._stepping.complete(model)
         measured = replace(measured, observed=self._observed, never_ran=self._never_ran, experts=self._experts)
-        return self._stepping.supply.windows, measured
+        return self._stepping.supply.made_yet, measured
 
     def _measure(self, model: torch.nn.Module, watched: Watched) -> None:
         """Run the baseline over the first windows."""
@@ -338,7 +338,9 @@ class Guarding:
         found = self.baseline.task.compare(measured.baseline, measured.edited, measured.judging)
         before, after = found.passes
         sizes = None if before.bytes is None else before.bytes.tolist()
-        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes)
+        stopping, count = measured.judging.stopping, len(before.tokens)
+        units = stopping.units(count).tolist() if stopping and stopping.documents is not None else None
+        windows = WindowsSection(before.tokens.tolist(), before.losses.tolist(), after.losses.tolist(), sizes, units)
         return MetricsSection(found.primary, found.predictions, windows, list(found.figures), measured.path)
 
     def _coverage(self, baseline: PassResult, count: int) -> CoverageSection:

@@ -30,6 +30,9 @@ def windows_of(tree: Mapping[str, Any]) -> Windows:
     tensors = {"input_ids", "attention_mask", "labels", "decoder_input_ids"} & tree.keys()
     for name in tensors:
         _check(tree[name], name, torch.int64, 2)
+    if windows.documents is not None:
+        _check(windows.documents, "documents", torch.int64, 1)
+        tensors.add("documents")
     if any(len(tensor) != rows for tensor in [*(tree[name] for name in tensors), *windows.media.values()]):
         raise ValueError("windows of different numbers")
     if windows.input_ids.shape != windows.attention_mask.shape or int(windows.input_ids.min()) < 0:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from invarlock.core.errors import InputError
+from invarlock.core.progress import Interval
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.same_text import SameText
 from invarlock.datasets.window_order import order_of
@@ -25,7 +26,7 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import Look, MoreBy
-from invarlock.evaluation.stopping import can_step, look_at
+from invarlock.evaluation.stopping import Looked, can_step, look_at
 from invarlock.evaluation.task import Judging
 from invarlock.pipeline.own_tokenizer import PER_BYTE
 from invarlock.pipeline.reference import KEY, REMEDY, BaselinePass
@@ -159,7 +160,9 @@ class Stepping:
                 return found
             given = found.baseline, found.edited, found.judging, found.judging.stopping
             looked = self._session.ranks.from_first(partial(look_at, self._baseline.task, *given, changed=changed))
-            path += [looked.look] if looked.look else []
+            if looked.look:
+                path.append(looked.look)
+                self._tell(looked, looked.look)
             if looked.decided:
                 break
         return replace(found, path=path)
@@ -176,6 +179,22 @@ class Stepping:
         )
         self._parts.append(part)
         self._records.append(record)
+
+    def _tell(self, looked: Looked, look: Look) -> None:
+        """Show how the interval has narrowed, and about how long the rest takes."""
+        clock, most = self._session.clock, self.looks[-1]
+        each = (clock.stages["baseline pass"] + clock.stages["edited pass"]) / (look.windows + len(self.supply.preview))
+        left = max(0, min(looked.windows_needed(most), most) - look.windows)
+        metric = self._baseline.task.metric
+        name = "ratio" if metric.statistic == "ratio" else metric.kind.replace("_", " ")
+        clock.on_progress(
+            Interval(
+                f"{name} {look.figure:.4g}, {look.low:.4g} to {look.high:.4g}, limit {looked.limit:.4g}, "
+                f"{look.windows} of up to {most} windows, about {each * left:.0f} s"
+            ),
+            look.windows,
+            most,
+        )
 
     def _fetch(self, bring_baseline: BringBaseline) -> None:
         """The baseline's next steps, as many as suit."""
@@ -213,7 +232,7 @@ class Stepping:
             ends = (each[:windows].numpy() for each in (same_text.baseline_ends, same_text.ends))
             sides = zip((baseline, edited), ends, strict=True)
             baseline, edited = over_same_text(*sides, task=PER_BYTE[self._baseline.task.name])
-        stopping = Stopping(level, more_by=self._more_by) if self.is_stepped else None
+        stopping = Stopping(level, self.supply.documents, self._more_by) if self.is_stepped else None
         return Measured(baseline, edited, judging_of(self._session.config, windows, stopping))
 
     @property
@@ -241,8 +260,8 @@ def looks(most: int, *, first: int, growth: float, least: int) -> list[int]:
 
     :param least: windows of a step: one for each process that shares it.
     """
-    ends = [min(most, max(first, least))]
-    while ends[-1] < most:
-        following = ends[-1] + max(least, int(ends[-1] * (growth - 1)))
-        ends.append(following if following + least <= most else most)
-    return ends
+    ends, following = [], max(first, least)
+    while most - following >= least:
+        ends.append(following)
+        following += max(least, int(following * (growth - 1)))
+    return [*ends, most]

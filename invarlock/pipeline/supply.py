@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.window_order import followed_by, windows_between
 from invarlock.pipeline.session import FIRST_WRITTEN, Baseline, WindowPair
+
+MANY = 16
+"""Documents from which on they are the units of the statistics: as many as it takes for a limit near a figure."""
 
 
 class Supply:
@@ -25,6 +30,17 @@ class Supply:
         self._lots = 1
 
     @property
+    def documents(self) -> NDArray[np.int64] | None:
+        """Number of the document that each final window is of, where there are many, and some have several windows.
+
+        Of few long ones each window stands for itself: windows are drawn from all of their text.
+        """
+        if self._final.documents is None:
+            return None
+        numbers: NDArray[np.int64] = self._final.documents.numpy()
+        return numbers if MANY <= len(np.unique(numbers)) < len(numbers) else None
+
+    @property
     def made_yet(self) -> WindowPair:
         return self.preview, self._final
 
@@ -34,11 +50,6 @@ class Supply:
         :param samples: of all of them, in place of the baseline's.
         """
         return windows_between(self._final if samples is None else samples, self.made, start, end)
-
-    @property
-    def windows(self) -> WindowPair:
-        """All that there are by now."""
-        return self.preview, self._final
 
     def write(self, model: torch.nn.Module, to: int) -> None:
         """Let the baseline write final windows until there are so many: each lot as many as there are."""

@@ -76,6 +76,8 @@ class WindowsSection:
     bytes: list[int] | None = None
     """Bytes of text (UTF-8), where two tokenizers split it differently: the losses are of that text, and are compared
     per byte; ``tokens`` are those that the baseline's tokenizer makes of it."""
+    documents: list[int] | None = None
+    """Number of the document that each is of, where these are the units of a confidence sequence."""
 
 
 @dataclass

@@ -84,5 +84,13 @@ def _distances(windows: int, metric: MetricResult) -> str:
     )
 
 
+def path(metric: MetricResult, name: str, looks: int) -> str:
+    return (
+        f"The {name} after each of {looks:,} looks, with its {shown(metric.ci_level, '%')} confidence sequence, which "
+        f"holds however often one looks. Measuring ends as soon as that is below the limit {shown(metric.limit)}, and "
+        "those of the predictions are below theirs, or one of them is above."
+    )
+
+
 def stages(total: float) -> str:
     return f"In the order of the run; {shown(total, 's')} in all. There is no limit."

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from invarlock.core.results import EditedWeight, GuardResult, Verdict
-from invarlock.evaluation.results import MetricResult, Number
+from invarlock.evaluation.results import Look, MetricResult, Number
 from invarlock.reporting.describing import MOST_SUSPECTS, bits_per_parameter
 from invarlock.reporting.plain_data import Node
 from invarlock.reporting.report import Report, WindowsSection
@@ -153,6 +153,15 @@ def grouped(found: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     size = -(-len(found) // MOST_POINTS)
     groups = [found[start : start + size] for start in range(0, len(found), size)]
     return [(group[0][0], sum(rise for _, rise in group) / len(group)) for group in groups]
+
+
+def path(looks: Sequence[Look]) -> list[tuple[float, ...]]:
+    """Windows, figure and both ends of each look, as far as they can be drawn."""
+    found = (
+        (look.windows, *(math.nan if value is None else float(value) for value in (look.figure, look.low, look.high)))
+        for look in looks[:MOST_POINTS]
+    )
+    return [each for each in found if each[0] and all(abs(value) < MOST_RATIO for value in each[1:])]
 
 
 def log(ratio: Number | None) -> float | None:

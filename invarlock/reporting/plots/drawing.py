@@ -71,6 +71,16 @@ def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResul
     axes.set_xlabel("window")
 
 
+def path(axes: Axes, looks: Sequence[tuple[float, ...]], limit: float | None, name: str) -> None:
+    windows, figures, lows, highs = zip(*looks, strict=True)
+    axes.fill_between(windows, lows, highs, color=BAND)
+    axes.plot(windows, figures, color=INK, linewidth=1)
+    if limit is not None:
+        axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
+    axes.set_ylabel(name)
+    axes.set_xlabel("windows")
+
+
 def spectrum(axes: Sequence[Axes], found: SpectrumChange) -> None:
     """Both sides above, the baseline's as rings around the edited ones, and their differences below."""
     above, below = axes

@@ -12,7 +12,7 @@ from invarlock.evaluation.results import MetricResult
 from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
 from invarlock.reporting.plots import captions, data, drawing
 from invarlock.reporting.reading import SavedReport
-from invarlock.reporting.report import Report, WindowsSection
+from invarlock.reporting.report import MetricsSection, Report, WindowsSection
 
 MOST_ROWS = 400
 """In the table below a plot."""
@@ -49,6 +49,7 @@ def plots_of(report: Report) -> list[Plot]:
     return [
         _errors(report.edit.modules, [suspect.module for suspect in most_suspect(report.verdict)]),
         _rises(report.metrics.windows, report.metrics.primary),
+        *_path(report.metrics),
         _bits(report.edit.modules, bits_per_parameter(report)),
         *_spectra(data.spectra(report.guards, report.verdict)),
     ]
@@ -145,6 +146,31 @@ def _rises(windows: WindowsSection | None, metric: MetricResult | None) -> Plot:
         ],
         len(rises[MOST_ROWS:]),
     )
+
+
+def _path(metrics: MetricsSection) -> list[Plot]:
+    """The looks on the way to the verdict; none of a verdict that the first one gave."""
+    metric, path = metrics.primary, data.path(metrics.path)
+    if metric is None or len(path) < 2:
+        return []
+    name = metric.name if metric.is_distance else "ratio"
+    title = f"{name.capitalize()} and its interval, look by look"
+    limit = metric.limit if data.finite(metric.limit) else None
+    return [
+        Plot(
+            "path",
+            title,
+            captions.path(metric, name, len(metrics.path)),
+            ["windows", name, "low", "high"],
+            [
+                [f"{look.windows:,}", *map(shown, (look.figure, look.low, look.high))]
+                for look in metrics.path[:MOST_ROWS]
+            ],
+            drawing.drawn("path", title, drawing.path, path, limit, name),
+            [Legend(name, "ink", "—"), Legend("interval", "band", "■"), Legend("limit", "bad", "╌")],
+            len(metrics.path[MOST_ROWS:]),
+        )
+    ]
 
 
 def _spectra(spectra: Sequence[data.SpectrumChange]) -> list[Plot]:
