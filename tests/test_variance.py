@@ -15,6 +15,7 @@ from invarlock.models.structure import Role
 from invarlock.quantization import find_weights
 from invarlock.quantization.model import quantize_model
 from invarlock.quantization.scheme import Plan
+from plugins_builtin.guards.activations import Seen
 from plugins_builtin.guards.variance import VarianceGuard
 
 
@@ -205,7 +206,9 @@ def test_the_same_numbers_every_time(demo, text) -> None:
 def test_memory_does_not_grow_with_the_windows(demo, text) -> None:
     def held(batches):
         seen = observe(VarianceGuard(), demo, batches)
-        return sum(sample.rows.numel() for entry in seen.values() for sample in entry.samples.values() if sample)
+        return sum(
+            sample.rows.numel() for entry in map(Seen.of, seen.values()) for sample in entry.samples.values() if sample
+        )
 
     assert held(text) == held(text * 5)
 

@@ -66,10 +66,17 @@ def _known(folder: Path) -> dict[str, tuple[str, str]]:
     if (folder / "report.json").is_file():
         known |= {name: ("report.json", digest) for name, digest in _of_report(folder / "report.json").items()}
     if (folder / SUMS).is_file():
-        for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
-            if found := LINE.fullmatch(line.strip()):
-                name = found["bsd_name"] or found["name"]
-                known[name.removeprefix("./")] = (SUMS, (found["bsd_digest"] or found["digest"]).lower())
+        known |= {name: (SUMS, digest) for name, digest in listed(folder / SUMS).items()}
+    return known
+
+
+def listed(sums: Path) -> dict[str, str]:
+    """Digests in an output of ``sha256sum``, by the names of the files."""
+    known: dict[str, str] = {}
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        if found := LINE.fullmatch(line.strip()):
+            name = found["bsd_name"] or found["name"]
+            known[name.removeprefix("./")] = (found["bsd_digest"] or found["digest"]).lower()
     return known
 
 

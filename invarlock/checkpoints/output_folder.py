@@ -33,7 +33,7 @@ OURS = (*ARTIFACTS, SEARCH, PARTIAL, JOURNALS)
 
 
 @contextmanager
-def unwritable_said(path: Path) -> Iterator[None]:
+def unwritable_said(path: Path, key: str = "output.dir") -> Iterator[None]:
     """Turn complaints of the system about a full disk, or a folder that may not be written to, into one line.
 
     :raises UsageError: in place of an ``OSError``.
@@ -41,7 +41,7 @@ def unwritable_said(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"output.dir: {path} could not be written: {one_line(error)}") from error
+        raise UsageError(f"{key}: {path} could not be written: {one_line(error)}") from error
 
 
 @contextmanager
@@ -157,9 +157,7 @@ class OutputFolder:
     def _check_place(self, model_id: str) -> None:
         checkpoint, folder = Path(model_id).resolve(), self.path.resolve()
         if checkpoint.is_dir() and (checkpoint == folder or checkpoint in folder.parents):
-            raise UsageError(
-                f"output.dir: {self.path} lies inside the input checkpoint {model_id}; choose another folder"
-            )
+            raise UsageError(f"output.dir: {self.path} lies inside the input {model_id}; choose another folder")
         for name in (*OURS, *(path.name for path in swapping.stagings(folder))):
             artifact = (folder / name).resolve()
             if checkpoint.exists() and (checkpoint == artifact or artifact in checkpoint.parents):

@@ -19,6 +19,7 @@ from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
     from invarlock.checkpoints.output_folder import OutputFolder
+    from invarlock.config.schema import RunConfig
     from invarlock.distributed.process_group import Ranks
     from invarlock.pipeline import RunResult
 
@@ -27,19 +28,53 @@ log = logging.getLogger("invarlock")
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """Add options that set keys, place the output, and choose how much is printed."""
-    add_setting_option(parser)
+    add_measuring_options(parser)
     add = parser.add_argument
-    add("--device", help="same as --set model.device=DEVICE")
     add("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
+    add(
+        "--reference", type=path_argument, metavar="REF",
+        help="take the baseline's pass from this folder, which invarlock reference wrote",
+    )  # fmt: skip
     add("--attribute", type=int, metavar="N", help="same as --set eval.attribute=N")
-    add("--seed", type=int, help="same as --set dataset.seed=SEED")
     add("--strict", action="store_true", help="a warning makes the exit status 1")
     add("--force", action="store_true", help="replace the output of an earlier run in the same folder")
     add("--sign", type=path_argument, metavar="KEY", help="sign the output with this private key, a PEM file")
     add("--json", action="store_true", help="print the report as JSON on stdout, whole and alone")
-    add("--allow-network", action="store_true", help="let hub clients fetch models and data")
-    add("-q", "--quiet", action="store_true", help="print nothing but errors and the verdict's line")
     add("-v", "--verbose", action="store_true", help="print a row for each weight, and libraries' warnings")
+
+
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Add options of every command that loads models and measures them."""
+    add_setting_option(parser)
+    add = parser.add_argument
+    add("--device", help="same as --set model.device=DEVICE")
+    add("--seed", type=int, help="same as --set dataset.seed=SEED")
+    add("--allow-network", action="store_true", help="let hub clients fetch models and data")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors and the result's line")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add options that choose the text; returns their group, of which one can be given."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--dataset", type=path_argument, metavar="FILE.jsonl", help="text to measure on, one JSON object per line"
+    )
+    source.add_argument("--generated", action="store_true", help="measure on windows that the baseline writes")
+    return source
+
+
+def checkpoint_and_text(baseline: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration keys that a checkpoint given by itself and the options of the text set."""
+    given: dict[str, Any] = {"model.id": baseline}
+    if args.dataset:
+        given |= {"dataset.provider": "local_jsonl", "dataset.path": args.dataset}
+    if args.generated:
+        given |= {"dataset.provider": "generated", "dataset.path": None}
+    return given
+
+
+def reference_of(args: argparse.Namespace) -> Path | None:
+    return None if args.reference is None else Path(args.reference)
 
 
 def path_argument(text: str) -> str:
@@ -152,13 +187,8 @@ def _judged(
     judge: Callable[..., RunResult],
     ranks: Ranks,
 ) -> tuple[RunResult, Path]:
-    from invarlock.config.loading import load
-
-    shared = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
-    shared["eval.attribute"] = args.attribute
-    config = load(path, args.settings, {key: value for key, value in shared.items() if value is not None} | own)
-    args.manager.add(config.plugins, args.selection.blocked)
-
+    own = {"output.dir": args.out, "eval.attribute": args.attribute} | own
+    config = configured(args, path, {key: value for key, value in own.items() if value is not None})
     # Only now: a mistake in the configuration is reported without waiting for torch.
     from invarlock.cli import progress
 
@@ -168,6 +198,20 @@ def _judged(
     with progress.display(shown=ranks.is_first and not args.quiet) as on_progress:
         result = judge(args, config, on_progress=on_progress, **together)
     return result, output.path
+
+
+def configured(args: argparse.Namespace, path: str | None, own: dict[str, Any]) -> RunConfig:
+    """The configuration of a command that measures, whose plugins are loaded with it.
+
+    :param own: keys that options of the command alone set.
+    :raises UsageError: it is wrong.
+    """
+    from invarlock.config.loading import load
+
+    shared = {"model.device": args.device, "dataset.seed": args.seed}
+    config = load(path, args.settings, {key: value for key, value in shared.items() if value is not None} | own)
+    args.manager.add(config.plugins, args.selection.blocked)
+    return config
 
 
 def _show_surely(report: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:

@@ -116,6 +116,7 @@ def measure(
     reference: TokenRecord | None = None,
     vocabulary: int | None = None,
     calls: int = 0,
+    at_once: int | None = None,
     taps_off: Callable[[], object] = lambda: None,
 ) -> PassResult:
     """Let every window pass through the model exactly once: the preview windows, then the final ones.
@@ -131,6 +132,7 @@ def measure(
         added to it, take no part. By default the reference's, or all.
     :param calls: lowest number of runs on final windows, the last batch again and unscored if need be:
         processes that a model's weights are spread over have to run it together.
+    :param at_once: windows of a batch; by default as many as suit the device.
     :param taps_off: called when no tap looks on any more, before the final windows where they come later.
     :raises PluginError: the model's output has no logits, or a tap names no module of the model.
     :raises ValueError: the reference is of other windows.
@@ -142,7 +144,7 @@ def measure(
             scores = [_together(model, preview, final, task, taps, watch, vocabulary)]
             taps_off()
         else:
-            batches = Batches(model, Tally(len(preview) + len(final)), uncached_logits)
+            batches = Batches(model, Tally(len(preview) + len(final)), uncached_logits, at_once)
             with ExitStack() as stack:
                 for wanted in batches.tried(preview, taps):
                     stack.enter_context(attached(model, wanted))
@@ -166,6 +168,8 @@ class Batches(Generic[Output]):
     model: nn.Module
     tally: Tally
     forward: Callable[[nn.Module, Windows], Output]
+    at_once: int | None = None
+    """Number of windows of a batch; None leaves it to the device."""
     largest: int | None = None
     """Number of windows that is known to fit, once more did not."""
 
@@ -194,7 +198,8 @@ class Batches(Generic[Output]):
     def _passed(self, windows: Windows) -> tuple[Windows, Output]:
         """The first of some windows, as many as fit at once, and the model's output."""
         while True:
-            batch = windows[: min(batch_size(self.model, windows.length), self.largest or len(windows))]
+            wanted = self.at_once or batch_size(self.model, windows.length)
+            batch = windows[: min(wanted, self.largest or len(windows))]
             try:
                 return batch, self.forward(self.model, batch)
             except torch.OutOfMemoryError as error:

@@ -188,3 +188,27 @@ class DivergenceResult:
     """By the name of the figure; None where the figures are held against their limits as they are."""
     undecided: Undecided | None = None
     """Of bounds that hold a limit between them, where no figure is above its limit for certain."""
+
+
+@dataclass(frozen=True)
+class NoiseRun:
+    """The baseline against itself, computed in another way: what differs is the machine's doing."""
+
+    how: str
+    """As "in bfloat16"."""
+    figure: float
+    """Of the primary metric: of a ratio, the absolute value of its logarithm."""
+    kl_mean: float | None
+    """Nats per token, as of an edit; None where no tokens are predicted."""
+    flips: float | None
+
+
+@dataclass(frozen=True)
+class NoiseResult:
+    """The noise floor of a baseline, and whether an edit is above it."""
+
+    runs: list[NoiseRun]
+    below: bool | None
+    """True where neither the primary metric nor the mean KL divergence of the edit is above all of the runs; None where
+    they were not measured."""
+    message: str

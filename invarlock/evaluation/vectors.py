@@ -30,6 +30,7 @@ def measure_vectors(
     *,
     taps: Taps = (),
     calls: int = 0,
+    at_once: int | None = None,
     taps_off: Callable[[], object] = lambda: None,
     reference: None = None,
     vocabulary: int | None = None,
@@ -44,7 +45,7 @@ def measure_vectors(
         given = batch.trimmed().inputs(device_of(model))
         return vectors_of(model, given), counts_of(given)
 
-    batches = Batches(model, Tally(len(preview) + len(final)), forward)
+    batches = Batches(model, Tally(len(preview) + len(final)), forward, at_once)
     with evaluating(model):
         with ExitStack() as stack:
             for wanted in batches.tried(preview, taps):

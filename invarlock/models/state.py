@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +24,19 @@ TENSORS = ("_parameters", "_buffers")
 CONFIGURATIONS = ("config", "generation_config")
 LIBRARY = ("torch.nn.functional", module_globals.__name__)
 """Modules whose functions every model computes with; the classes of its own modules have theirs."""
+TOKENIZER_ATTRIBUTES = (
+    "special_tokens_map",
+    "added_tokens_decoder",
+    "chat_template",
+    "init_kwargs",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+    "clean_up_tokenization_spaces",
+)
+ENCODING = ("special_tokens_map", "chat_template")
+"""Attributes of a tokenizer that windows are made with."""
 LEFT_BEHIND = frozenset(
     {"_is_full_backward_hook", "_previous_max_cache_length", "_require_grads_hooks", "_is_torch_compile"}
 )
@@ -214,26 +227,16 @@ def _put_back(owner: Any, name: str, kept: Any) -> None:
         vars(owner)[name] = _copied(kept)
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of what a tokenizer makes of text, and of what is saved of it."""
+def tokenizer_digest(tokenizer: Any, attributes: Sequence[str] = TOKENIZER_ATTRIBUTES) -> str:
+    """A digest of what a tokenizer makes of text, and of what is saved of it.
+
+    :param attributes: those that count; by default all of them, the path that it was loaded from among them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The tokenizer of an adapter's own may have no more methods than it needs.
     vocabulary = getattr(tokenizer, "get_vocab", dict)
     described = [
         repr(sorted(vocabulary().items())) if backend is None else backend.to_str(),
-        *(repr(getattr(tokenizer, name, None)) for name in _TOKENIZER_ATTRIBUTES),
+        *(repr(getattr(tokenizer, name, None)) for name in attributes),
     ]
     return xxhash.xxh3_128_hexdigest("\n".join(described).encode("utf-8", "surrogatepass"))
-
-
-_TOKENIZER_ATTRIBUTES = (
-    "special_tokens_map",
-    "added_tokens_decoder",
-    "chat_template",
-    "init_kwargs",
-    "model_max_length",
-    "padding_side",
-    "truncation_side",
-    "model_input_names",
-    "clean_up_tokenization_spaces",
-)

@@ -41,6 +41,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Prints, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load
@@ -66,6 +67,7 @@ def compare(
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
+    reference: Path | None = None,
 ) -> RunResult:
     """Judge an edit that somebody else made: ``config.model.id`` is the baseline, ``subject`` the edited checkpoint.
 
@@ -75,13 +77,15 @@ def compare(
     :param tokenizer: whose encodes the text for the subject. Where its own gives other ids, the loss of the same text
         is compared per byte.
     :param ranks: the processes that share the comparison; the first one writes.
+    :param reference: as ``run`` takes it.
     :returns: the report, and the subject's model.
     :raises UsageError: for a mistake in the configuration or a broken checkpoint; nothing was written.
     """
-    with output.claimed(config.model.id, subject, ranks=ranks) if output else nullcontext():
+    inputs = [config.model.id, subject, *([str(reference)] if reference else [])]
+    with output.claimed(*inputs, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
         return _compare(
-            Session(config, plugins, on_progress, ranks, invocation),
+            Session(config, plugins, on_progress, ranks, invocation, Reference.for_one(reference, ranks)),
             slots,
             strict,
             subject,
@@ -114,7 +118,7 @@ def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
 ) -> tuple[Guarding, ReadWeights, Loaded | None, Gone]:
     """The prepared guards, the baseline's weights on disk, the baseline if it is kept, and what is left of it."""
-    if not weights_only:
+    if not weights_only and session.reference is None:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
     baseline = Baseline(session, model, adapter, wants_tokenizer=True, reads_text=False if weights_only else None)
@@ -134,7 +138,7 @@ def _prepare_baseline(
     guarding.begin(model, watched, comes_back=kept is not None)
     if session.config.eval.attribute and guarding.ready:
         guarding.fisher = fisher_or_none(guarding, model, find_weights(model))
-    return guarding, weights, kept, Gone.of(watched)
+    return guarding, weights, None if guarding.is_whole else kept, Gone.of(watched)
 
 
 def _has_room_for_another(model: torch.nn.Module) -> bool:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,12 +30,15 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.noise import with_noise
+from invarlock.pipeline.observing import changed_message, observe, settings_kept, watching_of
+from invarlock.pipeline.reference import BaselinePass
+from invarlock.pipeline.resting import facts_of
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.stepping import Measured, Stepping, Watching
 from invarlock.pipeline.suspects import blame
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
-from invarlock.plugins.plugin import Origin
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Guarding:
     prepared: Sequence[PrepareResult] = ()
     fisher: Fisher | None = None
     """Curvature of the baseline, once it was measured."""
+    pass_again: str = ""
+    """The reason that the baseline's pass was run in spite of a reference."""
     _stepping: Stepping | None = None
     """The passes; None where outputs are not measured."""
     _vocabulary: int = 0
@@ -90,20 +93,15 @@ class Guarding:
         return all(prepared.ready for prepared in self.prepared)
 
     def begin(self, model: torch.nn.Module, watched: Watched, *, comes_back: bool = True) -> None:
-        """Run the baseline over the first windows, and prepare the guards one by one.
+        """Run the baseline over the first windows, or take its pass from a reference, and prepare the guards.
 
         :param comes_back: whether it can be run over more of them later; else it is run over all that are planned.
         """
-        observed = self.baseline.sees_preview and self.windows is not None
-        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
-        self._observed, watching = self._watching(model, "baseline pass", watched, self.windows, (routing, reached))
-        if self.windows:
-            self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed)
-            self._stepping.begin(model, watching)
-            if not comes_back:
+        self._vocabulary = vocabulary_of(model)
+        if not self._held(model, watched):
+            self._measure(model, watched)
+            if self._stepping and not comes_back:
                 self._stepping.take_all(model)
-        self._never_ran, self._vocabulary = never_ran(model, reached), vocabulary_of(model)
-        self._experts = [tap.result() for tap in dict.fromkeys(routing.values())]
         shown = self.baseline.shown(model)
         self.prepared = [
             min(self._asked(slot, partial(self._prepare, place, shown, watched)), key=lambda prepared: prepared.ready)
@@ -114,6 +112,53 @@ class Guarding:
         """The first of the final windows."""
         assert self._stepping is not None
         return self._stepping.supply.between(0, count)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if a reference holds the baseline's pass, which then need not be run again."""
+        return self.session.reference is not None and not self.pass_again
+
+    def measure_baseline(self, model: torch.nn.Module, watched: Watched) -> tuple[WindowPair, BaselinePass]:
+        """Run the baseline over all windows, with the guards' taps on it; no guard is prepared."""
+        self._measure(model, watched)
+        assert self._stepping is not None
+        measured = self._stepping.complete(model)
+        measured = replace(measured, observed=self._observed, never_ran=self._never_ran, experts=self._experts)
+        return self._stepping.supply.made_yet, measured
+
+    def _measure(self, model: torch.nn.Module, watched: Watched) -> None:
+        """Run the baseline over the first windows."""
+        observed = self.baseline.sees_preview and self.windows is not None
+        routing, reached = (routing_taps(model), reach_taps(model)) if observed else ({}, {})
+        self._observed, watching = watching_of(
+            self.baseline, self.slots, model, "baseline pass", watched, self.windows, (routing, reached)
+        )
+        if self.windows:
+            self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed)
+            self._stepping.begin(model, watching)
+        self._never_ran = never_ran(model, reached)
+        self._experts = [tap.result() for tap in dict.fromkeys(routing.values())]
+
+    def _held(self, model: torch.nn.Module, watched: Watched) -> bool:
+        """Take the baseline's pass from a reference; False where there is none, or it lacks what a guard observes.
+
+        :raises InputError: it is of another baseline.
+        """
+        reference = self.session.reference
+        if reference is None or self.windows is None:
+            return False
+        reference.check(facts_of(self.baseline, model, watched.digest), self.baseline.task, model)
+        observed = reference.observations(
+            self.slots, [observe(self.baseline, slot, model, watched) for slot in self.slots]
+        )
+        if isinstance(observed, str):
+            log.warning("--reference: %s; the baseline's pass is run", observed)
+            self.pass_again = observed
+            return False
+        held = reference.measured
+        self._observed, self._never_ran, self._experts = observed, held.never_ran, held.experts
+        self._stepping = Stepping(self.baseline, self.windows, streamed=watched.streamed, held=held)
+        return True
 
     def _prepare(self, place: int, model: torch.nn.Module, watched: Watched) -> PrepareResult:
         slot, observed = self.slots[place], self._observed[place]
@@ -163,9 +208,11 @@ class Guarding:
         if edited.unreadable:
             self.windows = self._stepping = None
         windows = self._windows_for(edited)
-        observed, watching = self._watching(model, "edited pass", watched, windows)
+        observed, watching = watching_of(self.baseline, self.slots, model, "edited pass", watched, windows)
         measured = self._measured(edited, watching, windows)
         metrics = self._compare(measured)
+        if self.session.reference:
+            metrics = with_noise(metrics, self.session.reference.noise)
         gaps = [*edited.gaps, *unreached(edited.modules, self._never_ran)]
         coverage = of_edit(CoverageSection(), gaps)
         if measured:
@@ -287,46 +334,6 @@ class Guarding:
         preview = self.windows[0] if unreadable(self.windows[0], edited.model) is None else self.windows[0][:0]
         return preview, edited.same_text.windows
 
-    def _watching(
-        self,
-        model: torch.nn.Module,
-        stage: str,
-        watched: Watched,
-        windows: WindowPair | None,
-        own: Sequence[Mapping[str, Any]] = (),
-    ) -> tuple[list[Observation], Watching]:
-        """What the guards will have observed of a pass, and the taps that do.
-
-        :param own: taps of our own.
-        :raises PluginError: a tap changed the model; whose it is cannot be told.
-        """
-        observing = self.baseline.sees_preview
-        observations = [self._observe(slot, model, watched) if observing else Observation() for slot in self.slots]
-        tapping = [slot for slot, observed in zip(self.slots, observations, strict=True) if observed.wanted]
-        strangers = [slot.name for slot in tapping if slot.plugin.origin is not Origin.BUILTIN]
-        if strangers and windows is not None and not self.baseline.sharding:
-            # What their taps change must not be taken for the model's own doing: it runs once without them.
-            self.baseline.run_alone(model, windows)
-            watched.settle()
-
-        def taps_off() -> None:
-            if not strangers:
-                watched.settle()
-            elif changed := self.baseline.undo(watched):
-                raise PluginError(f"taps of {', '.join(strangers)}: the model changed in the {stage}: {some(changed)}")
-
-        return observations, Watching([*(observation.taps for observation in observations), *own], taps_off)
-
-    def _observe(self, slot: GuardSlot, model: torch.nn.Module, watched: Watched) -> Observation:
-        """Ask a guard for its taps: a hook that it puts on the model itself could change what the pass measures."""
-        plugins = self.session.plugins
-        with settings_kept():
-            observation = plugins.observe(slot, self.baseline.shown(model), self.baseline.adapter)
-        if plugins.watches(slot) and (changed := self.baseline.undo(watched)):
-            observation.fail("observe", PluginError(changed_message(changed)))
-            observation.wanted = {}
-        return observation
-
     def _measured(self, edited: Edited, watching: Watching, windows: WindowPair | None) -> Measured | None:
         if self._stepping is None or windows is None:
             return None
@@ -367,22 +374,6 @@ class Guarding:
         )
 
 
-@contextmanager
-def settings_kept() -> Iterator[None]:
-    """Put torch's defaults and Python's recursion limit back after the block: the next guard must not inherit them."""
-    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
-    depth = sys.getrecursionlimit()
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(depth)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(gradients)
-        if torch.get_default_device() != device:
-            # None, not the CPU: torch would go on looking at every call, as it does for any device but none.
-            torch.set_default_device(None if device.type == "cpu" else device)
-
-
 def rests_on(config: RunConfig, made_up: str, windows: int | None) -> str:
     """Outputs that the verdict rests on, where any were measured.
 
@@ -394,7 +385,3 @@ def rests_on(config: RunConfig, made_up: str, windows: int | None) -> str:
     final = f"up to {dataset.max_n}" if dataset.is_stepped else dataset.final_n
     source = source if dataset.is_generated else "windows of text"
     return f"{dataset.preview_n} + {final if windows is None else windows} {source}"
-
-
-def changed_message(names: Sequence[str]) -> str:
-    return f"the guard changed the model ({some(names)}); the change was undone"

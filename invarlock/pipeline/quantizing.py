@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.retrying import Retries
 from invarlock.pipeline.searching import Search, check_target
 from invarlock.pipeline.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
@@ -44,6 +46,7 @@ def run(
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
     frontier: bool = False,
+    reference: Path | None = None,
 ) -> RunResult:
     """Load a model, measure it, quantize it under guard, and keep it, roll it back or abort.
 
@@ -51,14 +54,18 @@ def run(
     :param strict: a warning makes the exit code of the verdict 1.
     :param ranks: the processes that share the run; the first one writes.
     :param frontier: with ``edit.plan.bitwidth: auto``, measure plans of all sizes, and not those for a target.
+    :param reference: folder of a reference (:func:`invarlock.pipeline.make_reference`) that holds the baseline's pass.
     :raises UsageError: for a mistake in the configuration or a broken input; nothing was written.
     :raises PluginError: when an adapter failed; nothing was written.
 
     Whatever is raised, Ctrl-C included, the model has been brought back to the baseline before.
     """
-    with output.claimed(config.model.id, ranks=ranks) if output else nullcontext():
+    inputs = [config.model.id, *([str(reference)] if reference else [])]
+    with output.claimed(*inputs, ranks=ranks) if output else nullcontext():
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output, frontier)
+        held = Reference.for_one(reference, ranks)
+        session = Session(config, plugins, on_progress, ranks, invocation, held)
+        return _run(session, slots, strict, output, frontier)
 
 
 def _run(
@@ -68,7 +75,8 @@ def _run(
     check_measurable(config, streamed=False, processes=session.ranks.size)
     check_target(config, frontier=frontier)
     export = export_of(config, session.plugins)
-    session.documents()
+    if session.reference is None:
+        session.documents()
     model, adapter = session.load(config.model.id, spread=True)
     loaded = Loaded.of(model, session.clock)
     weights_of(config, model)

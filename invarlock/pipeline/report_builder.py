@@ -30,6 +30,7 @@ from invarlock.reporting.report import (
     AttributionSection,
     EditSection,
     ModelSection,
+    ReferenceSection,
     Report,
     StorageSection,
 )
@@ -90,6 +91,7 @@ def assemble(
         search=editor.search,
         attribution=attribution,
         command=guarding.session.invocation.command,
+        reference=_reference(guarding),
     )
     return replace(report, what_next=next_steps(report)).as_dict()
 
@@ -129,6 +131,11 @@ def _edit(editor: Editor, last: Attempt) -> EditSection:
     if edit.is_comparison:
         edit.plan["families"] = families(last.modules)
     return edit
+
+
+def _reference(guarding: Guarding) -> ReferenceSection | None:
+    held = guarding.session.reference
+    return ReferenceSection(str(held.folder), held.digest, held.created, guarding.pass_again) if held else None
 
 
 def _own_code(guarding: Guarding, editor: Editor) -> list[str]:

@@ -39,6 +39,7 @@ from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
+from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.tasks import find_task, suited
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter
@@ -67,8 +68,11 @@ class Session:
         on_progress: Progress = lambda stage, done, total: None,
         ranks: Ranks = ALONE,
         invocation: Invocation | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.config, self.plugins, self.ranks = config, plugins, ranks
+        self.reference = reference
+        """Holds the windows and the baseline's pass, where there is one."""
         self.invocation = invocation or Invocation()
         self.clock = Clock(self.invocation.began, on_progress)
         self._documents: Samples | None = None
@@ -263,6 +267,9 @@ class Baseline:
 
         :raises UsageError: there is too little text, or it does not fit the model.
         """
+        if reference := self.session.reference:
+            self.dataset = self.dataset.counted(reference.measured.most)
+            return reference.windows
         documents, wanted = self.session.take_documents(), self.session.config.dataset
         with self.session.clock.stage("windows"):
             tokenizer = self.tokenizer if self._reads_text else None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from invarlock.core.errors import InputError
 from invarlock.core.progress import Interval
 from invarlock.datasets.layout import Windows
 from invarlock.datasets.same_text import SameText
@@ -28,6 +29,7 @@ from invarlock.evaluation.results import Look, MoreBy
 from invarlock.evaluation.stopping import Looked, can_step, look_at
 from invarlock.evaluation.task import Judging
 from invarlock.pipeline.own_tokenizer import PER_BYTE
+from invarlock.pipeline.reference import KEY, REMEDY, BaselinePass
 from invarlock.pipeline.session import Baseline, WindowPair
 from invarlock.pipeline.supply import Supply
 from invarlock.pipeline.tasks import judging_of
@@ -71,7 +73,13 @@ class Measured:
 class Stepping:
     """What the baseline's passes have measured so far, and how those of an edited model go on from it."""
 
-    def __init__(self, baseline: Baseline, windows: WindowPair, *, streamed: bool) -> None:
+    def __init__(
+        self, baseline: Baseline, windows: WindowPair, *, streamed: bool, held: BaselinePass | None = None
+    ) -> None:
+        """
+        :param held: all steps of the baseline, of a reference.
+        :raises InputError: they are others.
+        """
         self._baseline, self._session, self.supply = baseline, baseline.session, Supply(baseline, windows)
         wanted, most = self._session.config.dataset.is_stepped, self.supply.most
         self.is_stepped = wanted and can_step(baseline.task)
@@ -80,13 +88,15 @@ class Stepping:
         if self.is_stepped:
             first, growth = (FIRST_STREAMED, GROWTH_STREAMED) if streamed else (FIRST, GROWTH)
             self.looks = looks(most, first=first, growth=growth, least=self._session.ranks.size)
-        self._parts: list[PassResult] = []
-        self._records: list[TokenRecord | None] = []
+        self._parts: list[PassResult] = [] if held is None else [*held.parts]
+        self._records: list[TokenRecord | None] = [] if held is None else [*held.records]
+        if held is not None and held.looks != self.looks:
+            raise InputError(f"{KEY}: its steps end at other windows; {REMEDY}")
 
     @property
     def baseline_pass(self) -> PassResult:
         """Of the baseline, over all windows that it was run over yet."""
-        return self._joined(self._parts)
+        return joined(self._parts, self.looks)
 
     @property
     def measured(self) -> int:
@@ -102,6 +112,12 @@ class Stepping:
         self.looks = [look for look in self.looks if look <= PLANNED] or self.looks[:1]
         while len(self._parts) < len(self.looks):
             self._step_baseline(model)
+
+    def complete(self, model: torch.nn.Module) -> BaselinePass:
+        """Take all further steps of the baseline."""
+        while len(self._parts) < len(self.looks):
+            self._step_baseline(model)
+        return BaselinePass(self.looks, self._parts, self._records, self.supply.made, self.supply.most)
 
     def judge(
         self,
@@ -208,19 +224,9 @@ class Stepping:
     def _part_of(self, step: int, samples: Windows | None = None) -> Windows:
         return self.supply.between(self.looks[step - 1] if step else 0, self.looks[step], samples)
 
-    def _sizes(self, steps: int) -> list[int]:
-        """Windows of each of the first steps."""
-        return [end - start for start, end in pairwise([0, *self.looks[:steps]])]
-
-    def _joined(self, parts: Sequence[PassResult]) -> PassResult:
-        joined = PassResult.joined(parts)
-        if not joined.vectors or len(parts) == 1:
-            return joined
-        return joined.reordered(order_of(self._sizes(len(parts)), [len(part.tokens) for part in parts]))
-
     def _measured(self, parts: Sequence[PassResult], same_text: SameText | None) -> Measured:
         """Both passes over the windows of the steps that the edited model took."""
-        baseline, edited = self._joined(self._parts[: len(parts)]), self._joined(parts)
+        baseline, edited = joined(self._parts[: len(parts)], self.looks), joined(parts, self.looks)
         windows, level = self.looks[len(parts) - 1], self._session.config.eval.metric.ci_level
         if same_text is not None:
             ends = (each[:windows].numpy() for each in (same_text.baseline_ends, same_text.ends))
@@ -235,6 +241,18 @@ class Stepping:
         if self.looks[-1] < self.supply.most:
             return "dataset.final_n"
         return "text" if self.supply.most < self._session.config.dataset.max_n else "dataset.max_n"
+
+
+def joined(parts: Sequence[PassResult], looks: Sequence[int]) -> PassResult:
+    """One result of the first steps.
+
+    :param looks: numbers of windows at the ends of all steps.
+    """
+    whole = PassResult.joined(parts)
+    if not whole.vectors or len(parts) == 1:
+        return whole
+    sizes = [end - start for start, end in pairwise([0, *looks[: len(parts)]])]
+    return whole.reordered(order_of(sizes, [len(part.tokens) for part in parts]))
 
 
 def looks(most: int, *, first: int, growth: float, least: int) -> list[int]:

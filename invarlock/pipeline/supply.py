@@ -23,7 +23,9 @@ class Supply:
         self.most = self.made = baseline.dataset.final_n
         """Final windows that there can be, and that there are."""
         dataset = baseline.session.config.dataset
-        if dataset.is_generated and dataset.is_stepped:
+        if reference := baseline.session.reference:
+            self.made = reference.measured.made
+        elif dataset.is_generated and dataset.is_stepped:
             self.made = min(FIRST_WRITTEN, self.most)
         self._lots = 1
 

@@ -38,11 +38,16 @@ class Guard(ABC):
     is shared among them. For guards that look at weights, and at nothing else: in all processes but the first there are
     no ``observations``, and all have to say the same."""
 
+    taps_optional: ClassVar[bool] = False
+    """True: on the baseline ``prepare`` does without the taps that ``observe`` returned, where the baseline's pass is
+    not run because a reference holds it."""
+
     def observe(self, model: Any, adapter: Any, policy: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask for module inputs and outputs, before each of the two forward passes.
 
         :returns: a tap (``invarlock.api.Tap``) for each module name to look at; it sees the preview
-            windows only. What its ``result()`` is after the pass stands in ``context["observations"]``.
+            windows only. What its ``result()`` is after the pass stands in ``context["observations"]``; plain data
+            and tensors can be kept in a reference, which then stands in for the baseline's pass.
         """
         return {}
 

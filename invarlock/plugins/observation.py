@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class Observation:
     """The taps of one guard for one pass."""
 
     wanted: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Any] | None = None
+    """Results of an earlier pass over the same windows; None where the taps themselves have them."""
     message: str | None = None
     trace: str | None = None
 
@@ -39,6 +42,9 @@ class Observation:
 
     def results(self) -> dict[str, Any]:
         """Result of each tap; nothing from a guard whose taps failed."""
+        if self.kept is not None:
+            # A copy: what a guard changes of it, it would find changed at the next attempt.
+            return copy.deepcopy(dict(self.kept))
         try:
             with contained():
                 return {} if self.message else {module: tap.result() for module, tap in self.wanted.items()}

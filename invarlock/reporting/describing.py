@@ -19,6 +19,7 @@ from invarlock.reporting.report import (
     EditSection,
     MetricsSection,
     ModelSection,
+    ReferenceSection,
     Report,
     StorageSection,
 )
@@ -343,6 +344,11 @@ def bits_of(attempt: AttemptSection) -> str:
     if attempt.bitwidth is not None:
         return str(attempt.bitwidth)
     return f"{shown(attempt.bits_per_weight)} per weight"
+
+
+def reference_line(reference: ReferenceSection) -> str:
+    used = f"reference {reference.folder}, SHA-256 {reference.digest}"
+    return f"{used}, and the baseline's pass was run: {reference.pass_again}" if reference.pass_again else used
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from invarlock.reporting.describing import (
     edit_line,
     measures,
     model_line,
+    reference_line,
     shown,
     shown_bytes,
     storage_line,
@@ -34,6 +35,10 @@ def facts(run: SavedReport) -> list[tuple[str, str]]:
         ("saved", saved_line(run)),
         ("rests on", verdict.rests_on),
     ]
+    if report.reference is not None:
+        found.append(("baseline's pass", reference_line(report.reference)))
+    if report.metrics.noise is not None:
+        found.append(("noise", report.metrics.noise.message))
     if report.model.restored is not None:
         found.append(("baseline", "restored bit for bit" if report.model.restored else "NOT RESTORED"))
     if verdict.exit_code is not None:

@@ -17,7 +17,15 @@ from invarlock.core.results import Action, EditedWeight, Finding, GuardResult, V
 from invarlock.core.sections import ReportSection
 from invarlock.core.storage import Storage
 from invarlock.core.text import HARMFUL
-from invarlock.evaluation.results import DivergenceResult, FigureResult, Look, MetricResult, Number, Undecided
+from invarlock.evaluation.results import (
+    DivergenceResult,
+    FigureResult,
+    Look,
+    MetricResult,
+    NoiseResult,
+    Number,
+    Undecided,
+)
 
 FORMAT_VERSION: Final = "report-v1"
 
@@ -81,6 +89,8 @@ class MetricsSection:
     """Of tasks that compare more than the primary metric and the predictions of tokens."""
     path: list[Look] = field(default_factory=list)
     """Of windows that were measured until the limits were certain: each look on the way."""
+    noise: NoiseResult | None = None
+    """The noise floor, where a reference holds it."""
 
     @property
     def undecided(self) -> Undecided | None:
@@ -148,6 +158,18 @@ class NextStep:
     option: str
     """Ready to paste: options to add to the command, or a command; empty where none takes the step."""
     reason: str
+
+
+@dataclass(frozen=True)
+class ReferenceSection:
+    """The reference that the run was given in place of the baseline's pass."""
+
+    folder: str
+    digest: str
+    """SHA-256 of its file SHA256SUMS."""
+    created: str
+    pass_again: str = ""
+    """The reason that the baseline's pass was run all the same; empty where it was not."""
 
 
 @dataclass
@@ -269,6 +291,8 @@ class Report:
     """Null where the bits were given."""
     what_next: list[NextStep] = field(default_factory=list)
     """At most three, of a rejection or a warning."""
+    reference: ReferenceSection | None = None
+    """Null where the baseline's pass was run."""
     command: str = ""
     """The command line that asked for the report; empty where a program did."""
     format_version: Literal["report-v1"] = FORMAT_VERSION

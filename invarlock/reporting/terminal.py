@@ -103,7 +103,11 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"tokens   {_line(report.metrics.predictions.message)}"
     for figure in report.metrics.figures:
         yield f"besides  {_line(figure.message)}"
+    if report.metrics.noise:
+        yield f"noise    {_line(report.metrics.noise.message)}"
     yield f"rests on {_line(report.verdict.rests_on)}"
+    if report.reference:
+        yield f"         {_line(describing.reference_line(report.reference))}"
     if seen := describing.seen(report.coverage):
         yield f"coverage {_line(seen)} seen"
     for gap in report.coverage.gaps:

@@ -10,7 +10,7 @@ neither does the time: some dozens of tokens tell no more for coming from more w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, Literal
@@ -102,6 +102,12 @@ class Seen:
     order: int
     """The place of the module's first call among those of the taps that share a counter; -1 if it was not called."""
 
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Seen:
+        """Of the result of a tap, or of one that was kept."""
+        samples = {kind: Sampled(**sample) if sample else None for kind, sample in result["samples"].items()}
+        return cls(samples, result["all_finite"], result["order"])
+
 
 @dataclass(eq=False)
 class SamplingTap:
@@ -139,9 +145,14 @@ class SamplingTap:
             if self.thorough:
                 self._finite = self._finite & are_finite(entering)
 
-    def result(self) -> Seen:
+    def result(self) -> dict[str, Any]:
+        """The samples as plain data, which a reference can hold: ``Seen.of`` reads it."""
         samples = {kind: sample.result() for kind, sample in self._samples.items()}
-        return Seen(samples, bool(self._finite), self._placed)
+        plain = {
+            kind: found and {each.name: getattr(found, each.name) for each in fields(found)}
+            for kind, found in samples.items()
+        }
+        return {"samples": plain, "all_finite": bool(self._finite), "order": self._placed}
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,8 @@ class SeenPlace:
 
 def seen_places(context: Mapping[str, Any], places: Mapping[str, Place], compared: Kind) -> list[SeenPlace]:
     """Places at which something was sampled, in the order in which the edited model calls them."""
-    before, after = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
+    observed = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
+    before, after = ({name: Seen.of(result) for name, result in side.items()} for side in observed)
     both = [
         SeenPlace(places[name], before[name], seen, compared)
         for name, seen in after.items()

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import add_judging_options, judge_together, path_argument
+from invarlock.cli.options import (
+    add_judging_options,
+    add_text_options,
+    checkpoint_and_text,
+    judge_together,
+    path_argument,
+    reference_of,
+)
+from invarlock.core.errors import UsageError
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -34,11 +42,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     add_path = partial(parser.add_argument, type=path_argument)
     add_path("--baseline", required=True, metavar="DIR", help="the checkpoint before the edit")
     add_path("--subject", required=True, metavar="DIR", help="the checkpoint after the edit")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--dataset", type=path_argument, metavar="FILE.jsonl", help="text to measure on, one JSON object per line"
-    )
-    source.add_argument("--generated", action="store_true", help="measure on windows that the baseline writes")
+    source = add_text_options(parser)
     source.add_argument(
         "--weights-only", action="store_true", help="measure no outputs: weights and single blocks alone"
     )
@@ -52,21 +56,18 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return judge_together(args, f"compare-{Path(args.subject).name}", args.config, _checkpoint_and_text(args), _judge)
+    if args.weights_only and args.reference:
+        raise UsageError(
+            "--reference: it holds the baseline's outputs, and --weights-only measures none; leave one out"
+        )
+    return judge_together(
+        args, f"compare-{Path(args.subject).name}", args.config, checkpoint_and_text(args.baseline, args), _judge
+    )
 
 
 def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
     # Only here: torch is slow to import.
     from invarlock.pipeline import compare
 
-    options = {"weights_only": args.weights_only, "tokenizer": args.tokenizer}
+    options = {"weights_only": args.weights_only, "tokenizer": args.tokenizer, "reference": reference_of(args)}
     return compare(config, args.subject, args.manager, **options, **shared)
-
-
-def _checkpoint_and_text(args: argparse.Namespace) -> dict[str, Any]:
-    given: dict[str, Any] = {"model.id": args.baseline}
-    if args.dataset:
-        given |= {"dataset.provider": "local_jsonl", "dataset.path": args.dataset}
-    if args.generated:
-        given |= {"dataset.provider": "generated", "dataset.path": None}
-    return given

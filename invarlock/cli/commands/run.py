@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.commands.config import keys_text
-from invarlock.cli.options import add_judging_options, judge_together, path_argument
+from invarlock.cli.options import add_judging_options, judge_together, path_argument, reference_of
+from invarlock.core.errors import UsageError
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -50,6 +51,8 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.stream and args.reference:
+        raise UsageError("--reference: weights that stay on disk have no digest to compare; run without --stream")
     if args.demo:
         demo = demo_folder()
         return judge_together(args, "demo", str(demo / "config.yaml"), {"model.id": str(demo / "checkpoint")}, _judge)
@@ -60,8 +63,9 @@ def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunRes
     # Only here: torch is slow to import.
     from invarlock import pipeline
 
-    run_pipeline = pipeline.run_streamed if args.stream else pipeline.run
-    return run_pipeline(config, args.manager, **shared)
+    if args.stream:
+        return pipeline.run_streamed(config, args.manager, **shared)
+    return pipeline.run(config, args.manager, reference=reference_of(args), **shared)
 
 
 def demo_folder() -> Path:

@@ -69,6 +69,7 @@ class ReconstructionGuard(Guard):
     """
 
     name = "reconstruction"
+    taps_optional = True
 
     def __init__(
         self,
