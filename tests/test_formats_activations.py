@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import read_report, slow
-from packed_checkpoints import BASE, SCHEMES, compressed, packed_as
+from packed_checkpoints import BASE, SCHEMES, changed, compressed, packed_as
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -169,6 +169,14 @@ def test_a_scale_of_zero_is_one_line(invarlock, name: str) -> None:
     done = compared(invarlock)
     assert done.code == 2
     assert f".{name} holds scales that are zero" in done.err.splitlines()[-1]
+
+
+def test_a_scale_of_another_shape_is_one_line(invarlock) -> None:
+    compressed(Path("packed"), {"Linear": SCHEMES["fp8-static-activations"]})
+    changed(Path("packed"), ".input_scale", lambda scale: scale.expand(7))
+    done = compared(invarlock)
+    assert done.code == 2
+    assert ".input_scale has shape (7,), and is a scale for a whole tensor" in done.err.splitlines()[-1]
 
 
 def test_what_cannot_be_simulated_stays_a_gap(invarlock) -> None:
