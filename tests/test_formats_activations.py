@@ -94,6 +94,19 @@ def test_both_sides_run_as_they_are_served(invarlock) -> None:
     assert report["metrics"]["primary"]["ratio"] == 1
     assert report["verdict"]["reasons"] == []
     assert "simulated (NVFP4, blocks of 16, dynamic" in told(ACTIVATIONS)
+    done = invarlock("verify", "out", "--baseline", "packed", "--subject", "packed")
+    assert done.code == 0, done.out
+    assert "checked      losses of the edited model, measured again" in done.out
+
+
+def test_a_run_rounds_no_activations_nor_does_its_verification(invarlock, config) -> None:
+    compressed(Path("packed"), {"Linear": SCHEMES["int8-activations"]})
+    small = {"provider": "generated", "seq_len": 16, "preview_n": 1, "final_n": 2}
+    path = config(model={"id": "packed", "device": "cpu"}, dataset=small)
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 0, done.out
+    assert "was not judged" in told(ACTIVATIONS)
+    assert invarlock("verify", "out", "--baseline", "packed").code == 0
 
 
 def test_modelopt_stores_scales_of_activations_and_of_the_cache(invarlock) -> None:
