@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from invarlock import hookimpl as hookimpl
     from invarlock.checkpoints.packing.unpacked import LAYOUTS as LAYOUTS
     from invarlock.checkpoints.packing.unpacked import UnpackedCheckpoint as UnpackedCheckpoint
-    from invarlock.checkpoints.packing.unpacked import described as described
+    from invarlock.checkpoints.packing.unpacked import configuration_of as configuration_of
     from invarlock.checkpoints.packing.unpacked import method_of as method_of
     from invarlock.checkpoints.packing.unpacked import open_checkpoint as open_checkpoint
     from invarlock.checkpoints.reader import Checkpoint as Checkpoint
@@ -97,7 +97,7 @@ _HOMES = {
     "invarlock.checkpoints.packing.unpacked": (
         "LAYOUTS",
         "UnpackedCheckpoint",
-        "described",
+        "configuration_of",
         "method_of",
         "open_checkpoint",
     ),

@@ -137,6 +137,8 @@ HOW: dict[str, dict[str, Any]] = {
         "quant_algo": "NVFP4",
         "group_size": 16,
     },
+    "modelopt-int8": {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
+    "modelopt-mxfp8": {"quant_method": "modelopt", "quant_algo": "MXFP8", "group_size": 32},
     "modelopt-int4": {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32},
     "auto-round": AUTO_ROUND
     | {
@@ -231,7 +233,16 @@ def _by_modelopt(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[T
         scale = blocks.abs().amax((1, 3), keepdim=True) / 448
         codes = (blocks / scale).to(torch.float8_e4m3fn)
         return (codes.float() * scale).view(weight.shape), {"weight": codes.view(weight.shape), "weight_scale": scale}
+    if method == "modelopt-int8":
+        scale = weight.abs().amax(1) / 127
+        codes = (weight / scale.unsqueeze(1)).round()
+        return codes * scale.unsqueeze(1), {"weight": codes.to(torch.int8), "weight_scale": scale}
     blocks = weight.unflatten(1, (-1, how["group_size"]))
+    if method == "modelopt-mxfp8":
+        exponents = blocks.abs().amax(-1).log2().floor() - 8
+        codes = (blocks / 2 ** exponents.unsqueeze(-1)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        rounded = (codes.float() * 2 ** exponents.unsqueeze(-1)).flatten(1)
+        return rounded, {"weight": codes.flatten(1), "weight_scale": (exponents + 127).byte()}
     if method == "modelopt-nvfp4":
         second = weight.abs().max() / (6 * 448)
         scale = (blocks.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)

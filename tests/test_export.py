@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 from forked import FULL
 from huggingface_hub import ModelCard
 from tokenizers import pre_tokenizers
@@ -113,8 +113,15 @@ def test_dequantized_is_cut_into_shards_as_the_input_was(config) -> None:
     assert after == before
 
 
-@pytest.mark.parametrize(("bitwidth", "symmetric"), gguf.TYPES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "bitwidth", "symmetric"),
+    [
+        *((dtype, bits, True) for dtype in ("float32", "bfloat16", "float16") for bits in (4, 5, 8)),
+        *((dtype, 4, False) for dtype in ("bfloat16", "float16")),
+        ("float32", 5, False),
+        *slow(("float32", 4, False), ("bfloat16", 5, False), ("float16", 5, False)),
+    ],
+)
 def test_gguf_logits_are_the_guarded_models(config, dtype: str, bitwidth: int, symmetric: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=dtype)
     with torch.no_grad():

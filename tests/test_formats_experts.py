@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import read_report
+from conftest import read_report, slow
 from packed_checkpoints import BASE, HOW, changed, packed_as
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -85,8 +85,10 @@ def test_experts_of_gpt_oss_are_read_as_transformers_reads_them_and_named(invarl
     ("part", "change", "said"),
     [
         ("_scales", lambda scales: scales[:, 1:], "needs (4, 32, 1)"),
-        ("_scales", lambda scales: scales.fill_(255), "holds scales that are NaN"),
-        ("_blocks", lambda blocks: blocks.flatten(2), "is not (experts, out, blocks, 16) bytes"),
+        *slow(
+            ("_scales", lambda scales: scales.fill_(255), "holds scales that are NaN"),
+            ("_blocks", lambda blocks: blocks.flatten(2), "is not (experts, out, blocks, 16) bytes"),
+        ),
     ],
 )
 def test_broken_experts_are_one_line(invarlock, part: str, change: Any, said: str) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from invarlock.checkpoints.packing.unpacked import LAYOUTS, UnpackedCheckpoint, described, method_of, open_checkpoint
+from invarlock.checkpoints.packing.unpacked import (
+    LAYOUTS,
+    UnpackedCheckpoint,
+    configuration_of,
+    method_of,
+    open_checkpoint,
+)
 from invarlock.checkpoints.reader import Checkpoint
 from invarlock.core.errors import InputError
 from invarlock.core.storage import Storage, StoredType
@@ -58,7 +64,7 @@ def weights_in(checkpoint: Path) -> dict[str, StoredWeight]:
         return dict(_blocks(checkpoint))
     if not checkpoint.is_dir():
         return {}
-    if (method := method_of(described(checkpoint))) and method not in LAYOUTS:
+    if (method := method_of(configuration_of(checkpoint))) and method not in LAYOUTS:
         # Its tensors are not the weights.
         return {}
     return dict(_tensors(open_checkpoint(checkpoint)))

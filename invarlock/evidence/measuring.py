@@ -69,7 +69,8 @@ def measure_again(
         return
     session = Session(_config(run, checkpoints, first, subject), plugins, on_progress)
     streamed = run.report.model.streamed
-    model, adapter = load(session, first, on_disk=streamed)
+    # A run rounds no activations, for what it saves declares none.
+    model, adapter = load(session, first, on_disk=streamed, simulated=run.report.edit.is_comparison)
     opened = Baseline(session, model, adapter)
     again = _Again(run, verification, opened, None)
     if stored := run.report.metrics.windows:

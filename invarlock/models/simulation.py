@@ -41,13 +41,13 @@ class Simulation:
 
     def running(self, model: nn.Module) -> AbstractContextManager[object]:
         """A context in which the model runs as it is served; other models run as ever."""
-        return _Rounding(self, model) if self.inputs or self.caches else nullcontext()
+        return _Simulating(self, model) if self.inputs or self.caches else nullcontext()
 
 
 NONE = Simulation()
 
 
-class _Rounding(TorchFunctionMode):
+class _Simulating(TorchFunctionMode):
     def __init__(self, simulation: Simulation, model: nn.Module) -> None:
         super().__init__()
         weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}

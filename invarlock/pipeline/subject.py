@@ -20,10 +20,12 @@ log = logging.getLogger("invarlock")
 TOKENIZER = "tokenizer_config.json"
 
 
-def load(session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE) -> tuple[torch.nn.Module, Adapter]:
+def load(
+    session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE, simulated: bool = True
+) -> tuple[torch.nn.Module, Adapter]:
     """Load a checkpoint, leaving its weights on disk if that is wanted and can be.
 
-    Passes simulate the rounding of activations that it declares; of weights on disk there are no passes.
+    :param simulated: let passes round activations as it declares; of weights on disk there are none.
     """
     if on_disk:
         try:
@@ -31,7 +33,7 @@ def load(session: Session, model_id: str, *, on_disk: bool, key: str = BASELINE)
         except UsageError as error:
             log.info("%s; loading the whole model", one_line(error))
     model, adapter = session.load(model_id, key=key)
-    if not on_disk:
+    if simulated and not on_disk:
         session.simulate(model, model_id, key)
     return model, adapter
 

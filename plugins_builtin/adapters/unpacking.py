@@ -24,10 +24,10 @@ def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    from invarlock.api import LAYOUTS, described, method_of
+    from invarlock.api import LAYOUTS, configuration_of, method_of
 
     folder = Path(model_id)
-    method = method_of(described(folder) if folder.is_dir() else read_config(model_id, options))
+    method = method_of(configuration_of(folder) if folder.is_dir() else read_config(model_id, options))
     known = method in LAYOUTS or any(name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
     if not known:
         raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")

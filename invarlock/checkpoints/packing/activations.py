@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from invarlock.checkpoints.packing import compressed_tensors, fine_grained, modelopt
 from invarlock.checkpoints.packing.packed import broken, stems, unsound
-from invarlock.checkpoints.packing.unpacked import (
-    described,
-    method_of,
-    settings_of,
-)
+from invarlock.checkpoints.packing.unpacked import configuration_of, method_of, settings_of
 from invarlock.checkpoints.reader import Checkpoint
+from invarlock.core.inputs import complaints_of
 from invarlock.models.facts import text_config_of
 from invarlock.models.simulation import ACTIVATIONS, CACHE, NONE, CacheRounding, Simulation
 
@@ -51,6 +48,10 @@ class ActivationRounding:
         rounded: Tensor = fake_quantize(tokens, scale, zero_point, self.arguments, global_scale=factor)
         return rounded.reshape(numbers.shape).to(numbers.dtype)
 
+    def takes(self, layer: nn.Linear) -> bool:
+        """True if its inputs are whole groups."""
+        return layer.in_features % (self.arguments.group_size or 1) == 0
+
     def __str__(self) -> str:
         return f"{compressed_tensors.format_of(self.arguments)}, {'dynamic' if self.arguments.dynamic else 'static'}"
 
@@ -66,14 +67,16 @@ def simulation_of(model: nn.Module, folder: Path) -> Simulation:
 
     :raises InputError: a stored scale is zero or not finite.
     """
-    config = described(folder) if folder.is_dir() else {}
+    config = configuration_of(folder) if folder.is_dir() else {}
     find, settings = INPUTS.get(method_of(config)), settings_of(config)
     if find is None:
         return NONE
-    # As it is stored, with the scales.
-    checkpoint = Checkpoint(folder)
-    inputs, caches, words = dict(find(checkpoint, settings)), dict(_caches(checkpoint, settings)), {}
-    roundings = {name: rounding for name, rounding in inputs.items() if rounding and _takes(model, name, rounding)}
+    with complaints_of(f"{folder}: its quantization_config cannot be read"):
+        # As it is stored, with the scales.
+        checkpoint = Checkpoint(folder)
+        inputs, caches = dict(find(checkpoint, settings)), dict(_caches(checkpoint, settings))
+    words, linear = {}, {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    roundings = {name: each for name, each in inputs.items() if each and name in linear and each.takes(linear[name])}
     if roundings and roundings.keys() == inputs.keys():
         kinds = " and ".join(sorted({str(rounding) for rounding in roundings.values()}))
         words[ACTIVATIONS] = f"{kinds}, of the inputs of {len(roundings)} layers"
@@ -84,11 +87,6 @@ def simulation_of(model: nn.Module, folder: Path) -> Simulation:
     else:
         caches = {}
     return Simulation(roundings, caches, words)
-
-
-def _takes(model: nn.Module, name: str, rounding: ActivationRounding) -> bool:
-    module = dict(model.named_modules()).get(name)
-    return isinstance(module, nn.Linear) and module.in_features % (rounding.arguments.group_size or 1) == 0
 
 
 def _caches_alike(model: nn.Module, layers: int) -> bool:
@@ -116,7 +114,10 @@ def _of_modelopt(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inputs:
     algorithm = str(settings.get("quant_algo")).upper()
     for stem in stems(checkpoint, modelopt.SCALE):
         scale = _scale(checkpoint, f"{stem}.input_scale")
-        if scale is not None and f"{stem}{modelopt.SECOND}" in checkpoint:
+        if f"{stem}{modelopt.SMOOTHING}" in checkpoint:
+            # Inputs are multiplied before they are rounded, and here the factors are in the weight.
+            yield stem, None
+        elif scale is not None and f"{stem}{modelopt.SECOND}" in checkpoint:
             blocks = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
             yield stem, ActivationRounding(blocks, factor=1 / scale)
         elif scale is not None:
@@ -185,6 +186,8 @@ def _scale(checkpoint: Checkpoint, name: str) -> Tensor | None:
     if name not in checkpoint:
         return None
     scale = checkpoint[name].float()
+    if scale.numel() != 1:
+        raise broken(checkpoint, f"{name} has shape {tuple(scale.shape)}, and is a scale for a whole tensor")
     if wrong := unsound(scale):
         raise broken(checkpoint, f"{name} holds scales that are {wrong}")
-    return scale if scale.ndim else scale.reshape(1)
+    return scale.reshape(1)

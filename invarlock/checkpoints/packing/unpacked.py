@@ -91,12 +91,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     :raises InputError: as ``Checkpoint`` and ``UnpackedCheckpoint`` say.
     """
-    config = described(folder)
+    config = configuration_of(folder)
     layout = LAYOUTS.get(method_of(config))
     return UnpackedCheckpoint(folder, layout, settings_of(config)) if layout else Checkpoint(folder)
 
 
-def described(folder: Path) -> dict[str, Any]:
+def configuration_of(folder: Path) -> dict[str, Any]:
     """The configuration of a checkpoint; ModelOpt may say in a file of its own how weights are packed."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "quantization_config" in config or not (folder / MODELOPT).is_file():
