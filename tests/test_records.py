@@ -188,11 +188,13 @@ def test_words_that_differ_are_counted_against_the_baseline(tokenizer: Any) -> N
 
 
 def test_a_reranker_reads_pairs_as_its_tokenizer_joins_them(tokenizer: Any) -> None:
+    state = tokenizer.backend_tokenizer.to_str()
     model = tiny_models.built("BertForSequenceClassification", **tiny_models.SIZE, num_labels=1)
     pairs = [{"text": CAPTIONS[0], "text_pair": CAPTIONS[1]}] * 3
     data, task = dataset("pairs", lines(Path("pairs.jsonl"), *pairs)), SequenceClassification()
     _, final = task.make_windows(model, data, tokenizer, texts_of(data))
     assert final.input_ids[0, : final.attention_mask[0].sum()].tolist() == tokenizer(*CAPTIONS[:2])["input_ids"]
+    assert tokenizer.backend_tokenizer.to_str() == state
     without = task.make_windows(model, dataset("generated", None), None, None)[1]
     # A quarter of the tokens is the query.
     types, seen = without.media["token_type_ids"], without.attention_mask.bool()
