@@ -163,6 +163,15 @@ def test_the_target_of_a_sound_is_its_text(tokenizer: Any) -> None:
     assert first.transcripts is not None and len(first.transcripts) == 2
 
 
+def test_pairs_of_texts_have_text_for_a_task_that_reads_no_second_one(tokenizer: Any) -> None:
+    model = saved("WhisperForConditionalGeneration", SOUNDS)
+    pairs = [{"text": caption * 9, "text_pair": caption} for caption in CAPTIONS]
+    data, task = dataset("pairs", lines(Path("pairs.jsonl"), *pairs)), Speech()
+    _, final = task.make_windows(model, data, tokenizer, texts_of(data))
+    assert (final.labels != UNSCORED).all()
+    assert task.made_up_media == "random sounds"
+
+
 def test_what_is_no_sound_is_named_with_the_library_that_might_read_it(compared, monkeypatch) -> None:
     Path("sounds").mkdir()
     for number in range(3):
