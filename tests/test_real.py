@@ -65,7 +65,10 @@ def test_an_embedding_is_judged_by_its_cosine(
         model={"id": str(minilm)},
         dataset={"provider": "demo", "seq_len": 128, "preview_n": 2, "final_n": 12},
         edit={"plan": plan | {"scope": "all"}},
+        output={"save_model": True},
     )
     done = invarlock("run", "-c", path, "--out", "out")
     assert done.code == code, done.out + done.err
     assert low < read_report(Path("out"))["metrics"]["primary"]["edited"] < high
+    # What makes its vectors is saved along.
+    assert Path("out/model/1_Pooling/config.json").is_file() == (code == 0)

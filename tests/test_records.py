@@ -163,6 +163,15 @@ def test_the_target_of_a_sound_is_its_text(tokenizer: Any) -> None:
     assert first.transcripts is not None and len(first.transcripts) == 2
 
 
+def test_pairs_of_texts_have_text_for_a_task_that_reads_no_second_one(tokenizer: Any) -> None:
+    model = saved("WhisperForConditionalGeneration", SOUNDS)
+    pairs = [{"text": caption * 9, "text_pair": caption} for caption in CAPTIONS]
+    data, task = dataset("pairs", lines(Path("pairs.jsonl"), *pairs)), Speech()
+    _, final = task.make_windows(model, data, tokenizer, texts_of(data))
+    assert (final.labels != UNSCORED).all()
+    assert task.made_up_media == "random sounds"
+
+
 def test_what_is_no_sound_is_named_with_the_library_that_might_read_it(compared, monkeypatch) -> None:
     Path("sounds").mkdir()
     for number in range(3):
@@ -188,11 +197,13 @@ def test_words_that_differ_are_counted_against_the_baseline(tokenizer: Any) -> N
 
 
 def test_a_reranker_reads_pairs_as_its_tokenizer_joins_them(tokenizer: Any) -> None:
+    state = tokenizer.backend_tokenizer.to_str()
     model = tiny_models.built("BertForSequenceClassification", **tiny_models.SIZE, num_labels=1)
     pairs = [{"text": CAPTIONS[0], "text_pair": CAPTIONS[1]}] * 3
     data, task = dataset("pairs", lines(Path("pairs.jsonl"), *pairs)), SequenceClassification()
     _, final = task.make_windows(model, data, tokenizer, texts_of(data))
     assert final.input_ids[0, : final.attention_mask[0].sum()].tolist() == tokenizer(*CAPTIONS[:2])["input_ids"]
+    assert tokenizer.backend_tokenizer.to_str() == state
     without = task.make_windows(model, dataset("generated", None), None, None)[1]
     # A quarter of the tokens is the query.
     types, seen = without.media["token_type_ids"], without.attention_mask.bool()

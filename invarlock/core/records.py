@@ -48,7 +48,9 @@ def column(samples: Samples, name: str) -> Sequence[Any]:
     """
     if not len(samples) or isinstance(samples[0], str):
         return samples
-    for sample in samples:
-        if isinstance(sample, Record) and name not in sample.columns:
-            raise UsageError(f"dataset.path: {sample.where} has no {name}, and the first sample has")
-    return [getattr(sample, name) for sample in samples]
+    # By number: what a provider returned need not end with an IndexError.
+    records = [samples[row] for row in range(len(samples))]
+    for record in records:
+        if name not in record.columns:
+            raise UsageError(f"dataset.path: {record.where} has no {name}, and the first sample has")
+    return [getattr(record, name) for record in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,9 @@ def encoded_pairs(
     """
     if tokenizer is None:
         raise InputError(NO_TOKENIZER)
-    given = tokenizer(list(texts), list(others), truncation=True, max_length=dataset.seq_len, verbose=False)
+    # A copy: truncation is a state of the tokenizer, which has to stay what it was.
+    own = copy.deepcopy(tokenizer)
+    given = own(list(texts), list(others), truncation=True, max_length=dataset.seq_len, verbose=False)
     ids = _padded(given["input_ids"], dataset.seq_len, padding_of(model))
     mask = _padded([[1] * len(row) for row in given["input_ids"]], dataset.seq_len, 0)
     types = {TYPES: _padded(given[TYPES], dataset.seq_len, 0)} if TYPES in given and _takes_types(model) else {}

@@ -55,7 +55,8 @@ class Speech(LanguageTask):
         elif "audio" in columns:
             windows = _transcripts(model, column(documents, "text"), tokenizer, layout, start)
         else:
-            windows = _targets(_text(model, replace(dataset, seq_len=length), tokenizer, documents), start)
+            texts = column(documents, "text")
+            windows = _targets(_text(model, replace(dataset, seq_len=length), tokenizer, texts), start)
         windows = replace(windows, media={"input_features": sounds})
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
