@@ -49,7 +49,9 @@ def invarlock_prepare(model: Any, adapter: Any, calib: Any, policy: Options, gua
     :called: before the edit.
     :param model: the baseline. Whatever of it ``invarlock_validate`` needs has to be copied: the edit is in place.
     :param adapter: the model's adapter.
-    :param calib: the preview windows: an iterable of batches, dicts of ``input_ids`` and ``attention_mask``.
+    :param calib: the preview windows: an iterable of batches, dicts of ``input_ids`` and ``attention_mask``. Its
+        attribute ``comparing`` is True where another checkpoint is compared: ``context["baseline_weights"]`` will then
+        have the baseline's weights, and ``context["edit"]["modules"]`` names those that differ.
     :param policy: the guard's options.
     :param guard: the guard's name, for wrappers.
     :returns: a dict with ``ready``, True or False; None counts as ready. Stops at the first non-None result.
