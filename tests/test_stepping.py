@@ -102,7 +102,7 @@ def test_what_stays_uncertain_is_inconclusive_and_names_what_would_decide(run) -
     report = run("edit.plan.bitwidth=4", "eval.max_pm_ratio=1.03", max_n=10)
     metric, path = report["metrics"]["primary"], report["metrics"]["path"]
     assert report["verdict"]["ending"] == "inconclusive" and report["code"] == 1
-    assert [look["windows"] for look in path] == [4, 5, 6, 7, 8, 9, 10]
+    assert [look["windows"] for look in path] == [4, 6, 8, 10]
     assert all(look["low"] <= 1.03 < look["high"] for look in path)
     option = f"--set dataset.max_n={metric['undecided']['windows']}"
     assert f"; {option} would decide" in report["out"].splitlines()[0]
@@ -154,11 +154,11 @@ def test_a_comparison_measures_little_more_than_the_decision_needs(invarlock, co
 
 
 @pytest.mark.parametrize("most", [4, 5, 30, 256, 1000])
-def test_looks_come_after_a_tenth_more_at_most(most: int) -> None:
-    found = looks(most, first=4, growth=1.1, least=1)
-    assert (found[0], found[-1]) == (4, most)
-    assert all(one < other <= max(one + 1, 1.1 * one) for one, other in pairwise(found))
-    shared = looks(most, first=4, growth=1.1, least=3)
+def test_looks_come_after_a_fifth_more_at_most(most: int) -> None:
+    found = looks(most, first=4, growth=1.2, least=2)
+    assert found[-1] == most and (found[0] == 4 or most < 6)
+    assert all(2 <= other - one < max(2, 0.2 * one) + 2 for one, other in pairwise(found))
+    shared = looks(most, first=4, growth=1.2, least=3)
     assert shared[-1] == most and all(other - one >= 3 for one, other in pairwise([0, *shared]))
 
 
@@ -195,7 +195,7 @@ def test_windows_of_one_document_count_as_one(run, invarlock) -> None:
     assert len({*windows["documents"]}) < len(windows["documents"]) == path[-1]["windows"]
     rises = np.array(windows["edited"]) - windows["baseline"]
     units = by_document(rises, np.array(windows["tokens"]), np.array(windows["documents"]))
-    assert np.exp(mean_bounds(*units, level=0.95)) == pytest.approx(report["metrics"]["primary"]["ci"])
+    assert np.exp(mean_bounds(*units, level=0.965)) == pytest.approx(report["metrics"]["primary"]["ci"])
     assert invarlock("verify", "out").code == 0
 
 
