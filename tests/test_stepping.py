@@ -12,8 +12,10 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tiny_models
 from conftest import DEMO, Done, read_report, slow
 from test_compare import rtn, save
+from tiny_models import MODELS
 
 from invarlock.core.results import Action
 from invarlock.evaluation.confidence_sequence import by_document, mean_bounds
@@ -23,7 +25,8 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenChanges
 from invarlock.evaluation.stopping import LEAST_UNTOUCHED, look_at
 from invarlock.evaluation.task import Judging
-from invarlock.pipeline.stepping import MOST_TIMES, looks
+from invarlock.pipeline.stepping import MOST_TIMES, PLANNED, looks
+from invarlock.quantization import Plan, quantize_model
 from invarlock.reporting.report import json_schema
 from plugins_builtin.tasks.language import Causal
 
@@ -197,6 +200,33 @@ def test_windows_of_one_document_count_as_one(run, invarlock) -> None:
     units = by_document(rises, np.array(windows["tokens"]), np.array(windows["documents"]))
     assert np.exp(mean_bounds(*units, level=0.965)) == pytest.approx(report["metrics"]["primary"]["ci"])
     assert invarlock("verify", "out").code == 0
+
+
+def compared(name: str, invarlock: Callable[..., Done], *settings: str) -> dict[str, Any]:
+    """A tiny model of a class, and itself rounded to 4 bits."""
+    model = MODELS[name]()
+    tiny_models.save(model, Path("baseline"))
+    quantize_model(model, Plan(bitwidth=4, scope="all"))
+    tiny_models.save(model, Path("subject"))
+    words = [word for each in (*settings, "dataset.seq_len=32", "model.device=cpu") for word in ("--set", each)]
+    sides = ("--baseline", "baseline", "--subject", "subject")
+    done = invarlock("compare", *sides, "--dataset", TEXT, *words, "--out", "out", "--force")
+    assert done.code in (0, 1), done.err
+    assert invarlock("verify", "out", *sides).code == 0
+    return read_report(Path("out"))["metrics"]
+
+
+def test_samples_of_several_steps_belong_to_their_windows(invarlock) -> None:
+    first = compared("BertModel", invarlock, "dataset.max_n=4")["path"][-1]
+    limit = f"eval.metric.limit={(first['figure'] + first['high']) / 2}"
+    metrics = compared("BertModel", invarlock, "dataset.max_n=12", limit)
+    assert metrics["primary"]["interval"] == "sequence" and len(metrics["path"]) > 1
+    assert len(metrics["windows"]["tokens"]) == metrics["path"][-1]["windows"]
+
+
+def test_a_share_of_samples_is_of_a_fixed_number_of_windows(invarlock) -> None:
+    metrics = compared("BertForSequenceClassification", invarlock)
+    assert (metrics["primary"]["interval"], metrics["primary"]["windows"], metrics["path"]) == ("fixed", PLANNED, [])
 
 
 @pytest.mark.parametrize("size", slow(2))
