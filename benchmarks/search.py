@@ -55,7 +55,7 @@ class Bench:
     def loss(self) -> float:
         """Nats per token."""
         total = 0.0
-        for batch in self.measured.split(BATCH):
+        for batch in torch.split(self.measured, BATCH):
             logits = self.model(input_ids=batch, use_cache=False).logits[:, :-1]
             total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
         return total / self.measured[:, 1:].numel()

@@ -187,10 +187,13 @@ def _planned(weight: EditedWeight, report: Report, config: RunConfig) -> dict[st
 
 def _last_plan(report: Report, config: RunConfig) -> AnyPlan:
     """The plan that the verdict is of."""
-    plans = plans_of(config)
-    if config.edit.retry.strategy == "suspects" and len(report.attempts) > 1:
-        listed = (report.attempts[-1].plan or {}).get("rules")
+    listed = (report.attempts[-1].plan or {}).get("rules") if report.attempts else None
+    if config.edit.is_searched and listed is None:
+        # No guard was ready, so nothing was searched.
+        return config.edit.plan
+    if config.edit.is_searched or (config.edit.retry.strategy == "suspects" and len(report.attempts) > 1):
         return rules_of(listed, Source("report.json: attempts[-1].plan"))
+    plans = plans_of(config)
     return plans[min(len(report.attempts), len(plans)) - 1]
 
 
@@ -239,6 +242,9 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from of_attributes("attempts[-1]", last, expected)
     count = len(report.attempts)
     yield from differences("attempts[*].attempt", [each.attempt for each in report.attempts], [*range(1, count + 1)])
+    if config.edit.is_searched:
+        yield from _searched(report, config)
+        return
     earlier = [each.action for each in report.attempts[:-1]]
     yield from differences("attempts[:-1].action", earlier, [Action.ROLLBACK] * (count - 1))
     if report.edit.is_comparison:
@@ -257,6 +263,19 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     for place, (attempt, plan) in enumerate(zip(report.attempts, plans, strict=False)):
         if attempt.plan is not None:  # Earlier builds had none.
             yield from differences(f"attempts[{place}].plan", attempt.plan, plan)
+
+
+def _searched(report: Report, config: RunConfig) -> Iterator[Disagreement]:
+    """The attempts of a search, in any order of size, are among its plans; the best one may be judged once more."""
+    points = {point.bits_per_weight: point for point in report.search.points} if report.search else {}
+    at_most = min(len(report.attempts), config.edit.search.max_attempts + 1)
+    yield from differences("attempts (at most edit.search.max_attempts and one)", len(report.attempts), at_most)
+    for place, attempt in enumerate(report.attempts):
+        # No guard was ready where nothing was rounded.
+        if attempt.bits_per_weight is not None:
+            point = points.get(round(attempt.bits_per_weight, 4))
+            expected = (point.action, point.ratio) if point else None
+            yield from differences(f"attempts[{place}]", (attempt.action, attempt.ratio), expected)
 
 
 def model(report: Report, config: RunConfig) -> Iterator[Disagreement]:

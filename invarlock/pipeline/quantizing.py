@@ -94,7 +94,7 @@ def _plans(
     config, baseline = guarding.config, keeper.baseline
     if config.edit.is_searched and guarding.ready:
         folder = output.path if output else None
-        return Search(guarding, baseline.model, export, folder, weights=baseline.digest, frontier=frontier)
+        return Search(guarding, keeper, export, folder, frontier=frontier)
     retries = Retries(config, baseline.model, guarding.baseline.tokenizer, export)
     if guarding.ready and needs_sensitivities(config.edit.plan):
         retries.fisher = guarding.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)

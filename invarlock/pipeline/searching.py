@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from invarlock.core.errors import UsageError
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.keeping import Keeper
 from invarlock.pipeline.plans import keys_named
+from invarlock.pipeline.probing import Probe
 from invarlock.pipeline.search_state import Judged, SearchState
 from invarlock.pipeline.sensitivities import measured_sensitivities, weighed
 from invarlock.quantization.rules import Rule, Rules
@@ -27,8 +30,10 @@ from invarlock.quantization.selection import PlannedWeight, WeightTarget, planne
 from invarlock.reporting.report import SearchPoint, SearchSection
 from invarlock.search.candidates import Decision, decisions
 from invarlock.search.frontier import Allocation, best_within, smallest
-from invarlock.search.steps import Tried, for_frontier, for_ratio
+from invarlock.search.steps import Tried, corrected, for_frontier, for_ratio
 
+PROBES = 2
+"""The first one is off by what predictions are off, a quarter; the second by what that changes."""
 AUTO_KEY = "edit.plan.bitwidth: auto"
 
 
@@ -47,28 +52,27 @@ class Search:
 
     :param export: of a model that is saved: only schemes that its format holds are tried.
     :param folder: of the output, where an interrupted search goes on; None keeps nothing.
-    :param weights: digest of the baseline's.
     :param frontier: whether plans of all sizes are measured, and not those on the way to a target.
     """
 
     def __init__(
         self,
         guarding: Guarding,
-        model: nn.Module,
+        keeper: Keeper,
         export: Export | None,
         folder: Path | None,
         *,
-        weights: str,
         frontier: bool,
     ) -> None:
-        self._config, self._model, self._frontier = guarding.config, model, frontier
+        self._config, self._model, self._frontier = guarding.config, keeper.baseline.model, frontier
         self._began, self._confirms = time.monotonic(), False
         with keys_named():
-            targets = select_targets(model, self._config.edit.plan)
-        self._fisher = measured_sensitivities(guarding, model, targets)
+            targets = select_targets(self._model, self._config.edit.plan)
+        self._fisher = measured_sensitivities(guarding, self._model, targets)
         with guarding.session.clock.stage("candidates"):
-            self._decisions = self._candidates(targets, _Held(export, model, guarding.baseline.tokenizer))
-        self._state = SearchState.opened(folder, _digest(self._config, weights, frontier=frontier))
+            self._decisions = self._candidates(targets, _Held(export, self._model, guarding.baseline.tokenizer))
+        self._state = SearchState.opened(folder, _digest(self._config, keeper.baseline.digest, frontier=frontier))
+        self._probe = Probe(guarding, keeper, guarding.windows[0]) if guarding.windows else None
         first = self._next() or self._best
         if first is None:
             raise UsageError(f"edit.target.bits_per_weight: the smallest plan has {smallest(self._decisions):.3g}")
@@ -98,7 +102,10 @@ class Search:
 
     def weights(self) -> list[PlannedWeight]:
         """Those that the plan rounds; found anew, because an adapter that restores a model may put others in place."""
-        return weighed(planned_weights(self._model, self.plan), self._fisher)
+        return self._weights_of(self.plan)
+
+    def _weights_of(self, plan: Rules) -> list[PlannedWeight]:
+        return weighed(planned_weights(self._model, plan), self._fisher)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         """Plan the next attempt, or the best accepted one again, if others came after it."""
@@ -141,7 +148,19 @@ class Search:
             return for_frontier(self._decisions, search.max_attempts, len(tried))
         if target.bits_per_weight is not None:
             return None if tried else best_within(self._decisions, target.bits_per_weight)
-        return for_ratio(self._decisions, self._config.eval.max_pm_ratio, tried)
+        return for_ratio(self._decisions, self._config.eval.max_pm_ratio, tried, self._correction)
+
+    @cached_property
+    def _correction(self) -> float:
+        """The factor between rises and their predictions, from plans that are measured on the preview windows."""
+        factor = 1.0
+        for _ in range(PROBES if self._probe else 0):
+            found = for_ratio(self._decisions, self._config.eval.max_pm_ratio, [], factor)
+            upper = self._probe.upper(self._weights_of(found.rules)) if found and self._probe else None
+            if found is None or upper is None:
+                break
+            factor = corrected(upper, found.rise)
+        return factor
 
     @property
     def _best(self) -> Allocation | None:

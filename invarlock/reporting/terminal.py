@@ -13,11 +13,11 @@ from rich.table import Table
 from invarlock.core.results import Action
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import on_one_line
-from invarlock.reporting import describing, facts
+from invarlock.reporting import describing, facts, searches
 from invarlock.reporting.comparing import SideBySide
 from invarlock.reporting.describing import NOT_MEASURED
 from invarlock.reporting.reading import SavedReport
-from invarlock.reporting.report import EditSection, Report
+from invarlock.reporting.report import EditSection, Report, SearchSection
 
 COLOURS = {"continue": "green", "warn": "yellow", "rollback": "red", "abort": "bold red", "unknown": "bold red"}
 WIDTH = 100
@@ -45,6 +45,8 @@ def print_report(report: Report, console: Console, *, verbose: bool = False) -> 
     console.print()
     if families := describing.families(report.edit):
         console.print(_families(families))
+    if report.search:
+        console.print(_plans(report.search))
     console.print(_guards(report))
     for section in report.sections:
         for line in (_line(f"{section.title} (by {section.source})"), escape(section.text)):
@@ -114,10 +116,22 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"  - {_line(module)}: {parts}"
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
+    if report.search:
+        yield f"search   {_line(searches.search_line(report.search))}"
+        return
     for attempt in report.attempts[:-1]:
         metric = describing.shown(attempt.metric)
         action = describing.action_word(attempt.action)
         yield f"attempt  {attempt.attempt} at {describing.bits_of(attempt)} bits: {action}, primary metric {metric}"
+
+
+def _plans(search: SearchSection) -> Table:
+    *figures, verdict = searches.POINT_COLUMNS
+    table = _table(*figures, verdict, right=(*figures,))
+    for point in search.points:
+        *cells, action = searches.point_cells(point)
+        table.add_row(*map(escape, cells), _in_colour(action, action))
+    return table
 
 
 def _in_colour(cell: str, action: str | None) -> str:

@@ -15,8 +15,8 @@ STRIDE = 0.5
 """Bits per weight by which a search goes up where the predictions do not help: half of what halves an error."""
 FACTORS = (0.1, 10.0)
 """Of measured and predicted rise: beyond, the measurement is noise or something else than rounding rejects."""
-RISES = (0.5, 0.005)
-"""Nats per token between which a frontier is measured: ratios from 1.65, which is broken, to 1.005, hardly changed."""
+RISES = (0.2, 0.005)
+"""Nats per token between which a frontier is measured: ratios from 1.22, which no limit lets pass, to 1.005."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,20 @@ class Tried:
         return self.allocation.bits_per_weight
 
 
-def for_ratio(decisions: Sequence[Decision], limit: float, tried: Sequence[Tried]) -> Allocation | None:
+def for_ratio(
+    decisions: Sequence[Decision], limit: float, tried: Sequence[Tried], correction: float = 1.0
+) -> Allocation | None:
     """The next plan on the way to the fewest bits that pass; None where no other one is worth an attempt.
 
     :param limit: of the ratio, which the interval's upper end is held against.
+    :param correction: the factor between rises and their predictions, as far as it is known before a plan is judged.
     """
     low = max((each.bits_per_weight for each in tried if not each.accepted), default=-math.inf)
     high = min((each.bits_per_weight for each in tried if each.accepted), default=math.inf)
     if high - low <= CLOSE:
         return None
     widest = best_within(decisions, math.inf)
-    found = smallest_within(decisions, math.log(limit) / _correction(tried)) or widest
+    found = smallest_within(decisions, math.log(limit) / _correction(tried, correction)) or widest
     if found is None or found.bits_per_weight > high - CLOSE:
         return None
     if found.bits_per_weight >= low + CLOSE:
@@ -62,8 +65,13 @@ def for_frontier(decisions: Sequence[Decision], points: int, tried: int) -> Allo
     return smallest_within(decisions, wanted)
 
 
-def _correction(tried: Sequence[Tried]) -> float:
-    """The factor between the rise that was measured last and its prediction."""
+def corrected(upper: float, rise: float) -> float:
+    """The factor between the upper end of a rise and its prediction, within reason."""
     low, high = FACTORS
-    factors = [each.upper / each.allocation.rise for each in tried if each.upper is not None]
-    return min(max(factors[-1], low), high) if factors else 1.0
+    return min(max(upper / rise, low), high) if rise > 0 else 1.0
+
+
+def _correction(tried: Sequence[Tried], before: float) -> float:
+    """That of the plan that was judged last."""
+    factors = [corrected(each.upper, each.allocation.rise) for each in tried if each.upper is not None]
+    return factors[-1] if factors else before

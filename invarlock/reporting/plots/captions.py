@@ -14,6 +14,11 @@ SPECTRUM = (
 )
 RUNS = "The ratio of the perplexities with its interval, against the mean bits over all parameters, scales not counted."
 
+FRONTIER = (
+    "The ratio of the perplexities of each plan that was judged, with its interval, against its bits per weight, "
+    "scales counted; rings are what the sensitivities predict."
+)
+
 
 def missing(what: str) -> str:
     return f"{what}: {NOT_MEASURED}."

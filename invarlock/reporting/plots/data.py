@@ -11,7 +11,7 @@ from invarlock.core.results import EditedWeight, GuardResult, Verdict
 from invarlock.evaluation.results import MetricResult, Number
 from invarlock.reporting.describing import MOST_SUSPECTS, bits_per_parameter
 from invarlock.reporting.plain_data import Node
-from invarlock.reporting.report import Report, WindowsSection
+from invarlock.reporting.report import Report, SearchPoint, SearchSection, WindowsSection
 
 MOST_POINTS = 600
 """In one plot; of more weights the most changed of each block and role are shown, and windows in groups."""
@@ -81,6 +81,21 @@ def _run_point(name: str, shape: int, report: Report) -> RunPoint | None:
         return None
     ratio, low, high = (figure or 0.0 for figure in figures)
     return RunPoint(name, shape, report.verdict.accepted is True, bits, ratio, low, high, _drawable(metric.limit))
+
+
+def search_points(search: SearchSection, limit: float | None) -> list[tuple[RunPoint, float]]:
+    """Of the plans that can be drawn, each with the ratio that was predicted."""
+    found = ((point, _search_point(point, limit)) for point in search.points)
+    return [(drawn, point.predicted) for point, drawn in found if drawn and _drawable(point.predicted)]
+
+
+def _search_point(point: SearchPoint, limit: float | None) -> RunPoint | None:
+    figures = [_drawable(value) for value in (point.ratio, *(point.ci or (None,)))]
+    if None in figures or not finite(point.bits_per_weight):
+        return None
+    ratio, low, high = (figure or 0.0 for figure in figures)
+    accepted = point.action is not None and point.action.accepted
+    return RunPoint("", 0 if accepted else 1, accepted, point.bits_per_weight, ratio, low, high, limit)
 
 
 def _drawable(ratio: Number | None) -> float | None:

@@ -99,6 +99,14 @@ def runs(axes: Axes, points: Sequence[RunPoint], limits: Sequence[float]) -> Non
     axes.set_ylabel("perplexity ratio")
 
 
+def frontier(axes: Axes, points: Sequence[tuple[RunPoint, float]]) -> None:
+    """Plans of a search, and the ratio that was predicted of each."""
+    runs(axes, [point for point, _ in points], [limit for limit in {point.limit for point, _ in points} if limit])
+    for point, ratio in points:
+        axes.plot(point.bits, ratio, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK)
+    axes.set_xlabel("bits per weight")
+
+
 def stages(axes: Axes, timed: Sequence[tuple[str, float]]) -> None:
     names, seconds = zip(*timed[:MOST_STAGES], strict=True)
     axes.barh(range(len(names)), seconds, color=SERIES[0])

@@ -9,10 +9,11 @@ from itertools import islice, zip_longest
 
 from invarlock.core.results import EditedWeight
 from invarlock.evaluation.results import MetricResult
+from invarlock.reporting import searches
 from invarlock.reporting.describing import NOT_MEASURED, bits_per_parameter, most_suspect, shown
 from invarlock.reporting.plots import captions, data, drawing
 from invarlock.reporting.reading import SavedReport
-from invarlock.reporting.report import Report, WindowsSection
+from invarlock.reporting.report import Report, SearchSection, WindowsSection
 
 MOST_ROWS = 400
 """In the table below a plot."""
@@ -47,11 +48,34 @@ class Plot:
 def plots_of(report: Report) -> list[Plot]:
     """The plots of an edit, those among them that have nothing to show."""
     return [
+        *([_frontier(report.search, report.metrics.primary)] if report.search else []),
         _errors(report.edit.modules, [suspect.module for suspect in most_suspect(report.verdict)]),
         _rises(report.metrics.windows, report.metrics.primary),
         _bits(report.edit.modules, bits_per_parameter(report)),
         *_spectra(data.spectra(report.guards, report.verdict)),
     ]
+
+
+def _frontier(search: SearchSection, metric: MetricResult | None) -> Plot:
+    title = "Plans that were searched"
+    limit = metric.limit if metric and not metric.is_distance else None
+    points = data.search_points(search, limit)
+    if not points:
+        return Plot("frontier", title, captions.missing("The ratio of the plans"))
+    return Plot(
+        "frontier",
+        title,
+        captions.FRONTIER,
+        searches.POINT_COLUMNS,
+        searches.point_rows(search),
+        drawing.drawn("frontier", title, drawing.frontier, points),
+        [
+            Legend("accepted", "good", "●"),
+            Legend("rejected", "bad", "■"),
+            Legend("predicted", "ink", "○"),
+            *([Legend("limit", "bad", "╌")] if limit is not None else []),
+        ],
+    )
 
 
 def _errors(weights: Sequence[EditedWeight], suspects: Sequence[str]) -> Plot:

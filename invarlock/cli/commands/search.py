@@ -1,0 +1,51 @@
+"""``invarlock search``: measure plans of all sizes, and keep the smallest one that passes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invarlock import hookimpl
+from invarlock.cli.options import add_judging_options, judge_together, path_argument
+
+if TYPE_CHECKING:
+    from invarlock.config.schema import RunConfig
+    from invarlock.pipeline import RunResult
+
+DESCRIPTION = """\
+Finds the bits and the groups of each weight that lose least for their size, judges some of these plans as a run does,
+from small to large ones, and keeps the smallest that is accepted. The report has a table and a plot of all of them,
+and each as edit.plan takes it. An interrupted search goes on with the same command, if it has an output folder.
+run does the same for one target: edit.plan.bitwidth auto and edit.target."""
+
+EPILOG = """\
+examples:
+  invarlock search -c config.yaml --out runs/search
+  invarlock search -c config.yaml --out runs/search --set edit.search.max_attempts=8"""
+
+
+@hookimpl
+def invarlock_add_commands(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="measure plans of all sizes, keep the smallest that passes",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "-c", "--config", type=path_argument, metavar="CONFIG", required=True, help="as of a run, a YAML file"
+    )
+    add_judging_options(parser)
+    parser.set_defaults(run=run, judges=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    return judge_together(args, f"search-{Path(args.config).stem}", args.config, {"edit.plan.bitwidth": "auto"}, _judge)
+
+
+def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
+    # Only here: torch is slow to import.
+    from invarlock.pipeline import run
+
+    return run(config, args.manager, frontier=True, **shared)
