@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,63 @@ def test_bits_of_a_weight_count_its_scales() -> None:
     assert PlannedWeight(target, Scheme(4)).bits == rows * columns * 4 + rows * 16
     assert PlannedWeight(target, Scheme(8, per_channel=False)).bits == rows * columns * 8 + 16
     assert PlannedWeight.bits_of(target, None) == rows * columns * 32
+
+
+# -- attribution -------------------------------------------------------------------------------------------------------
+
+
+def test_an_attribution_measures_the_first_weights_and_leaves_the_edit_as_it_was(invarlock, config) -> None:
+    path = config(edit={"plan": {"bitwidth": 3, "group_size": 32, "scope": "all"}})
+    assert "attribution" not in invarlock("run", "-c", path, "--out", "without").out
+    done = invarlock("run", "-c", path, "--attribute", "2", "--out", "out")
+    without, report = (read_report(Path(folder)) for folder in ("without", "out"))
+    assert without["attribution"] is None
+    assert report["model"]["fingerprint_after"] == without["model"]["fingerprint_after"]
+    found = report["attribution"]
+    assert found["rise"] == pytest.approx(math.log(report["metrics"]["primary"]["ratio"]))
+    assert len(found["modules"]) == len(report["edit"]["modules"])
+    assert sum(module["share"] for module in found["modules"]) == pytest.approx(1)
+    # The second order of small errors, from two windows of 64 tokens: so much is certain.
+    assert 0.5 < found["predicted"] / found["rise"] < 2
+    assert 0.5 < found["additivity"] < 2
+    for module in found["modules"][:2]:
+        assert 0.25 < module["measured"] / module["predicted"] < 4
+        assert 0.25 < module["noise"] / module["predicted"] < 4
+    assert found["modules"][2]["measured"] is None
+    assert f"put back alone {found['modules'][0]['measured']:.4g}" in done.out
+    for form in ("report.html", "report.md"):
+        invarlock("report", "out", "-o", form)
+        assert f"{found['modules'][0]['measured']:.4g}" in Path(form).read_text()
+
+
+def test_an_edit_of_somebody_else_is_attributed_to_the_weight_that_hurts(invarlock, demo) -> None:
+    subject = copy.deepcopy(demo)
+    hurt = subject.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        # A large change where little depends on it, and a small one of what carries most.
+        subject.model.layers[3].self_attn.q_proj.weight.add_(torch.randn(hurt.shape[0], hurt.shape[0]) * 0.01)
+        hurt.mul_(0.5)
+    subject.save_pretrained("subject")
+    options = ["--baseline", DEMO / "checkpoint", "--subject", "subject", "--generated", "--attribute", "2"]
+    windows = ["--set", "dataset.seq_len=64", "--set", "dataset.preview_n=2", "--set", "dataset.final_n=4"]
+    invarlock("compare", *options, *windows, "--set", "guards.order=[invariants]", "--out", "out")
+    found = read_report(Path("out"))["attribution"]
+    assert found["modules"][0]["module"] == "model.layers.1.mlp.down_proj"
+    assert found["modules"][0]["measured"] > 10 * abs(found["modules"][1]["measured"])
+    assert found["additivity"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["run", "--demo", "--stream"], "run without --stream"),
+        (["run", "--demo", "--attribute", "-1"], "option for eval.attribute: eval.attribute: expected integer >= 0"),
+        (["compare", "--baseline", DEMO / "checkpoint", "--subject", DEMO / "checkpoint", "--weights-only"],
+         "needs the outputs that --weights-only leaves out"),
+    ],
+)  # fmt: skip
+def test_an_attribution_that_cannot_be_measured_is_an_error(invarlock, line: list[Any], said: str) -> None:
+    attribute = [] if "--attribute" in line else ["--attribute", "1"]
+    done = invarlock(*line, *attribute, "--out", "out")
+    assert done.code == 2
+    assert said in done.err

@@ -31,6 +31,7 @@ def add_judging_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="same as --set model.device=DEVICE")
     add("--out", type=path_argument, metavar="DIR", help="same as --set output.dir=DIR")
+    add("--attribute", type=int, metavar="N", help="same as --set eval.attribute=N")
     add("--seed", type=int, help="same as --set dataset.seed=SEED")
     add("--strict", action="store_true", help="a warning makes the exit status 1")
     add("--force", action="store_true", help="replace the output of an earlier run in the same folder")
@@ -154,6 +155,7 @@ def _judged(
     from invarlock.config.loading import load
 
     shared = {"model.device": args.device, "output.dir": args.out, "dataset.seed": args.seed}
+    shared["eval.attribute"] = args.attribute
     config = load(path, args.settings, {key: value for key, value in shared.items() if value is not None} | own)
     args.manager.add(config.plugins, args.selection.blocked)
 

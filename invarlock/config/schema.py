@@ -185,6 +185,13 @@ class EvalConfig(_Section):
         "fine-tune does. With improve, predictions that differ from the baseline's (KL divergence, top-1 disagreement) "
         "warn and do not reject; a perplexity above max_pm_ratio still does.",
     ] = "preserve"
+    attribute: Annotated[
+        int,
+        Ge(0),
+        "Weights to put back one at a time, those first that contribute most to the predicted rise of the loss, to "
+        "measure the part of it that each is responsible for; each takes two more passes over the final windows. The "
+        "prediction, by gradients of the baseline, takes about as long as three passes over the preview windows.",
+    ] = 0
     max_pm_ratio: Annotated[
         float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."
     ] = 1.10

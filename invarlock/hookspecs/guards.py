@@ -79,9 +79,10 @@ def invarlock_validate(model: Any, adapter: Any, context: Mapping[str, Any], gua
     :param model: the edited model. A change of it, of its modules' hooks and attributes, of its configuration or its
         tokenizer is undone and named, as an error of the guard.
     :param adapter: the model's adapter.
-    :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the plan and what it did to each
-        module), ``limit`` (``eval.max_pm_ratio``, the largest ratio of the metric to accept), ``policy``,
-        ``observations`` (what taps collected) and ``tokenizers``, of both sides, ``attempt``, ``device``, ``rank``.
+    :param context: ``baseline`` and ``edited`` (what the passes measured), ``edit`` (the ``plan``, a dict that has
+        ``rules`` where it is a list of them, and what it did to each module), ``limit`` (``eval.max_pm_ratio``, the
+        largest ratio of the metric to accept), ``policy``, ``observations`` (what taps collected) and ``tokenizers``,
+        of both sides, ``attempt``, ``device``, ``rank``.
     :param guard: the guard's name, for wrappers.
     :returns: a dict: ``passed`` (bool), ``action`` ("continue", "warn", "rollback", "abort"), ``message``, ``metrics``
         (a dict of figures), ``warnings`` (a list of texts). "continue" goes with ``passed`` False only where

@@ -134,7 +134,8 @@ def invarlock_attempt_finished(attempt: int, report: dict[str, Any]) -> None:
     :called: by the first process for each attempt of a run, and once in a comparison: after the verdict, before a
         rejected edit is undone and the next attempt begins. An abort because a guard was not ready is an attempt, too.
     :param attempt: its number, counted from 1.
-    :param report: ``bitwidth``, ``modules`` (effects on weights), ``guards``, ``metrics``, ``coverage``, ``verdict``.
+    :param report: ``bitwidth``, ``modules`` (effects on weights), ``guards``, ``metrics``, ``coverage``, ``verdict``,
+        ``plan``, ``bits_per_weight``, ``seconds``.
     :returns: nothing.
     :raises: no further attempt is made.
 

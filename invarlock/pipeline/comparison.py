@@ -20,7 +20,7 @@ from invarlock.checkpoints.output_folder import OutputFolder
 from invarlock.checkpoints.reader import files_of
 from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import RunConfig
-from invarlock.core.errors import InputError, named_by
+from invarlock.core.errors import InputError, UsageError, named_by
 from invarlock.core.invocation import Invocation
 from invarlock.core.progress import Progress
 from invarlock.core.results import Action, Finding
@@ -32,6 +32,7 @@ from invarlock.models.snapshot import Snapshot, Structure
 from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
+from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
@@ -44,6 +45,7 @@ from invarlock.pipeline.tasks import find_task
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
+from invarlock.quantization.selection import find_weights
 from invarlock.reporting.report import COMPARE
 
 log = logging.getLogger("invarlock")
@@ -95,6 +97,8 @@ def _compare(
     tokenizer: Choice,
     output: OutputFolder | None,
 ) -> RunResult:
+    if weights_only and session.config.eval.attribute:
+        raise UsageError("eval.attribute needs the outputs that --weights-only leaves out; remove one")
     # Before the baseline is measured: an adapter may be broken.
     edited = Subject.of(session, subject)
     guarding, weights, gone = _prepare_baseline(session, slots, strict, weights_only)
@@ -123,6 +127,8 @@ def _prepare_baseline(
         watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
     guarding = Guarding(session, baseline, windows, slots, strict)
     guarding.begin(model, watched)
+    if session.config.eval.attribute and guarding.ready:
+        guarding.fisher = fisher_or_none(guarding, model, find_weights(model))
     return guarding, weights, Gone(watched.digest, watched.streamed)
 
 

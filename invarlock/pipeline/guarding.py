@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -42,6 +42,9 @@ from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
+if TYPE_CHECKING:
+    from invarlock.search.fisher import Fisher
+
 log = logging.getLogger("invarlock")
 
 Found = TypeVar("Found")
@@ -64,6 +67,8 @@ class Guarding:
     strict: bool = False
     prepared: Sequence[PrepareResult] = ()
     baseline_pass: PassResult | None = None
+    fisher: Fisher | None = None
+    """Curvature of the baseline, once it was measured."""
     coverage: CoverageSection = field(default_factory=CoverageSection)
     """Of the baseline."""
     _never_ran: frozenset[str] = frozenset()

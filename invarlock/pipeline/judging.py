@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from invarlock.core.plain import OWN, plain
 from invarlock.core.results import Action
-from invarlock.pipeline.attempts import Attempt, Editor, RunResult
+from invarlock.pipeline.attempts import Attempt, Edited, Editor, RunResult
+from invarlock.pipeline.attribution import attribute
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.report_builder import assemble, finish
@@ -18,8 +19,13 @@ def judge(guarding: Guarding, editor: Editor, baseline: Watched) -> RunResult:
 
     :param baseline: the model as it has to be where no attempt is made: unless all guards are ready.
     """
-    attempts, left = _attempt(guarding, editor, baseline)
-    report = assemble(guarding, attempts, editor, before=baseline, after=left)
+    if guarding.ready:
+        attempts, edited = _attempts(guarding, editor)
+        attribution = attribute(guarding, edited, attempts[-1].metrics)
+        left = edited.watched if attempts[-1].verdict.accepted else editor.undo()
+    else:
+        attempts, left, attribution = [_announced(guarding, guarding.not_ready(editor.plan))], baseline, None
+    report = assemble(guarding, attempts, editor, before=baseline, after=left, attribution=attribution)
     finish(report, guarding.session)
     guarding.confirm(left)
     editor.write(report)
@@ -27,10 +33,8 @@ def judge(guarding: Guarding, editor: Editor, baseline: Watched) -> RunResult:
     return RunResult(report, editor.model, attempts[-1].verdict)
 
 
-def _attempt(guarding: Guarding, editor: Editor, baseline: Watched) -> tuple[list[Attempt], Watched]:
-    """The attempts, and the model that the last one left."""
-    if not guarding.ready:
-        return [_announced(guarding, guarding.not_ready(editor.plan))], baseline
+def _attempts(guarding: Guarding, editor: Editor) -> tuple[list[Attempt], Edited]:
+    """The attempts, and what the last one made, which is still there."""
     attempts: list[Attempt] = []
     while True:
         began, number = time.monotonic(), len(attempts) + 1
@@ -38,7 +42,7 @@ def _attempt(guarding: Guarding, editor: Editor, baseline: Watched) -> tuple[lis
         attempt = replace(guarding.judge(edited, number), seconds=round(time.monotonic() - began, 2))
         attempts.append(_announced(guarding, attempt))
         if attempt.verdict.action is Action.ABORT or not editor.revise(attempts):
-            return attempts, edited.watched if attempt.verdict.accepted else editor.undo()
+            return attempts, edited
 
 
 def _announced(guarding: Guarding, attempt: Attempt) -> Attempt:

@@ -97,7 +97,9 @@ def _plans(
         return Search(guarding, keeper, export, folder, frontier=frontier)
     retries = Retries(config, baseline.model, guarding.baseline.tokenizer, export)
     if guarding.ready and needs_sensitivities(config.edit.plan):
-        retries.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)
+        retries.fisher = guarding.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)
+    elif guarding.ready and config.eval.attribute:
+        guarding.fisher = fisher_or_none(guarding, baseline.model, retries.targets)
     return retries
 
 
@@ -171,7 +173,9 @@ class _Rounding:
         if isinstance(plans, Retries) and plans.wants_gradients(attempts):
             # Those of the baseline, which later attempts go on from.
             self._restore_all()
-            plans.learn(plans.fisher or fisher_or_none(self._guarding, self.model, plans.targets))
+            guarding = self._guarding
+            guarding.fisher = guarding.fisher or fisher_or_none(guarding, self.model, plans.targets)
+            plans.learn(guarding.fisher)
         return plans.revise(attempts)
 
     def _restore_all(self) -> None:

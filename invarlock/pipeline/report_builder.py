@@ -25,11 +25,24 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Watched
 from invarlock.pipeline.session import Session
 from invarlock.reporting.next_steps import next_steps
-from invarlock.reporting.report import AttemptSection, EditSection, ModelSection, Report, StorageSection
+from invarlock.reporting.report import (
+    AttemptSection,
+    AttributionSection,
+    EditSection,
+    ModelSection,
+    Report,
+    StorageSection,
+)
 
 
 def assemble(
-    guarding: Guarding, attempts: Sequence[Attempt], editor: Editor, *, before: Watched, after: Watched
+    guarding: Guarding,
+    attempts: Sequence[Attempt],
+    editor: Editor,
+    *,
+    before: Watched,
+    after: Watched,
+    attribution: AttributionSection | None = None,
 ) -> dict[str, Any]:
     """The report as ``report.json`` holds it; the last attempt is the one that stands.
 
@@ -75,6 +88,7 @@ def assemble(
             "threads": torch.get_num_threads(),
         },
         search=editor.search,
+        attribution=attribution,
         command=guarding.session.invocation.command,
     )
     return replace(report, what_next=next_steps(report)).as_dict()

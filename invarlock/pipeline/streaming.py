@@ -73,6 +73,8 @@ def _run_streamed(
     session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
 ) -> RunResult:
     config = session.config
+    if config.eval.attribute:
+        raise UsageError("eval.attribute puts weights back in memory: run without --stream")
     check_measurable(config, streamed=True, processes=session.ranks.size)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)

@@ -172,6 +172,35 @@ class AttemptSection:
 
 
 @dataclass(frozen=True)
+class ModuleRise:
+    """The part of a changed weight in the rise of the loss, nats per token; null stands for what was not measured."""
+
+    module: str
+    predicted: Number | None
+    """By the gradients of the baseline and the change of the weight."""
+    share: Number | None
+    """Of the sum of all predicted parts."""
+    measured: Number | None = None
+    """The part of the rise that goes if this weight alone is put back."""
+    noise: Number | None = None
+    """The rise from a random change of the same norm in its place."""
+
+
+@dataclass(frozen=True)
+class AttributionSection:
+    """The rise of the loss on the final windows, weight by weight."""
+
+    rise: Number
+    """Measured with all weights edited, nats per token."""
+    predicted: Number | None
+    """The sum of all predicted parts."""
+    additivity: Number | None
+    """The measured parts, one by one, over that of the same weights put back together."""
+    modules: list[ModuleRise]
+    """What contributes most first."""
+
+
+@dataclass(frozen=True)
 class SearchPoint:
     """A plan of a search that was judged."""
 
@@ -223,6 +252,8 @@ class Report:
     storage: StorageSection = field(default_factory=StorageSection)
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
+    attribution: AttributionSection | None = None
+    """Null where it was not asked for: of a run that was repaired it is there, and with ``eval.attribute``."""
     search: SearchSection | None = None
     """Null where the bits were given."""
     what_next: list[NextStep] = field(default_factory=list)

@@ -13,7 +13,7 @@ from rich.table import Table
 from invarlock.core.results import Action
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import on_one_line
-from invarlock.reporting import describing, searches
+from invarlock.reporting import describing, facts, searches
 from invarlock.reporting.comparing import SideBySide
 from invarlock.reporting.describing import NOT_MEASURED
 from invarlock.reporting.reading import SavedReport
@@ -109,6 +109,11 @@ def _lines(report: Report) -> Iterator[str]:
     for gap in report.coverage.gaps:
         if gap.action is Action.CONTINUE:  # The others are among the reasons.
             yield f"  - {_line(gap.sentence)}"
+    if line := facts.contributions_line(report):
+        yield f"rise     {_line(line)}"
+        for module, predicted, share, measured, noise in facts.contributions(report):
+            parts = f"predicted {predicted} ({share}), put back alone {measured}, noise of the same norm {noise}"
+            yield f"  - {_line(module)}: {parts}"
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     if report.search:
