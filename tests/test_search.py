@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,19 @@ def test_sensitivities_leave_no_trace_and_are_the_same_for_a_seed(demo: Any, tex
         torch.testing.assert_close(curvature.columns, measured[name].columns)
 
 
+def test_weights_that_no_window_reaches_are_taken_to_matter(demo: Any, text: list[Any]) -> None:
+    model = copy.deepcopy(demo)
+    model.model.layers[0].mlp.idle_proj = torch.nn.Linear(128, 64, bias=False)
+    targets = select_targets(model, Plan(bitwidth=8, scope="ffn"))
+    idle = next(target for target in targets if "idle" in target.name)
+    found = fisher_of(model, windows(text)[:1], targets, task="causal", seed=1)
+    scheme = Scheme(bitwidth=2, group_size=64, scale="fisher")
+    assert predicted_rise(idle, scheme, found[idle.parameter_name]) > 0
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_rise_of_the_loss_is_predicted(demo: Any, text: list[Any], measured: Any, bits: int) -> None:
     """The expectation over labels drawn from the model is the KL divergence."""
-    import copy
-
     model, ids = copy.deepcopy(demo), windows(text).input_ids
     with torch.no_grad():
         before = model(input_ids=ids).logits.log_softmax(-1)

@@ -93,7 +93,8 @@ def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher:
 def predicted_rise(target: WeightTarget, scheme: Scheme, curvature: Curvature) -> float:
     """The predicted rise of the loss, nats per token, from rounding a weight; from rows at equal distances."""
     matrices = target.layout.matrices(target.parameter)
-    step = max(1, matrices.shape[-2] // ROWS)
+    # Odd, so that rows are not all of the same places in attention heads, whose sizes are powers of two.
+    step = matrices.shape[-2] // ROWS | 1
     before = matrices[..., ::step, :]
     after = before.clone(memory_format=torch.contiguous_format)
     columns = curvature.columns if scheme.scale == "fisher" else None
