@@ -71,6 +71,12 @@ def test_what_does_not_fit_has_no_allocation() -> None:
     assert allocate([[1.0], [1.0, 0.0]], [[3.0], [3.0, 4.0]], math.inf) == [0, 1]
 
 
+def test_what_is_left_of_a_budget_is_spent() -> None:
+    """No price of size takes one of two equal decisions and leaves the other."""
+    costs, sizes = [[1.0, 0.0], [1.0, 0.0], [1.0]], [[1.0, 2.0], [1.0, 2.0], [1.0]]
+    assert sum(allocate(costs, sizes, 4.0) or ()) == 1
+
+
 # -- sensitivities -----------------------------------------------------------------------------------------------------
 
 
