@@ -252,6 +252,7 @@ def test_a_frontier_is_measured_and_its_smallest_accepted_plan_stands(invarlock,
     assert [point["ratio"] for point in points] == sorted((point["ratio"] for point in points), reverse=True)
     smallest = next(point for point in points if point["action"] in ("continue", "warn"))
     assert report["attempts"][-1]["bits_per_weight"] == pytest.approx(smallest["bits_per_weight"], abs=1e-3)
+    assert invarlock("verify", "out").code == 0
     shown = invarlock("report", "out", "--format", "markdown").out
     assert "## Plans that were searched" in shown
     page = Path("out/report.html").read_text()
