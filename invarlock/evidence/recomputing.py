@@ -41,9 +41,7 @@ _OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits per weight\)$")
 
 def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     """The configuration's digest, and the plan and the guards that it asks for."""
-    # A key that an older version did not know has its default.
-    known = differences("config", report.config, config.as_dict())
-    yield from (disagreement for disagreement in known if disagreement.stored is not ABSENT)
+    yield from _of_keys("config", report.config, config.as_dict())
     yield from differences("config_sha256", report.config_sha256, config_digest(report.config))
     yield from differences("guards[*].name", [guard.name for guard in report.guards], list(config.guards.order))
     changed = sum(weight.parameters for weight in report.edit.modules if weight.is_changed)
@@ -52,7 +50,13 @@ def configuration(report: Report, config: RunConfig) -> Iterator[Disagreement]:
         yield from differences("edit.plan.families", report.edit.plan.get("families"), families(report.edit.modules))
     else:
         yield from differences("edit.name", report.edit.name, config.edit.name)
-        yield from differences("edit.plan", report.edit.plan, dataclasses.asdict(_last_plan(report, config)))
+        yield from _of_keys("edit.plan", report.edit.plan, dataclasses.asdict(_last_plan(report, config)))
+
+
+def _of_keys(what: str, stored: Any, found: Any) -> Iterator[Disagreement]:
+    """Keys of a configuration that differ; one that an older version did not know has its default."""
+    known = differences(what, stored, found)
+    return (disagreement for disagreement in known if disagreement.stored is not ABSENT)
 
 
 def metric(report: Report, config: RunConfig) -> Iterator[Disagreement]:
@@ -262,7 +266,7 @@ def attempts(report: Report, config: RunConfig) -> Iterator[Disagreement]:
     yield from differences("attempts[*].bitwidth", [each.bitwidth for each in report.attempts], bits)
     for place, (attempt, plan) in enumerate(zip(report.attempts, plans, strict=False)):
         if attempt.plan is not None:  # Earlier builds had none.
-            yield from differences(f"attempts[{place}].plan", attempt.plan, plan)
+            yield from _of_keys(f"attempts[{place}].plan", attempt.plan, plan)
 
 
 def _searched(report: Report, config: RunConfig) -> Iterator[Disagreement]:
