@@ -24,7 +24,9 @@ from invarlock.search.candidates import decisions, predicted_rise
 from invarlock.search.fisher import Curvature, fisher_of
 from invarlock.search.frontier import best_within, smallest_within
 from invarlock.search.steps import CLOSE, Tried, for_ratio
+from invarlock.testing import architectures
 
+AUTO = {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}}
 SMALL = {"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6}
 
 # -- allocation --------------------------------------------------------------------------------------------------------
@@ -317,6 +319,15 @@ def test_a_mistake_about_a_search_is_one_line_with_the_key(invarlock, config, ed
     assert done.code == 2, done.out + done.err
     assert named in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_a_format_that_holds_nothing_of_a_search_is_refused(invarlock, config, tmp_path: Path) -> None:
+    architectures.gpt2().save_pretrained(tmp_path / "gpt2")
+    model = {"id": str(tmp_path / "gpt2"), "device": "cpu"}
+    path = config(model=model, dataset={"seq_len": 16}, output={"save_model": True}, edit=AUTO)
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 2
+    assert "output.format: compressed-tensors: it holds weights of Linear only" in done.err
 
 
 def test_a_streamed_search_is_refused(invarlock, config) -> None:

@@ -62,14 +62,17 @@ def decisions(
     sets = partners_of(targets) if fuse else [(target,) for target in targets]
     found = []
     for together in counted(sets):
-        held = [scheme for scheme in _schemes(base, together) if holds(scheme, together)]
+        held = [scheme for scheme in schemes_for(base, together) if holds(scheme, together)]
         if held:
             found.append(_decision(together, held, fisher))
     return found
 
 
-def _schemes(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
-    """With whole groups alone, which formats and kernels need; whole channels where no size fits."""
+def schemes_for(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
+    """The schemes to try for weights that share one.
+
+    Groups are whole, which formats and kernels need; where no size is that, whole channels share a scale.
+    """
     columns = [target.layout.matrices(target.parameter).shape[-1] for target in together]
     whole = [size for size in GROUPS if base.per_channel and all(count % size == 0 for count in columns)]
     sizes: Sequence[int | None] = [base.group_size] if base.group_size else whole or [None]
