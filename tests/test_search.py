@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from invarlock.search.candidates import decisions, predicted_rise
 from invarlock.search.fisher import Curvature, fisher_of
 from invarlock.search.frontier import best_within, smallest_within
 from invarlock.search.steps import CLOSE, Tried, for_ratio
+from invarlock.testing import architectures
 
+AUTO = {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}}
 SMALL = {"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6}
 
 # -- allocation --------------------------------------------------------------------------------------------------------
@@ -70,6 +73,12 @@ def test_what_does_not_fit_has_no_allocation() -> None:
     assert allocate([[1.0], [1.0, 0.0]], [[3.0], [3.0, 4.0]], math.inf) == [0, 1]
 
 
+def test_what_is_left_of_a_budget_is_spent() -> None:
+    """No price of size takes one of two equal decisions and leaves the other."""
+    costs, sizes = [[1.0, 0.0], [1.0, 0.0], [1.0]], [[1.0, 2.0], [1.0, 2.0], [1.0]]
+    assert sum(allocate(costs, sizes, 4.0) or ()) == 1
+
+
 # -- sensitivities -----------------------------------------------------------------------------------------------------
 
 
@@ -95,11 +104,19 @@ def test_sensitivities_leave_no_trace_and_are_the_same_for_a_seed(demo: Any, tex
         torch.testing.assert_close(curvature.columns, measured[name].columns)
 
 
+def test_weights_that_no_window_reaches_are_taken_to_matter(demo: Any, text: list[Any]) -> None:
+    model = copy.deepcopy(demo)
+    model.model.layers[0].mlp.idle_proj = torch.nn.Linear(128, 64, bias=False)
+    targets = select_targets(model, Plan(bitwidth=8, scope="ffn"))
+    idle = next(target for target in targets if "idle" in target.name)
+    found = fisher_of(model, windows(text)[:1], targets, task="causal", seed=1)
+    scheme = Scheme(bitwidth=2, group_size=64, scale="fisher")
+    assert predicted_rise(idle, scheme, found[idle.parameter_name]) > 0
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_rise_of_the_loss_is_predicted(demo: Any, text: list[Any], measured: Any, bits: int) -> None:
     """The expectation over labels drawn from the model is the KL divergence."""
-    import copy
-
     model, ids = copy.deepcopy(demo), windows(text).input_ids
     with torch.no_grad():
         before = model(input_ids=ids).logits.log_softmax(-1)
@@ -237,6 +254,7 @@ def test_a_frontier_is_measured_and_its_smallest_accepted_plan_stands(invarlock,
     assert [point["ratio"] for point in points] == sorted((point["ratio"] for point in points), reverse=True)
     smallest = next(point for point in points if point["action"] in ("continue", "warn"))
     assert report["attempts"][-1]["bits_per_weight"] == pytest.approx(smallest["bits_per_weight"], abs=1e-3)
+    assert invarlock("verify", "out").code == 0
     shown = invarlock("report", "out", "--format", "markdown").out
     assert "## Plans that were searched" in shown
     page = Path("out/report.html").read_text()
@@ -301,6 +319,15 @@ def test_a_mistake_about_a_search_is_one_line_with_the_key(invarlock, config, ed
     assert done.code == 2, done.out + done.err
     assert named in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_a_format_that_holds_nothing_of_a_search_is_refused(invarlock, config, tmp_path: Path) -> None:
+    architectures.gpt2().save_pretrained(tmp_path / "gpt2")
+    model = {"id": str(tmp_path / "gpt2"), "device": "cpu"}
+    path = config(model=model, dataset={"seq_len": 16}, output={"save_model": True}, edit=AUTO)
+    done = invarlock("run", "-c", path, "--out", "out")
+    assert done.code == 2
+    assert "output.format: compressed-tensors: it holds weights of Linear only" in done.err
 
 
 def test_a_streamed_search_is_refused(invarlock, config) -> None:

@@ -26,7 +26,7 @@ from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
 from invarlock.pipeline.reference import Reference
 from invarlock.pipeline.retrying import Retries
-from invarlock.pipeline.searching import Search, check_target
+from invarlock.pipeline.searching import Search, check_held, check_target
 from invarlock.pipeline.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
@@ -83,6 +83,8 @@ def _run(
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:
         check(export, plans_of(config), model, baseline.tokenizer)
+        if config.edit.is_searched:
+            check_held(config, export, model, baseline.tokenizer)
     windows = baseline.make_windows(model)
     loaded.settle()
     keeper = Keeper(loaded, adapter)

@@ -28,7 +28,7 @@ from invarlock.quantization.rules import Rule, Rules
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets
 from invarlock.reporting.report import SearchPoint, SearchSection
-from invarlock.search.candidates import Decision, decisions
+from invarlock.search.candidates import Decision, decisions, schemes_for
 from invarlock.search.frontier import Allocation, best_within, smallest
 from invarlock.search.steps import Tried, corrected, for_frontier, for_ratio
 
@@ -45,6 +45,18 @@ def check_target(config: RunConfig, *, frontier: bool) -> None:
     if config.edit.is_searched and not config.edit.target.is_set and not frontier:
         targets = "edit.target.max_pm_ratio or edit.target.bits_per_weight"
         raise UsageError(f"{AUTO_KEY} needs a target: set {targets}; invarlock search measures plans of all sizes")
+
+
+def check_held(config: RunConfig, export: Export, model: nn.Module, tokenizer: Any) -> None:
+    """Refuse, before the run starts, a search in which the format of the output holds nothing.
+
+    :raises UsageError: with the reason, and what to use instead.
+    """
+    with keys_named():
+        targets = select_targets(model, config.edit.plan)
+    base, held = _base(config), _Held(export, model, tokenizer)
+    if not any(held(scheme, [target]) for target in targets for scheme in schemes_for(base, [target])):
+        raise UsageError(f"output.format: {held.refusal}; or set output.format to dequantized")
 
 
 class Search:
@@ -81,8 +93,6 @@ class Search:
     def _candidates(self, targets: Sequence[WeightTarget], held: _Held) -> list[Decision]:
         fuse = self._config.edit.search.fuse
         found = decisions(targets, _base(self._config), self._fisher, fuse=fuse, holds=held)
-        if not found:
-            raise UsageError(f"output.format: {held.refusal}; or set output.format to dequantized")
         if not all(math.isfinite(choice.rise) for decision in found for choice in decision.choices):
             raise UsageError(f"{AUTO_KEY} needs gradients, and those of this model are not finite")
         return found

@@ -88,11 +88,12 @@ def _blamed(report: Report) -> Iterator[NextStep]:
     if report.edit.is_comparison:
         reason = "take these from the baseline, or leave them out of the edit (`ignore`, `modules_to_not_convert`)"
         yield NextStep(json.dumps(names, ensure_ascii=False), reason)
-    elif Node(report.edit.plan)["rules"]:
+    elif Node(report.edit.plan)["rules"] and not report.search:
         rule = json.dumps({"match": names, "keep": True}, ensure_ascii=False)
         yield NextStep(rule, "put this rule first in edit.plan: it leaves the blamed modules as they are")
     elif len(names) < len(report.edit.modules):
-        kept = [entry.text() for entry in Node(report.edit.plan)["exclude"].entries()]
+        plan = Node(report.config)["edit"]["plan"] if report.search else Node(report.edit.plan)
+        kept = [entry.text() for entry in plan["exclude"].entries()]
         value = json.dumps([*kept, *names], ensure_ascii=False)
         yield _set("edit.plan.exclude", value, "leave the blamed modules as they are")
 

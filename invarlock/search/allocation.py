@@ -51,7 +51,7 @@ def _topped_up(costs: Matrix, sizes: Matrix, chosen: Places, budget: float) -> P
         if not fits.any():
             return chosen
         # What takes no more room comes before all else.
-        worth = np.divide(gain, more, where=more > 0, out=np.full_like(gain, np.inf))
+        worth = np.divide(gain, more, where=fits & (more > 0), out=np.full_like(gain, np.inf))
         decision, choice = np.unravel_index(np.where(fits, worth, -np.inf).argmax(), worth.shape)
         chosen[decision] = choice
 

@@ -62,14 +62,17 @@ def decisions(
     sets = partners_of(targets) if fuse else [(target,) for target in targets]
     found = []
     for together in counted(sets):
-        held = [scheme for scheme in _schemes(base, together) if holds(scheme, together)]
+        held = [scheme for scheme in schemes_for(base, together) if holds(scheme, together)]
         if held:
             found.append(_decision(together, held, fisher))
     return found
 
 
-def _schemes(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
-    """With whole groups alone, which formats and kernels need; whole channels where no size fits."""
+def schemes_for(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
+    """The schemes to try for weights that share one.
+
+    Groups are whole, which formats and kernels need; where no size is that, whole channels share a scale.
+    """
     columns = [target.layout.matrices(target.parameter).shape[-1] for target in together]
     whole = [size for size in GROUPS if base.per_channel and all(count % size == 0 for count in columns)]
     sizes: Sequence[int | None] = [base.group_size] if base.group_size else whole or [None]
@@ -93,7 +96,8 @@ def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher:
 def predicted_rise(target: WeightTarget, scheme: Scheme, curvature: Curvature) -> float:
     """The predicted rise of the loss, nats per token, from rounding a weight; from rows at equal distances."""
     matrices = target.layout.matrices(target.parameter)
-    step = max(1, matrices.shape[-2] // ROWS)
+    # Odd, so that rows are not all of the same places in attention heads, whose sizes are powers of two.
+    step = matrices.shape[-2] // ROWS | 1
     before = matrices[..., ::step, :]
     after = before.clone(memory_format=torch.contiguous_format)
     columns = curvature.columns if scheme.scale == "fisher" else None

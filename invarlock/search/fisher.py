@@ -42,6 +42,11 @@ class Curvature:
         of_rows = (change.square_() @ self.columns.unsqueeze(-1)).squeeze(-1)
         return 0.5 * float((of_rows * self.rows).sum())
 
+    def even(self, of_rows: float) -> Curvature:
+        """One of the same shape in which no row and no column matters more than any other."""
+        columns = torch.full_like(self.columns, 1 / self.columns.shape[-1])
+        return Curvature(torch.full_like(self.rows, of_rows), columns)
+
 
 Fisher = Mapping[str, Curvature]
 """Of weights, by the name of the parameter."""
@@ -58,7 +63,7 @@ def fisher_of(
     :param windows: of text that the verdict does not rest on.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums = {target.parameter_name: _Sums() for target in targets}
+    sums = {target.parameter_name: _Sums.of(target) for target in targets}
     tokens = 0
     with evaluating(model), _squared_into(model, targets, sums), torch.enable_grad():
         for window in counted([*windows.batches(1)]):
@@ -67,27 +72,37 @@ def fisher_of(
             drawn = _drawn(logits.detach(), generator)
             torch.autograd.backward(functional.cross_entropy(logits, drawn, reduction="sum"))
             tokens += len(drawn)
-    return {name: total.curvature(tokens) for name, total in sums.items()}
+    return _unreached_as_others({name: total.curvature(tokens) for name, total in sums.items()})
 
 
 @dataclass
 class _Sums:
-    """Sums of squared gradients of one weight, by its rows and by its columns."""
+    """Sums of squared gradients of one weight (..., out, in), by its rows and by its columns."""
 
-    rows: Tensor | float = 0.0
-    columns: Tensor | float = 0.0
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, target: WeightTarget) -> _Sums:
+        *experts, rows, columns = target.layout.matrices(target.parameter).shape
+        zeros = partial(torch.zeros, dtype=torch.float32, device=target.parameter.device)
+        return cls(zeros([*experts, rows]), zeros([*experts, columns]))
 
     def add(self, gradient: Tensor) -> None:
         squares = gradient.float().square()
-        self.rows = self.rows + squares.sum(-1)
-        self.columns = self.columns + squares.sum(-2)
+        self.rows += squares.sum(-1)
+        self.columns += squares.sum(-2)
 
     def curvature(self, tokens: int) -> Curvature:
-        """Zero, where the loss does not depend on the weight."""
-        if not isinstance(self.rows, Tensor) or not isinstance(self.columns, Tensor):
-            return Curvature(torch.zeros(1), torch.zeros(1))
         total = self.columns.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return Curvature(self.rows / tokens, self.columns / total)
+        return Curvature(self.rows / max(tokens, 1), self.columns / total)
+
+
+def _unreached_as_others(found: Fisher) -> Fisher:
+    """Weights that no window reached, as some experts, matter as the median of the others: nothing tells otherwise."""
+    reached = [each for each in found.values() if each.rows.any()]
+    usual = torch.stack([each.rows.mean().cpu() for each in reached]).median() if reached else torch.zeros(())
+    return {name: each if each.rows.any() else each.even(float(usual)) for name, each in found.items()}
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

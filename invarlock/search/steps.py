@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from invarlock.search.candidates import Decision
 from invarlock.search.frontier import Allocation, best_within, smallest_within
 
-CLOSE = 0.1
-"""Bits per weight between a rejected plan and an accepted one that are not worth another attempt: two percent of 5."""
+CLOSE = 0.15
+"""Bits per weight between a rejected plan and an accepted one that are not worth another attempt: 3 % of 5."""
 STRIDE = 0.5
 """Bits per weight by which a search goes up where the predictions do not help: half of what halves an error."""
 FACTORS = (0.1, 10.0)

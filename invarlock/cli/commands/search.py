@@ -22,7 +22,7 @@ run does the same for one target: edit.plan.bitwidth auto and edit.target."""
 EPILOG = """\
 examples:
   invarlock search -c config.yaml --out runs/search
-  invarlock search -c config.yaml --out runs/search --set edit.search.max_attempts=8"""
+  invarlock search -c config.yaml --out runs/finer --set edit.search.max_attempts=8"""
 
 
 @hookimpl
