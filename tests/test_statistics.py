@@ -274,7 +274,7 @@ def test_a_result_fits_a_report() -> None:
     assert written == {
         "kind": "perplexity", "baseline": pytest.approx(13.213, abs=1e-3), "edited": pytest.approx(13.213, abs=1e-3),
         "ratio": 1.0, "ci": [1.0, 1.0], "ci_level": 0.95, "windows": 8, "tokens": 1224, "limit": 1.1, "action": "continue",
-        "message": judged(LOSSES).message, "unit": "token", "statistic": "ratio", "undecided": None,
+        "message": judged(LOSSES).message, "unit": "token", "statistic": "ratio", "undecided": None, "interval": "fixed",
     }  # fmt: skip
 
 
