@@ -3,9 +3,9 @@
     python benchmarks/certainty.py runs/int8 runs/int6 runs/int5 runs/int4
 
 The rises of the loss are those of the windows in each run's ``report.json``. They are drawn with replacement, so that
-their mean is the truth, and shifted, so that this truth is a multiple of the limit's logarithm. Looks are those of a run,
-after 4 to 256 windows; the first one at which the confidence sequence excludes the limit decides. The last two columns
-are of the interval for a fixed number of windows, looked at as often.
+their mean is the truth, and shifted, so that this truth is a multiple of the limit's logarithm. Looks are those of a
+run, after 4 to 256 windows; the first one at which the confidence sequence excludes the limit decides. The last two
+columns are of the interval for a fixed number of windows, looked at as often.
 """
 
 from __future__ import annotations
