@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from invarlock.evaluation.confidence_sequence import mean_bounds
+from invarlock.evaluation.confidence_sequence import mean_bounds, sequence_level
 from invarlock.evaluation.statistics import mean_per_token, standard_error
-from invarlock.pipeline.stepping import FIRST, GROWTH, looks
+from invarlock.pipeline.stepping import FIRST, GROWTH, STEP, looks
 from invarlock.reporting.reading import SavedReport
 
 LEVEL = 0.95
-LOOKS = looks(256, first=FIRST, growth=GROWTH, least=1)
+LOOKS = looks(256, first=FIRST, growth=GROWTH, least=STEP)
 EFFECTS = (0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 4.0)
 """True rises, in logarithms of the limit."""
 
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def sequence(differences: Numbers, tokens: Counts) -> tuple[Numbers, Numbers]:
-    return mean_bounds(differences, tokens, level=LEVEL)
+    return mean_bounds(differences, tokens, level=sequence_level(LEVEL))
 
 
 def student(differences: Numbers, tokens: Counts) -> tuple[Numbers, Numbers]:

@@ -391,7 +391,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("intent", "action", "code"), [("preserve", "rollback", 1), ("improve", "warn", 0)])
 def test_an_edit_that_is_meant_to_improve_may_change_predictions(invarlock, tuned, intent, action, code) -> None:
-    options = (*TEXT, *INVARIANTS, "--set", "dataset.seq_len=64", "--set", f"eval.intent={intent}", "--out", "out")
+    windows = ("--set", "dataset.seq_len=64", "--set", "dataset.final_n=32")
+    options = (*TEXT, *INVARIANTS, *windows, "--set", f"eval.intent={intent}", "--out", "out")
     done = invarlock("compare", "--baseline", BASELINE, "--subject", tuned, *options, "--set", "model.dtype=float32")
     assert done.code == code, done.out
     metrics = read_report(Path("out"))["metrics"]

@@ -29,7 +29,7 @@ class Stopping:
     """Circumstances of windows that are measured until the limits are certain."""
 
     level: float
-    """Of the confidence sequences."""
+    """Of the confidence sequences, as :func:`~invarlock.evaluation.confidence_sequence.sequence_level` has it."""
     documents: NDArray[np.int64] | None = None
     """Number of the document that each window is of, and those to come; None where each window stands for itself."""
     more_by: MoreBy = "dataset.max_n"
@@ -195,9 +195,10 @@ def _undecided(
     units = by_document(differences, sizes, (stopping or Stopping(level)).units(len(sizes)))
     windows, edge = len(units[1]), math.log(limit)
     error = float(standard_error(*units))
-    told = detectable(error, windows, level=level, sequence=stopping is not None)
+    level, is_sequence = (stopping.level, True) if stopping else (level, False)
+    told = detectable(error, windows, level=level, sequence=is_sequence)
     missing = edge - float(mean_per_token(differences, sizes))
-    needed = windows_to_detect(missing, error, windows, level=level, sequence=stopping is not None)
+    needed = windows_to_detect(missing, error, windows, level=level, sequence=is_sequence)
     if needed is not None:
         # Windows without a scored token are asked for, too.
         needed = math.ceil(needed * len(sizes) / windows)

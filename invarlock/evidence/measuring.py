@@ -145,9 +145,9 @@ class _Again:
 
     @property
     def count(self) -> int:
-        """Number of final windows that were measured."""
-        stored = self.run.report.metrics.windows
-        return len(stored.tokens) if stored else 0
+        """Number of final windows that were measured; the configuration tells it, unless steps were taken."""
+        stored, wanted = self.run.report.metrics.windows, self.run.config.dataset.final_n
+        return wanted if wanted != "auto" else len(stored.tokens) if stored else 0
 
     @property
     def windows(self) -> WindowPair | None:

@@ -13,6 +13,7 @@ import numpy as np
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contradiction, fold
+from invarlock.evaluation.confidence_sequence import sequence_level
 from invarlock.evaluation.divergence import (
     SHOWN,
     compare_predictions,
@@ -127,7 +128,7 @@ def _stopping(report: Report, config: RunConfig) -> Stopping | None:
         return None
     documents = report.metrics.windows.documents if report.metrics.windows else None
     units = None if documents is None else np.array(documents, dtype=np.int64)
-    return Stopping(config.eval.metric.ci_level, units, _more_by(primary.undecided))
+    return Stopping(sequence_level(config.eval.metric.ci_level), units, _more_by(primary.undecided))
 
 
 def _more_by(stored: Undecided | None) -> MoreBy:

@@ -21,6 +21,7 @@ from invarlock.datasets.layout import Windows
 from invarlock.datasets.same_text import SameText
 from invarlock.datasets.window_order import order_of
 from invarlock.datasets.windows import unreadable
+from invarlock.evaluation.confidence_sequence import sequence_level
 from invarlock.evaluation.metric import Stopping
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
@@ -36,8 +37,9 @@ from invarlock.pipeline.tasks import judging_of
 
 FIRST = 4
 """Windows before the first look: with fewer the confidence sequence is infinite, or nearly so."""
-GROWTH = 1.1
-"""Of the windows from a look to the next: at most a tenth more than the decision needs are measured."""
+GROWTH, STEP = 1.2, 2
+"""Of the windows from a look to the next, and the fewest of a step. The more often one looks, the more often windows
+that are not normal deceive: these are about as few looks as ``MOST_TIMES`` leaves."""
 MOST_TIMES = 1.3
 """Times the windows that a decision needs that both sides measure together at most."""
 FIRST_STREAMED, GROWTH_STREAMED = 16, 4.0
@@ -87,7 +89,7 @@ class Stepping:
         """Numbers of windows after which both sides are compared."""
         if self.is_stepped:
             first, growth = (FIRST_STREAMED, GROWTH_STREAMED) if streamed else (FIRST, GROWTH)
-            self.looks = looks(most, first=first, growth=growth, least=self._session.ranks.size)
+            self.looks = looks(most, first=first, growth=growth, least=max(STEP, self._session.ranks.size))
         self._parts: list[PassResult] = [] if held is None else [*held.parts]
         self._records: list[TokenRecord | None] = [] if held is None else [*held.records]
         if held is not None and held.looks != self.looks:
@@ -227,7 +229,7 @@ class Stepping:
     def _measured(self, parts: Sequence[PassResult], same_text: SameText | None) -> Measured:
         """Both passes over the windows of the steps that the edited model took."""
         baseline, edited = joined(self._parts[: len(parts)], self.looks), joined(parts, self.looks)
-        windows, level = self.looks[len(parts) - 1], self._session.config.eval.metric.ci_level
+        windows, level = self.looks[len(parts) - 1], sequence_level(self._session.config.eval.metric.ci_level)
         if same_text is not None:
             ends = (each[:windows].numpy() for each in (same_text.baseline_ends, same_text.ends))
             sides = zip((baseline, edited), ends, strict=True)
@@ -258,7 +260,7 @@ def joined(parts: Sequence[PassResult], looks: Sequence[int]) -> PassResult:
 def looks(most: int, *, first: int, growth: float, least: int) -> list[int]:
     """Numbers of windows after which both sides are compared.
 
-    :param least: windows of a step: one for each process that shares it.
+    :param least: fewest windows of a step: at least one for each process that shares it.
     """
     ends, following = [], max(first, least)
     while most - following >= least:
