@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import tiny_models
 import torch
 from conftest import DEMO, read_report, slow
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from invarlock.reporting.report import json_schema
 GUARDS = ["invariants", "serving", "reconstruction", "spectral", "rmt", "variance"]
 BASELINE = DEMO / "checkpoint"
 OBSERVER = """
+import tiny_models
 import torch
 from invarlock import hookimpl
 
@@ -232,6 +234,9 @@ FORGERIES = {
     "unknown ids": lambda tree: tree["windows"][1]["input_ids"].fill_(1 << 30),
     "fewer windows": lambda tree: tree["windows"][1].update(labels=tree["windows"][1]["labels"][:2]),
     "no labels": lambda tree: tree["windows"][1].update(labels=torch.full_like(tree["windows"][1]["labels"], -100)),
+    "unknown labels": lambda tree: tree["windows"][1].update(labels=tree["windows"][1]["labels"] + 5000),
+    "a small vocabulary": lambda tree: tree["steps"][0]["record"].update(vocabulary=40),
+    "experts": lambda tree: tree.update(experts=["all"]),
     "other steps": lambda tree: tree["steps"][0].update(look=5),
     "a key": lambda tree: tree.pop("guards"),
     "a version": lambda tree: tree.update(format_version="reference-v0"),
@@ -344,3 +349,25 @@ def test_a_difference_below_the_noise_floor_is_said_to_be_that(invarlock, made) 
 def test_a_reference_is_small(made) -> None:
     reference, _ = made(guards={"order": GUARDS})
     assert sum(path.stat().st_size for path in reference.iterdir()) < 4e6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CLIPModel",
+        *slow("BertModel", "BertForMaskedLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration"),
+        *slow("BertForSequenceClassification", "Qwen2VLForConditionalGeneration", "JambaForCausalLM"),
+    ],
+)
+def test_every_kind_of_models_has_references(invarlock, name) -> None:
+    model = tiny_models.save(tiny_models.MODELS[name](), Path("tiny"))
+    keys = ("dataset.seq_len=32", "dataset.preview_n=2", "dataset.max_n=12", "guards.order=[variance]")
+    settings = [word for key in keys for word in ("--set", key)]
+    assert invarlock("reference", model, *settings, "--noise", "--out", "ref").code == 0
+    compare = ("compare", "--baseline", model, "--subject", model, *settings)
+    assert invarlock(*compare, "--out", "without").code in (0, 1)
+    done = invarlock(*compare, "--reference", "ref", "--out", "with")
+    assert done.code in (0, 1), done.err
+    there, here = figures(Path("without")), figures(Path("with"))
+    assert here["metrics"].pop("noise") and there["metrics"].pop("noise") is None
+    assert here == there

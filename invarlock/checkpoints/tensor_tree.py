@@ -56,7 +56,7 @@ class _Packing:
         if kind is dict and all(type(key) is str for key in value):
             return {"dict": {key: self.pack(entry) for key, entry in value.items()}}
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
-            return {"tensor": self._put(value.detach().cpu().contiguous())}
+            return {"tensor": [self._put(value.detach().cpu().contiguous()), str(value.device)]}
         raise UnstorableError(f"a {kind.__name__}, where plain data and tensors can be stored")
 
     def _put(self, tensor: Tensor) -> str:
@@ -102,7 +102,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], str]:
                 raise InputError(f"{absolute(folder / file)} does not match its digest in {SUMS}")
         tensors = safetensors.torch.load_file(folder / TENSORS)
         tree = _unpack(read_json(folder / name), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{absolute(folder)} is damaged: {one_line(error)}") from error
     if type(tree) is not dict:
         raise InputError(f"{absolute(folder / name)} holds no mapping")
@@ -119,6 +119,13 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         "float": lambda: float(held),
         "tuple": lambda: tuple(_unpack(entry, tensors) for entry in held),
         "dict": lambda: {key: _unpack(entry, tensors) for key, entry in held.items()},
-        "tensor": lambda: tensors[held],
+        "tensor": lambda: _placed(tensors, *held),
     }
     return makers[kind]()
+
+
+def _placed(tensors: Mapping[str, Tensor], name: str, device: str) -> Tensor:
+    """A tensor on the device that it was on."""
+    if torch.device(device).type == "meta":
+        raise ValueError(f"tensor {name} is on no device")
+    return tensors[name].to(device)

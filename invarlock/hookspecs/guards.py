@@ -12,13 +12,15 @@ from invarlock.hookspecs.marker import Options, hookspec
 def invarlock_observe(model: Any, adapter: Any, policy: Options, guard: str) -> Mapping[str, Any] | None:
     """Ask for the inputs and outputs of modules.
 
-    :called: before each of the two forward passes, the baseline's and the edited model's.
+    :called: before each of the two forward passes, the baseline's and the edited model's; also where a reference holds
+        the baseline's.
     :param model: the model as it will be run.
     :param adapter: the model's adapter.
     :param policy: the guard's options.
     :param guard: the guard's name, for wrappers.
     :returns: a tap for each module name, or None: a callable ``tap(module, args, kwargs, output)`` with a method
-        ``result()``, called for the preview windows; it must change nothing. Stops at the first non-None result.
+        ``result()``, called for the preview windows; it must change nothing. Results that are plain data and tensors
+        can be kept in a reference, in place of the baseline's pass. Stops at the first non-None result.
     :raises: an error of that guard, which counts as abort; so is anything but taps by module name.
 
     Example, a guard that looks at the largest output of each MLP block::

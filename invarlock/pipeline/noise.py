@@ -30,6 +30,8 @@ def noise_of(baseline: Baseline, model: torch.nn.Module, final: Windows, measure
     other = max(2, batch_size(model, final.length)) if usual == 1 else 1
     yield _run(baseline, model, again, measured, f"in batches of {other}", other)
     if next(model.parameters()).dtype == torch.float32:
+        media = {name: each.bfloat16() if each.is_floating_point() else each for name, each in again.media.items()}
+        again = replace(again, media=media)
         yield _run(baseline, model.to(torch.bfloat16), again, measured, "in bfloat16", None)
 
 

@@ -29,9 +29,10 @@ from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
 from invarlock.evaluation.task import LanguageTask, Task
-from invarlock.models.facts import Predicted
+from invarlock.models.facts import Predicted, vocabulary_of
 from invarlock.pipeline.reference_tree import (
     FORGED,
+    experts_of,
     noise_of,
     pass_of,
     record_of,
@@ -169,7 +170,7 @@ class Reference:
             whole(tree["made"]),
             whole(tree["most"]),
             never_ran=frozenset(map(str, tree["never_ran"])),
-            experts=list(tree["experts"]),
+            experts=experts_of(tree["experts"]),
         )
         guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
         noise = [noise_of(run) for run in tree["noise"]]
@@ -184,15 +185,17 @@ class Reference:
         if differing := list(_differing(self.rests_on, facts)):
             raise InputError(f"{absolute(self.folder)} was made with another {', '.join(differing)}; {REMEDY}")
         wrong = [unreadable(part, model) for part in self.windows]
-        if not self._fits(task.predicted if isinstance(task, LanguageTask) else None):
+        predicted = task.predicted if isinstance(task, LanguageTask) else None
+        if not self._fits(predicted, vocabulary_of(model)):
             wrong.append(f"it does not hold a pass of a {task.name} model over its windows")
         if reason := next(filter(None, wrong), None):
             raise InputError(f"{absolute(self.folder)} is damaged: {reason}; {REMEDY}")
 
-    def _fits(self, predicted: Predicted | None) -> bool:
+    def _fits(self, predicted: Predicted | None, vocabulary: int) -> bool:
         """True if the steps follow each other, and score the tokens that the final windows' labels say.
 
         :param predicted: None where no tokens are predicted.
+        :param vocabulary: number of tokens that the model knows.
         """
         measured, (preview, final) = self.measured, self.windows
         seq2seq = [part.decoder_input_ids is not None for part in (preview, final)]
@@ -200,6 +203,9 @@ class Reference:
             return False
         if predicted is None:
             return not any(measured.records) and len(final) % measured.made == 0
+        known = min([vocabulary, *(record.vocabulary for record in measured.records if record)])
+        if any(int(part.labels.max()) >= known for part in self.windows):
+            return False
         labels = final.labels[:, 1:] if predicted == "causal" else final.labels
         scored = (labels != UNSCORED).sum(dim=1).numpy()
         starts = [0, *measured.looks]

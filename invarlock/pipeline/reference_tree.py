@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invarlock.datasets.layout import Windows
+from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
@@ -35,9 +35,19 @@ def windows_of(tree: Mapping[str, Any]) -> Windows:
         tensors.add("documents")
     if any(len(tensor) != rows for tensor in [*(tree[name] for name in tensors), *windows.media.values()]):
         raise ValueError("windows of different numbers")
-    if windows.input_ids.shape != windows.attention_mask.shape or int(windows.input_ids.min()) < 0:
+    if windows.input_ids.shape != windows.attention_mask.shape:
         raise ValueError("windows of no tokens")
+    for ids in (windows.input_ids, windows.decoder_input_ids, windows.labels[windows.labels != UNSCORED]):
+        if ids is not None and ids.numel() and int(ids.min()) < 0:
+            raise ValueError("windows of no tokens")
     return windows
+
+
+def experts_of(tree: list[Any]) -> list[Tensor | None]:
+    for routed in tree:
+        if routed is not None:
+            _check(routed, "experts", torch.bool, 1)
+    return tree
 
 
 def tree_of_step(look: int, result: PassResult, record: TokenRecord | None) -> dict[str, Any]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from plugins_builtin.guards.activations import Place, SamplingTap, SeenPlace
 
-NUMBERS = 1 << 22
-"""Largest number of values in all samples of one pass, but for 8 tokens each: 16 MiB in float32, so that a reference
+NUMBERS = 3 << 20
+"""Largest number of values in all samples of one pass, but for 8 tokens each: 12 MiB in float32, so that a reference
 which holds them stays small. Models of some 100 M parameters are at it; smaller ones have 64 tokens of each module."""
 HUGE = 10.0
 """An error so many times the output is no rounding, and may overflow where it goes."""
@@ -54,7 +54,7 @@ class VarianceGuard(Guard):
         for its errors do not go along with the output; a scale that was lost or applied twice has nearly 1.
     ``max_calib`` (64)
         How many tokens to look at in each module; fewer where there are very many features, so that all samples of a
-        pass take 16 MiB, and 8 at least. 64 tokens leave a share of 1 / 64 of the error that a fitted factor takes away
+        pass take 12 MiB, and 8 at least. 64 tokens leave a share of 1 / 64 of the error that a fitted factor takes away
         by chance.
     ``seed`` (0)
         Of the choice of tokens.
