@@ -101,7 +101,7 @@ def test_what_the_verdict_rests_on_is_said(invarlock) -> None:
     arguments = ("compare", "--baseline", BASELINE, "--subject", subject, *SMALL)
     assert "rests on weights alone" in invarlock(*arguments, "--weights-only").out
     assert "rests on 2 + 6 windows that the baseline wrote" in invarlock(*arguments).out
-    assert "rests on 2 + 6 windows of text" in invarlock(*arguments, *TEXT).out
+    assert "rests on 2 + 6 windows of the dataset" in invarlock(*arguments, *TEXT).out
 
 
 def test_a_differing_vocabulary_is_said(invarlock) -> None:

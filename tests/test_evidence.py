@@ -164,7 +164,7 @@ def set_in(report: Any, place: str, value: Any) -> None:
         ("inconclusive", "metrics.primary.undecided", None, "metrics.primary.undecided: stored null, recomputed "),
         ("inconclusive", "metrics.primary.undecided.windows", 9, "metrics.primary.undecided.windows: stored 9, recomputed "),
         ("rejected", "verdict.suspects", [], "verdict.suspects: stored []"),
-        ("rejected", "verdict.rests_on", "900 + 900 windows of text", "verdict.rests_on: stored "),
+        ("rejected", "verdict.rests_on", "900 + 900 windows of the dataset", "verdict.rests_on: stored "),
         ("rejected", "verdict.findings.2.action", "continue", "verdict.findings[2].action: stored "),
         ("accepted", "config.eval.max_pm_ratio", 9.0, "config_sha256: stored "),
         ("accepted", "config.guards.order", ["invariants"], "guards[*].name: stored "),

@@ -132,7 +132,7 @@ def test_invarlock_documents_are_those_of_a_plugin(small_run, module) -> None:
     module("mine", example("invarlock_documents"))
     done = small_run("-p", "mine", dataset__provider="mine", dataset__path="texts")
     assert done.code == 0, done.err
-    assert read_report(Path("out"))["verdict"]["rests_on"].endswith("windows of text")
+    assert read_report(Path("out"))["verdict"]["rests_on"].endswith("windows of the dataset")
 
 
 DOCUMENTS = "from invarlock import hookimpl\n@hookimpl\ndef invarlock_documents(dataset):\n    return {}\n"

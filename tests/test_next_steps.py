@@ -109,6 +109,8 @@ def test_an_interval_that_holds_the_limit_asks_for_the_windows_that_decide(rejec
     metric = rejected["metrics"]["primary"]
     undecided = {"below": 1.05, "above": 1.15, "windows": 32, "message": ""}
     metric |= {"ratio": 1.08, "ci": [1.04, 1.12], "windows": 8, "limit": 1.10, "undecided": undecided}
+    assert not [option for option in steps_of(rejected) if "final_n" in option], "what else rejects it would stay"
+    rejected["verdict"]["ending"] = "inconclusive"
     assert steps_of(rejected)[0] == "--set dataset.final_n=32"
     undecided["windows"] = None
     assert not [option for option in steps_of(rejected) if "final_n" in option], "a ratio at its limit stays there"

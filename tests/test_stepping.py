@@ -98,7 +98,7 @@ def test_what_is_clear_takes_a_few_windows(run, bits: int, ending: str) -> None:
     assert metrics["primary"]["interval"] == "sequence"
     assert metrics["path"][-1]["windows"] == metrics["primary"]["windows"] == len(metrics["windows"]["tokens"]) < 8
     assert [metrics["path"][-1][end] for end in ("low", "high")] == metrics["primary"]["ci"]
-    assert report["verdict"]["rests_on"] == f"1 + {metrics['primary']['windows']} windows of text"
+    assert report["verdict"]["rests_on"] == f"1 + {metrics['primary']['windows']} windows of the dataset"
 
 
 def test_what_stays_uncertain_is_inconclusive_and_names_what_would_decide(run) -> None:

@@ -246,7 +246,7 @@ class Verdict:
     builds, which did not tell."""
     # Added for the report.
     rests_on: str = ""
-    """The measured evidence: windows of text, windows that the baseline wrote, or weights alone."""
+    """The measured evidence: windows of the dataset, windows that the baseline wrote, or weights alone."""
     suspects: tuple[SuspectedModule, ...] = ()
     """Of a rejection: the modules most likely responsible, best first."""
 

@@ -17,7 +17,7 @@ from invarlock.core.progress import Progress
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.per_byte import over_same_text
 from invarlock.evidence.disagreements import Disagreement, printable
-from invarlock.evidence.recomputing import passes
+from invarlock.evidence.outputs import passes
 from invarlock.evidence.verifying import Run, Verification
 from invarlock.models.fingerprint import Fingerprint
 from invarlock.pipeline.comparison import unreadable_windows

@@ -13,7 +13,7 @@ from invarlock.checkpoints.output_folder import SIGNATURE
 from invarlock.config.loading import validate
 from invarlock.config.reading import Source
 from invarlock.config.schema import RunConfig
-from invarlock.evidence import recomputing
+from invarlock.evidence import outputs, recomputing
 from invarlock.evidence.disagreements import Disagreement, printable
 from invarlock.evidence.folder import REPORT, artifacts, read_report
 from invarlock.evidence.signing import signature
@@ -21,8 +21,8 @@ from invarlock.reporting.report import Report
 
 RECOMPUTED: dict[str, Callable[[Report, RunConfig], Iterator[Disagreement]]] = {
     "configuration, its digest, plan and guards": recomputing.configuration,
-    "perplexities, ratio and interval, from the windows": recomputing.metric,
-    "rises of the windows, limits and action of the predictions": recomputing.predictions,
+    "perplexities, ratio and interval, from the windows": outputs.metric,
+    "rises of the windows, limits and action of the predictions": outputs.predictions,
     "guards: whether they passed, against their actions": recomputing.guards,
     "weights: bits and errors of each, against the plan": recomputing.weights,
     "findings, against coverage, guards, metric and predictions": recomputing.findings,

@@ -383,5 +383,5 @@ def rests_on(config: RunConfig, made_up: str, windows: int | None) -> str:
     dataset = config.dataset
     source = f"windows of {made_up}" if made_up else "windows that the baseline wrote"
     final = f"up to {dataset.max_n}" if dataset.is_stepped else dataset.final_n
-    source = source if dataset.is_generated else "windows of text"
+    source = source if dataset.is_generated else "windows of the dataset"
     return f"{dataset.preview_n} + {final if windows is None else windows} {source}"

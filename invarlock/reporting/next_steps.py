@@ -46,7 +46,9 @@ def _uncovered(report: Report) -> Iterator[NextStep]:
 
 
 def _undecided(report: Report) -> Iterator[NextStep]:
-    """More windows, where an interval holds its limit."""
+    """More windows, where nothing but an interval that holds its limit objects."""
+    if report.verdict.ending != "inconclusive":
+        return
     metric, undecided = report.metrics.primary, report.metrics.undecided
     if not (metric and undecided and undecided.windows and undecided.windows <= metric.windows * MOST_TIMES):
         return
