@@ -57,7 +57,9 @@ def _undecided(report: Report) -> Iterator[NextStep]:
     if undecided.option == "text":
         yield NextStep("", f"{reason}: give more text (dataset.path)")
     else:
-        yield _set(undecided.option, undecided.windows, reason)
+        # Reports of earlier builds name none.
+        key = undecided.option if undecided.option == "dataset.max_n" else "dataset.final_n"
+        yield _set(key, undecided.windows, reason)
 
 
 def _one_tokenizer(report: Report) -> Iterator[NextStep]:
