@@ -69,7 +69,6 @@ def test_a_list_of_rules_is_a_plan_and_comes_back_from_the_report(config) -> Non
         ([{"match": "*", "bitwidth": 8, "keep": True}], "edit.plan[0].bitwidth: is 8, but edit.plan[0].keep leaves"),
         ([{"match": "*", "format": "fp9"}], "edit.plan[0].format: expected int | fp8"),
         ([{"match": "*", "scope": "ffn"}], "edit.plan[0].scope: unknown key"),
-        ([{"match": "*", "max_modules": 1}], "edit.plan[0].max_modules: unknown key; known are"),
         ([{"match": "re:("}], "edit.plan[0].match: holds 're:('"),
         ([{"match": []}], "edit.plan[0].match: holds no pattern"),
         ([{"match": 3}], "edit.plan[0].match: expected string or list of strings, found 3"),
