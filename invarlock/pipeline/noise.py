@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -25,9 +26,10 @@ def noise_of(baseline: Baseline, model: torch.nn.Module, final: Windows, measure
     :param final: all windows, of which ``measured`` is over those up to its last step.
     """
     again = windows_between(final, measured.made, 0, measured.looks[-1])
-    # A step often is a single window.
-    usual = 1 if len(measured.looks) > 1 else batch_size(model, final.length)
-    other = max(2, batch_size(model, final.length)) if usual == 1 else 1
+    at_once = batch_size(model, final.length)
+    # No batch is larger than a step.
+    largest = max(end - start for start, end in pairwise([0, *measured.looks]))
+    other = 1 if min(at_once, largest) > 1 else max(2, at_once)
     yield _run(baseline, model, again, measured, f"in batches of {other}", other)
     if next(model.parameters()).dtype == torch.float32:
         media = {name: each.bfloat16() if each.is_floating_point() else each for name, each in again.media.items()}
