@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from invarlock.datasets.layout import Windows
-from invarlock.pipeline.sensitivities import weighed
+from invarlock.pipeline.planning.sensitivities import weighed
 from invarlock.quantization import Plan, Scheme, WeightTarget, select_targets
 from invarlock.quantization.model import quantize_weights
 from invarlock.quantization.selection import PlannedWeight

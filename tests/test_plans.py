@@ -21,7 +21,7 @@ from invarlock.config.loading import json_schema, load
 from invarlock.core.errors import UsageError
 from invarlock.core.results import SuspectedModule
 from invarlock.pipeline import run
-from invarlock.pipeline.repairing import Part, Repair, as_rules
+from invarlock.pipeline.planning.repairing import Part, Repair, as_rules
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization import Plan, find_weights, quantize_model

@@ -26,7 +26,7 @@ from invarlock.core.paths import absolute
 from invarlock.datasets.windows import check_lengths
 from invarlock.doctor.findings import Check, Outcome, size
 from invarlock.models.snapshot import has_room
-from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.planning.plans import check, export_of, plans_of, weights_of
 from invarlock.pipeline.session import BASELINE, Baseline, Session
 from invarlock.plugins.classes import OptionNotTakenError
 from invarlock.plugins.manager import PluginManager

@@ -15,7 +15,7 @@ from invarlock.core.results import Action, EditedWeight, Finding, Verdict, contr
 from invarlock.evidence.disagreements import ABSENT, Disagreement, differences, of_attributes
 from invarlock.evidence.outputs import was_edited
 from invarlock.pipeline.guarding import WEIGHTS_ALONE, rests_on
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.planning.plans import plans_of
 from invarlock.pipeline.report_builder import config_digest, families
 from invarlock.pipeline.suspects import blame
 from invarlock.quantization.rules import AnyPlan

@@ -35,13 +35,13 @@ from invarlock.models.snapshot import Snapshot, Structure, has_room
 from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
-from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Gone, Loaded, Prints, Watched, WatchingStreamed
 from invarlock.pipeline.own_tokenizer import Choice, read_with
-from invarlock.pipeline.reference import Reference
+from invarlock.pipeline.planning.contributions import fisher_or_none
+from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load

@@ -30,10 +30,10 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.noise import with_noise
 from invarlock.pipeline.observing import changed_message, observe, settings_kept, watching_of
-from invarlock.pipeline.reference import BaselinePass
-from invarlock.pipeline.resting import facts_of
+from invarlock.pipeline.reference.facts import facts_of
+from invarlock.pipeline.reference.kept import BaselinePass
+from invarlock.pipeline.reference.noise import with_noise
 from invarlock.pipeline.session import Baseline, Session, WindowPair
 from invarlock.pipeline.stepping import Measured, Stepping, Watching
 from invarlock.pipeline.suspects import blame

@@ -19,15 +19,15 @@ from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.exporters.saving import Export
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
-from invarlock.pipeline.contributions import fisher_or_none
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.pipeline.plans import check, export_of, keys_named, plans_of, weights_of
-from invarlock.pipeline.reference import Reference
-from invarlock.pipeline.retrying import Retries
-from invarlock.pipeline.searching import Search, check_held, check_target
-from invarlock.pipeline.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
+from invarlock.pipeline.planning.contributions import fisher_or_none
+from invarlock.pipeline.planning.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.planning.retrying import Retries
+from invarlock.pipeline.planning.searching import Search, check_held, check_target
+from invarlock.pipeline.planning.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
+from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager

@@ -39,7 +39,7 @@ from invarlock.models.state import ModelState, put_on_hooks_of_its_own
 from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.reference import Reference
+from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.tasks import find_task, suited
 from invarlock.pipeline.tokenizer import LoadedTokenizer
 from invarlock.plugins.adapter import Adapter

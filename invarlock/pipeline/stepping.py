@@ -30,7 +30,7 @@ from invarlock.evaluation.results import Look, MoreBy
 from invarlock.evaluation.stopping import Looked, can_step, look_at
 from invarlock.evaluation.task import Judging
 from invarlock.pipeline.own_tokenizer import PER_BYTE
-from invarlock.pipeline.reference import KEY, REMEDY, BaselinePass
+from invarlock.pipeline.reference.kept import KEY, REMEDY, BaselinePass
 from invarlock.pipeline.session import Baseline, WindowPair
 from invarlock.pipeline.supply import Supply
 from invarlock.pipeline.tasks import judging_of

@@ -34,9 +34,9 @@ from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
-from invarlock.pipeline.plans import check, export_of, plans_of, weights_of
-from invarlock.pipeline.retrying import Retries
-from invarlock.pipeline.sensitivities import check_measurable
+from invarlock.pipeline.planning.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.planning.retrying import Retries
+from invarlock.pipeline.planning.sensitivities import check_measurable
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager

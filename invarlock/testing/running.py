@@ -21,7 +21,7 @@ from invarlock.pipeline.attempts import Edited
 from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.pipeline.plans import plans_of
+from invarlock.pipeline.planning.plans import plans_of
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.catalog import Catalog, Selection
 from invarlock.plugins.classes import ModelAdapter

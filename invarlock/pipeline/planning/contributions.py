@@ -10,7 +10,7 @@ from torch import nn
 from invarlock.core.errors import UsageError
 from invarlock.core.results import EditedWeight
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.sensitivities import measured_sensitivities
+from invarlock.pipeline.planning.sensitivities import measured_sensitivities
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
 from invarlock.search.candidates import predicted_rise

@@ -11,10 +11,10 @@ from torch import nn
 from invarlock.config.schema import RunConfig
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
-from invarlock.pipeline.contributions import Contribution, by_errors, by_gradients
-from invarlock.pipeline.plans import keys_named, plans_of, wider
-from invarlock.pipeline.repairing import Repair, share_within
-from invarlock.pipeline.sensitivities import weighed
+from invarlock.pipeline.planning.contributions import Contribution, by_errors, by_gradients
+from invarlock.pipeline.planning.plans import keys_named, plans_of, wider
+from invarlock.pipeline.planning.repairing import Repair, share_within
+from invarlock.pipeline.planning.sensitivities import weighed
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights

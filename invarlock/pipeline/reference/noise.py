@@ -13,7 +13,7 @@ from invarlock.datasets.layout import Windows
 from invarlock.datasets.window_order import windows_between
 from invarlock.evaluation.results import MetricResult, NoiseResult, NoiseRun, Number
 from invarlock.models.batches import batch_size
-from invarlock.pipeline.reference import BaselinePass
+from invarlock.pipeline.reference.kept import BaselinePass
 from invarlock.pipeline.session import Baseline
 from invarlock.pipeline.stepping import joined
 from invarlock.pipeline.tasks import judging_of

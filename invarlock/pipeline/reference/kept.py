@@ -30,7 +30,7 @@ from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
 from invarlock.evaluation.task import LanguageTask, Task
 from invarlock.models.facts import Predicted, vocabulary_of
-from invarlock.pipeline.reference_tree import (
+from invarlock.pipeline.reference.tree import (
     FORGED,
     experts_of,
     noise_of,

@@ -14,9 +14,9 @@ from invarlock.core.errors import UsageError
 from invarlock.core.progress import Progress
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Loaded
-from invarlock.pipeline.noise import noise_of
-from invarlock.pipeline.reference import Reference, kept_observations
-from invarlock.pipeline.resting import facts_of
+from invarlock.pipeline.reference.facts import facts_of
+from invarlock.pipeline.reference.kept import Reference, kept_observations
+from invarlock.pipeline.reference.noise import noise_of
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.plugins.manager import PluginManager
 

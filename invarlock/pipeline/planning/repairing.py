@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from invarlock.core.results import SuspectedModule
 from invarlock.evaluation.results import DivergenceResult, MetricResult
-from invarlock.pipeline.contributions import Contribution
+from invarlock.pipeline.planning.contributions import Contribution
 from invarlock.pipeline.suspects import MOST
 from invarlock.quantization.partners import partners_of
 from invarlock.quantization.rules import Rule, Rules

@@ -20,10 +20,10 @@ from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Keeper
-from invarlock.pipeline.plans import keys_named
-from invarlock.pipeline.probing import Probe
-from invarlock.pipeline.search_state import Judged, SearchState
-from invarlock.pipeline.sensitivities import measured_sensitivities, weighed
+from invarlock.pipeline.planning.plans import keys_named
+from invarlock.pipeline.planning.probing import Probe
+from invarlock.pipeline.planning.search_state import Judged, SearchState
+from invarlock.pipeline.planning.sensitivities import measured_sensitivities, weighed
 from invarlock.quantization.rules import Rule, Rules
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets

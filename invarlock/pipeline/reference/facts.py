@@ -17,7 +17,7 @@ from invarlock.checkpoints.checksums import digest_of
 from invarlock.config.schema import DatasetConfig
 from invarlock.models.configuration import fields_of
 from invarlock.models.state import ENCODING, tokenizer_digest
-from invarlock.pipeline.reference import Facts
+from invarlock.pipeline.reference.kept import Facts
 from invarlock.pipeline.session import Baseline
 
 

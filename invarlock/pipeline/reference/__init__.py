@@ -1,0 +1,1 @@
+"""A reference: a baseline that was measured once, and is kept for many subjects."""
