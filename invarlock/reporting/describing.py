@@ -342,8 +342,8 @@ def bits_per_parameter(report: Report) -> float | None:
 def bits_of(attempt: AttemptSection) -> str:
     """Bits of an attempt: those of its scheme, or those per weight, scales counted, of several."""
     if attempt.bitwidth is not None:
-        return str(attempt.bitwidth)
-    return f"{shown(attempt.bits_per_weight)} per weight"
+        return f"{attempt.bitwidth} bits"
+    return f"{shown(attempt.bits_per_weight)} bits per weight"
 
 
 def reference_line(reference: ReferenceSection) -> str:

@@ -116,8 +116,8 @@ def _lines(report: Report) -> Iterator[str]:
     if line := facts.contributions_line(report):
         yield f"rise     {_line(line)}"
         for module, predicted, share, measured, noise in facts.contributions(report):
-            parts = f"predicted {predicted} ({share}), put back alone {measured}, noise of the same norm {noise}"
-            yield f"  - {_line(module)}: {parts}"
+            alone = f", put back alone {measured}, noise of the same norm {noise}" if measured != NOT_MEASURED else ""
+            yield f"  - {_line(module)}: predicted {predicted} ({share}){alone}"
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     if report.search:
@@ -126,7 +126,7 @@ def _lines(report: Report) -> Iterator[str]:
     for attempt in report.attempts[:-1]:
         metric = describing.shown(attempt.metric)
         action = describing.action_word(attempt.action)
-        yield f"attempt  {attempt.attempt} at {describing.bits_of(attempt)} bits: {action}, primary metric {metric}"
+        yield f"attempt  {attempt.attempt} at {describing.bits_of(attempt)}: {action}, primary metric {metric}"
 
 
 def _plans(search: SearchSection) -> Table:
