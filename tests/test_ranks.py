@@ -55,8 +55,8 @@ def comparable(folder: Path) -> dict[str, Any]:
     for key in ("created", "timings", "command", "config_sha256", "artifacts"):
         del report[key]
     del report["config"]["output"]["dir"]
-    for guard in report["guards"]:
-        del guard["seconds"]
+    for timed in (*report["guards"], *report["attempts"]):
+        del timed["seconds"]
     return report
 
 
@@ -82,6 +82,14 @@ def test_two_processes_find_and_save_what_one_does(config, together, stream, tmp
     for files in saved:
         files.pop("model/report.json")
     assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize("size", slow(2))
+def test_processes_stop_at_the_same_window(config, together, size: int) -> None:
+    path = config(dataset={"provider": "demo", "seq_len": 64, "preview_n": 1}, guards={})
+    for count in (1, size):
+        assert [code for code, _, _ in together(count, "run", "-c", path, "--out", str(count))] == [0] * count
+    assert comparable(Path("1")) == comparable(Path(str(size)))
 
 
 SHARING = """

@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 import tiny_models
-from conftest import DEMO, Done, read_report, slow
+from conftest import DEMO, Done, read_report
 from test_compare import rtn, save
 from tiny_models import MODELS
 
@@ -227,17 +227,6 @@ def test_samples_of_several_steps_belong_to_their_windows(invarlock) -> None:
 def test_a_share_of_samples_is_of_a_fixed_number_of_windows(invarlock) -> None:
     metrics = compared("BertForSequenceClassification", invarlock)
     assert (metrics["primary"]["interval"], metrics["primary"]["windows"], metrics["path"]) == ("fixed", PLANNED, [])
-
-
-@pytest.mark.parametrize("size", slow(2))
-def test_processes_stop_at_the_same_window(config, size: int) -> None:
-    from test_ranks import comparable, together
-
-    path = config(dataset=SMALL, edit={"plan": {"bitwidth": 8, "scope": "all"}})
-    start = together.__wrapped__(Path.cwd())
-    for count in (1, size):
-        assert [code for code, _, _ in start(count, "run", "-c", path, "--out", str(count))] == [0] * count
-    assert comparable(Path("1")) == comparable(Path(str(size)))
 
 
 # -- one look ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 An edit that raises perplexity by at most 2 % is harmless, by 10 % or more harmful; those in between are not counted. It
 prints, for each mode (with text, with generated windows, weights alone), how often each guard and the verdict object to
 a harmless edit, how many harmful ones they let pass, and how often the damaged module is named first. With
-``--ablation`` it prints, from the same runs, what verdict and blame come to without each guard.
+``--ablation`` it prints, from the same runs, what verdict and blame come to without each guard; with ``--stepped``
+windows are measured until the limits are certain, up to ``--final``, and their median is printed, too.
 Ctrl-C prints the tables of the edits that are done.
 """
 
@@ -17,8 +18,10 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from invarlock.datasets.windows import make_windows
 from invarlock.evaluation.passes import measure
 from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.attempts import Attempt, Edited
+from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Gone, Keeper, Loaded
 from invarlock.pipeline.session import Baseline, Session
@@ -66,10 +70,14 @@ class Score:
     harmful: int = 0
     located: int = 0
     misplaced: list[str] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    """Final windows that each edit was measured on."""
 
     def add(self, edit: Edit, harmful: bool, attempt: Attempt) -> None:
         self.harmful += harmful
         self.harmless += not harmful
+        if metric := attempt.metrics.primary:
+            self.windows.append(metric.windows)
         results = [result for result in attempt.guards if result.name != self.without]
         findings = [finding for finding in attempt.verdict.findings if finding.source != f"guard {self.without}"]
         accepted = fold(findings).accepted
@@ -154,7 +162,15 @@ class Bench:
         return Edit(f"{tied} embedding rows that no window reads, exchanged", exchange, module)
 
     def attempts(self, edit: Edit) -> Iterator[tuple[str, Attempt]]:
-        edited = Edited(self.model, Gone(), COMPARE, {}, baseline_weights=self.snapshot.parameters())
+        @contextmanager
+        def bring_baseline() -> Iterator[Any]:
+            self.snapshot.restore(self.model)
+            yield self.model
+            edit(self.model)
+
+        before = self.snapshot.parameters()
+        tensors = find_changes(self.model, before.lent).tensors
+        edited = Edited(self.model, Gone(), COMPARE, {}, tensors, before, bring_baseline=bring_baseline)
         for mode, guarding in self.guarding.items():
             yield mode, guarding.judge(edited)
 
@@ -171,7 +187,8 @@ def _config(args: argparse.Namespace, mode: str) -> RunConfig:
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:
-    return {"seq_len": args.seq_len, "preview_n": args.preview, "final_n": args.final}
+    windows = {"final_n": "auto", "max_n": args.final} if args.stepped else {"final_n": args.final}
+    return {"seq_len": args.seq_len, "preview_n": args.preview, **windows}
 
 
 def _text_dataset(args: argparse.Namespace, path: str | None, seed: int) -> DatasetConfig:
@@ -195,6 +212,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--preview", type=int, default=8)
     parser.add_argument("--final", type=int, default=24)
+    parser.add_argument("--stepped", action="store_true", help="measure windows until the limits are certain")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth edit of single matrices")
     parser.add_argument("--ablation", action="store_true", help="print what is lost without each guard, too")
     args = parser.parse_args()
@@ -258,6 +276,11 @@ def _print(args: argparse.Namespace, scores: dict[str, list[Score]], ratios: dic
     print("\n| mode | damaged module first |\n|---|---|")
     for mode, score in whole.items():
         print(f"| {mode} | {score.blamed} |")
+    if args.stepped:
+        print("\n| mode | windows, median |\n|---|---|")
+        for mode, score in whole.items():
+            if score.windows:
+                print(f"| {mode} | {median(score.windows):g} of {args.final} |")
     if args.ablation:
         _print_ablation(scores)
     for mode, score in whole.items():

@@ -41,9 +41,9 @@ def word_errors(before: NDArray[np.int64], after: NDArray[np.int64], tokenizer: 
 
     :param end: the token that ends a transcript.
     """
-    pairs = [
-        (_words(one, tokenizer, end), _words(other, tokenizer, end)) for one, other in zip(before, after, strict=True)
-    ]
+    # Of a pass in several steps each has transcripts of its first sounds; the first of all are those of one step, too.
+    first = zip(before[:TRANSCRIBED], after[:TRANSCRIBED], strict=True)
+    pairs = [(_words(one, tokenizer, end), _words(other, tokenizer, end)) for one, other in first]
     words, errors = sum(len(one) for one, _ in pairs), sum(_distance(*pair) for pair in pairs)
     name = f"{'token' if tokenizer is None else 'word'} error rate against the baseline's transcripts"
     return FigureResult.held(name, errors / words if words else None, "%", WORDS)

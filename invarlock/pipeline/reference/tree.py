@@ -69,6 +69,9 @@ def pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
         _check(positions, "position_losses", torch.float32, 2)
         if positions.shape != (len(losses), final.labels.shape[1]):
             raise ValueError("position_losses of other windows")
+    transcripts = tree.get("transcripts")
+    if transcripts is not None:
+        _check(transcripts, "transcripts", torch.int64, 2)
     for name, rows in vectors.items():
         _check(rows, name, torch.float32, 2)
         if len(rows) != int(tokens.sum()):
@@ -78,6 +81,7 @@ def pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
         tokens.numpy(),
         position_losses=None if positions is None else positions.numpy(),
         vectors={name: rows.numpy() for name, rows in vectors.items()},
+        transcripts=None if transcripts is None else transcripts.numpy(),
     )
 
 
