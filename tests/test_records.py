@@ -187,10 +187,10 @@ def test_words_that_differ_are_counted_against_the_baseline(tokenizer: Any) -> N
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     width = max(map(len, rows)) + 1
     before, after = (np.array([[*row, *[0] * (width - len(row))]]) for row in rows)
-    figure = word_errors(before, after, tokenizer, end=0)
+    figure = word_errors(before, after, tokenizer)
     # One word replaced and one left out, of five.
     assert (figure.name.split()[0], figure.value, figure.action) == ("word", 0.4, "warn")
-    assert word_errors(before, before, None, end=0).value == 0
+    assert word_errors(before, before, None).value == 0
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------

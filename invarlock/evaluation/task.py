@@ -60,6 +60,8 @@ class Judging:
     """Number of windows that decide."""
     stopping: Stopping | None = None
     """Of windows that are measured until the limits are certain; None for a number fixed before."""
+    tokenizer: Any = None
+    """The one that windows were made with; None where no text was read."""
 
 
 @dataclass(frozen=True)

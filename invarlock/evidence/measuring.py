@@ -236,7 +236,9 @@ class _Again:
             self.verification.not_checked.append("distances, measured again: give --baseline, too")
             return
         edited, _ = self.first.run_pass(model, self.windows, "pass")
-        found = self.first.task.compare(self.passes[0], edited, judging_of(self.run.config, self.count)).passes
+        found = self.first.task.compare(
+            self.passes[0], edited, judging_of(self.run.config, self.count, self.first.reader)
+        ).passes
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 

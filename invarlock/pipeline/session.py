@@ -235,6 +235,11 @@ class Baseline:
         return self._tokenizer.live
 
     @property
+    def reader(self) -> Any:
+        """The tokenizer that windows are made with; None where no text is read."""
+        return self.tokenizer if self._reads_text else None
+
+    @property
     def template(self) -> ChatTemplate | None:
         """The chat template of a causal model's tokenizer, or None."""
         return ChatTemplate.of(self.tokenizer) if self.task.name == "causal" else None
@@ -272,7 +277,7 @@ class Baseline:
             return reference.windows
         documents, wanted = self.session.take_documents(), self.session.config.dataset
         with self.session.clock.stage("windows"):
-            tokenizer = self.tokenizer if self._reads_text else None
+            tokenizer = self.reader
             if wanted.is_stepped and documents is None:
                 first = wanted.counted(min(FIRST_WRITTEN, wanted.max_n))
                 return self._windows_of(first, model, tokenizer, None)
@@ -289,7 +294,7 @@ class Baseline:
         """So many more final windows that the model writes; lot 0 came with the preview windows."""
         more = replace(self.dataset, preview_n=0, final_n=count, seed=self.dataset.seed + lot * SEEDS_APART)
         with self.session.clock.stage("windows"):
-            return self._windows_of(more, model, self.tokenizer if self._reads_text else None, None)[1]
+            return self._windows_of(more, model, self.reader, None)[1]
 
     def windows_of(self, model: torch.nn.Module, tokenizer: Any, documents: Samples | None) -> WindowPair:
         """Windows that the task makes, some of them conversations where the baseline's template renders any."""

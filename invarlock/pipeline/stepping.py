@@ -235,7 +235,8 @@ class Stepping:
             sides = zip((baseline, edited), ends, strict=True)
             baseline, edited = over_same_text(*sides, task=PER_BYTE[self._baseline.task.name])
         stopping = Stopping(level, self.supply.documents, self._more_by) if self.is_stepped else None
-        return Measured(baseline, edited, judging_of(self._session.config, windows, stopping))
+        judging = judging_of(self._session.config, windows, self._baseline.reader, stopping=stopping)
+        return Measured(baseline, edited, judging)
 
     @property
     def _more_by(self) -> MoreBy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from invarlock.config.schema import RunConfig
 from invarlock.core.errors import InputError, UsageError
 from invarlock.core.records import COLUMNS, Samples, column, columns_of
@@ -48,8 +50,11 @@ def _listed(columns: frozenset[str]) -> str:
     return " and ".join(name for name in COLUMNS if name in columns) or "nothing"
 
 
-def judging_of(config: RunConfig, windows: int, stopping: Stopping | None = None) -> Judging:
-    """Limits and statistics of a configuration, for so many windows."""
+def judging_of(config: RunConfig, windows: int, tokenizer: Any = None, *, stopping: Stopping | None = None) -> Judging:
+    """Limits and statistics of a configuration, for so many windows.
+
+    :param tokenizer: as ``Judging`` has it.
+    """
     section = config.eval
     return Judging(
         ratio=section.max_pm_ratio,
@@ -60,4 +65,5 @@ def judging_of(config: RunConfig, windows: int, stopping: Stopping | None = None
         improving=section.improving,
         windows=windows,
         stopping=stopping,
+        tokenizer=tokenizer,
     )

@@ -26,11 +26,6 @@ class Speech(LanguageTask):
     reads = frozenset({"audio", "text"})
     towers = frozenset({"audio"})
 
-    def __init__(self) -> None:
-        self._tokenizer: Any = None
-        self._prompt: tuple[int, ...] = ()
-        """Tokens that a transcript begins with."""
-
     def owns(self, model_class: ModelClass) -> bool:
         return is_in(model_class, "SPEECH_SEQ_2_SEQ", ending="ForSpeechSeq2Seq")
 
@@ -42,7 +37,6 @@ class Speech(LanguageTask):
         length = min(dataset.seq_len, SPOKEN, getattr(model.config, "max_target_positions", SPOKEN))
         start: Any = WindowLayout.of(model, None, task="seq2seq", length=2 * length).start
         layout = WindowLayout.of(model, tokenizer, task="causal", length=length)
-        self._tokenizer, self._prompt = tokenizer, (start, *(token for token in layout.prefix if token != start))
         if "audio" in columns:
             documents = drawn(documents, dataset)
             sounds = given_sounds(model, column(documents, "audio"))
@@ -69,9 +63,7 @@ class Speech(LanguageTask):
         measured = super().measure(model, preview, final, **how)
         if how.get("calls") or is_streamed(model):
             return measured
-        sounds = final.media["input_features"][:TRANSCRIBED]
-        length = final.labels.shape[1] - len(self._prompt) + 1
-        return replace(measured, transcripts=transcribed(model, sounds, self._prompt, length))
+        return replace(measured, transcripts=transcribed(model, final[:TRANSCRIBED]))
 
     def compare(self, baseline: Any, edited: Any, judging: Any) -> Any:
         from plugins_builtin.tasks.transcripts import word_errors
@@ -79,8 +71,7 @@ class Speech(LanguageTask):
         found = super().compare(baseline, edited, judging)
         if baseline.transcripts is None or edited.transcripts is None:
             return found
-        end = getattr(self._tokenizer, "eos_token_id", None)
-        return replace(found, figures=[word_errors(baseline.transcripts, edited.transcripts, self._tokenizer, end)])
+        return replace(found, figures=[word_errors(baseline.transcripts, edited.transcripts, judging.tokenizer)])
 
 
 def _text(model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Tensor:

@@ -44,7 +44,7 @@ def _run(
     before = joined(measured.parts, measured.looks)
     with session.clock.stage("noise", how):
         after = task.measure(model, final[:0], final, reference=measured.record, at_once=at_once)
-    found = task.compare(before, after, judging_of(session.config, measured.looks[-1]))
+    found = task.compare(before, after, judging_of(session.config, measured.looks[-1], baseline.reader))
     predictions = found.predictions
     return NoiseRun(
         how,
