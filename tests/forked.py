@@ -79,14 +79,14 @@ class Forked:
             self.wait()
 
     def said(self) -> tuple[str, str]:
-        """What it wrote to standard output and standard error."""
+        """Its standard output and standard error so far."""
         out, err = (path.read_text() for path in self.files)
         return out, err
 
 
 @dataclass
 class Forking:
-    """What starts them."""
+    """The server that forks them."""
 
     process: subprocess.Popen[str]
     folder: Path

@@ -1,4 +1,4 @@
-"""What a comparison need not measure, because both sides have it alike: it finds the same without."""
+"""Comparisons of models that are alike: what is not measured twice changes nothing of the report."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def stored(name: str, tensor: torch.Tensor) -> Any:
         ({}, lambda: Path("adapter/adapter_config.json").write_text("{"), "is not valid JSON"),
         ({}, stored("model.layers.9.mlp.up_proj.weight", torch.zeros(2, 2)), "which the baseline lacks"),
         ({}, stored("model.norm.weight", torch.zeros(3)), "model.norm.weight would need the shape (3,)"),
-        ({}, stored("model.norm.lora_magnitude_vector", torch.zeros(3)), "is no part of plain LoRA"),
+        ({}, stored("model.norm.lora_magnitude_vector", torch.zeros(3)), "is not part of plain LoRA"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_one_line(invarlock, base, settings: Any, change: Any, said: str) -> None:

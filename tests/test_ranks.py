@@ -417,7 +417,7 @@ def _answers(*command: str) -> str:
 
 @pytest.fixture(params=["mpirun", "srun"])
 def launcher(request: pytest.FixtureRequest) -> list[str]:
-    """What starts a command twice."""
+    """The command line that starts a command twice."""
     if request.param == "mpirun":
         if "Open MPI" not in _answers("mpirun", "--version"):
             pytest.skip("Open MPI is not installed")

@@ -69,7 +69,7 @@ def made(invarlock, config, kept, tmp_path_factory):
 
 
 def figures(folder: Path) -> dict:
-    """What a report holds of the outputs and the guards, without the seconds."""
+    """The outputs and the guards of a report, without the seconds."""
     report = read_report(folder)
     guards = [{**guard, "seconds": None} for guard in report["guards"]]
     return {"guards": guards} | {name: report[name] for name in ("metrics", "verdict", "coverage", "edit", "model")}

@@ -53,7 +53,7 @@ UNREAD = 15
 
 @dataclass
 class Tally:
-    """What one voice said of the labelled edits in one mode."""
+    """The mistakes of one voice about the labelled edits in one mode."""
 
     false_alarms: list[str] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)

@@ -78,7 +78,7 @@ class LoraAdapter:
         replaced = {name: tensor for name, tensor in tensors.items() if not LOW_RANK.match(name)}
         if magnitudes := [name for name in replaced if ".lora_" in name]:
             raise InputError(
-                f"{absolute(folder)}: {magnitudes[0]} is no part of plain LoRA, the only kind that can be merged"
+                f"{absolute(folder)}: {magnitudes[0]} is not part of plain LoRA, the only kind that can be merged"
             )
         return cls(folder, settings.get("base_model_name_or_path"), updates, replaced)
 
@@ -152,7 +152,7 @@ def _updates(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Te
         down, up = tensors[name], tensors[other]
         if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1] or not len(down):
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-            raise InputError(f"{absolute(folder / WEIGHTS)}: {name} and its B have shapes {shapes}, and are no LoRA")
+            raise InputError(f"{absolute(folder / WEIGHTS)}: {name} and its B have shapes {shapes}, not those of LoRA")
         scale = _scale(settings, module, len(down))
         transposed = kind == "lora_embedding_" or bool(settings.get("fan_in_fan_out"))
         yield f"{module}.weight", LowRank(down, up, scale, transposed)

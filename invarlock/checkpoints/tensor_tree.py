@@ -31,7 +31,7 @@ SCALARS = (bool, int, str, type(None))
 
 
 class UnstorableError(ValueError):
-    """The value is no plain data: the message names its type."""
+    """The value is not plain data; the message names its type."""
 
 
 @dataclass

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from invarlock.core.errors import UsageError
 from invarlock.core.records import Record
+from invarlock.datasets.windows import Dataset
 
 
-class Counts(Protocol):
-    """The part of the section ``dataset`` that tells which samples are drawn."""
-
-    @property
-    def preview_n(self) -> int: ...
-    @property
-    def final_n(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def drawn(samples: Sequence[Record], dataset: Counts, *, most: int = 1) -> list[Record]:
+def drawn(samples: Sequence[Record], dataset: Dataset, *, most: int = 1) -> list[Record]:
     """The samples of the preview windows, then those of the final ones, in an order that the seed draws.
 
     :param most: of one window; so many are taken as there are for all windows alike.

@@ -33,7 +33,7 @@ class Stopping:
     documents: NDArray[np.int64] | None = None
     """Number of the document that each window is of, and those to come; None where each window stands for itself."""
     more_by: MoreBy = "dataset.max_n"
-    """What it takes to measure more of them."""
+    """The key that asks for more of them, or more text."""
 
     def units(self, windows: int) -> NDArray[np.int64]:
         """Number of the unit that each window is of: its document, or itself."""

@@ -64,7 +64,7 @@ class Undecided:
 
     @property
     def remedy(self) -> str:
-        """What would decide, for a message."""
+        """The way to a decision, for a message."""
         if self.windows is None:
             return "it is at the limit"
         if self.option == "text":

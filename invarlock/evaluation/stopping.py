@@ -22,7 +22,7 @@ as one row of an embedding does, and the spread of a few windows does not show t
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look saw."""
+    """One look: the figure and its bounds, and whether they decide."""
 
     look: Look | None
     """None where a loss is not finite, or no window is scored."""

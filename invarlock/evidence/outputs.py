@@ -104,7 +104,7 @@ def _stopping(report: Report, config: RunConfig) -> Stopping | None:
 
 
 def _more_by(stored: Undecided | None) -> MoreBy:
-    """What more windows take: it depends on the text, which no report holds."""
+    """The key that asks for more windows, as stored: it depends on the text, which no report holds."""
     return stored.option if stored and stored.option in get_args(MoreBy) else "dataset.max_n"
 
 
@@ -182,7 +182,7 @@ def _figures(report: Report) -> Iterator[Disagreement]:
 def passes(report: Report) -> tuple[PassResult, PassResult] | None:
     """Results of the two passes, or None where outputs were not measured.
 
-    :raises UsageError: the windows are none.
+    :raises UsageError: the windows are malformed.
     """
     windows = report.metrics.windows
     if windows is None:

@@ -24,7 +24,7 @@ from invarlock.quantization.selection import SCOPE_ROLES
 from invarlock.reporting.report import Report
 
 MADE_UP = re.compile("for samples are (.+)$")
-"""In the gap of samples that are no data."""
+"""In the coverage gap of samples that were made up."""
 _BITS = re.compile(r"\((\d+) bits\)$")
 """In the change of a weight that lies on a grid."""
 _OF_BLOCKS = re.compile(r"(\d)\w* \([\d.]+ bits per weight\)$")

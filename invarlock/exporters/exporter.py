@@ -28,7 +28,7 @@ class SavedModel:
     quantized: Mapping[str, RoundedWeight | None]
     """By the name of the parameter, where codes are stored; None of a weight that was stored on the way."""
     schemes: Mapping[str, Scheme]
-    """Of each rounded weight, by the name of the parameter; all are the plan, where that is no list of rules."""
+    """Of each rounded weight, by the name of the parameter; the plan itself, unless it is a list of rules."""
 
 
 class Exporter(Protocol):

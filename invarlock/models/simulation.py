@@ -30,7 +30,7 @@ class CacheRounding:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is rounded while a model runs, by the names of its modules; nothing by default."""
+    """Tensors that are rounded while a model runs, by the names of its modules; none by default."""
 
     inputs: Mapping[str, Rounded] = field(default_factory=dict)
     """Of linear layers."""

@@ -27,7 +27,7 @@ def watching_of(
     windows: WindowPair | None,
     own: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[list[Observation], Watching]:
-    """What the guards will have observed of a pass, and the taps that do.
+    """The observations of all guards on a pass, and the taps that collect them.
 
     :param own: taps of our own.
     :raises PluginError: a tap changed the model; whose it is cannot be told.

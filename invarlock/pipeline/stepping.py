@@ -73,7 +73,7 @@ class Measured:
 
 
 class Stepping:
-    """What the baseline's passes have measured so far, and how those of an edited model go on from it."""
+    """The baseline's passes so far, and those of an edited model over the same windows."""
 
     def __init__(
         self, baseline: Baseline, windows: WindowPair, *, streamed: bool, held: BaselinePass | None = None
@@ -240,7 +240,7 @@ class Stepping:
 
     @property
     def _more_by(self) -> MoreBy:
-        """What it takes to measure more windows than there are steps for."""
+        """The key that asks for more windows than there are steps for, or more text."""
         if self.looks[-1] < self.supply.most:
             return "dataset.final_n"
         return "text" if self.supply.most < self._session.config.dataset.max_n else "dataset.max_n"

@@ -35,7 +35,7 @@ else:
         int | None,
         Ge(2),
         Le(8),
-        "Bits a weight; null means those of the format, which are 8 for int; auto, in a plan that is no list of rules, "
+        "Bits per weight; null means those of the format, which are 8 for int; auto, where the plan is one scheme, "
         "searches them and the sizes of groups for edit.target.",
     ]
 

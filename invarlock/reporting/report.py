@@ -230,7 +230,7 @@ class AttributionSection:
     additivity: Number | None
     """The measured parts, one by one, over that of the same weights put back together."""
     modules: list[ModuleRise]
-    """What contributes most first."""
+    """The largest contributions first."""
 
 
 @dataclass(frozen=True)

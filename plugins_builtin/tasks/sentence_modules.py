@@ -1,4 +1,4 @@
-"""What a folder of sentence-transformers makes of a model's hidden states: pooling, dense layers, unit length.
+"""Modules of a sentence-transformers folder, applied to a model's hidden states: pooling, dense layers, unit length.
 
 The library need not be installed: ``modules.json`` lists the modules, and each has a folder of its own.
 """

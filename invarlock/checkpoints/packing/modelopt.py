@@ -70,7 +70,7 @@ def _form(
 
 
 def _grain(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[str, list[tuple[int, ...]]]:
-    """What shares a scale of FP8, and shapes that these may have."""
+    """Units that share a scale of FP8, and the shapes of their scales."""
     rows, columns = shape
     if len(scales) == 4 or (len(scales) == 2 and scales[1] > 1):
         down, across = (scales[0], scales[-2]) if len(scales) == 4 else scales

@@ -1,4 +1,4 @@
-"""What a search found so far, kept in its output folder, so that the same command goes on after an interruption."""
+"""Plans that a search has judged, kept in its output folder, so that the same command goes on after an interruption."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SearchState:
 
     @classmethod
     def opened(cls, folder: Path | None, of: str) -> SearchState:
-        """What an earlier process left, or nothing.
+        """The state that an earlier process left, or an empty one.
 
         :raises UsageError: it is of another configuration or model, or cannot be read.
         """
@@ -55,7 +55,7 @@ class SearchState:
             values: Any = json.loads(file.read_text(encoding="utf-8"))
             judged = [Judged(**{**each, "action": Action(each["action"])}) for each in values["judged"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"output.dir: {file} is no state of a search; remove it") from error
+            raise UsageError(f"output.dir: {file} is not the state of a search; remove it") from error
         if values.get("of") != of:
             problem = "is of a search with another configuration, or of other weights"
             raise UsageError(f"output.dir: {file} {problem}; choose another folder, or remove it")

@@ -213,7 +213,7 @@ class Reference:
         return all(record and np.array_equal(scored[slice(*ends)], part.tokens) for ends, part, record in steps)
 
     def observations(self, slots: Sequence[GuardSlot], asked: Sequence[Observation]) -> list[Observation] | str:
-        """What each guard observed in the baseline's pass, or the reason that it has to be run after all.
+        """Observations of each guard on the baseline's pass, or the reason that it has to be run after all.
 
         :param asked: the taps that each guard wants.
         """

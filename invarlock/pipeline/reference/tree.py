@@ -58,7 +58,7 @@ def tree_of_step(look: int, result: PassResult, record: TokenRecord | None) -> d
 
 
 def pass_of(tree: Mapping[str, Any], final: Windows) -> PassResult:
-    """:raises ValueError: it is no pass over these windows, or its numbers are not finite."""
+    """:raises ValueError: it is not a pass over these windows, or its numbers are not finite."""
     losses, tokens = tree["losses"], tree["tokens"]
     _check(losses, "losses", torch.float64, 1)
     _check(tokens, "tokens", torch.int64, 1)
@@ -111,7 +111,7 @@ def noise_of(tree: Mapping[str, Any]) -> NoiseRun:
 
 def whole(value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r:.20} is no number of windows")
+        raise ValueError(f"{value!r:.20} is not a number of windows")
     return value
 
 
