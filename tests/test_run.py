@@ -333,9 +333,49 @@ def test_each_side_is_run_over_the_windows_exactly_once(invarlock, module, confi
     assert len(set(map(tuple, seen[:half]))) == half
 
 
+def test_the_edited_model_is_run_over_the_preview_windows_that_taps_look_at(invarlock, module, config) -> None:
+    for name, taps in {"few": "{'lm_head': Tap(65)}", "every": "{'model.norm': Tap(None), 'lm_head': Tap(1)}"}.items():
+        module(
+            name,
+            "from invarlock import hookimpl\n"
+            "class Tap:\n"
+            "    rows = 0\n"
+            "    def __init__(self, positions): self.positions = positions\n"
+            "    def __call__(self, module, args, kwargs, output): self.rows += len(output)\n"
+            "    def result(self): return self.rows\n"
+            f"@hookimpl\ndef invarlock_observe(): return {taps}\n"
+            "@hookimpl\ndef invarlock_validate(context): return {'passed': True, 'metrics': context['observations']}\n",
+        )
+    dataset = {"provider": "demo", "seq_len": 64, "preview_n": 5, "final_n": 2}
+    path = config(dataset=dataset, plugins=["few", "every"], guards={"order": ["few", "every"]})
+    assert invarlock("run", "-c", path, "--out", "both").code == 0
+    few, every = (guard["metrics"] for guard in read_report(Path("both"))["guards"])
+    assert few["baseline"] == few["edited"] == {"lm_head": 2}
+    assert every["baseline"] == every["edited"] == {"model.norm": 5, "lm_head": 5}
+    module(
+        "counter",
+        "from invarlock import hookimpl\nwindows = []\n"
+        "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n"
+        "    model = yield\n"
+        "    model.register_forward_hook(lambda module, args, output: windows.append(len(output.logits)))\n"
+        "    return model\n"
+        "@hookimpl\ndef invarlock_run_finished(report): report['extra']['windows'] = sum(windows)\n",
+    )
+    done = invarlock("run", "-c", path, "-p", "counter", "--set", "guards.order=[few]", "--out", "few")
+    assert done.code == 0, done.err
+    # Each side runs one window more before taps of strangers are put on it.
+    assert read_report(Path("few"))["extra"]["windows"] == (1 + 5 + 2) + (1 + 2 + 2)
+
+
 @pytest.mark.parametrize(
-    "observe", ["raise ValueError('tapped wrongly')", "return {'model.layers.9': print}", "return {'model.norm': lambda *a: 1 / 0}"]
-)  # fmt: skip
+    "observe",
+    [
+        "raise ValueError('tapped wrongly')",
+        "return {'model.layers.9': print}",
+        "return {'model.norm': lambda *a: 1 / 0}",
+        "return {'model.norm': type('Tap', (), {'positions': 0, '__call__': print, 'result': print})()}",
+    ],
+)
 def test_a_tap_that_fails_is_the_guards_own_error(invarlock, module, config, observe: str) -> None:
     module("bad_tap", f"from invarlock import hookimpl\n@hookimpl\ndef invarlock_observe(model):\n    {observe}\n@hookimpl\ndef invarlock_validate(context): {PASS}\n")  # fmt: skip
     done = invarlock("run", "-c", config(guards={"order": ["bad_tap", "invariants"]}), "-p", "bad_tap", "--out", "out")

@@ -22,7 +22,7 @@ from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.distributed.dtensor import sharding_of
 from invarlock.evaluation.predictions import Comparer, Recorder, TokenChanges, TokenRecord
 from invarlock.evaluation.statistics import exp, mean_per_token
-from invarlock.evaluation.taps import Tap, attached, first_windows
+from invarlock.evaluation.taps import Tap, attached, ends_of, first_windows
 from invarlock.models.batches import batch_size, halved
 from invarlock.models.facts import Predicted, device_of, evaluating, is_streamed, logits_of
 from invarlock.models.sizes import sizes_of
@@ -119,7 +119,7 @@ def measure(
     at_once: int | None = None,
     taps_off: Callable[[], object] = lambda: None,
 ) -> PassResult:
-    """Let every window pass through the model exactly once: the preview windows, then the final ones.
+    """Let every window pass through the model at most once: the preview windows that taps look at, then the final ones.
 
     Through a streamed model all of them go as one batch.
 
@@ -145,10 +145,7 @@ def measure(
             taps_off()
         else:
             batches = Batches(model, Tally(len(preview) + len(final)), uncached_logits, at_once)
-            with ExitStack() as stack:
-                for wanted in batches.tried(preview, taps):
-                    stack.enter_context(attached(model, wanted))
-                batches.run(preview, lambda batch, logits: None)
+            batches.tap(preview, taps)
             taps_off()
             scores = batches.run(
                 final, lambda batch, logits: _score(logits[..., :vocabulary], predicted_tokens(batch, task), watch)
@@ -188,12 +185,24 @@ class Batches(Generic[Output]):
             self.tally.add(len(batch))
         return results
 
-    def tried(self, windows: Windows, taps: Taps) -> list[Mapping[str, Tap]]:
-        """Taps for these windows, once it is known how many fit: a batch that is begun again would be seen twice."""
-        wanted = [of_guard for of_guard in taps if of_guard]
-        if wanted and len(windows) and device_of(self.model).type != "cpu":
-            self._passed(windows)
-        return wanted
+    def tap(self, windows: Windows, taps: Taps) -> None:
+        """Run the model over windows for taps on it, each of them for as many as it looks at.
+
+        Of a model whose weights are spread over processes all windows are run: the processes run it together.
+        """
+        ends = ends_of(taps, windows)
+        stops = sorted({end for end, _ in ends} | ({len(windows)} if sharding_of(self.model) else set()))
+        if any(stops) and device_of(self.model).type != "cpu":
+            # To know how many fit at once: a batch that is begun again would be seen twice.
+            self._passed(windows[: stops[-1]])
+        done = 0
+        for stop in stops:
+            with ExitStack() as stack:
+                for of_guard in (of_guard for end, of_guard in ends if end >= stop):
+                    stack.enter_context(attached(self.model, of_guard))
+                self.run(windows[done:stop], lambda batch, output: None)
+            done = stop
+        self.tally.add(len(windows) - done)
 
     def _passed(self, windows: Windows) -> tuple[Windows, Output]:
         """The first of some windows, as many as fit at once, and the model's output."""
@@ -217,16 +226,17 @@ def _together(
     vocabulary: int | None,
 ) -> Scores:
     """All windows as one batch, so that each weight of a streamed model is read once; their logits would not fit."""
+    ends = ends_of(taps, preview)
+    preview = preview[: max((end for end, _ in ends), default=0)]
     windows = Windows.joined(preview, final)
-    of_preview = partial(first_windows, len(preview), windows.input_ids.shape)
     blocks = find_blocks(model).values()
     tally = Tally(len(blocks))
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_hook(lambda *_: tally.add()).remove)
         head = stack.enter_context(_head_set_aside(model))
-        for wanted in taps if len(preview) else ():
-            stack.enter_context(attached(model, wanted, of_preview))
+        for end, of_guard in ends if len(preview) else ():
+            stack.enter_context(attached(model, of_guard, partial(first_windows, end, windows.input_ids.shape)))
         hidden = uncached_logits(model, windows)
     head.check(hidden)
     return _score(hidden[len(preview) :], predicted_tokens(final, task), watch, head.of(vocabulary))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from invarlock.core.errors import PluginError, nearest
+from invarlock.datasets.layout import Windows
 from invarlock.distributed.dtensor import is_spread
 
 
@@ -21,6 +22,18 @@ class Tap(Protocol):
 
     def result(self) -> Any:
         """Return the collected result, once the pass is over."""
+
+
+def ends_of(taps: Iterable[Mapping[str, Tap]], windows: Windows) -> list[tuple[int, Mapping[str, Tap]]]:
+    """The taps of each guard that has any, with the number of the first windows that they look at.
+
+    That is all, unless each tap of the guard has a number of ``positions`` that suffice: tokens of a target, where
+    windows have one.
+    """
+    length = windows.labels.shape[1] or windows.length
+    every = len(windows) * length
+    wanted = ((max(getattr(tap, "positions", None) or every for tap in each.values()), each) for each in taps if each)
+    return [(-(-min(positions, every) // length), of_guard) for positions, of_guard in wanted]
 
 
 def first_windows(count: int, batch: Sequence[int], value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from invarlock.core.progress import Tally
 from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import Batches, PassResult, Taps
-from invarlock.evaluation.taps import attached
 from invarlock.models.facts import device_of, evaluating
 
 VectorsOf = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -35,7 +33,7 @@ def measure_vectors(
     reference: None = None,
     vocabulary: int | None = None,
 ) -> PassResult:
-    """Let every sample pass through the model exactly once, as :func:`~invarlock.evaluation.passes.measure` does.
+    """Let samples pass through the model, as :func:`~invarlock.evaluation.passes.measure` does.
 
     :param vectors_of: the vectors that a model makes of a batch, by name.
     :param counts_of: how many of them each sample of a batch has.
@@ -47,10 +45,7 @@ def measure_vectors(
 
     batches = Batches(model, Tally(len(preview) + len(final)), forward, at_once)
     with evaluating(model):
-        with ExitStack() as stack:
-            for wanted in batches.tried(preview, taps):
-                stack.enter_context(attached(model, wanted))
-            batches.run(preview, lambda batch, output: None)
+        batches.tap(preview, taps)
         taps_off()
         found = batches.run(final, lambda batch, output: _on_cpu(*output))
         for _ in range(calls - len(found)):

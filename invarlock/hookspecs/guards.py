@@ -19,8 +19,10 @@ def invarlock_observe(model: Any, adapter: Any, policy: Options, guard: str) -> 
     :param policy: the guard's options.
     :param guard: the guard's name, for wrappers.
     :returns: a tap for each module name, or None: a callable ``tap(module, args, kwargs, output)`` with a method
-        ``result()``, called for the preview windows; it must change nothing. Results that are plain data and tensors
-        can be kept in a reference, in place of the baseline's pass. Stops at the first non-None result.
+        ``result()``, called for the preview windows; it must change nothing. A tap to which the first windows suffice
+        has the number of their ``positions`` as an attribute: the edited model is run over no more preview windows
+        than taps look at. Results that are plain data and tensors can be kept in a reference, in place of the
+        baseline's pass. Stops at the first non-None result.
     :raises: an error of that guard, which counts as abort; so is anything but taps by module name.
 
     Example, a guard that looks at the largest output of each MLP block::

@@ -23,6 +23,9 @@ def taps_of(returned: object) -> Mapping[str, Any]:
     for name, tap in returned.items():
         if not isinstance(name, str) or not callable(tap) or not callable(getattr(tap, "result", None)):
             raise PluginError(f"{name!r}: a tap is a callable with a method result(), {type(tap).__name__} is not")
+        positions = getattr(tap, "positions", None)
+        if positions is not None and (type(positions) is not int or positions < 1):
+            raise PluginError(f"{name!r}: a tap's positions are a whole number above 0 or None, not {positions!r}")
     return dict(returned)
 
 
@@ -72,6 +75,10 @@ class _Shielded:
                     self.tap(module, args, kwargs, output)
             except Exception as error:
                 self.observation.fail(f"tap on {self.module_name}", error)
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.tap, "positions", None)
 
     def result(self) -> Any:
         return self.tap.result()

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 CALLS = 2
+SPREAD = 8
+"""Positions among which one is sampled, at least: neighbours in a text are alike."""
 
 Kind = Literal["inputs", "outputs"]
 
@@ -129,6 +131,11 @@ class SamplingTap:
         self._placed = -1
         self._samples: dict[Kind, Sample] = {}
         self._finite = torch.tensor(True)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the first windows that suffice."""
+        return SPREAD * self.tokens
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         entering = _first_tensor((args, kwargs))
