@@ -18,8 +18,9 @@ from invarlock.quantization.selection import PlannedWeight, WeightTarget
 from invarlock.reporting.report import MetricsSection
 
 SPARED = 0.8
-"""Of the rise of the loss that is within the limit, what a repair aims at: the share of each weight in it is a
-prediction, and those are right to a quarter."""
+"""Of the rise of the loss that is within the limit, what a first repair aims at: the share of each weight in it is a
+prediction, and those are right to a quarter. A second one aims at 0.8 times that, and so on: rounding that moves other
+weights is luck, too, and few attempts are left."""
 DECIDING = ("kl_mean", "kl_p95", "kl_p99", "window_p95")
 """Figures of the predictions that reject; they grow with the square of the rounding error, as the loss does."""
 
@@ -68,7 +69,7 @@ class Repair:
         return Part(targets, scheme, self.contribution(targets, scheme) if scheme else 0.0)
 
     def repaired(
-        self, parts: Sequence[Part], suspects: Sequence[SuspectedModule], within: float | None
+        self, parts: Sequence[Part], suspects: Sequence[SuspectedModule], within: float | None, *, failed: int = 1
     ) -> Rules | None:
         """A plan with more bits where they are needed, or None where nothing is left to round.
 
@@ -77,9 +78,10 @@ class Repair:
         their number, until it is within the limit.
 
         :param within: the share of the rise that is within the limit; None where all of it is, or it was not measured.
+        :param failed: number of attempts so far.
         """
         parts = list(parts)
-        allowed = sum(part.share for part in parts) * (1 if within is None else SPARED * within)
+        allowed = sum(part.share for part in parts) * (1 if within is None else SPARED**failed * within)
         for place in _blamed(parts, suspects):
             parts[place] = self.widened(parts[place])
         wider = {place: self.widened(part) for place, part in enumerate(parts) if part.scheme}

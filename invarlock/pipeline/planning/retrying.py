@@ -90,7 +90,7 @@ class Retries:
         last, schemes = attempts[-1], self._schemes()
         repair = Repair(self._widen, self._contribution or by_errors(last.modules, schemes))
         parts = repair.parts_of(self.targets, schemes)
-        return repair.repaired(parts, last.verdict.suspects, share_within(last.metrics))
+        return repair.repaired(parts, last.verdict.suspects, share_within(last.metrics), failed=len(attempts))
 
     def _schemes(self) -> dict[str, Scheme]:
         return {planned.target.parameter_name: planned.scheme for planned in self.weights()}
