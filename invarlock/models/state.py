@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -145,8 +146,9 @@ class _Namespace:
 
     def _changed(self) -> list[str]:
         live, kept = self._live(), self.kept
-        same = {name for name in live.keys() & kept.keys() if _same(live[name], kept[name])}
-        return [name for name in kept | live if name not in same | self.volatile]
+        changed = [name for name, value in kept.items() if name not in live or not _same(live[name], value)]
+        changed += [name for name in live if name not in kept]
+        return [name for name in changed if name not in self.volatile]
 
     def settle(self) -> None:
         for name in self._changed():
@@ -203,6 +205,9 @@ def _same(live: Any, kept: Any) -> bool:
         return True
     if type(live) is not type(kept):
         return False
+    if isinstance(kept, OrderedDict) and not kept:
+        # Most of what is compared: modules without hooks.
+        return not live
     if isinstance(kept, Tensor):
         return live.shape == kept.shape and live.dtype == kept.dtype and bool(torch.equal(live, kept))
     if isinstance(kept, Mapping):
