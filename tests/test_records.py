@@ -89,7 +89,7 @@ def test_an_image_that_does_not_open_is_named(compared) -> None:
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"])
-def test_each_image_goes_before_its_own_text(name: str, tokenizer: Any) -> None:
+def test_every_other_text_follows_its_own_image(name: str, tokenizer: Any) -> None:
     model = saved(name, IMAGES[name])
     draw(Path("images"))
     for number, caption in enumerate(CAPTIONS):
@@ -99,12 +99,16 @@ def test_each_image_goes_before_its_own_text(name: str, tokenizer: Any) -> None:
     scored = [row[row != UNSCORED].tolist() for row in final.labels]
     assert scored[0] != scored[1]
     assert all(tokenizer.decode(row) in CAPTIONS for row in scored)
-    assert [int(mask.sum()) for mask in final.attention_mask] == [
-        int((row == 5).sum()) + len(text) + (2 if "Qwen" in name else 0)
-        for row, text in zip(final.input_ids, scored, strict=True)
-    ]
+    image = int((final.input_ids[0] == 5).sum()) + (2 if "Qwen" in name else 0)
+    assert final.attention_mask.sum(dim=1).tolist() == [image + len(scored[0]), len(scored[1])]
+    assert final.illustrated is not None and final.illustrated.tolist() == [True, False]
     assert (task.made_up_media, task.towers) == ("", {"vision"})
-    assert len(task.measure(model, final[:1], final).losses) == 2
+    both = task.measure(model, final[:1], final)
+    assert both.losses == pytest.approx(task.measure(model, final[:1], final, at_once=1).losses, rel=1e-5)
+    text = torch.tensor([scored[1]])
+    with torch.no_grad():
+        alone = model(input_ids=text, labels=text).loss * (len(scored[1]) - 1)
+    assert both.losses[1] == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_images_and_texts_that_belong_together_are_one_sample(tokenizer: Any) -> None:

@@ -106,7 +106,8 @@ def coverage_of(
         *_not_run(declared, task.towers),
     ]
     rendering = template is not None and template.roles and dataset.has_conversations
-    return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0)
+    images = sum(int(part.illustrated.sum()) for part in windows if part.illustrated is not None)
+    return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0, images)
 
 
 def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None) -> list[Gap]:
