@@ -479,7 +479,7 @@ def test_without_the_library_it_is_said_how_to_install_it(invarlock, monkeypatch
     monkeypatch.setitem(sys.modules, "model_signing.signing", None)
     done = invarlock("run", "--demo", "--sign", "key.pem")
     assert done.code == 2
-    assert "pip install model-signing pyopenssl" in done.err
+    assert "pip install 'invarlock[sign]'" in done.err
 
 
 # -- with the checkpoints at hand --------------------------------------------------------------------------------------

@@ -352,5 +352,5 @@ def test_a_file_whose_library_is_missing_names_it(invarlock, config, monkeypatch
     Path("some.gguf").write_bytes(b"GGUF")
     done = invarlock("run", "-c", config(model={"id": "some.gguf"}), "--out", "out")
     assert done.code == 2
-    assert "hf_gguf needs gguf: pip install gguf" in done.err
+    assert "hf_gguf needs gguf: pip install 'invarlock[gguf]'" in done.err
     assert done.err.count("\n") == 1
