@@ -38,6 +38,8 @@ LIKE_OTHERS = (
     "nf4",
     "mlx-8",
     "gptq_v2",
+    "torchao-int8",
+    "torchao-fp8",
 )
 """Other layouts of which another one of their sort is tried."""
 METHODS = [*(name for name in HOW if name not in LIKE_OTHERS), *slow(*LIKE_OTHERS)]
@@ -82,6 +84,9 @@ NAMED = {
     "modelopt-int4": "INT4, groups of 32 (4 bits)",
     "auto-round": "INT4, asymmetric, groups of 32 (4 bits)",
     "auto-round-awq": "INT4, asymmetric, groups of 32 (4 bits)",
+    "torchao-int8": "INT8, per channel (8 bits)",
+    "torchao-int4": "INT4, asymmetric, groups of 32 (4 bits)",
+    "torchao-fp8": "FP8 (E4M3), per channel (8 bits)",
 }
 
 
@@ -258,6 +263,24 @@ WORDS = {
     ),
     "a shape that is none": ("nf4", "__nf4", lambda state: state[1:], "does not describe the weight"),
     "scales of too few rows": ("llm-int8", ".SCB", lambda scales: scales[1:], "needs (128,)"),
+    "scales of other groups of torchao": (
+        "torchao-int4",
+        "_weight_scale",
+        lambda scales: scales[:, 1:],
+        "needs (128, 8)",
+    ),
+    "a scale of zero in torchao": (
+        "torchao-fp8",
+        "_weight_scale",
+        scale(0),
+        "down_proj._weight_scale holds scales that are zero",
+    ),
+    "codes of another type": (
+        "torchao-int8",
+        "_weight_qdata",
+        lambda codes: codes.float(),
+        "_weight_qdata is no such matrix",
+    ),
     "scales of other blocks": ("fp8", ".weight_scale_inv", lambda scales: scales[1:], "needs (4, 8)"),
 }
 

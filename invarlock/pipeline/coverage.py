@@ -166,6 +166,9 @@ def _unsimulated(value: Any) -> Iterator[str]:
         value = waiting.pop()
         if isinstance(value, Mapping):
             yield from (part for key, part in UNSIMULATED.items() if value.get(key))
+            if "activation" in str(value.get("quant_type")).lower() or value.get("act_bits", 16) not in (None, 16, 32):
+                # By torchao's class, as Int8DynamicActivationInt8WeightConfig, and by AutoRound's bits.
+                yield ACTIVATIONS
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value

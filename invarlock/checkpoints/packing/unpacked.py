@@ -16,6 +16,7 @@ from invarlock.checkpoints.packing import (
     fine_grained,
     modelopt,
     mxfp4,
+    torchao,
     word_layouts,
 )
 from invarlock.checkpoints.packing.packed import ZERO, Layout, PackedWeight, broken, unsound
@@ -33,6 +34,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "bitsandbytes": bitsandbytes.packed_weights,
     "mxfp4": mxfp4.packed_weights,
     "auto-round": auto_round.packed_weights,
+    "torchao": torchao.packed_weights,
 }
 """By method, as ``method_of`` has it."""
 MODELOPT = "hf_quant_config.json"
@@ -91,9 +93,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     :raises InputError: as ``Checkpoint`` and ``UnpackedCheckpoint`` say.
     """
-    config = configuration_of(folder)
-    layout = LAYOUTS.get(method_of(config))
-    return UnpackedCheckpoint(folder, layout, settings_of(config)) if layout else Checkpoint(folder)
+    layout = layout_of(folder)
+    settings = settings_of(configuration_of(folder))
+    return UnpackedCheckpoint(folder, layout, settings) if layout else Checkpoint(folder)
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of a checkpoint's packed weights; None where there are none, or only a library unpacks them.
+
+    :raises InputError: a file or its header is broken.
+    """
+    method = method_of(configuration_of(folder))
+    return None if method == "torchao" and not torchao.are_described(folder) else LAYOUTS.get(method)
 
 
 def configuration_of(folder: Path) -> dict[str, Any]:
