@@ -159,8 +159,11 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
-    """A small Qwen2, which has biases, as a method of ``HOW`` stores it; its weights and biases, by name."""
+def packed_as(method: str, folder: Path, activations: Any = None) -> dict[str, Tensor]:
+    """A small Qwen2, which has biases, as a method of ``HOW`` stores it; its weights and biases, by name.
+
+    :param activations: how torchao says that inputs are rounded.
+    """
     config = transformers.Qwen2Config(
         vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
@@ -187,7 +190,11 @@ def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
         settings |= {"quantization_config": how, **({} if "quant_method" in how else {"quantization": how})}
     (folder / "config.json").write_text(json.dumps(settings))
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    header = {name: _described(method, weight) for name, weight in weights.items()} if "torchao" in method else {}
+    header = (
+        {name: _described(method, weight, activations) for name, weight in weights.items()}
+        if "torchao" in method
+        else {}
+    )
     save_file(contiguous, folder / "model.safetensors", {"format": "pt"} | header)
     return weights | {name: tensor.float() for name, tensor in state.items() if name.endswith(".bias")}
 
@@ -291,12 +298,13 @@ def _by_torchao(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Te
     return ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1), stored
 
 
-def _described(method: str, weight: Tensor) -> str:
+def _described(method: str, weight: Tensor, activations: Any) -> str:
     """The description of a weight in the header of its file, as torchao writes it."""
     kinds = {"torchao-int8": "Int8Tensor", "torchao-int4": "IntxUnpackedToInt8Tensor", "torchao-fp8": "Float8Tensor"}
     data: dict[str, Any] = {
         "block_size": [1, 32 if method == "torchao-int4" else weight.shape[1]],
         "dtype": {"_type": "torch.dtype", "_data": "float32"},
+        "activation_quantization" if method == "torchao-int4" else "act_quant_kwargs": activations,
     }
     if method == "torchao-int4":
         data["target_dtype"] = {"_type": "torch.dtype", "_data": "int4"}
