@@ -341,13 +341,14 @@ def _by_bitsandbytes(method: str, weight: Tensor, how: Mapping[str, Any]) -> tup
 
 
 def changed(folder: Path, part: str, change: Any) -> str:
-    """Change the first stored tensor whose name ends so; its name."""
+    """Change the first stored tensor whose name ends so, or remove it; its name."""
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as file:
         header = file.metadata()
     tensors = load_file(path)
     name = next(name for name in sorted(tensors) if name.endswith(part))
-    tensors[name] = change(tensors[name]).contiguous()
+    stored = tensors.pop(name)
+    tensors |= {name: change(stored).contiguous()} if change else {}
     save_file(tensors, path, header)
     return name
 

@@ -253,6 +253,25 @@ WORDS = {
     "a factor of zero": ("modelopt-nvfp4", ".weight_scale_2", scale(0), "holds scales that are zero"),
     "scales of too few blocks": ("modelopt-nvfp4", ".weight_scale", lambda scales: scales[:, 1:], "needs (128, 16)"),
     "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (255,)"),
+    "a bias that is NaN": ("mlx", ".biases", scale(float("nan")), ".biases holds numbers that are not finite"),
+    "scales of groups that do not fit": (
+        "modelopt-int4",
+        ".weight_scale",
+        lambda scales: scales[:, 1:],
+        "has shape (256, 3)",
+    ),
+    "codes without scales": (
+        "fp8",
+        ".weight_scale_inv",
+        None,
+        "is stored as codes (torch.float8_e4m3fn), and its scales are missing",
+    ),
+    "zero points that are no words": (
+        "awq",
+        ".qzeros",
+        lambda zeros: zeros.float(),
+        "stored as torch.float32, not as words",
+    ),
     "a nested scale that is NaN": ("nf4-nested", ".nested_absmax", scale(float("nan")), "scales that are not finite"),
     "scales of too few 64s": ("nf4", ".weight.absmax", lambda scales: scales[1:], "needs (512,)"),
     "too few halves": (

@@ -19,7 +19,7 @@ from invarlock.checkpoints.packing import (
     torchao,
     word_layouts,
 )
-from invarlock.checkpoints.packing.packed import ZERO, Layout, PackedWeight, broken, unsound
+from invarlock.checkpoints.packing.packed import CODES, ZERO, Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
 from invarlock.core.inputs import complaints_of
@@ -57,6 +57,9 @@ class UnpackedCheckpoint(Checkpoint):
         used = {name for weight in packed.values() for name in weight.stored.values()}
         self.packed = packed
         self.entries = {name: entry for name, entry in self._stored.items() if name not in used}
+        for name, entry in self.entries.items():
+            if name.endswith(".weight") and entry.dtype in CODES and name not in packed:
+                raise broken(self, f"{name} is stored as codes ({entry.dtype}), and its scales are missing")
         self.entries |= {weight.name: self._entry(weight) for weight in packed.values()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -69,16 +72,18 @@ class UnpackedCheckpoint(Checkpoint):
             return weight.unpack(parts).to(weight.dtype)
 
     def check_scales(self) -> None:
-        """Refuse scales that no quantizer writes; reads all of them.
+        """Refuse scales and offsets that no quantizer writes; reads all of them.
 
-        :raises InputError: one is zero or not finite.
+        :raises InputError: a scale is zero, or either is not finite.
         """
         for weight in self.packed.values():
-            for part in weight.scales:
+            for part in (*weight.scales, *weight.offsets):
                 name = weight.stored[part]
                 wrong = unsound(self._read(self._stored[name].file, name))
-                if wrong and not (wrong == ZERO and weight.zero_scales):
-                    raise broken(self, f"{name} holds scales that are {wrong}")
+                if wrong and not (wrong == ZERO and (weight.zero_scales or part in weight.offsets)):
+                    raise broken(
+                        self, f"{name} holds {'numbers' if part in weight.offsets else 'scales'} that are {wrong}"
+                    )
 
     def nbytes_stored(self, weight: PackedWeight) -> int:
         """Bytes that a weight takes, scales and all."""
