@@ -252,13 +252,13 @@ WORDS = {
     "biases of other groups": ("mlx", ".biases", lambda biases: biases[:, 1:], "needs (128, 8)"),
     "a factor of zero": ("modelopt-nvfp4", ".weight_scale_2", scale(0), "holds scales that are zero"),
     "scales of too few blocks": ("modelopt-nvfp4", ".weight_scale", lambda scales: scales[:, 1:], "needs (128, 16)"),
-    "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (255,)"),
+    "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (128, 9)"),
     "a bias that is NaN": ("mlx", ".biases", scale(float("nan")), ".biases holds numbers that are not finite"),
     "scales of groups that do not fit": (
         "modelopt-int4",
         ".weight_scale",
         lambda scales: scales[:, 1:],
-        "has shape (256, 3)",
+        "needs (128, 8)",
     ),
     "codes without scales": (
         "fp8",
@@ -381,6 +381,20 @@ def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, k
     types = {each["format"]: each["bits_per_weight"] for each in report["storage"]["after"]["types"]}
     assert types == {kind: 8 * nbytes / size, "F32": 32}
     assert invarlock("verify", "out").code == 0
+
+
+def test_a_scale_of_gguf_that_is_not_finite_is_one_line(invarlock) -> None:
+    gguf = pytest.importorskip("gguf")
+    in_gguf("Q4_0", Path("packed.gguf"))
+    stored = bytearray(Path("packed.gguf").read_bytes())
+    tensor = next(each for each in gguf.GGUFReader("packed.gguf").tensors if each.name == "blk.0.ffn_down.weight")
+    # A block of Q4_0 begins with its scale; this is NaN in float16.
+    stored[tensor.data_offset : tensor.data_offset + 2] = b"\x00\x7e"
+    Path("broken.gguf").write_bytes(stored)
+    done = invarlock("compare", "--baseline", BASE, "--subject", "broken.gguf", "--out", "out", "--weights-only")
+    assert done.code == 2
+    said = "invarlock: error: subject: broken.gguf: blk.0.ffn_down.weight holds scales that are not finite"
+    assert done.err.splitlines()[-1] == said
 
 
 def test_a_file_whose_library_is_missing_names_it(invarlock, config, monkeypatch) -> None:
