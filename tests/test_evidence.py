@@ -545,7 +545,7 @@ def test_text_that_is_elsewhere_is_given(invarlock, made: Path, copied) -> None:
     (run / "report.json").write_text(json.dumps(report))
     done = invarlock("verify", run, "--baseline", BASELINE)
     assert done.code == 2
-    assert "give the text with --dataset" in done.err
+    assert "give the data with --dataset" in done.err
     done = invarlock("verify", run, "--baseline", BASELINE, "--dataset", DEMO / "text.jsonl")
     assert "checked      losses of the baseline model" in done.out
     assert "metrics.windows" not in done.out

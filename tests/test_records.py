@@ -71,13 +71,25 @@ def compared(invarlock: Callable[..., Done]) -> Callable[..., Done]:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_of_images_is_measured_on_those_of_a_folder(compared) -> None:
+def test_a_classifier_of_images_is_measured_on_those_of_a_folder(compared, invarlock) -> None:
     done = compared("ViTForImageClassification", "local_images", draw(Path("images"), 9), "--strict")
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     # As many of a window as there are for all windows alike.
     assert report["metrics"]["primary"]["tokens"] == 6
     assert "real inputs" not in [gap["part"] for gap in report["coverage"]["gaps"]]
+    Path("images").rename("moved")
+    folders = (
+        "--baseline",
+        "ViTForImageClassification",
+        "--subject",
+        "ViTForImageClassification",
+        "--dataset",
+        "moved",
+    )
+    verified = invarlock("verify", "out", *folders)
+    assert verified.code == 0, verified.out + verified.err
+    assert "of the edited model, measured again" in verified.out
 
 
 def test_an_image_that_does_not_open_is_named(compared) -> None:

@@ -43,7 +43,7 @@ def are_described(folder: Path) -> bool:
     """True if all weights that are stored as codes are of classes that are unpacked here; others take the library."""
     described = descriptions(folder).values()
     return bool(described) and all(
-        entry["_type"] in CODES and PARTS.issuperset(entry["_tensor_data_names"]) for entry in described
+        entry.get("_type") in CODES and PARTS.issuperset(entry.get("_tensor_data_names", ())) for entry in described
     )
 
 

@@ -53,7 +53,9 @@ class UnpackedCheckpoint(Checkpoint):
         self.device = torch.device("cpu")
         """Where packed weights are unpacked."""
         super().__init__(folder)
-        self._stored, packed = self.entries, {weight.name: weight for weight in layout(self, settings)}
+        with complaints_of(f"{folder}: its quantization_config cannot be read"):
+            packed = {weight.name: weight for weight in layout(self, settings)}
+        self._stored = self.entries
         used = {name for weight in packed.values() for name in weight.stored.values()}
         self.packed = packed
         self.entries = {name: entry for name, entry in self._stored.items() if name not in used}
