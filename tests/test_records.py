@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from invarlock.api import UNSCORED, changed_order
 from invarlock.config.schema import DatasetConfig
+from invarlock.pipeline.reference.tree import tree_of_windows, windows_of
 from plugins_builtin.tasks import sounds
 from plugins_builtin.tasks.classification import SequenceClassification
 from plugins_builtin.tasks.embedding import Embedding
@@ -115,6 +116,7 @@ def test_every_other_text_follows_its_own_image(name: str, tokenizer: Any) -> No
     assert final.attention_mask.sum(dim=1).tolist() == [image + len(scored[0]), len(scored[1])]
     assert final.illustrated is not None and final.illustrated.tolist() == [True, False]
     assert (task.made_up_media, task.towers) == ("", {"vision"})
+    assert windows_of(tree_of_windows(final)).equal(final)
     both = task.measure(model, final[:1], final)
     assert both.losses == pytest.approx(task.measure(model, final[:1], final, at_once=1).losses, rel=1e-5)
     text = torch.tensor([scored[1]])

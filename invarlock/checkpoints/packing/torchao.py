@@ -18,9 +18,12 @@ from invarlock.checkpoints.packing.packed import PackedWeight, Tensors, broken, 
 from invarlock.checkpoints.reader import Checkpoint, header_of
 from invarlock.core.inputs import complaints_of
 
-CODES = {"Float8Tensor": "FP8 (E4M3)", "Int8Tensor": "INT8", "IntxUnpackedToInt8Tensor": "INT{bits}"}
-"""Classes of tensors that are unpacked here, and their numbers as reports name them."""
-STORED_AS = {"Float8Tensor": torch.float8_e4m3fn, "Int8Tensor": torch.int8, "IntxUnpackedToInt8Tensor": torch.int8}
+NUMBERS = {
+    "Float8Tensor": {torch.float8_e4m3fn: "FP8 (E4M3)", torch.float8_e5m2: "FP8 (E5M2)"},
+    "Int8Tensor": {torch.int8: "INT8"},
+    "IntxUnpackedToInt8Tensor": {torch.int8: "INT{bits}"},
+}
+"""Classes of tensors that are unpacked here; by the type of their codes, the numbers as reports name them."""
 PARTS = {"qdata", "scale", "zero_point"}
 
 Description = Mapping[str, Any]
@@ -40,11 +43,19 @@ def descriptions(folder: Path) -> dict[str, Description]:
 
 
 def are_described(folder: Path) -> bool:
-    """True if all weights that are stored as codes are of classes that are unpacked here; others take the library."""
+    """True if all weights that are stored as codes are matrices that are unpacked here; others take the library.
+
+    :raises InputError: a header is broken.
+    """
     described = descriptions(folder).values()
-    return bool(described) and all(
-        entry.get("_type") in CODES and PARTS.issuperset(entry.get("_tensor_data_names", ())) for entry in described
-    )
+    with complaints_of(f"{folder}: the descriptions in the header of a file cannot be read"):
+        return bool(described) and all(map(_is_known, described))
+
+
+def _is_known(entry: Description) -> bool:
+    if entry["_type"] not in NUMBERS:
+        return False
+    return len(entry["_data"]["block_size"]) == 2 and PARTS.issuperset(entry["_tensor_data_names"])
 
 
 def packed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[PackedWeight]:
@@ -59,14 +70,14 @@ def _packed(checkpoint: Checkpoint, name: str, description: Description) -> Pack
     stored = {part: f"{stem}._{last}_{part}" for part in description["_tensor_data_names"]}
     kind, data = description["_type"], description["_data"]
     codes = checkpoint.entries.get(stored["qdata"])
-    if codes is None or codes.dtype != STORED_AS[kind] or len(codes.shape) != 2:
+    if codes is None or codes.dtype not in NUMBERS[kind] or len(codes.shape) != 2:
         raise broken(checkpoint, f"{name} is described as {kind}, but {stored['qdata']} is no such matrix")
     rows, columns = codes.shape
     down, across = data["block_size"]
     grid = (-(-rows // down), -(-columns // across))
     # One scale of a whole tensor may lack axes.
     shapes = [grid, *([(), (1,)] if grid == (1, 1) else [])]
-    for part in PARTS - {"qdata"} & stored.keys():
+    for part in sorted(stored.keys() - {"qdata"}):
         expect(checkpoint, stored[part], *shapes, of=name)
     bits = int(data["target_dtype"]["_data"].removeprefix("int")) if "target_dtype" in data else 8
 
@@ -87,7 +98,7 @@ def _packed(checkpoint: Checkpoint, name: str, description: Description) -> Pack
         stored,
         codes.shape,
         getattr(torch, data["dtype"]["_data"]),
-        f"{CODES[kind].format(bits=bits)}, {'' if symmetric else 'asymmetric, '}{grain}",
+        f"{NUMBERS[kind][codes.dtype].format(bits=bits)}, {'' if symmetric else 'asymmetric, '}{grain}",
         bits,
         unpack,
     )
