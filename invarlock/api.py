@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from invarlock.checkpoints.packing.unpacked import LAYOUTS as LAYOUTS
     from invarlock.checkpoints.packing.unpacked import UnpackedCheckpoint as UnpackedCheckpoint
     from invarlock.checkpoints.packing.unpacked import configuration_of as configuration_of
+    from invarlock.checkpoints.packing.unpacked import layout_of as layout_of
     from invarlock.checkpoints.packing.unpacked import method_of as method_of
     from invarlock.checkpoints.packing.unpacked import open_checkpoint as open_checkpoint
     from invarlock.checkpoints.reader import Checkpoint as Checkpoint
@@ -98,6 +99,7 @@ _HOMES = {
         "LAYOUTS",
         "UnpackedCheckpoint",
         "configuration_of",
+        "layout_of",
         "method_of",
         "open_checkpoint",
     ),

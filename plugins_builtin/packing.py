@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 PACKED = re.compile(
     r"\.(weight_packed|weight_scale|weight_scale_inv|weight_global_scale|qweight|biases|SCB|absmax|weight_shape"
-    r"|weight\.(SCB|absmax|quant_map|quant_state.*))$|_(blocks|scales)$"
+    r"|weight\.(SCB|absmax|quant_map|quant_state.*)|_weight_(qdata|scale|zero_point))$|_(blocks|scales)$"
 )
 """Tensors that a packed weight leaves in a file, by all methods that transformers unpacks from plain tensors."""
 WEIGHT = ".weight"

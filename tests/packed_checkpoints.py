@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from conftest import DEMO
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,6 +118,12 @@ def words(codes: Tensor, bits: int = 4, order: Iterable[int] | None = None) -> T
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+
+
+def torchao(config: str) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": config, "_version": 2, "_data": {}}}}
+
+
 HOW: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False},
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2", "sym": False},
@@ -145,12 +152,18 @@ HOW: dict[str, dict[str, Any]] = {
         "packing_format": "auto_round:auto_gptq",
         "extra_config": {"model.layers.0.mlp.down_proj": {"bits": 8}},
     },
+    "torchao-int8": torchao("Int8WeightOnlyConfig"),
+    "torchao-int4": torchao("IntxWeightOnlyConfig"),
+    "torchao-fp8": torchao("Float8WeightOnlyConfig"),
     "auto-round-awq": AUTO_ROUND | {"packing_format": "auto_round:auto_awq"},
 }
 
 
-def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
-    """A small Qwen2, which has biases, as a method of ``HOW`` stores it; its weights and biases, by name."""
+def packed_as(method: str, folder: Path, activations: Any = None) -> dict[str, Tensor]:
+    """A small Qwen2, which has biases, as a method of ``HOW`` stores it; its weights and biases, by name.
+
+    :param activations: how torchao says that inputs are rounded.
+    """
     config = transformers.Qwen2Config(
         vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
@@ -177,13 +190,20 @@ def packed_as(method: str, folder: Path) -> dict[str, Tensor]:
         settings |= {"quantization_config": how, **({} if "quant_method" in how else {"quantization": how})}
     (folder / "config.json").write_text(json.dumps(settings))
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
+    header = (
+        {name: _described(method, weight, activations) for name, weight in weights.items()}
+        if "torchao" in method
+        else {}
+    )
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt"} | header)
     return weights | {name: tensor.float() for name, tensor in state.items() if name.endswith(".bias")}
 
 
 def _packer(how: Mapping[str, Any]) -> Any:
     if "quant_algo" in how:
         return _by_modelopt
+    if how.get("quant_method") == "torchao":
+        return _by_torchao
     return _by_bitsandbytes if how.get("quant_method") == "bitsandbytes" else _stored
 
 
@@ -262,6 +282,36 @@ def _by_modelopt(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[T
     return rounded, {"weight": packed, "weight_scale": scale, "pre_quant_scale": smoothing}
 
 
+def _by_torchao(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``_stored``; 4 bits in groups of 32, else for each channel."""
+    groups = weight.unflatten(1, (-1, 32 if method == "torchao-int4" else weight.shape[1]))
+    most = {"torchao-int8": 127, "torchao-int4": 7, "torchao-fp8": 448}[method]
+    scale = groups.abs().amax(-1) / most
+    numbers, zero = groups / scale.unsqueeze(-1), torch.zeros_like(scale).to(torch.int8)
+    if method == "torchao-fp8":
+        codes = numbers.to(torch.float8_e4m3fn)
+        stored = {"_weight_qdata": codes.flatten(1), "_weight_scale": scale}
+        return (codes.float() * scale.unsqueeze(-1)).flatten(1), stored
+    zero = zero + (1 if method == "torchao-int4" else 0)
+    codes = (numbers + zero.unsqueeze(-1)).round().clamp(-most - 1, most)
+    stored = {"_weight_qdata": codes.flatten(1).to(torch.int8), "_weight_scale": scale, "_weight_zero_point": zero}
+    return ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1), stored
+
+
+def _described(method: str, weight: Tensor, activations: Any) -> str:
+    """The description of a weight in the header of its file, as torchao writes it."""
+    kinds = {"torchao-int8": "Int8Tensor", "torchao-int4": "IntxUnpackedToInt8Tensor", "torchao-fp8": "Float8Tensor"}
+    data: dict[str, Any] = {
+        "block_size": [1, 32 if method == "torchao-int4" else weight.shape[1]],
+        "dtype": {"_type": "torch.dtype", "_data": "float32"},
+        "activation_quantization" if method == "torchao-int4" else "act_quant_kwargs": activations,
+    }
+    if method == "torchao-int4":
+        data["target_dtype"] = {"_type": "torch.dtype", "_data": "int4"}
+    parts = ["qdata", "scale", *([] if method == "torchao-fp8" else ["zero_point"])]
+    return json.dumps({"_type": kinds[method], "_data": data, "_tensor_data_names": parts})
+
+
 def _by_bitsandbytes(method: str, weight: Tensor, how: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """As ``_stored``; a level of its map is as good as another for the layout."""
     if method == "llm-int8":
@@ -291,12 +341,15 @@ def _by_bitsandbytes(method: str, weight: Tensor, how: Mapping[str, Any]) -> tup
 
 
 def changed(folder: Path, part: str, change: Any) -> str:
-    """Change the first stored tensor whose name ends so; its name."""
+    """Change the first stored tensor whose name ends so, or remove it; its name."""
     path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
     tensors = load_file(path)
     name = next(name for name in sorted(tensors) if name.endswith(part))
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, path, {"format": "pt"})
+    stored = tensors.pop(name)
+    tensors |= {name: change(stored).contiguous()} if change else {}
+    save_file(tensors, path, header)
     return name
 
 

@@ -92,4 +92,4 @@ def test_without_the_library_what_to_install_is_said(invarlock, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "shtab", None)
     done = invarlock("completion", "bash")
     assert done.code == 2
-    assert "pip install shtab" in done.err
+    assert "pip install 'invarlock[completion]'" in done.err

@@ -215,10 +215,12 @@ def test_every_rendering_has_them(invarlock: Callable[..., Done], compare: Compa
 
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 PACKED = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "compressed", "ignore": []}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int"}
 NO_LAYER = {"targets": ["re:.*no_such_layer"], "weights": FLOAT8, "input_activations": FLOAT8}
 DECLARED = {
     "cache": ("config.json", {"quantization_config": PACKED | {"config_groups": {}, "kv_cache_scheme": FLOAT8}}),
     "activations": ("config.json", {"quantization_config": PACKED | {"config_groups": {"group_0": NO_LAYER}}}),
+    "activations of AutoRound": ("config.json", {"quantization_config": AUTO_ROUND | {"act_bits": 8}}),
     "cache of ModelOpt": ("hf_quant_config.json", {"quantization": {"kv_cache_quant_algo": "FP8"}}),
 }
 

@@ -479,7 +479,7 @@ def test_without_the_library_it_is_said_how_to_install_it(invarlock, monkeypatch
     monkeypatch.setitem(sys.modules, "model_signing.signing", None)
     done = invarlock("run", "--demo", "--sign", "key.pem")
     assert done.code == 2
-    assert "pip install model-signing pyopenssl" in done.err
+    assert "pip install 'invarlock[sign]'" in done.err
 
 
 # -- with the checkpoints at hand --------------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def test_text_that_is_elsewhere_is_given(invarlock, made: Path, copied) -> None:
     (run / "report.json").write_text(json.dumps(report))
     done = invarlock("verify", run, "--baseline", BASELINE)
     assert done.code == 2
-    assert "give the text with --dataset" in done.err
+    assert "give the data with --dataset" in done.err
     done = invarlock("verify", run, "--baseline", BASELINE, "--dataset", DEMO / "text.jsonl")
     assert "checked      losses of the baseline model" in done.out
     assert "metrics.windows" not in done.out

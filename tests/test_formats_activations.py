@@ -147,6 +147,31 @@ def test_activations_of_other_layouts(kind: str) -> None:
     assert 0 < (rounded - inputs).norm() / inputs.norm() < 0.05
 
 
+BY_TORCHAO: dict[str, tuple[Any, str]] = {
+    "torchao-int4": ("int8_asym_per_token", "INT8, asymmetric, per token, dynamic"),
+    "torchao-fp8": (
+        {"_type": "QuantizeTensorToFloat8Kwargs", "_data": {"granularity": {"_type": "PerTensor", "_data": {}}}},
+        "FP8 (E4M3), per tensor, dynamic",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", BY_TORCHAO)
+def test_torchao_describes_activations_beside_each_weight(method: str) -> None:
+    declared, words = BY_TORCHAO[method]
+    packed_as(method, Path("packed"), activations=declared)
+    simulation = simulation_of(HF_Causal_Adapter().load_model("packed", "cpu"), Path("packed"))
+    assert simulation.described == {ACTIVATIONS: f"{words}, of the inputs of 7 layers"}
+
+
+def test_activations_that_torchao_rounds_in_another_way_are_a_gap(invarlock) -> None:
+    packed_as("torchao-int8", Path("packed"), activations={"_type": "QuantizeTensorToInt9Kwargs", "_data": {}})
+    path = Path("packed/config.json")
+    path.write_text(path.read_text().replace("Int8WeightOnlyConfig", "Int9DynamicActivationInt8WeightConfig"))
+    assert compared(invarlock).code == 0
+    assert "was not judged" in told(ACTIVATIONS)
+
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "MXFP4, blocks of 32": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
     "MXFP8, blocks of 32": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},

@@ -38,6 +38,8 @@ LIKE_OTHERS = (
     "nf4",
     "mlx-8",
     "gptq_v2",
+    "torchao-int8",
+    "torchao-fp8",
 )
 """Other layouts of which another one of their sort is tried."""
 METHODS = [*(name for name in HOW if name not in LIKE_OTHERS), *slow(*LIKE_OTHERS)]
@@ -82,6 +84,9 @@ NAMED = {
     "modelopt-int4": "INT4, groups of 32 (4 bits)",
     "auto-round": "INT4, asymmetric, groups of 32 (4 bits)",
     "auto-round-awq": "INT4, asymmetric, groups of 32 (4 bits)",
+    "torchao-int8": "INT8, per channel (8 bits)",
+    "torchao-int4": "INT4, asymmetric, groups of 32 (4 bits)",
+    "torchao-fp8": "FP8 (E4M3), per channel (8 bits)",
 }
 
 
@@ -247,7 +252,26 @@ WORDS = {
     "biases of other groups": ("mlx", ".biases", lambda biases: biases[:, 1:], "needs (128, 8)"),
     "a factor of zero": ("modelopt-nvfp4", ".weight_scale_2", scale(0), "holds scales that are zero"),
     "scales of too few blocks": ("modelopt-nvfp4", ".weight_scale", lambda scales: scales[:, 1:], "needs (128, 16)"),
-    "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (255,)"),
+    "too few columns": ("modelopt-int4", ".down_proj.weight", lambda packed: packed[:, 1:], "needs (128, 9)"),
+    "a bias that is NaN": ("mlx", ".biases", scale(float("nan")), ".biases holds numbers that are not finite"),
+    "scales of groups that do not fit": (
+        "modelopt-int4",
+        ".weight_scale",
+        lambda scales: scales[:, 1:],
+        "needs (128, 8)",
+    ),
+    "codes without scales": (
+        "fp8",
+        ".weight_scale_inv",
+        None,
+        "is stored as codes (torch.float8_e4m3fn), and its scales are missing",
+    ),
+    "zero points that are no words": (
+        "awq",
+        ".qzeros",
+        lambda zeros: zeros.float(),
+        "stored as torch.float32, not as words",
+    ),
     "a nested scale that is NaN": ("nf4-nested", ".nested_absmax", scale(float("nan")), "scales that are not finite"),
     "scales of too few 64s": ("nf4", ".weight.absmax", lambda scales: scales[1:], "needs (512,)"),
     "too few halves": (
@@ -258,6 +282,24 @@ WORDS = {
     ),
     "a shape that is none": ("nf4", "__nf4", lambda state: state[1:], "does not describe the weight"),
     "scales of too few rows": ("llm-int8", ".SCB", lambda scales: scales[1:], "needs (128,)"),
+    "scales of other groups of torchao": (
+        "torchao-int4",
+        "_weight_scale",
+        lambda scales: scales[:, 1:],
+        "needs (128, 8)",
+    ),
+    "a scale of zero in torchao": (
+        "torchao-fp8",
+        "_weight_scale",
+        scale(0),
+        "down_proj._weight_scale holds scales that are zero",
+    ),
+    "codes of another type": (
+        "torchao-int8",
+        "_weight_qdata",
+        lambda codes: codes.float(),
+        "_weight_qdata is no such matrix",
+    ),
     "scales of other blocks": ("fp8", ".weight_scale_inv", lambda scales: scales[1:], "needs (4, 8)"),
 }
 
@@ -341,6 +383,20 @@ def test_each_type_of_gguf_is_read_and_named_with_its_bits_a_weight(invarlock, k
     assert invarlock("verify", "out").code == 0
 
 
+def test_a_scale_of_gguf_that_is_not_finite_is_one_line(invarlock) -> None:
+    gguf = pytest.importorskip("gguf")
+    in_gguf("Q4_0", Path("packed.gguf"))
+    stored = bytearray(Path("packed.gguf").read_bytes())
+    tensor = next(each for each in gguf.GGUFReader("packed.gguf").tensors if each.name == "blk.0.ffn_down.weight")
+    # A block of Q4_0 begins with its scale; this is NaN in float16.
+    stored[tensor.data_offset : tensor.data_offset + 2] = b"\x00\x7e"
+    Path("broken.gguf").write_bytes(stored)
+    done = invarlock("compare", "--baseline", BASE, "--subject", "broken.gguf", "--out", "out", "--weights-only")
+    assert done.code == 2
+    said = "invarlock: error: subject: broken.gguf: blk.0.ffn_down.weight holds scales that are not finite"
+    assert done.err.splitlines()[-1] == said
+
+
 def test_a_file_whose_library_is_missing_names_it(invarlock, config, monkeypatch) -> None:
     def absent(name: str) -> Any:
         if name == "gguf":
@@ -352,5 +408,5 @@ def test_a_file_whose_library_is_missing_names_it(invarlock, config, monkeypatch
     Path("some.gguf").write_bytes(b"GGUF")
     done = invarlock("run", "-c", config(model={"id": "some.gguf"}), "--out", "out")
     assert done.code == 2
-    assert "hf_gguf needs gguf: pip install gguf" in done.err
+    assert "hf_gguf needs gguf: pip install 'invarlock[gguf]'" in done.err
     assert done.err.count("\n") == 1

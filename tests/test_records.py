@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from invarlock.api import UNSCORED, changed_order
 from invarlock.config.schema import DatasetConfig
+from invarlock.pipeline.reference.tree import tree_of_windows, windows_of
 from plugins_builtin.tasks import sounds
 from plugins_builtin.tasks.classification import SequenceClassification
 from plugins_builtin.tasks.embedding import Embedding
@@ -71,13 +72,25 @@ def compared(invarlock: Callable[..., Done]) -> Callable[..., Done]:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_of_images_is_measured_on_those_of_a_folder(compared) -> None:
+def test_a_classifier_of_images_is_measured_on_those_of_a_folder(compared, invarlock) -> None:
     done = compared("ViTForImageClassification", "local_images", draw(Path("images"), 9), "--strict")
     assert done.code == 0, done.out + done.err
     report = read_report(Path("out"))
     # As many of a window as there are for all windows alike.
     assert report["metrics"]["primary"]["tokens"] == 6
     assert "real inputs" not in [gap["part"] for gap in report["coverage"]["gaps"]]
+    Path("images").rename("moved")
+    folders = (
+        "--baseline",
+        "ViTForImageClassification",
+        "--subject",
+        "ViTForImageClassification",
+        "--dataset",
+        "moved",
+    )
+    verified = invarlock("verify", "out", *folders)
+    assert verified.code == 0, verified.out + verified.err
+    assert "of the edited model, measured again" in verified.out
 
 
 def test_an_image_that_does_not_open_is_named(compared) -> None:
@@ -89,7 +102,7 @@ def test_an_image_that_does_not_open_is_named(compared) -> None:
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"])
-def test_each_image_goes_before_its_own_text(name: str, tokenizer: Any) -> None:
+def test_every_other_text_follows_its_own_image(name: str, tokenizer: Any) -> None:
     model = saved(name, IMAGES[name])
     draw(Path("images"))
     for number, caption in enumerate(CAPTIONS):
@@ -99,12 +112,17 @@ def test_each_image_goes_before_its_own_text(name: str, tokenizer: Any) -> None:
     scored = [row[row != UNSCORED].tolist() for row in final.labels]
     assert scored[0] != scored[1]
     assert all(tokenizer.decode(row) in CAPTIONS for row in scored)
-    assert [int(mask.sum()) for mask in final.attention_mask] == [
-        int((row == 5).sum()) + len(text) + (2 if "Qwen" in name else 0)
-        for row, text in zip(final.input_ids, scored, strict=True)
-    ]
+    image = int((final.input_ids[0] == 5).sum()) + (2 if "Qwen" in name else 0)
+    assert final.attention_mask.sum(dim=1).tolist() == [image + len(scored[0]), len(scored[1])]
+    assert final.illustrated is not None and final.illustrated.tolist() == [True, False]
     assert (task.made_up_media, task.towers) == ("", {"vision"})
-    assert len(task.measure(model, final[:1], final).losses) == 2
+    assert windows_of(tree_of_windows(final)).equal(final)
+    both = task.measure(model, final[:1], final)
+    assert both.losses == pytest.approx(task.measure(model, final[:1], final, at_once=1).losses, rel=1e-5)
+    text = torch.tensor([scored[1]])
+    with torch.no_grad():
+        alone = model(input_ids=text, labels=text).loss * (len(scored[1]) - 1)
+    assert both.losses[1] == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_images_and_texts_that_belong_together_are_one_sample(tokenizer: Any) -> None:

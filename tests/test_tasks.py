@@ -110,6 +110,7 @@ def test_the_unedited_model_is_accepted_without_a_warning(name: str, reads: bool
     assert (metric["kind"], metric["statistic"]) == TASK_OF[name]
     assert metric["ratio"] == (1.0 if metric["statistic"] == "ratio" else None)
     assert report["verdict"]["action"] == "continue"
+    assert report["coverage"]["images"] == (13 if name.startswith(("Llava", "Qwen2VL")) else 0)
 
 
 @pytest.mark.parametrize("name", [*FIRST, *slow(*SECOND)])

@@ -403,7 +403,7 @@ def test_hf_without_network_says_how_to_allow_it(gpt2_tokenizer: Any, monkeypatc
 
 def test_hf_without_its_library_says_what_to_install(gpt2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    assert "pip install datasets" in refused(Data("hf", "wikitext"), gpt2_tokenizer)
+    assert "pip install 'invarlock[hf]'" in refused(Data("hf", "wikitext"), gpt2_tokenizer)
 
 
 # Mistakes

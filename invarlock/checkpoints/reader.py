@@ -111,6 +111,14 @@ def files_of(model: nn.Module) -> Mapping[str, Tensor]:
         return {}
 
 
+def header_of(path: Path) -> dict[str, str]:
+    """The text that the header of a file holds besides its tensors.
+
+    :raises InputError: the file is broken.
+    """
+    return dict(_opened(path).metadata() or {})
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from invarlock.checkpoints.packing.unpacked import (
-    LAYOUTS,
     UnpackedCheckpoint,
     configuration_of,
+    layout_of,
     method_of,
     open_checkpoint,
 )
@@ -64,7 +64,7 @@ def weights_in(checkpoint: Path) -> dict[str, StoredWeight]:
         return dict(_blocks(checkpoint))
     if not checkpoint.is_dir():
         return {}
-    if (method := method_of(configuration_of(checkpoint))) and method not in LAYOUTS:
+    if method_of(configuration_of(checkpoint)) and layout_of(checkpoint) is None:
         # Its tensors are not the weights.
         return {}
     return dict(_tensors(open_checkpoint(checkpoint)))

@@ -17,6 +17,8 @@ UNSCORED = -100
 PATCH = 16
 """Side of a patch of an image that costs about as much as a token: that of most vision transformers."""
 MASKED_SHARE = 0.15
+IMAGES = frozenset({"pixel_values", "image_grid_thw"})
+"""Arguments of a model's forward that are images, each of its own window."""
 
 
 class Tokenizer(Protocol):
@@ -54,6 +56,8 @@ class Windows:
     """Further arguments of the model's forward, each (n, ...): images or sounds, types of tokens."""
     documents: Tensor | None = None
     """Number of the document that the text of each ends in, int64 (n,), where it was read."""
+    illustrated: Tensor | None = None
+    """True for each window that has an image, bool (n,), where others are text alone; None if all are alike."""
 
     @classmethod
     def of_media(cls, media: Mapping[str, Tensor]) -> Windows:
@@ -87,13 +91,21 @@ class Windows:
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The keyword arguments of the model's forward, on a device."""
         # A model that hears reads the tokens of its decoder, and no others.
-        left = {"labels", "documents"} | ({"input_ids", "attention_mask"} if "input_features" in self.media else set())
-        kept = {name: tensor for name, tensor in self._tensors().items() if name not in left and tensor.shape[1]}
-        given = {name: tensor.to(device) for name, tensor in kept.items()}
-        if "image_grid_thw" in given:
+        left = {"labels", "documents", "illustrated", *self.media}
+        left |= {"input_ids", "attention_mask"} if "input_features" in self.media else set()
+        tokens = {name: tensor for name, tensor in self._tensors().items() if name not in left and tensor.shape[1]}
+        return {name: tensor.to(device) for name, tensor in (tokens | self.shown()).items()}
+
+    def shown(self) -> dict[str, Tensor]:
+        """The media as the model's forward takes them: no images of windows that are text alone."""
+        shown = dict(self.media)
+        if self.illustrated is not None:
+            images = {name: shown.pop(name)[self.illustrated] for name in IMAGES & shown.keys()}
+            shown |= images if self.illustrated.any() else {}
+        if "image_grid_thw" in shown:
             # Patches of all images stand in one row.
-            given["pixel_values"] = given["pixel_values"].flatten(0, 1)
-        return given
+            shown["pixel_values"] = shown["pixel_values"].flatten(0, 1)
+        return shown
 
     def trimmed(self) -> Windows:
         """Without the padding on the right that all of the windows share."""

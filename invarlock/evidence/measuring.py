@@ -36,6 +36,8 @@ order their sums in their own ways, and 16 bits round every layer's output to 8 
 moves a perplexity by one part in a thousand: far less than a limit that an edit is held against."""
 
 GGUF = "model.gguf"
+FROM_PATHS = frozenset({"local_jsonl", "local_text", "local_images", "local_audio", "pairs"})
+"""Built-in providers that read a file or a folder; the data of any other are given as JSON lines."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Checkpoints:
     baseline: str | None
     subject: str | None
     dataset: str | None = None
-    """A file in place of the one that the report names."""
+    """A file or folder in place of the one that the report names, for the same provider."""
     device: str | None = None
 
 
@@ -114,11 +116,10 @@ def _config(run: Run, checkpoints: Checkpoints, first: str, subject: str | None)
     chat = run.config.dataset.chat if "chat" in run.report.config.get("dataset", {}) else "never"
     dataset = replace(run.config.dataset, chat=chat)
     if checkpoints.dataset is not None:
-        dataset = replace(dataset, provider="local_jsonl", path=checkpoints.dataset)
+        provider = dataset.provider if dataset.provider in FROM_PATHS else "local_jsonl"
+        dataset = replace(dataset, provider=provider, path=checkpoints.dataset)
     elif dataset.path is not None and not Path(dataset.path).exists():
-        raise UsageError(
-            f"dataset.path: there is no {printable(dataset.path)}; give the text with --dataset FILE.jsonl"
-        )
+        raise UsageError(f"dataset.path: there is no {printable(dataset.path)}; give the data with --dataset PATH")
     if dataset.is_generated and checkpoints.baseline is None:
         raise UsageError("dataset.provider: the baseline wrote the windows; give --baseline, too")
     return replace(run.config, model=model, dataset=dataset, plugins=())

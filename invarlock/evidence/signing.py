@@ -87,7 +87,7 @@ def _library(option: str, module: str) -> Any:
         # Here, because it is optional, and slow to import.
         return import_module(f"model_signing.{module}")
     except ImportError:
-        raise UsageError(f"{option}: needs a library: pip install model-signing pyopenssl") from None
+        raise UsageError(f"{option}: needs model-signing: pip install 'invarlock[sign]'") from None
 
 
 @contextmanager

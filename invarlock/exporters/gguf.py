@@ -83,7 +83,7 @@ class Gguf(Exporter):
         if unusual:
             return f"a {kind} file does not say that {unusual[0]} is {getattr(config, unusual[0])}"
         if find_spec("gguf") is None:
-            return "the package gguf is missing: pip install gguf"
+            return "the package gguf is missing: pip install 'invarlock[gguf]'"
         for target in targets:
             if type(target.module) is not nn.Linear or target.parameter.shape[1] % BLOCK:
                 held = f"weights of Linear with a multiple of {BLOCK} inputs"

@@ -22,7 +22,7 @@ class Calibration:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.windows.batches(self.batch_size) if self.windows else ():
-            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.media}
+            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.shown()}
             yield {name: tensor.clone() for name, tensor in given.items()}
 
     def __len__(self) -> int:

@@ -106,7 +106,8 @@ def coverage_of(
         *_not_run(declared, task.towers),
     ]
     rendering = template is not None and template.roles and dataset.has_conversations
-    return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0)
+    images = sum(int(part.illustrated.sum()) for part in windows if part.illustrated is not None)
+    return CoverageSection(tokens, gaps, len(conversation_places(dataset)) if rendering else 0, images)
 
 
 def touched(before: Declared, after: Declared, windows: Sequence[Windows] | None) -> list[Gap]:
@@ -165,6 +166,9 @@ def _unsimulated(value: Any) -> Iterator[str]:
         value = waiting.pop()
         if isinstance(value, Mapping):
             yield from (part for key, part in UNSIMULATED.items() if value.get(key))
+            if "activation" in str(value.get("quant_type")).lower() or value.get("act_bits", 16) not in (None, 16, 32):
+                # By torchao's class, as Int8DynamicActivationInt8WeightConfig, and by AutoRound's bits.
+                yield ACTIVATIONS
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value

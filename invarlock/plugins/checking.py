@@ -33,7 +33,8 @@ def check(plugin: Plugin) -> None:
         with contained():
             plugin.requires = _requirements(plugin.factory)
             if missing := [text for text in plugin.requires if not _is_met(text)]:
-                plugin.fail(f"needs {', '.join(missing)}: pip install {_quoted(missing)}", Status.MISSING)
+                todo = _quoted(_with_extras(missing, plugin.distribution))
+                plugin.fail(f"needs {', '.join(missing)}: pip install {todo}", Status.MISSING)
                 return
             _instantiate(plugin)
             if plugin.instance is not None:
@@ -101,6 +102,8 @@ def _check_arguments(plugin: Plugin, hook: str, function: Any) -> None:
 
 
 _NAME_ALONE = re.compile(r"[\w.-]+")
+_OF_EXTRA = re.compile(r"([\w.-]+).*\bextra == ['\"]([\w.-]+)")
+"""A requirement of an extra, as the metadata of a distribution have it: its name, and the extra."""
 
 
 def _requirements(factory: Any) -> tuple[str, ...]:
@@ -144,6 +147,14 @@ def _is_met(requirement: str) -> bool:
     if parsed.marker is not None and not parsed.marker.evaluate():
         return True
     return version is not None and parsed.specifier.contains(version, prereleases=True)
+
+
+def _with_extras(missing: Iterable[str], distribution: str | None) -> list[str]:
+    """Requirements, or the extras of a plugin's own distribution that bring them."""
+    stated = (importlib.metadata.requires(distribution) or []) if distribution else []
+    # The first extra wins: one for tests may come later.
+    extras = {found[1]: f"{distribution}[{found[2]}]" for text in reversed(stated) if (found := _OF_EXTRA.match(text))}
+    return list(dict.fromkeys(extras.get(text, text) for text in missing))
 
 
 def _quoted(requirements: Iterable[str]) -> str:

@@ -152,13 +152,11 @@ def limits(metrics: MetricsSection) -> list[bool]:
 
 
 def seen(coverage: CoverageSection) -> str:
-    """The share of the tokens of each kind that occur in the windows, and how many of these are conversations."""
-    parts = [
-        f"{shown(tokens.seen / tokens.known, '%', digits=3)} of {tokens.known:,} {tokens.kind} tokens"
-        for tokens in coverage.tokens
-        if tokens.known and tokens.seen is not None
-    ]
-    return ", ".join([*parts, f"{coverage.conversations} conversations"] if coverage.conversations else parts)
+    """The share of the tokens of each kind that occur in the windows, and how many of these are of a special kind."""
+    tokens = [each for each in coverage.tokens if each.share is not None]
+    parts = [f"{shown(each.share, '%', digits=3)} of {each.known:,} {each.kind} tokens" for each in tokens]
+    windows = ((coverage.conversations, "conversations"), (coverage.images, "windows with an image"))
+    return ", ".join([*parts, *(f"{count} {kind}" for count, kind in windows if count)])
 
 
 def metric_line(metrics: MetricsSection) -> str:

@@ -119,6 +119,11 @@ class TokensSeen:
     seen: int
     known: int
 
+    @property
+    def share(self) -> float | None:
+        # A report that is read may lack either.
+        return self.seen / self.known if self.known and self.seen is not None else None
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -144,6 +149,8 @@ class CoverageSection:
     gaps: list[Gap] = field(default_factory=list)
     conversations: int = 0
     """Windows, of preview and final ones together, that the chat template rendered."""
+    images: int = 0
+    """Windows, of both together, that have an image, where others are text alone."""
 
     @property
     def findings(self) -> list[Finding]:

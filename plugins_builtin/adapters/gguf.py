@@ -47,7 +47,7 @@ class HF_GGUF_Adapter(ModelAdapter):
             _check_stated(path)
             dtype = "float32" if kwargs.get("dtype", "auto") == "auto" else kwargs["dtype"]
             # What lies beside the file may name code.
-            return load_checkpoint(
+            model = load_checkpoint(
                 AutoModelForCausalLM,
                 str(path.parent),
                 device,
@@ -55,6 +55,9 @@ class HF_GGUF_Adapter(ModelAdapter):
                 dtype=dtype,
                 trust_remote_code=bool(kwargs.get("trust_remote_code")),
             )
+            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                _check_scales(path)
+            return model
 
     def load_tokenizer(self, model_id: str, **kwargs: Any) -> Any:
         from transformers import AutoTokenizer
@@ -94,6 +97,17 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         vars(gguf).update(kept)
+
+
+def _check_scales(path: Path) -> None:
+    """Refuse a tensor in blocks whose numbers are not finite: codes are, so that a scale is not."""
+    import gguf
+    import numpy as np
+
+    for tensor in gguf.GGUFReader(path).tensors:
+        in_blocks = gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] > 1
+        if in_blocks and not np.isfinite(gguf.dequantize(tensor.data, tensor.tensor_type)).all():
+            raise InputError(f"{path}: {tensor.name} holds scales that are not finite")
 
 
 def _check_stated(path: Path) -> None:

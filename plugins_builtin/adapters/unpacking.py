@@ -24,7 +24,7 @@ def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    from invarlock.api import LAYOUTS, configuration_of, method_of
+    from invarlock.api import LAYOUTS, configuration_of, layout_of, method_of
 
     folder = Path(model_id)
     method = method_of(configuration_of(folder) if folder.is_dir() else read_config(model_id, options))
@@ -32,7 +32,7 @@ def check_unpackable(model_id: str, options: Mapping[str, Any]) -> str:
     if not known:
         raise InputError(f"{model_id}: config.json: quantization_config: unknown method {method!r}")
     package = PACKAGES.get(method)
-    if package and find_spec(package) is None:
+    if package and find_spec(package) is None and not (folder.is_dir() and layout_of(folder)):
         todo = f"pip install 'invarlock[{method}]', which brings {package}"
         raise InputError(f"{model_id}: its weights are packed by {method}; to unpack them: {todo}")
     return method

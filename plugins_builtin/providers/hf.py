@@ -30,7 +30,7 @@ def _table(dataset: Any) -> Any:
         # Here, because the library is optional and slow to import.
         datasets = import_module("datasets")
     except ImportError:
-        raise UsageError("dataset.provider: hf needs a library: pip install datasets") from None
+        raise UsageError("dataset.provider: hf needs datasets: pip install 'invarlock[hf]'") from None
     try:
         return datasets.load_dataset(dataset.path, dataset.name, split=dataset.split)
     except ConnectionError:

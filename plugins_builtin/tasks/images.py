@@ -55,7 +55,7 @@ def _opened(file: Path, side: int | None) -> Any:
     try:
         image = import_module("PIL.Image")
     except ImportError:
-        raise UsageError("dataset.provider: images need a library: pip install 'invarlock[images]'") from None
+        raise UsageError("dataset.provider: images need pillow: pip install 'invarlock[images]'") from None
     try:
         with image.open(file) as opened:
             pixels = opened.convert("RGB")

@@ -1,4 +1,4 @@
-"""Vision-language models: the next token of a text that an image goes before, as LLaVA and Qwen-VL read it."""
+"""Vision-language models: the next token of a text, after an image and alone, as LLaVA and Qwen-VL read it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
 class VisionLanguage(LanguageTask):
-    """The next token of a text after an image: LLaVA, Qwen2-VL."""
+    """The next token of a text, in every other window after an image: LLaVA, Qwen2-VL."""
 
     name, predicted = "vision-language", "causal"
     metric = Metric("perplexity", "ratio")
@@ -38,7 +38,7 @@ class VisionLanguage(LanguageTask):
         return is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
-        """Windows of text, each after an image; of text alone where no image can be made, which coverage tells."""
+        """Windows of text, every other one after an image; none where no image can be made, which coverage tells."""
         from invarlock.api import Windows, column, columns_of, context_of, drawn
 
         columns = columns_of(documents)
@@ -53,10 +53,11 @@ class VisionLanguage(LanguageTask):
         room = (context_of(model) or math.inf) - images.length
         text = replace(dataset, seq_len=int(min(dataset.seq_len, max(room, 0))))
         if has_images and texts is not None:
-            windows = images.before(_captions(model, text, tokenizer, texts))
+            windows = _captions(model, text, tokenizer, texts)
         else:
-            windows = images.before(Windows.joined(*super().make_windows(model, text, tokenizer, texts, **how)))
-        return windows[: dataset.preview_n], windows[dataset.preview_n :]
+            windows = Windows.joined(*super().make_windows(model, text, tokenizer, texts, **how))
+        preview, final = slice(dataset.preview_n), slice(dataset.preview_n, None)
+        return images[preview].beside(windows[preview]), images[final].beside(windows[final])
 
     def _images(self, model: Any, dataset: Any, files: Sequence[Path] | None) -> _Images | None:
         """An image for each window; None where the model is known to take them otherwise, by trying one."""
@@ -64,13 +65,14 @@ class VisionLanguage(LanguageTask):
 
         from invarlock.api import Windows, device_of, evaluating
 
-        one = torch.ones(1, 1, dtype=torch.int64)
+        text = torch.ones(2, 1, dtype=torch.int64)
         try:
             with evaluating(model):
                 count = dataset.preview_n + dataset.final_n
                 media = random_images(model, count, dataset.seed) if files is None else _given(model, files)
                 images = _Images.of(model, media)
-                model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
+                tried = images[:2].beside(Windows(text, text, text)[:count])
+                model(**tried.inputs(device_of(model)))
         except CANNOT_SEE:
             self.towers, self.made_up, self.made_up_media = frozenset(), "", ""
             return None
@@ -136,23 +138,33 @@ class _Images:
     def __getitem__(self, rows: slice) -> _Images:
         return replace(self, media={name: tensor[rows] for name, tensor in self.media.items()})
 
-    def before(self, text: Windows) -> Windows:
-        """Windows of an image and then the text."""
+    def beside(self, text: Windows) -> Windows:
+        """Windows of the text, every other one after an image, the rest padded to the same length.
+
+        A server reads both, and damage may show in either alone.
+        """
         import torch
 
         from invarlock.api import UNSCORED, Windows
 
+        illustrated = torch.arange(len(text)) % 2 == 0
         image = torch.tensor(self.tokens).expand(len(text), -1)
+
+        def placed(before: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
+            rows = torch.cat([before, tokens], dim=1), torch.cat([tokens, after], dim=1)
+            return torch.where(illustrated.unsqueeze(1), *rows)
+
         # What the baseline writes may hold the token of an image that is not there.
         written, wanted = (
             torch.where(torch.isin(each, torch.tensor(self.reserved)), self.plain, each)
             for each in (text.input_ids, text.labels)
         )
-        ids = torch.cat([image, written], dim=1)
-        labels = torch.cat([torch.full_like(image, UNSCORED), wanted], dim=1)
+        unscored = torch.full_like(image, UNSCORED)
+        ids = placed(image, written, torch.full_like(image, self.plain))
+        seen = placed(torch.ones_like(image), text.attention_mask, torch.zeros_like(image))
         types = {"mm_token_type_ids": (ids == self.image_token).int()} if self.types else {}
-        seen = torch.cat([torch.ones_like(image), text.attention_mask], dim=1)
-        return Windows(ids, seen, labels, media={**self.media, **types})
+        labels = placed(unscored, wanted, unscored)
+        return Windows(ids, seen, labels, media={**self.media, **types}, illustrated=illustrated)
 
 
 def _takes_patches(model: Any) -> bool:

@@ -9,15 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from invarlock.checkpoints.packing import compressed_tensors, fine_grained, modelopt
+from invarlock.checkpoints.packing import compressed_tensors, fine_grained, modelopt, torchao
 from invarlock.checkpoints.packing.packed import broken, stems, unsound
-from invarlock.checkpoints.packing.unpacked import configuration_of, method_of, settings_of
+from invarlock.checkpoints.packing.unpacked import configuration_of, layout_of, method_of, settings_of
 from invarlock.checkpoints.reader import Checkpoint
 from invarlock.core.inputs import complaints_of
 from invarlock.models.facts import text_config_of
 from invarlock.models.simulation import ACTIVATIONS, CACHE, NONE, CacheRounding, Simulation
 
 FP8 = {"num_bits": 8, "type": "float"}
+TORCHAO: Mapping[str, Mapping[str, Any]] = {
+    "QuantizeTensorToFloat8Kwargs": FP8,
+    "QuantizeTensorToInt8Kwargs": {"num_bits": 8, "type": "int"},
+}
+"""Numbers that inputs are rounded to, by the class of torchao that describes it."""
 KEYS, VALUES = (".k_scale", ".k_proj.k_scale"), (".v_scale", ".v_proj.v_scale")
 """Names of the scales of a cache, by compressed-tensors and by ModelOpt."""
 SIMULATED_ATTENTION = "sdpa"
@@ -69,7 +74,7 @@ def simulation_of(model: nn.Module, folder: Path) -> Simulation:
     """
     config = configuration_of(folder) if folder.is_dir() else {}
     find, settings = INPUTS.get(method_of(config)), settings_of(config)
-    if find is None:
+    if find is None or layout_of(folder) is None:
         return NONE
     with complaints_of(f"{folder}: its quantization_config cannot be read"):
         # As it is stored, with the scales.
@@ -141,13 +146,38 @@ def _of_fine_grained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inp
             yield stem, ActivationRounding(groups) if groups else None
 
 
+def _of_torchao(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inputs:
+    for name, description in torchao.descriptions(checkpoint.folder).items():
+        if (declared := torchao.activations_of(description)) is not None:
+            yield name.rpartition(".")[0], _dynamic(declared)
+
+
+def _dynamic(declared: Any) -> ActivationRounding | None:
+    """Rounding that torchao declares with scales found anew for each input."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if declared == "int8_asym_per_token":
+        return ActivationRounding(QuantizationArgs(num_bits=8, strategy="token", symmetric=False, dynamic=True))
+    if not isinstance(declared, Mapping) or declared["_type"] not in TORCHAO:
+        return None
+    strategy = {"PerRow": "token", "PerTensor": "tensor"}.get(declared["_data"]["granularity"]["_type"])
+    asymmetric = declared["_data"].get("mapping_type", {}).get("_data") == "ASYMMETRIC"
+    kind = {**TORCHAO[declared["_type"]], "symmetric": not asymmetric}
+    return ActivationRounding(QuantizationArgs(**kind, strategy=strategy, dynamic=True)) if strategy else None
+
+
 def _per_tensor() -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(**FP8, strategy="tensor")
 
 
-INPUTS = {"compressed-tensors": _of_compressed_tensors, "modelopt": _of_modelopt, "fp8": _of_fine_grained}
+INPUTS = {
+    "compressed-tensors": _of_compressed_tensors,
+    "modelopt": _of_modelopt,
+    "fp8": _of_fine_grained,
+    "torchao": _of_torchao,
+}
 """By method, as ``method_of`` has it."""
 
 

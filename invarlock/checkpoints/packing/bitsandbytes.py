@@ -62,10 +62,9 @@ def _of_four_bits(checkpoint: Checkpoint, name: str, kind: str) -> PackedWeight:
         stored["nested"] = expect(checkpoint, f"{name}.nested_absmax", (nested,), of=name)
         stored["nested_map"] = expect(checkpoint, f"{name}.nested_quant_map", (256,), of=name)
     scales = ["nested"] if "nested" in stored else ["scale"]
-    unpack = partial(_unpacked, state)
-    return PackedWeight(
-        name, stored, shape, dtype, f"{KINDS[kind]}, blocks of {size}", 4, unpack, scales, zero_scales=True
-    )
+    levels = [part for part in ("map", "nested_map") if part in stored]
+    format_, unpack = f"{KINDS[kind]}, blocks of {size}", partial(_unpacked, state)
+    return PackedWeight(name, stored, shape, dtype, format_, 4, unpack, scales, zero_scales=True, offsets=levels)
 
 
 def _int8(tensors: Tensors) -> Tensor:

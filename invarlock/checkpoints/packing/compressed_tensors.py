@@ -126,7 +126,7 @@ def _shape(checkpoint: Checkpoint, main: str, stem: str, bits: int) -> tuple[int
     rows, columns = entry.shape
     if entry.dtype == torch.uint8:
         return rows, columns * 8 // bits
-    stated = tuple(checkpoint[expect(checkpoint, f"{stem}.weight_shape", (2,), of=main)].tolist())
+    stated = tuple(map(int, checkpoint[expect(checkpoint, f"{stem}.weight_shape", (2,), of=main)]))
     if (rows, columns) != (stated[0], math.ceil(stated[1] * bits / 32)):
         raise broken(checkpoint, f"{main} has shape {entry.shape}, which does not hold {stated} numbers of {bits} bits")
     return stated
@@ -137,7 +137,7 @@ def _scale_shapes(shape: tuple[int, ...], weights: Any) -> list[tuple[int, ...]]
     if weights.strategy == "tensor":
         return [(), (1,), (1, 1)]
     if weights.strategy == "channel":
-        return [(rows, 1), (rows,)]
+        return [(rows, 1)]
     if weights.strategy == "block":
         height, width = weights.block_structure
         return [(math.ceil(rows / height), math.ceil(columns / width))]

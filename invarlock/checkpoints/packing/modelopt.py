@@ -64,7 +64,7 @@ def _form(
         return (rows, 2 * columns), f"NVFP4, blocks of {NVFP4_BLOCK}", 4, [(rows, 2 * columns // NVFP4_BLOCK)]
     if entry.dtype == torch.uint8 and f"{stem}{SECOND}" not in checkpoint:
         size = columns // (scale.shape[-1] if scale.shape and scale.shape[-1] else 1)
-        return (2 * rows, columns), f"INT4, groups of {size}", 4, [(2 * rows, columns // max(size, 1))]
+        return (2 * rows, columns), f"INT4, groups of {size}", 4, [(2 * rows, math.ceil(columns / max(size, 1)))]
     types = f"{str(entry.dtype).removeprefix('torch.')} and scales of {str(scale.dtype).removeprefix('torch.')}"
     raise broken(checkpoint, f"{stem}.weight is packed by modelopt in a layout that is not known ({types})")
 

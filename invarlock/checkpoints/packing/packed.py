@@ -14,6 +14,9 @@ from invarlock.core.errors import InputError
 
 Tensors = Mapping[str, Tensor]
 """The stored tensors of a weight, by the part that each plays in it."""
+CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8)
+"""Types in which no layout stores a weight without scales."""
+WORDS = (torch.int32, torch.uint32)
 NAN_EXPONENT, E8M0_BIAS = 255, 127
 """Of E8M0, which has neither zero nor infinity."""
 ZERO = "zero"
@@ -38,6 +41,8 @@ class PackedWeight:
     """Parts that have to be finite and not zero."""
     zero_scales: bool = False
     """True where quantizers store a scale of zero for weights that are all zero."""
+    offsets: Sequence[str] = ()
+    """Parts that have to be finite, and may be zero: smallest numbers, levels of codes."""
 
 
 class Layout(Protocol):
@@ -88,6 +93,8 @@ def words_unpacked(words: Tensor, bits: int) -> Tensor:
 
     Where ``bits`` does not divide 32, codes cross words, and 32 of them fill ``bits`` words.
     """
+    if words.dtype not in WORDS:
+        raise ValueError(f"its codes or zero points are stored as {words.dtype}, not as words of 32 bits")
     codes: Tensor
     words, most = words.view(torch.int32), 2**bits - 1
     if 32 % bits == 0:

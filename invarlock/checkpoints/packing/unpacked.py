@@ -16,9 +16,10 @@ from invarlock.checkpoints.packing import (
     fine_grained,
     modelopt,
     mxfp4,
+    torchao,
     word_layouts,
 )
-from invarlock.checkpoints.packing.packed import ZERO, Layout, PackedWeight, broken, unsound
+from invarlock.checkpoints.packing.packed import CODES, ZERO, Layout, PackedWeight, broken, unsound
 from invarlock.checkpoints.reader import Checkpoint, Entry
 from invarlock.checkpoints.soundness import read_json
 from invarlock.core.inputs import complaints_of
@@ -33,6 +34,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "bitsandbytes": bitsandbytes.packed_weights,
     "mxfp4": mxfp4.packed_weights,
     "auto-round": auto_round.packed_weights,
+    "torchao": torchao.packed_weights,
 }
 """By method, as ``method_of`` has it."""
 MODELOPT = "hf_quant_config.json"
@@ -51,10 +53,15 @@ class UnpackedCheckpoint(Checkpoint):
         self.device = torch.device("cpu")
         """Where packed weights are unpacked."""
         super().__init__(folder)
-        self._stored, packed = self.entries, {weight.name: weight for weight in layout(self, settings)}
+        with complaints_of(f"{folder}: its quantization_config cannot be read"):
+            packed = {weight.name: weight for weight in layout(self, settings)}
+        self._stored = self.entries
         used = {name for weight in packed.values() for name in weight.stored.values()}
         self.packed = packed
         self.entries = {name: entry for name, entry in self._stored.items() if name not in used}
+        for name, entry in self.entries.items():
+            if name.endswith(".weight") and entry.dtype in CODES and name not in packed:
+                raise broken(self, f"{name} is stored as codes ({entry.dtype}), and its scales are missing")
         self.entries |= {weight.name: self._entry(weight) for weight in packed.values()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -67,16 +74,18 @@ class UnpackedCheckpoint(Checkpoint):
             return weight.unpack(parts).to(weight.dtype)
 
     def check_scales(self) -> None:
-        """Refuse scales that no quantizer writes; reads all of them.
+        """Refuse scales and offsets that no quantizer writes; reads all of them.
 
-        :raises InputError: one is zero or not finite.
+        :raises InputError: a scale is zero, or either is not finite.
         """
         for weight in self.packed.values():
-            for part in weight.scales:
+            for part in (*weight.scales, *weight.offsets):
                 name = weight.stored[part]
                 wrong = unsound(self._read(self._stored[name].file, name))
-                if wrong and not (wrong == ZERO and weight.zero_scales):
-                    raise broken(self, f"{name} holds scales that are {wrong}")
+                if wrong and not (wrong == ZERO and (weight.zero_scales or part in weight.offsets)):
+                    raise broken(
+                        self, f"{name} holds {'numbers' if part in weight.offsets else 'scales'} that are {wrong}"
+                    )
 
     def nbytes_stored(self, weight: PackedWeight) -> int:
         """Bytes that a weight takes, scales and all."""
@@ -91,9 +100,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     :raises InputError: as ``Checkpoint`` and ``UnpackedCheckpoint`` say.
     """
-    config = configuration_of(folder)
-    layout = LAYOUTS.get(method_of(config))
-    return UnpackedCheckpoint(folder, layout, settings_of(config)) if layout else Checkpoint(folder)
+    layout = layout_of(folder)
+    settings = settings_of(configuration_of(folder))
+    return UnpackedCheckpoint(folder, layout, settings) if layout else Checkpoint(folder)
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of a checkpoint's packed weights; None where there are none, or only a library unpacks them.
+
+    :raises InputError: a file or its header is broken.
+    """
+    method = method_of(configuration_of(folder))
+    return None if method == "torchao" and not torchao.are_described(folder) else LAYOUTS.get(method)
 
 
 def configuration_of(folder: Path) -> dict[str, Any]:

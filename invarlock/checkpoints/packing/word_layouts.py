@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invarlock.checkpoints.packing.packed import PackedWeight, Tensors, broken, expect, stems, words_unpacked
+from invarlock.checkpoints.packing.packed import WORDS, PackedWeight, Tensors, broken, expect, stems, words_unpacked
 from invarlock.checkpoints.reader import Checkpoint
 
 WHOLE, OF_GPTQ = (2, 4, 8), (2, 3, 4, 8)
@@ -125,7 +125,7 @@ def _groups(inputs: int, size: int) -> int:
 
 def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     entry = checkpoint.entries.get(name)
-    if entry is None or len(entry.shape) != 2 or entry.dtype not in (torch.int32, torch.uint32):
+    if entry is None or len(entry.shape) != 2 or entry.dtype not in WORDS:
         raise broken(checkpoint, f"{name} is not a matrix of 32-bit words")
     return entry.shape[0], entry.shape[1]
 
@@ -150,4 +150,5 @@ def _weight(
 ) -> PackedWeight:
     grain = f"groups of {size}" if size > 0 else "per channel"
     dtype = checkpoint.entries[parts["scale"]].dtype
-    return PackedWeight(f"{stem}.weight", parts, shape, dtype, f"INT{bits}, asymmetric, {grain}", bits, unpack)
+    format_, offsets = f"INT{bits}, asymmetric, {grain}", [part for part in ("bias",) if part in parts]
+    return PackedWeight(f"{stem}.weight", parts, shape, dtype, format_, bits, unpack, offsets=offsets)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import shtab
     except ModuleNotFoundError as error:
-        raise UsageError("completion needs shtab: pip install shtab") from error
+        raise UsageError("completion needs shtab: pip install 'invarlock[completion]'") from error
     for action in _actions(args.root):
         if action.metavar in ("DIR", "RUN"):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

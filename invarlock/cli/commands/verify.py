@@ -46,7 +46,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     add_path("--baseline", metavar="DIR", help="measure the checkpoint before the edit again")
     remeasured = "measure the edited checkpoint again; with --baseline, by default RUN/model"
     add_path("--subject", metavar="DIR", help=remeasured)
-    add_path("--dataset", metavar="FILE.jsonl", help="where the text is, if not where the report says")
+    add_path("--dataset", metavar="PATH", help="where the data are, if not where the report says")
     parser.add_argument("--device", help="measure on this device instead of the report's")
     # The network cannot be allowed.
     parser.set_defaults(run=run, allow_network=False, quiet=False, judges=True)

@@ -33,6 +33,9 @@ def windows_of(tree: Mapping[str, Any]) -> Windows:
     if windows.documents is not None:
         _check(windows.documents, "documents", torch.int64, 1)
         tensors.add("documents")
+    if windows.illustrated is not None:
+        _check(windows.illustrated, "illustrated", torch.bool, 1)
+        tensors.add("illustrated")
     if any(len(tensor) != rows for tensor in [*(tree[name] for name in tensors), *windows.media.values()]):
         raise ValueError("windows of different numbers")
     if windows.input_ids.shape != windows.attention_mask.shape:
