@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from invarlock.evaluation.confidence_sequence import errors_reached
 
@@ -25,8 +25,8 @@ def detectable(error: float, windows: int, *, level: float, sequence: bool = Fal
 
     :param error: standard error of the mean over so many windows, at least two.
     """
-    of_level = errors_reached(windows, level) if sequence else stats.t.ppf((1 + level) / 2, windows - 1)
-    return float((of_level + stats.t.ppf(POWER, windows - 1)) * error)
+    of_level = errors_reached(windows, level) if sequence else stdtrit(windows - 1, (1 + level) / 2)
+    return float((of_level + stdtrit(windows - 1, POWER)) * error)
 
 
 def windows_to_detect(

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,6 +66,9 @@ def given_sounds(model: Any, files: Sequence[Path]) -> Tensor:
 
 
 def _resampled(sound: _Sound, rate: int) -> NDArray[np.float32]:
+    # Only here: every run imports this module, and scipy.signal takes longer than all else that it imports.
+    from scipy.signal import resample_poly
+
     shared = math.gcd(sound.rate, rate)
     return np.asarray(resample_poly(sound.samples, rate // shared, sound.rate // shared), dtype=np.float32)
 
