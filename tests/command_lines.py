@@ -155,7 +155,7 @@ def perform(line: str, invarlock: Callable[..., Done]) -> Done:
         return Done(done.returncode, done.stdout, done.stderr)
     variables = dict(word.split("=", 1) for word in call[1].split())
     arguments = shlex.split(call[2])
-    if arguments[:1] and arguments[0] in ("run", "compare", "reference") and "--help" not in arguments:
+    if arguments[:1] and arguments[0] in ("run", "search", "compare", "reference") and "--help" not in arguments:
         arguments += [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
     with mock.patch.dict(os.environ, variables):
         done = invarlock(*arguments)

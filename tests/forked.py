@@ -16,7 +16,7 @@ from typing import Any
 
 SERVER = """
 import contextlib, json, os, sys, tempfile
-from invarlock.cli.main import main
+from invarlock.cli.main import console, main
 
 # All that a run imports.
 with contextlib.redirect_stdout(sys.stderr):
@@ -36,7 +36,8 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_RDWR), number)
         sys.stdin = open(os.devnull)
         exec(order["program"])
-        sys.exit(main(order["arguments"]))
+        sys.argv[1:] = order["arguments"]
+        console()
 """
 FULL = """
 import resource, signal
@@ -44,6 +45,19 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))
 """
 """Program of a process that can write no file larger than so many bytes, as on a full disk."""
+NO_READER = """
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+"""
+"""Program of a process whose standard output is a pipe that nobody reads any more."""
+CONSENTING = """
+read, write = os.pipe()
+os.write(write, b"y\\n" * 99)
+os.dup2(read, 0)
+sys.stdin = open(0)
+"""
+"""Program of a process whose standard input says yes to every question, as that of ``yes |`` does."""
 WARMING = ["run", "--demo", "-q", "--set", "output.save_model=true", "--set", "dataset.final_n=2"]
 
 

@@ -206,23 +206,22 @@ def test_digests_of_other_files_alone_are_reported(invarlock, config) -> None:
 
 
 def test_a_model_in_the_cache_of_a_hub_is_found_and_streamed(tmp_path: Path, config) -> None:
-    """In processes of their own: the library reads where its cache is when it is imported."""
+    """In a process of its own: the library reads where its cache is when it is imported."""
     hub, commit = tmp_path / "hub", "0" * 40
     repository = hub / "hub" / "models--owner--name"
     shutil.copytree(DEMO / "checkpoint", repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     path = config(model={"id": "owner/name"}, dataset=SMALL)
-    environment = os.environ | {"HF_HOME": str(hub)}
-    for arguments in (["doctor"], ["run", "--stream", "--quiet"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "invarlock", arguments[0], "-c", path, *arguments[1:]],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        if arguments == ["doctor"]:
-            assert f"in the cache, {repository}" in done.stdout
-            assert "GiB of weights" in done.stdout
+    code = "import sys; from invarlock.cli.main import main; sys.exit(any(main(line.split()) for line in sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"doctor -c {path}", f"run --stream --quiet -c {path}"],
+        env=os.environ | {"HF_HOME": str(hub)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"in the cache, {repository}" in done.stdout
+    assert "GiB of weights" in done.stdout
+    assert "ACCEPTED" in done.stdout
 
 
 def test_a_special_token_that_has_no_id_is_part_of_no_window(invarlock, config) -> None:

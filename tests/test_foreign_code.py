@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import DEMO, read_report
+from forked import CONSENTING
 
 from invarlock import adapters
 
@@ -134,10 +134,9 @@ def test_a_tokenizer_beside_a_gguf_file_is_not_run(needy: Path, invarlock, confi
         assert not Path("RAN").exists(), command
 
 
-def test_yes_on_standard_input_is_no_consent(needy: Path) -> None:
-    line = f"yes y | {sys.executable} -m invarlock run -c config.yaml --set model.id={needy}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+def test_yes_on_standard_input_is_no_consent(needy: Path, forking) -> None:
+    process = forking.start("run", "-c", "config.yaml", "--set", f"model.id={needy}", program=CONSENTING)
+    assert process.wait() == 2, process.said()
     assert not Path("RAN").exists()
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO, read_report, slow
+from forked import Forked
 
-from invarlock.testing import check_guard
+from invarlock.testing import check_guard, checking
 
 OK = "{'passed': True, 'action': 'continue', 'message': 'fine'}"
 ESCAPES = ("SystemExit(0)", "type('Odd', (BaseException,), {})()")
@@ -322,8 +323,10 @@ def test_a_change_of_the_input_is_told(invarlock, module, config, tmp_path) -> N
     assert "more.txt appeared" in " ".join(read_report(Path("out"))["verdict"]["reasons"])
 
 
-def test_check_guard_finds_what_compares_a_model_with_itself() -> None:
+def test_check_guard_finds_what_compares_a_model_with_itself(monkeypatch) -> None:
     from invarlock.core.api import Guard
+
+    monkeypatch.setattr(checking, "ARCHITECTURES", ["llama"])
 
     class Blind(Guard):
         def prepare(self, model, adapter, calib, policy):
@@ -386,18 +389,39 @@ def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
 
 
+WORDY = guard(validate=f"print('✓' * 9999); return {OK}")
+
+
 @pytest.fixture
 def line(config, module):
     """A run as a line of a shell, under a guard of this source."""
 
-    def write(source: str = guard(validate=f"print('✓' * 9999); return {OK}")) -> str:
+    def write(source: str = WORDY) -> str:
         module("odd", source)
         return f"invarlock run -c {config(guards={'order': ['odd']})} -p odd --out out"
 
     return write
 
 
-@pytest.mark.parametrize("redirection", ["> /dev/full", *slow(">&-", "| true", "2> /dev/full", "<&- >&- 2>&-")])
+@pytest.fixture
+def ended(line, forking):
+    """Such a run in a process of its own, after its end."""
+
+    def run(source: str, *options: str, program: str = "") -> Forked:
+        _, *arguments = line(source).split()
+        process = forking.start(*arguments, *options, program=program)
+        process.wait()
+        return process
+
+    return run
+
+
+def test_a_full_standard_output_changes_no_verdict(ended) -> None:
+    assert ended(WORDY, program="os.dup2(os.open('/dev/full', os.O_WRONLY), 1)").code == 0
+    assert read_report(Path("out"))["verdict"]["exit_code"] == 0
+
+
+@pytest.mark.parametrize("redirection", slow("> /dev/full", ">&-", "| true", "2> /dev/full", "<&- >&- 2>&-"))
 def test_output_that_cannot_be_written_changes_no_verdict(line, redirection: str) -> None:
     assert shell(f"{line()} {redirection}").returncode == 0
     assert read_report(Path("out"))["verdict"]["exit_code"] == 0
@@ -415,36 +439,36 @@ def test_a_listing_that_cannot_be_written_is_no_success() -> None:
     assert "standard output: No space left on device" in done.stderr
 
 
-def test_json_stays_one_object_whatever_is_written_to_the_descriptor(line) -> None:
+def test_json_stays_one_object_whatever_is_written_to_the_descriptor(ended) -> None:
     noise = (
         "import os, subprocess; os.write(1, b'noise'); subprocess.run(['echo', 'noise']); print('noise'); return " + OK
     )
-    done = shell(f"{line(guard(validate=noise))} --json")
-    assert json.loads(done.stdout)["verdict"]["accepted"] is True
-    assert done.stderr.count("noise") == 3
+    out, err = ended(guard(validate=noise), "--json").said()
+    assert json.loads(out)["verdict"]["accepted"] is True
+    assert err.count("noise") == 3
 
 
-def test_a_thread_or_process_left_behind_does_not_keep_the_command_alive(line) -> None:
+def test_a_thread_or_process_left_behind_does_not_keep_the_command_alive(ended) -> None:
     left = (
         "import threading, time, subprocess, multiprocessing; threading.Thread(target=time.sleep, args=(999,)).start(); "
         "subprocess.Popen(['sleep', '999']); multiprocessing.Process(target=time.sleep, args=(999,)).start(); return "
     )
-    done = shell(line(guard(validate=left + "{'passed': False, 'action': 'abort'}")))
-    assert done.returncode == 1, done.stderr
+    done = ended(guard(validate=left + "{'passed': False, 'action': 'abort'}"))
+    assert done.code == 1, done.said()
 
 
 def test_what_is_printed_at_import_is_not_the_commands_output(module) -> None:
-    module("loud", f"print('loud'); import os; os.write(1, b'loud')\n{guard()}")
+    module("loud", f"print('loud'); import os; os.write(1, b'loud')\n{guard().removeprefix('import torch')}")
     done = shell("invarlock -p loud plugins --json")
     assert json.loads(done.stdout)["format_version"] == "plugins-v1"
     assert done.stderr.count("loud") == 2
     assert shell("invarlock -p loud config --schema").stdout.startswith("{")
 
 
-def test_a_closed_standard_output_silences_no_verdict(line) -> None:
-    done = shell(line(guard(validate=f"import sys; sys.stdout.close(); return {OK}")))
-    assert done.returncode == 0
-    assert done.stdout.startswith("ACCEPTED")
+def test_a_closed_standard_output_silences_no_verdict(ended) -> None:
+    done = ended(guard(validate=f"import sys; sys.stdout.close(); return {OK}"))
+    assert done.code == 0
+    assert done.said()[0].startswith("ACCEPTED")
 
 
 def test_a_guard_that_changes_the_working_folder_changes_no_path(judged) -> None:
@@ -537,10 +561,10 @@ def test_a_guard_cannot_change_the_windows_or_another_guards_context(judged) -> 
         ),
     ],
 )  # fmt: skip
-def test_the_status_is_the_verdicts_whatever_a_plugin_leaves(line, body: str) -> None:
-    done = shell(line(guard(validate=f"{body}\n    return {OK}")))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ACCEPTED") == 1
+def test_the_status_is_the_verdicts_whatever_a_plugin_leaves(ended, body: str) -> None:
+    done = ended(guard(validate=f"{body}\n    return {OK}"))
+    assert done.code == 0, done.said()
+    assert done.said()[0].count("ACCEPTED") == 1
 
 
 def test_an_exception_that_cannot_be_printed_is_the_guards_error(judged) -> None:

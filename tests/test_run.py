@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
 from conftest import DEMO, read_report, slow
+from forked import NO_READER
 from safetensors.torch import load_file
 
 from invarlock.config.loading import load
@@ -644,13 +643,12 @@ def test_interrupting_the_process_ends_with_130_and_leaves_nothing(forking, modu
 
 
 @pytest.mark.parametrize(("options", "bits", "code"), [(("--json",), 8, 0), *slow(((), 8, 0), (("-q",), 2, 1))])
-def test_a_reader_that_is_gone_changes_no_verdict(config, options: tuple[str, ...], bits: int, code: int) -> None:
+def test_a_reader_that_is_gone_changes_no_verdict(
+    forking, config, options: tuple[str, ...], bits: int, code: int
+) -> None:
     path = config(edit={"plan": {"bitwidth": bits, "scope": "all"}})
-    command = [sys.executable, "-m", "invarlock", "run", "-c", str(path), "--out", f"out{bits}", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        said = process.stderr.read()
-    assert (process.returncode, said) == (code, b"")
+    process = forking.start("run", "-c", path, "--out", f"out{bits}", *options, program=NO_READER)
+    assert (process.wait(), process.said()[1]) == (code, "")
 
 
 def test_what_a_plugin_prints_is_not_in_the_json(invarlock, module, config) -> None:

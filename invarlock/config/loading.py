@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -70,13 +71,19 @@ def _expand_paths(source: Source, paths: Iterable[str]) -> None:
                 raise source.error(path, str(error)) from None
 
 
+@cache
+def _run_config() -> TypeAdapter[RunConfig]:
+    """Made once: that takes longer than to check a configuration with it."""
+    return TypeAdapter(RunConfig)
+
+
 def validate(source: Source) -> RunConfig:
     values = dict(source.values)
     if isinstance(values.get("guards"), dict):
         values["guards"] = _gather_guard_options(values["guards"], source)
     rules, searched = _take_rules(values, source), _take_auto(values)
     try:
-        config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
+        config = _run_config().validate_json(json.dumps(values, default=str), strict=True)
         if searched:
             config = _with_plan(config, dataclasses.replace(config.edit.plan, bitwidth=AUTO))  # type: ignore[arg-type]
     except ValidationError as error:
@@ -199,7 +206,7 @@ def _check_search(edit: EditConfig, source: Source) -> None:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the configuration file, with each key's sentence, for editors."""
-    schema = TypeAdapter(RunConfig).json_schema()
+    schema = _run_config().json_schema()
     sentences = {entry.path: entry.sentence for entry in keys()}
     _describe(schema, schema, "", sentences)
     guards = schema["$defs"]["GuardsConfig"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy.special import betainccinv, betaincinv, stdtrit
 
 Interval = tuple[float, float]
 
@@ -43,8 +43,8 @@ def share_interval(differing: int, count: int, *, level: float) -> Interval:
     level, however small the share or the count."""
     # A report that somebody changed may count anything.
     differing, tail = min(max(differing, 0), count), (1 - level) / 2
-    low = float(special.betaincinv(differing, count - differing + 1, tail)) if differing else 0.0
-    high = float(special.betainccinv(differing + 1, count - differing, tail)) if differing < count else 1.0
+    low = float(betaincinv(differing, count - differing + 1, tail)) if differing else 0.0
+    high = float(betainccinv(differing + 1, count - differing, tail)) if differing < count else 1.0
     return low, high
 
 
@@ -76,7 +76,7 @@ def mean_interval(
         return point, point
     error = standard_error(differences, tokens)
     tails = np.array([(1 + level) / 2, (1 - level) / 2])
-    low, high = point - special.stdtrit(len(differences) - 1, tails) * error
+    low, high = point - stdtrit(len(differences) - 1, tails) * error
     drawn = _pivots(differences, tokens, reps, seed)
     if len(drawn):
         low_drawn, high_drawn = point - np.quantile(drawn, tails) * error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_report(run: Path) -> Report:
     if text is None:
         raise UsageError(f"{absolute(path)}: is no plain file; give the folder of a run")
     try:
-        report: Report = TypeAdapter(Report).validate_json(text, strict=True)
+        report = _report().validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = printable(".".join(map(str, first["loc"])))
@@ -50,6 +51,12 @@ def read_report(run: Path) -> Report:
     if not report.attempts:
         raise UsageError(f"{run / REPORT}: is no {FORMAT_VERSION}: attempts: there is none")
     return report
+
+
+@cache
+def _report() -> TypeAdapter[Report]:
+    """Made once: that takes longer than to check a report with it."""
+    return TypeAdapter(Report)
 
 
 def _absent(values: Any, report: Report) -> Iterator[str]:

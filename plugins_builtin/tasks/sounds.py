@@ -66,7 +66,7 @@ def given_sounds(model: Any, files: Sequence[Path]) -> Tensor:
 
 
 def _resampled(sound: _Sound, rate: int) -> NDArray[np.float32]:
-    # Only here: it is slow to import, and random sounds do without it.
+    # Only here: every run imports this module, and scipy.signal takes longer than all else that it imports.
     from scipy.signal import resample_poly
 
     shared = math.gcd(sound.rate, rate)
