@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -68,7 +69,8 @@ class Windows:
     def length(self) -> int:
         """Tokens of a window, of the source or of the target, frames of its sound or patches of its image: the most."""
         sound, image = (self.media.get(name, self.labels) for name in ("input_features", "pixel_values"))
-        patches = image.shape[-2] * image.shape[-1] // PATCH**2 if image.ndim == 4 else 0
+        # One image, or several tiles of it.
+        patches = math.prod(image.shape[1:-3] + image.shape[-2:]) // PATCH**2 if image.ndim >= 4 else 0
         return max(1, self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1], patches)
 
     def __getitem__(self, rows: slice) -> Windows:

@@ -32,24 +32,22 @@ class ImageText(VectorTask):
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
         from invarlock.api import column, columns_of, drawn
-        from plugins_builtin.tasks.images import given_images, noise_images
+        from plugins_builtin.tasks.image_inputs import images_of_files, random_images
 
         columns, size = columns_of(documents), dataset.preview_n + dataset.final_n
         if "image" in columns:
             documents = drawn(documents, dataset)
-            images = given_images(model, column(documents, "image"))["pixel_values"]
+            images = images_of_files(model, column(documents, "image"))
             self.made_up_media = "" if "text" in columns else "random tokens"
         else:
-            side = model.config.vision_config.image_size
-            images = noise_images(model, size, (side, side), seed=dataset.seed)
+            images = random_images(model, size, dataset.seed)
         texts = column(documents, "text") if "text" in columns else None
         text = _captions(model, dataset, tokenizer, texts, each="image" in columns)
-        windows = replace(text, media={"pixel_values": images})
+        windows = replace(text, media=images)
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        dtype = next(model.parameters()).dtype
-        output = model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)})
+        output = model(**batch)
         return {"images": output.image_embeds, "text": output.text_embeds}
 
     def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from invarlock.api import ModelClass, Windows
 
-SIDE = 8
-"""Patches along each side of a random image whose size the model leaves open, before they are merged; one that is given
-has twice as many."""
 CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """Exceptions of a model that takes its images otherwise."""
 
@@ -63,12 +60,13 @@ class VisionLanguage(LanguageTask):
         import torch
 
         from invarlock.api import Windows, device_of, evaluating
+        from plugins_builtin.tasks.image_inputs import images_of_files, random_images
 
         one = torch.ones(1, 1, dtype=torch.int64)
         try:
             with evaluating(model):
                 count = dataset.preview_n + dataset.final_n
-                media = random_images(model, count, dataset.seed) if files is None else _given(model, files)
+                media = random_images(model, count, dataset.seed) if files is None else images_of_files(model, files)
                 images = _Images.of(model, media)
                 model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
         except CANNOT_SEE:
@@ -112,17 +110,25 @@ class _Images:
 
     @classmethod
     def of(cls, model: Any, media: Mapping[str, Tensor]) -> _Images:
-        from invarlock.api import device_of
-
         config, arguments = model.config, inspect.signature(model.forward).parameters
-        features = model.get_image_features(**first_of(media, device_of(model)))
-        length = len(getattr(features, "pooler_output", features)[0])
+        length = cls._length(model, media)
         names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
         start, image, end, film = (getattr(config, name, None) for name in names)
         image = config.image_token_index if image is None else image
         tokens, reserved = [start, *[image] * length, end], (start, image, end, film)
         kept, taken = (tuple(token for token in each if token is not None) for each in (tokens, reserved))
         return cls(media, kept, image, taken, "mm_token_type_ids" in arguments)
+
+    @staticmethod
+    def _length(model: Any, media: Mapping[str, Tensor]) -> int:
+        """Number of tokens that stand for an image: as many as it has features, or one where layers look at it."""
+        from invarlock.api import device_of
+        from plugins_builtin.tasks.image_inputs import first_of
+
+        if not hasattr(model, "get_image_features"):
+            return 1
+        features = model.get_image_features(**first_of(media, device_of(model)))
+        return len(getattr(features, "pooler_output", features)[0])
 
     @property
     def plain(self) -> int:
@@ -153,56 +159,3 @@ class _Images:
         types = {"mm_token_type_ids": (ids == self.image_token).int()} if self.types else {}
         seen = torch.cat([torch.ones_like(image), text.attention_mask], dim=1)
         return Windows(ids, seen, labels, media={**self.media, **types})
-
-
-def _takes_patches(model: Any) -> bool:
-    """True for a model that reads images of any size, cut into patches."""
-    return "image_grid_thw" in inspect.signature(model.forward).parameters
-
-
-def random_images(model: Any, count: int, seed: int) -> dict[str, Tensor]:
-    """Arguments of a model's forward that are random images, each (count, ...)."""
-    return (_patches if _takes_patches(model) else _whole)(model, count, seed)
-
-
-def first_of(media: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
-    """The first image as the tower of a model takes it."""
-    first = {name: tensor[:1].to(device) for name, tensor in media.items()}
-    # Patches of all images stand in one row.
-    return first | ({"pixel_values": first["pixel_values"].flatten(0, 1)} if "image_grid_thw" in first else {})
-
-
-def _given(model: Any, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Images of files as a model takes them: of one size, so that each has as many patches."""
-    from plugins_builtin.tasks.images import given_images
-
-    patches = _takes_patches(model)
-    media = given_images(model, files, side=2 * SIDE * model.config.vision_config.patch_size if patches else None)
-    pixels = media["pixel_values"].to(next(model.parameters()).dtype)
-    if not patches:
-        return {"pixel_values": pixels}
-    rows = pixels.view(len(files), -1, pixels.shape[-1])
-    return {"pixel_values": rows, "image_grid_thw": media["image_grid_thw"]}
-
-
-def _whole(model: Any, images: int, seed: int) -> dict[str, Tensor]:
-    """Images of the one size that a model reads."""
-    from plugins_builtin.tasks.images import noise_images
-
-    side = model.config.vision_config.image_size
-    return {"pixel_values": noise_images(model, images, (side, side), seed=seed).to(next(model.parameters()).dtype)}
-
-
-def _patches(model: Any, images: int, seed: int) -> dict[str, Tensor]:
-    """Images of any size, cut into patches, each a row of numbers; and how many there are in time, height and width."""
-    import torch
-    from torch.nn import functional
-
-    from plugins_builtin.tasks.images import noise_images
-
-    vision = model.config.vision_config
-    pixels = noise_images(model, images, (SIDE * vision.patch_size, SIDE * vision.patch_size), seed=seed)
-    rows = functional.unfold(pixels, vision.patch_size, stride=vision.patch_size).transpose(1, 2)
-    # A still image is a film of as many frames as a patch takes.
-    rows = rows.repeat(1, 1, vision.temporal_patch_size).to(next(model.parameters()).dtype)
-    return {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, SIDE, SIDE]]).expand(images, -1)}

@@ -56,8 +56,9 @@ class ReconstructionGuard(Guard):
     - Rollback, if no outputs were measured: a score above ``max_score``.
     - Warn: a score above ``warn_score``. Where outputs were measured that is the most: they know better.
 
-    :param tokens: number of tokens of the first window to use, at most 256. Default 32: they cost as much as 200
-        tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by less than ``DOUBT``.
+    :param tokens: number of tokens of the first window to use, at most 256; an image is used whole. Default 32: they
+        cost as much as 200 tokens of a pass, 2 % of two passes over 24 windows of 256; more of them move the score by
+        less than ``DOUBT``.
     :param random_tokens: number of random tokens to use where there are no windows, at most 256. Default 128: they
         differ more from each other than text does, and there is no evaluation pass beside which the time would count.
     :param seed: of the random tokens and of the outcomes that are drawn.
@@ -103,7 +104,7 @@ class ReconstructionGuard(Guard):
             return {}
         from plugins_builtin.guards.reconstruction.calls import CallRecorder
 
-        self._recorder = CallRecorder(self.tokens)
+        self._recorder = CallRecorder.of(model, self.tokens)
         return self._recorder.taps(model)
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Mapping[str, Any]) -> dict[str, Any]:

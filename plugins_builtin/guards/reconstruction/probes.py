@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from invarlock.api import context_of, device_of, input_embeddings, reads_images_alone, task_of, vocabulary_of
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN
 from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
+from plugins_builtin.tasks.image_inputs import first_of, random_images
 from plugins_builtin.tasks.images import noise_images, size_of
 from plugins_builtin.tasks.sounds import random_sounds
-from plugins_builtin.tasks.vision_language import first_of, random_images
 
 
 def of_tokens(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -31,10 +31,7 @@ def random_inputs(model: Any, tokens: int, seed: int) -> dict[str, Tensor]:
     if getattr(model, "main_input_name", None) == "input_features":
         return {"input_features": random_sounds(model, 1, seed).to(dtype), "decoder_input_ids": ids}
     given = of_tokens(model, ids)
-    if _has_two_towers(model):
-        side = model.config.vision_config.image_size
-        given["pixel_values"] = noise_images(model, 1, (side, side), seed=seed).to(dtype)
-    return given
+    return given | (random_images(model, 1, seed) if _has_two_towers(model) else {})
 
 
 def images_of(model: Any, seed: int) -> Mapping[str, Tensor] | None:
