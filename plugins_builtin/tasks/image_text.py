@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invarlock.api import FigureResult, Metric, VectorTask
 from plugins_builtin.tasks.classes import is_in
 from plugins_builtin.tasks.embedding import MOVED, REORDERED, neighbours
+from plugins_builtin.tasks.trying import CANNOT_READ, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ class ImageText(VectorTask):
         from plugins_builtin.tasks.image_inputs import images_of_files, random_images
 
         columns, size = columns_of(documents), dataset.preview_n + dataset.final_n
+        self._check(model)
         if "image" in columns:
             documents = drawn(documents, dataset)
             images = images_of_files(model, column(documents, "image"))
@@ -45,6 +47,21 @@ class ImageText(VectorTask):
         text = _captions(model, dataset, tokenizer, texts, each="image" in columns)
         windows = replace(text, media=images)
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
+
+    def _check(self, model: Any) -> None:
+        """:raises InputError: a random image and a token make no two vectors."""
+        import torch
+
+        from invarlock.api import device_of, evaluating
+        from plugins_builtin.tasks.image_inputs import random_images
+
+        device, one = device_of(model), torch.ones(1, 1, dtype=torch.int64)
+        try:
+            with evaluating(model):
+                batch = {"input_ids": one, "attention_mask": one, **random_images(model, 1, seed=0)}
+                self.vectors(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        except CANNOT_READ as error:
+            raise refusal(model, self.name, error) from None
 
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         output = model(**batch)

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock.api import LanguageTask, Metric
 from plugins_builtin.tasks.classes import is_in
+from plugins_builtin.tasks.trying import CANNOT_READ, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from invarlock.api import ModelClass, Windows
-
-CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""Exceptions of a model that takes its images otherwise."""
 
 
 class VisionLanguage(LanguageTask):
@@ -32,7 +30,8 @@ class VisionLanguage(LanguageTask):
     towers = frozenset({"vision"})
 
     def owns(self, model_class: ModelClass) -> bool:
-        return is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
+        listed = is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
+        return listed and not model_class.encoder_decoder
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
         """Windows of text, each after an image; of text alone where no image can be made, which coverage tells."""
@@ -56,7 +55,10 @@ class VisionLanguage(LanguageTask):
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
     def _images(self, model: Any, dataset: Any, files: Sequence[Path] | None) -> _Images | None:
-        """An image for each window; None where the model is known to take them otherwise, by trying one."""
+        """An image for each window; None where the model is known to take them otherwise, by trying one.
+
+        :raises InputError: the model does not read text alone, either.
+        """
         import torch
 
         from invarlock.api import Windows, device_of, evaluating
@@ -69,12 +71,25 @@ class VisionLanguage(LanguageTask):
                 media = random_images(model, count, dataset.seed) if files is None else images_of_files(model, files)
                 images = _Images.of(model, media)
                 model(**images[:1].before(Windows(one, one, one)).inputs(device_of(model)))
-        except CANNOT_SEE:
+        except CANNOT_READ:
+            self._check_text_alone(model)
             self.towers, self.made_up, self.made_up_media = frozenset(), "", ""
             return None
         finally:
             _forget(model)
         return images
+
+    def _check_text_alone(self, model: Any) -> None:
+        import torch
+
+        from invarlock.api import device_of, evaluating
+
+        try:
+            with evaluating(model):
+                one = torch.ones(1, 1, dtype=torch.int64, device=device_of(model))
+                model(input_ids=one, attention_mask=one)
+        except CANNOT_READ as error:
+            raise refusal(model, self.name, error) from None
 
 
 def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str]) -> Windows:

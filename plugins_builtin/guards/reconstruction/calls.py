@@ -69,7 +69,7 @@ class Cut:
         return tensor.detach().clone()
 
     def _heads_of_bias(self, shape: Sequence[int]) -> int:
-        """Heads of what attention adds by the distance of tokens, (windows * heads, 1, tokens), as BLOOM has it; or 0."""
+        """Heads of a bias by the distance of tokens, (windows * heads, 1, tokens), as BLOOM has it; 0 of all else."""
         if self.windows is None or len(shape) != 3 or tuple(shape[1:]) != (1, self.length) or shape[0] == self.windows:
             return 0
         return shape[0] // self.windows
