@@ -23,6 +23,7 @@ from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.selection import find_weights
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 from plugins_builtin.tasks.image_text import ImageText
+from plugins_builtin.tasks.language import Causal
 from plugins_builtin.tasks.vision_language import VisionLanguage
 
 SMALL: dict[str, Any] = {"seq_len": 16, "preview_n": 1, "final_n": 2}
@@ -65,6 +66,12 @@ def blip(kind: str) -> Any:
 def last_logits(model: Any, given: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(**given | {"pixel_values": pixels}).logits[:, -1]
+
+
+def test_a_model_that_hands_no_cache_over_writes_by_reading_all_again() -> None:
+    model = MODELS["RecurrentGemmaForCausalLM"]()
+    _, final = Causal().make_windows(model, GENERATED, None, None)
+    assert final.input_ids.shape == (SMALL["final_n"], SMALL["seq_len"])
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from invarlock.api import InputError
 
-CANNOT_READ = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+CANNOT_READ = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 """Exceptions of a model that takes its inputs otherwise."""
 
 

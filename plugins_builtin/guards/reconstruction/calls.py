@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights, reads_images_alone
 from plugins_builtin.guards.activations import tensors_in
 
-CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 """Exceptions of a part that is missing, has wrong shapes, or cannot be run alone."""
 
 
