@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.selection import find_weights
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
+from plugins_builtin.tasks.classification import SequenceClassification
 from plugins_builtin.tasks.image_text import ImageText
 from plugins_builtin.tasks.language import Causal
 from plugins_builtin.tasks.vision_language import VisionLanguage
@@ -56,6 +58,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "MllamaForConditionalGeneration": {
         "image_processor_type": "MllamaImageProcessor", "size": SQUARE, "max_image_tiles": 2,
     },
+}  # fmt: skip
+
+
+BART = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 2, "pad_token_id": 1,
 }  # fmt: skip
 
 
@@ -103,6 +111,12 @@ def test_images_in_rows_of_patches_have_vectors() -> None:
     model = tiny_models.built("Siglip2Model", text_config=TEXT, vision_config=PATCHES | {"num_patches": 16})
     _, final = ImageText().make_windows(model, GENERATED, None, None)
     assert ImageText().vectors(model, final.inputs())["images"].shape == (SMALL["final_n"], 32)
+
+
+def test_samples_end_where_a_classifier_reads_the_label() -> None:
+    model = tiny_models.built("BartForSequenceClassification", **BART)
+    _, final = SequenceClassification().make_windows(model, GENERATED, None, None)
+    assert SequenceClassification().vectors(model, final.inputs())["labels"].shape == (SMALL["final_n"], 3)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +173,24 @@ ALIGN = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 32, 
 )
 def test_projections_of_any_mixing_layer_have_roles(build: Any, name: str, role: str) -> None:
     assert {target.name: target.role for target in find_weights(build())}[name] == role
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("MllamaForConditionalGeneration", None),
+        ("Qwen2AudioForConditionalGeneration", "model.audio_tower.layers.0.fc1"),
+    ],
+)
+def test_weights_alone_of_a_tower_are_probed_or_warn(name: str, tower: str | None) -> None:
+    model, guard = MODELS[name](), ReconstructionGuard()
+    guard.prepare(model, None, None, {})
+    edited = [{"name": target.name, "change": "quantized"} for target in find_weights(model)]
+    result = guard.validate(model, None, {"edit": {"modules": edited}})
+    assert result["action"] == ("warn" if tower else "continue")
+    assert tower is None or re.search(
+        r"edited weights are in blocks that no probe reaches \(as model", result["message"]
+    )
 
 
 def test_the_blocks_of_an_image_model_run_alone() -> None:

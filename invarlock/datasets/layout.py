@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +153,11 @@ class WindowLayout:
         if layout.text < 2:
             raise UsageError(f"dataset.seq_len: {length} leaves less than two tokens beside the special ones; raise it")
         return layout
+
+    def ended(self, end: int) -> WindowLayout:
+        """The layout with a token at the end where the tokenizer puts none: some models read all there."""
+        special = tuple(sorted({*self.special, end}))
+        return self if self.suffix else replace(self, suffix=(end,), special=special)
 
     @property
     def text(self) -> int:

@@ -96,8 +96,8 @@ def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str] | N
 def _ended(layout: WindowLayout, model: Any) -> WindowLayout:
     """The layout with the end token, whose vector is that of the text, where the tokenizer puts none."""
     end = getattr(model.config.text_config, "eos_token_id", None)
-    if not isinstance(end, int) or layout.suffix:
+    if not isinstance(end, int):
         return layout
     last = model.config.text_config.vocab_size - 1
     end = last if end == LEGACY_END else end
-    return replace(layout, suffix=(end,), special=tuple(sorted({*layout.special, end})))
+    return layout.ended(end)

@@ -82,7 +82,8 @@ class Cut:
         if self.windows is None or len(shape) == 1:
             axes = [0]
         elif len(shape) == 4:
-            axes = [1] if shape[2] != self.length else [2, 3] if shape[3] == shape[2] else [2]
+            of_mask = shape[1] == shape[2] == 1
+            axes = [3] if of_mask else [1] if shape[2] != self.length else [2, 3] if shape[3] == shape[2] else [2]
         else:
             # What a module has made of (1, tokens, size) may be (tokens, size): a router's choice.
             axes = [0] if len(shape) == 2 and shape[0] == self.length else [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def random_inputs(model: Any, tokens: int, seed: int) -> dict[str, Tensor]:
     if getattr(model, "main_input_name", None) == "input_features":
         return {"input_features": random_sounds(model, 1, seed).to(dtype), "decoder_input_ids": ids}
     given = of_tokens(model, ids)
-    return given | (random_images(model, 1, seed) if _has_two_towers(model) else {})
+    return given | (random_images(model, 1, seed) if _has_two_towers(model) or _looks_aside(model) else {})
 
 
 def images_of(model: Any, seed: int) -> Mapping[str, Tensor] | None:
@@ -52,6 +53,12 @@ def images_of(model: Any, seed: int) -> Mapping[str, Tensor] | None:
 def _has_two_towers(model: Any) -> bool:
     """True for a model that makes a vector of an image and one of a text, and has to be given both."""
     return hasattr(getattr(model, "config", None), "vision_config") and input_embeddings(model) is None
+
+
+def _looks_aside(model: Any) -> bool:
+    """True for a model whose text needs no tokens of the image that goes with it: Llama 3.2, GIT."""
+    has_tower = hasattr(getattr(model, "config", None), "vision_config") and not hasattr(model, "get_image_features")
+    return has_tower and "pixel_values" in inspect.signature(model.forward).parameters
 
 
 def _random_tokens(model: Any, tokens: int, seed: int) -> Tensor:
