@@ -22,6 +22,7 @@ from invarlock.pipeline.tasks import find_task
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
 from invarlock.quantization.selection import find_weights
+from invarlock.quantization.unrounded import warn_of_unrounded
 from plugins_builtin.guards.reconstruction import ReconstructionGuard
 from plugins_builtin.tasks.classification import SequenceClassification
 from plugins_builtin.tasks.image_text import ImageText
@@ -61,6 +62,10 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+DBRX = {
+    "vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 1, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
 BART = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 2, "pad_token_id": 1,
@@ -173,6 +178,14 @@ ALIGN = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 32, 
 )
 def test_projections_of_any_mixing_layer_have_roles(build: Any, name: str, role: str) -> None:
     assert {target.name: target.role for target in find_weights(build())}[name] == role
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_weights_that_no_plan_rounds_are_named(experts: bool, caplog) -> None:
+    model = tiny_models.built("DbrxForCausalLM", **DBRX) if experts else MODELS["RecurrentGemmaForCausalLM"]()
+    warn_of_unrounded(model)
+    named = r"\d\d % of the weights in blocks are rounded by no plan, as transformer\S+ of a DbrxExpertGLU"
+    assert bool(re.search(named, caplog.text)) == bool(caplog.text) == experts
 
 
 @pytest.mark.parametrize(
