@@ -105,14 +105,14 @@ def test_keys_and_values_stay_where_they_are_as_they_grow() -> None:
 
     model = architectures.llama().eval()
     rows = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
-    growing = Growing(model, 8)
+    growing = Growing(model, 8, lambda rows, fresh: {"input_ids": fresh})
     with torch.no_grad():
-        last = [growing(input_ids=rows[:, :3])]
+        last = [growing(rows[:, :3], rows[:, :3])]
         layers = growing.given["past_key_values"].layers
         assert all(type(layer) is RoomyLayer for layer in layers)
         places = [layer.rooms[0].data_ptr() for layer in layers]
-        last += [growing(input_ids=rows[:, place : place + 1]) for place in range(3, 8)]
+        last += [growing(rows[:, : place + 1], rows[:, place : place + 1]) for place in range(3, 8)]
         assert [layer.keys.data_ptr() for layer in layers] == places
-        last.append(growing(input_ids=rows[:, 8:]))
+        last.append(growing(rows, rows[:, 8:]))
         expected = model(rows).logits[:, 2:]
     torch.testing.assert_close(torch.stack(last, 1), expected)

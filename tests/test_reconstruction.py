@@ -428,6 +428,9 @@ def test_a_retry_is_judged_against_the_same_baseline(trained) -> None:
         ((4, 32, 16), (32,), (8,)),
         ((1, 32, 16), (32, 2), (8, 2)),
         ((1, 4, 16), (4, 4), (4, 4)),
+        ((4, 32, 16), (4, 1, 1, 32), (1, 1, 1, 8)),
+        ((4, 32, 16), (8, 1, 32), (2, 1, 8)),
+        ((1, 32, 16), (2, 1, 32), (2, 1, 8)),
     ],
 )
 def test_how_the_tensors_of_a_call_are_cut(leading, shape, cut) -> None:

@@ -30,10 +30,20 @@ TASK_OF = {
     "LlamaForSequenceClassification": ("label_disagreement", "share"),
     "ViTForImageClassification": ("label_disagreement", "share"),
     "ResNetForImageClassification": ("label_disagreement", "share"),
+    "SwinForImageClassification": ("label_disagreement", "share"),
     "CLIPModel": ("cosine_distance", "mean"),
     "WhisperForConditionalGeneration": ("target_perplexity", "ratio"),
     "LlavaForConditionalGeneration": ("perplexity", "ratio"),
     "Qwen2VLForConditionalGeneration": ("perplexity", "ratio"),
+    "LlavaNextForConditionalGeneration": ("perplexity", "ratio"),
+    "Idefics3ForConditionalGeneration": ("perplexity", "ratio"),
+    "InternVLForConditionalGeneration": ("perplexity", "ratio"),
+    "Mistral3ForConditionalGeneration": ("perplexity", "ratio"),
+    "MllamaForConditionalGeneration": ("perplexity", "ratio"),
+    "Qwen2AudioForConditionalGeneration": ("perplexity", "ratio"),
+    "BloomForCausalLM": ("perplexity", "ratio"),
+    "Lfm2ForCausalLM": ("perplexity", "ratio"),
+    "RecurrentGemmaForCausalLM": ("perplexity", "ratio"),
     "MambaForCausalLM": ("perplexity", "ratio"),
     "JambaForCausalLM": ("perplexity", "ratio"),
 }
@@ -87,6 +97,19 @@ SECOND = (
     "ResNetForImageClassification",
 )
 """Classes of tasks that another class is tested with."""
+THIRD = (
+    "LlavaNextForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+    "SwinForImageClassification",
+    "BloomForCausalLM",
+    "Lfm2ForCausalLM",
+    "RecurrentGemmaForCausalLM",
+)
+"""Classes of which the suite tests what is of their own alone."""
 
 
 def text_of(name: str) -> tuple[Any, ...]:
@@ -94,13 +117,14 @@ def text_of(name: str) -> tuple[Any, ...]:
     return () if name.endswith("ForImageClassification") else TEXT
 
 
-FIRST = [name for name in MODELS if name not in SECOND]
-READERS = [(name, True) for name in FIRST if text_of(name)], [(name, True) for name in SECOND if text_of(name)]
+FIRST = [name for name in MODELS if name not in (*SECOND, *THIRD)]
+LATER = (*SECOND, *THIRD)
+READERS = [(name, True) for name in FIRST if text_of(name)], [(name, True) for name in LATER if text_of(name)]
 
 
 @pytest.mark.parametrize(
     ("name", "reads"),
-    [*READERS[0], *((name, False) for name in FIRST), *slow(*READERS[1], *((name, False) for name in SECOND))],
+    [*READERS[0], *((name, False) for name in FIRST), *slow(*READERS[1], *((name, False) for name in LATER))],
 )
 def test_the_unedited_model_is_accepted_without_a_warning(name: str, reads: bool, judged) -> None:
     done = judged(MODELS[name](), lambda model: None, *(TEXT if reads else ()), "--strict")
@@ -113,13 +137,13 @@ def test_the_unedited_model_is_accepted_without_a_warning(name: str, reads: bool
     assert report["coverage"]["images"] == (13 if name.startswith(("Llava", "Qwen2VL")) else 0)
 
 
-@pytest.mark.parametrize("name", [*FIRST, *slow(*SECOND)])
+@pytest.mark.parametrize("name", [*FIRST, *slow(*LATER)])
 def test_eight_bits_per_channel_are_accepted(name: str, judged) -> None:
     done = judged(MODELS[name](), rounded(8), *text_of(name))
     assert done.code == 0, done.out + done.err
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*FIRST, *SECOND, *slow(*THIRD)])
 def test_two_bits_per_tensor_are_rejected(name: str, judged) -> None:
     done = judged(MODELS[name](), rounded(2, per_channel=False), *text_of(name))
     assert done.code == 1, done.out + done.err

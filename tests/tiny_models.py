@@ -44,7 +44,23 @@ T5 = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0, "scale_decoder_outputs": False,
 }  # fmt: skip
+LLAMA, CLIP_TOWER = GROUPED | {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}
+MLLAMA = {
+    "text_config": GROUPED | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "attention_heads": 4, "image_size": 32,
+        "patch_size": 8, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64,
+        "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2]],
+    },
+}  # fmt: skip
+SOUND = {
+    "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
+    "max_source_positions": 50,
+}  # fmt: skip
+LFM2 = GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+GRIFFIN = GROUPED | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64}
 LABELS = {"num_labels": 3}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
 
@@ -56,6 +72,9 @@ def built(name: str, **settings: Any) -> Any:
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**settings)).eval()
         for path, parameter in model.named_parameters():
+            if path.endswith("_gate"):
+                # Llama 3.2 starts without its images.
+                torch.nn.init.ones_(parameter)
             if parameter.ndim > 1 and not re.search("conv1d|convolution", path) and not path.endswith("A_log"):
                 torch.nn.init.normal_(parameter, std=0.4)
     return model
@@ -70,15 +89,39 @@ MODELS: dict[str, Callable[[], Any]] = {
     "BertForTokenClassification": lambda: built("BertForTokenClassification", **SIZE, **LABELS),
     "LlamaForSequenceClassification": lambda: built("LlamaForSequenceClassification", **GROUPED, num_labels=1),
     "ViTForImageClassification": lambda: built("ViTForImageClassification", **VISION, **LABELS),
+    "SwinForImageClassification": lambda: built("SwinForImageClassification", **SWIN, **LABELS),
     "ResNetForImageClassification": lambda: built("ResNetForImageClassification", **RESNET, **LABELS),
     "CLIPModel": lambda: built("CLIPModel", text_config=SIZE, vision_config=VISION, projection_dim=16),
     "WhisperForConditionalGeneration": lambda: built("WhisperForConditionalGeneration", **WHISPER),
     "LlavaForConditionalGeneration": lambda: built(
         "LlavaForConditionalGeneration",
-        text_config=GROUPED | {"model_type": "llama"},
-        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=LLAMA,
+        vision_config=CLIP_TOWER,
         image_token_index=5,
     ),
+    "LlavaNextForConditionalGeneration": lambda: built(
+        "LlavaNextForConditionalGeneration",
+        text_config=LLAMA,
+        vision_config=CLIP_TOWER,
+        image_token_index=5,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+    ),
+    "Idefics3ForConditionalGeneration": lambda: built(
+        "Idefics3ForConditionalGeneration", text_config=LLAMA, vision_config=VISION, scale_factor=2, image_token_id=5
+    ),
+    "InternVLForConditionalGeneration": lambda: built(
+        "InternVLForConditionalGeneration",
+        text_config=LLAMA,
+        vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=5,
+    ),
+    "Mistral3ForConditionalGeneration": lambda: built(
+        "Mistral3ForConditionalGeneration",
+        text_config=LLAMA,
+        vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
+        image_token_index=5,
+    ),
+    "MllamaForConditionalGeneration": lambda: built("MllamaForConditionalGeneration", **MLLAMA, image_token_index=5),
     "Qwen2VLForConditionalGeneration": lambda: built(
         "Qwen2VLForConditionalGeneration",
         text_config=GROUPED | {"rope_parameters": ROPE},
@@ -88,6 +131,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         vision_end_token_id=7,
         video_token_id=8,
     ),
+    "Qwen2AudioForConditionalGeneration": lambda: built(
+        "Qwen2AudioForConditionalGeneration", text_config=LLAMA, audio_config=SOUND, audio_token_index=5
+    ),
+    "BloomForCausalLM": lambda: built("BloomForCausalLM", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "Lfm2ForCausalLM": lambda: built("Lfm2ForCausalLM", **LFM2),
+    "RecurrentGemmaForCausalLM": lambda: built("RecurrentGemmaForCausalLM", **GRIFFIN),
     "MambaForCausalLM": lambda: built("MambaForCausalLM", **MAMBA),
     "JambaForCausalLM": lambda: built("JambaForCausalLM", **JAMBA),
 }

@@ -140,8 +140,7 @@ class _Writer:
         :param inputs: the model's arguments, from all of the rows and the part of them that it has not read yet.
         """
         if caches(self.model):
-            growing = Growing(self.model, length)
-            return lambda rows, fresh: growing(**inputs(rows, fresh))
+            return Growing(self.model, length, inputs)
         return lambda rows, fresh: logits_of(self.model, self.model(**inputs(rows, rows)))[:, -1]
 
     def draw(self, logits: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,6 @@ UNSCORED = -100
 PATCH = 16
 """Side of a patch of an image that costs about as much as a token: that of most vision transformers."""
 MASKED_SHARE = 0.15
-IMAGES = frozenset({"pixel_values", "image_grid_thw"})
-"""Arguments of a model's forward that are images, each of its own window."""
 
 
 class Tokenizer(Protocol):
@@ -72,7 +71,8 @@ class Windows:
     def length(self) -> int:
         """Tokens of a window, of the source or of the target, frames of its sound or patches of its image: the most."""
         sound, image = (self.media.get(name, self.labels) for name in ("input_features", "pixel_values"))
-        patches = image.shape[-2] * image.shape[-1] // PATCH**2 if image.ndim == 4 else 0
+        # One image, or several tiles of it.
+        patches = math.prod(image.shape[1:-3] + image.shape[-2:]) // PATCH**2 if image.ndim >= 4 else 0
         return max(1, self.input_ids.shape[1], self.labels.shape[1], sound.shape[-1], patches)
 
     def __getitem__(self, rows: slice) -> Windows:
@@ -100,8 +100,9 @@ class Windows:
         """The media as the model's forward takes them: no images of windows that are text alone."""
         shown = dict(self.media)
         if self.illustrated is not None:
-            images = {name: shown.pop(name)[self.illustrated] for name in IMAGES & shown.keys()}
-            shown |= images if self.illustrated.any() else {}
+            of_tokens = {name: each for name, each in shown.items() if each.shape == self.input_ids.shape}
+            images = {name: each[self.illustrated] for name, each in shown.items() if name not in of_tokens}
+            shown = of_tokens | (images if self.illustrated.any() else {})
         if "image_grid_thw" in shown:
             # Patches of all images stand in one row.
             shown["pixel_values"] = shown["pixel_values"].flatten(0, 1)
@@ -163,6 +164,11 @@ class WindowLayout:
         if layout.text < 2:
             raise UsageError(f"dataset.seq_len: {length} leaves less than two tokens beside the special ones; raise it")
         return layout
+
+    def ended(self, end: int) -> WindowLayout:
+        """The layout with a token at the end where the tokenizer puts none: some models read all there."""
+        special = tuple(sorted({*self.special, end}))
+        return self if self.suffix else replace(self, suffix=(end,), special=special)
 
     @property
     def text(self) -> int:

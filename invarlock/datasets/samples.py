@@ -35,6 +35,10 @@ def make_samples(
     :raises UsageError: the windows do not fit the model, or there is too little text for them.
     """
     layout = WindowLayout.of(model, tokenizer, task="causal", length=dataset.seq_len)
+    end = getattr(model.config, "eos_token_id", None)
+    if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):
+        # The label of BART is read at the end token, and at no other.
+        layout = layout.ended(end)
     text, pad = read_text(dataset, model, layout, tokenizer, documents), padding_of(model)
     preview, final = text[: dataset.preview_n], text[dataset.preview_n :]
     return _samples(preview, layout, pad), _samples(final, layout, pad)

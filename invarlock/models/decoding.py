@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +36,23 @@ class Growing:
     model: nn.Module
     length: int
     """Number of tokens that will be read."""
+    inputs: Callable[[Tensor, Tensor], dict[str, Any]]
+    """The model's arguments, from all of the rows and the part of them that it has not read yet."""
     given: dict[str, Any] = field(default_factory=lambda: {"use_cache": True})
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """Logits (rows, vocabulary) after the last token.
-
-        :param inputs: the model's arguments; of tokens those that it has not read yet.
-        """
-        output = self.model(**inputs, **self.given)
-        if "past_key_values" not in self.given:
+    def __call__(self, rows: Tensor, fresh: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) after the last token."""
+        output = self.model(**self.inputs(rows, fresh if self.given["use_cache"] else rows), **self.given)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            # RecurrentGemma hands none over, though its forward takes one: it reads all of the rows again.
+            self.given["use_cache"] = False
+        elif "past_key_values" not in self.given:
             # Only here: the module imports transformers.
             from invarlock.models.roomy_cache import make_room
 
-            make_room(output.past_key_values, self.length)
-        self.given["past_key_values"] = output.past_key_values
+            make_room(cache, self.length)
+        self.given |= {"past_key_values": cache} if cache is not None else {}
         return logits_of(self.model, output)[:, -1]
 
 

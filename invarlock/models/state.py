@@ -68,7 +68,7 @@ class ModelState:
         return cls([_Namespace(*named, _is_code) for named in [(name, owner), *_kinds([owner])]], {})
 
     def settle(self) -> None:
-        """Take numbers and tensors that differ by now as the model's own: some models keep counts while they run."""
+        """Take numbers and tensors that differ by now as the model's own: some keep counts or caches while they run."""
         for namespace in self.namespaces:
             namespace.settle()
 
@@ -153,7 +153,7 @@ class _Namespace:
     def settle(self) -> None:
         for name in self._changed():
             now = vars(self.owner).get(name)
-            if isinstance(now, bool | int | float | Tensor | None) and isinstance(self.owner, nn.Module):
+            if isinstance(self.owner, nn.Module) and (isinstance(now, bool | int | float | None) or _are_tensors(now)):
                 self.volatile.add(name)
 
     def undo(self) -> list[str]:
@@ -184,6 +184,13 @@ def _counted_by(owner: Any) -> Callable[[str, Any], bool]:
 def _is_code(name: str, value: Any) -> bool:
     """True if an attribute is called, or decides what reading an attribute gives."""
     return callable(value) or hasattr(type(value), "__get__")
+
+
+def _are_tensors(value: Any) -> bool:
+    """True for a tensor, and for a cache of some, as LeViT keeps one by device."""
+    if isinstance(value, dict):
+        return bool(value) and all(map(_are_tensors, value.values()))
+    return isinstance(value, Tensor)
 
 
 def _copied(value: Any) -> Any:

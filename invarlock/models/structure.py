@@ -14,11 +14,12 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-_ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
+# FNet mixes tokens by a Fourier transform, which has no weights, in the place of attention.
+_ATTENTION = re.compile("attention|attn|mla$|fourier", re.IGNORECASE)
 _ROUTER = re.compile(r"router|gating$|moe\w*gate$", re.IGNORECASE)
 _FFN = re.compile("mlp|feed_?forward|ffn|expert|moe", re.IGNORECASE)
 _DENSE_FFN = re.compile("mlp|feed_?forward|ffn", re.IGNORECASE)
-_RECURRENT = re.compile("mamba|mixer|deltanet", re.IGNORECASE)
+_RECURRENT = re.compile(r"mamba|mixer|deltanet|recurrent\w*block|shortconv", re.IGNORECASE)
 
 
 class Role(StrEnum):
@@ -129,9 +130,9 @@ def role_of(model: nn.Module, modules: Mapping[str, nn.Module], path: str, param
     # A list of attentions beside a list of feed-forwards, as XLM has them: the block is the module itself.
     if _ATTENTION.search(type(block).__name__):
         return Role.ATTENTION
-    # A convolutional network has nothing else in its blocks.
-    dense = _DENSE_FFN.search(type(block).__name__) or reads_images_alone(model)
-    return Role.FFN if dense else Role.OTHER
+    # A convolutional network has nothing else in its blocks, be it a model or the tower of one.
+    convolutional = reads_images_alone(model) or isinstance(modules[path], nn.Conv2d)
+    return Role.FFN if convolutional or _DENSE_FFN.search(type(block).__name__) else Role.OTHER
 
 
 def _recurrent_role(modules: Mapping[str, nn.Module], path: str) -> Role:

@@ -15,7 +15,7 @@ class WeightLayout(StrEnum):
     IN_OUT = "(..., in, out)"
     """The Conv1D of GPT-2, and fused experts as GPT-OSS has them: (expert, in, out)."""
     CONV = "(out, in, ...)"
-    """Conv1d and Conv2d: all axes but the first are one input axis."""
+    """Conv1d, Conv2d and Conv3d: all axes but the first are one input axis."""
 
     def matrices(self, weight: Tensor) -> Tensor:
         """A weight as (..., out, in): a view, but for a convolution in channels_last, which has none: a copy."""

@@ -66,8 +66,8 @@ class PlannedWeight:
 def find_weights(model: nn.Module) -> list[WeightTarget]:
     """Every weight that RTN could round, in the order of the model, each once.
 
-    These are the weights of Linear, Conv1D (GPT-2), Conv1d, Conv2d, Embedding, MultiheadAttention and routers, and the
-    three-dimensional ones of fused experts. A weight tied to an embedding or to the output head has that role.
+    These are the weights of Linear, Conv1D (GPT-2), Conv1d to Conv3d, Embedding, MultiheadAttention and routers, and
+    the three-dimensional ones of fused experts. A weight tied to an embedding or to the output head has that role.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[object, WeightTarget] = {}
@@ -209,7 +209,7 @@ def _layout(module: nn.Module, key: str, parameter: Tensor, model: nn.Module) ->
         return WeightLayout.OUT_IN if parameter.ndim == 2 and key.endswith("_weight") else None
     if key != "weight" or parameter.ndim < 2:
         return None
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return WeightLayout.CONV
     if is_conv1d(module):
         return WeightLayout.IN_OUT

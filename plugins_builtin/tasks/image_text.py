@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from invarlock.api import FigureResult, Metric, VectorTask
 from plugins_builtin.tasks.classes import is_in
 from plugins_builtin.tasks.embedding import MOVED, REORDERED, neighbours
+from plugins_builtin.tasks.trying import CANNOT_READ, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,24 +33,38 @@ class ImageText(VectorTask):
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any) -> Any:
         from invarlock.api import column, columns_of, drawn
-        from plugins_builtin.tasks.images import given_images, noise_images
+        from plugins_builtin.tasks.image_inputs import images_of_files, random_images
 
         columns, size = columns_of(documents), dataset.preview_n + dataset.final_n
+        self._check(model)
         if "image" in columns:
             documents = drawn(documents, dataset)
-            images = given_images(model, column(documents, "image"))["pixel_values"]
+            images = images_of_files(model, column(documents, "image"))
             self.made_up_media = "" if "text" in columns else "random tokens"
         else:
-            side = model.config.vision_config.image_size
-            images = noise_images(model, size, (side, side), seed=dataset.seed)
+            images = random_images(model, size, dataset.seed)
         texts = column(documents, "text") if "text" in columns else None
         text = _captions(model, dataset, tokenizer, texts, each="image" in columns)
-        windows = replace(text, media={"pixel_values": images})
+        windows = replace(text, media=images)
         return windows[: dataset.preview_n], windows[dataset.preview_n :]
 
+    def _check(self, model: Any) -> None:
+        """:raises InputError: a random image and a token make no two vectors."""
+        import torch
+
+        from invarlock.api import device_of, evaluating
+        from plugins_builtin.tasks.image_inputs import random_images
+
+        device, one = device_of(model), torch.ones(1, 1, dtype=torch.int64)
+        try:
+            with evaluating(model):
+                batch = {"input_ids": one, "attention_mask": one, **random_images(model, 1, seed=0)}
+                self.vectors(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        except CANNOT_READ as error:
+            raise refusal(model, self.name, error) from None
+
     def vectors(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        dtype = next(model.parameters()).dtype
-        output = model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)})
+        output = model(**batch)
         return {"images": output.image_embeds, "text": output.text_embeds}
 
     def figures(self, before: Any, after: Any, judging: Any) -> Sequence[FigureResult]:
@@ -81,8 +96,8 @@ def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str] | N
 def _ended(layout: WindowLayout, model: Any) -> WindowLayout:
     """The layout with the end token, whose vector is that of the text, where the tokenizer puts none."""
     end = getattr(model.config.text_config, "eos_token_id", None)
-    if not isinstance(end, int) or layout.suffix:
+    if not isinstance(end, int):
         return layout
     last = model.config.text_config.vocab_size - 1
     end = last if end == LEGACY_END else end
-    return replace(layout, suffix=(end,), special=tuple(sorted({*layout.special, end})))
+    return layout.ended(end)

@@ -71,9 +71,13 @@ def size_of(model: Any) -> tuple[int, int]:
     if isinstance(stated, Mapping):
         side = stated.get("shortest_edge", SIDE)
         stated = stated.get("height", side), stated.get("width", side)
-    if isinstance(stated, int):
-        return stated, stated
-    return (int(stated[0]), int(stated[1])) if stated else (SIDE, SIDE)
+    return pair(stated or SIDE)
+
+
+def pair(stated: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of which a configuration may state but one for both."""
+    height, width = (stated, stated) if isinstance(stated, int) else stated
+    return int(height), int(width)
 
 
 def _processor(model: nn.Module) -> Mapping[str, Any]:

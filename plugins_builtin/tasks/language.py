@@ -20,7 +20,9 @@ class Causal(LanguageTask):
     metric = Metric("perplexity", "ratio")
 
     def owns(self, model_class: ModelClass) -> bool:
-        return transformers_class(model_class) is None or is_in(model_class, "CAUSAL_LM", ending="ForCausalLM")
+        # What transformers lists with T5, and has no decoder of its own, writes text of sounds: Qwen2-Audio, Voxtral.
+        lists = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+        return transformers_class(model_class) is None or any(is_in(model_class, each, ending="") for each in lists)
 
 
 class Masked(LanguageTask):
@@ -46,4 +48,5 @@ class Seq2Seq(LanguageTask):
     def owns(self, model_class: ModelClass) -> bool:
         if transformers_class(model_class) is None:
             return model_class.encoder_decoder
-        return is_in(model_class, "SEQ_TO_SEQ_CAUSAL_LM", ending="ForConditionalGeneration")
+        reads_sounds = is_in(model_class, "MULTIMODAL_LM", ending="") and not model_class.encoder_decoder
+        return is_in(model_class, "SEQ_TO_SEQ_CAUSAL_LM", ending="ForConditionalGeneration") and not reads_sounds

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from invarlock.api import LanguageTask, Metric
-from plugins_builtin.tasks.classes import is_in
+from plugins_builtin.tasks.classes import transformers_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,10 @@ class Speech(LanguageTask):
     towers = frozenset({"audio"})
 
     def owns(self, model_class: ModelClass) -> bool:
-        return is_in(model_class, "SPEECH_SEQ_2_SEQ", ending="ForSpeechSeq2Seq")
+        # Others of transformers read waveforms, or spectrograms of other axes.
+        known = transformers_class(model_class)
+        ending = "WhisperForConditionalGeneration" if known else "ForSpeechSeq2Seq"
+        return any(name.endswith(ending) for name in model_class.names)
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
         from invarlock.api import WindowLayout, column, columns_of, drawn

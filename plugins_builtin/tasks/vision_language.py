@@ -12,17 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock.api import LanguageTask, Metric
 from plugins_builtin.tasks.classes import is_in
+from plugins_builtin.tasks.trying import CANNOT_READ, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from invarlock.api import ModelClass, Windows
-
-SIDE = 8
-"""Patches along each side of a random image whose size the model leaves open, before they are merged; one that is given
-has twice as many."""
-CANNOT_SEE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""Exceptions of a model that takes its images otherwise."""
 
 
 class VisionLanguage(LanguageTask):
@@ -35,7 +30,8 @@ class VisionLanguage(LanguageTask):
     towers = frozenset({"vision"})
 
     def owns(self, model_class: ModelClass) -> bool:
-        return is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
+        listed = is_in(model_class, "IMAGE_TEXT_TO_TEXT", ending="ForImageTextToText")
+        return listed and not model_class.encoder_decoder
 
     def make_windows(self, model: Any, dataset: Any, tokenizer: Any, documents: Any, **how: Any) -> Any:
         """Windows of text, every other one after an image; none where no image can be made, which coverage tells."""
@@ -60,25 +56,42 @@ class VisionLanguage(LanguageTask):
         return images[preview].beside(windows[preview]), images[final].beside(windows[final])
 
     def _images(self, model: Any, dataset: Any, files: Sequence[Path] | None) -> _Images | None:
-        """An image for each window; None where the model is known to take them otherwise, by trying one."""
+        """An image for each window; None where the model is known to take them otherwise, by trying one.
+
+        :raises InputError: the model does not read text alone, either.
+        """
         import torch
 
         from invarlock.api import Windows, device_of, evaluating
+        from plugins_builtin.tasks.image_inputs import images_of_files, random_images
 
         text = torch.ones(2, 1, dtype=torch.int64)
         try:
             with evaluating(model):
                 count = dataset.preview_n + dataset.final_n
-                media = random_images(model, count, dataset.seed) if files is None else _given(model, files)
+                media = random_images(model, count, dataset.seed) if files is None else images_of_files(model, files)
                 images = _Images.of(model, media)
                 tried = images[:2].beside(Windows(text, text, text)[:count])
                 model(**tried.inputs(device_of(model)))
-        except CANNOT_SEE:
+        except CANNOT_READ:
+            self._check_text_alone(model)
             self.towers, self.made_up, self.made_up_media = frozenset(), "", ""
             return None
         finally:
             _forget(model)
         return images
+
+    def _check_text_alone(self, model: Any) -> None:
+        import torch
+
+        from invarlock.api import device_of, evaluating
+
+        try:
+            with evaluating(model):
+                one = torch.ones(1, 1, dtype=torch.int64, device=device_of(model))
+                model(input_ids=one, attention_mask=one)
+        except CANNOT_READ as error:
+            raise refusal(model, self.name, error) from None
 
 
 def _captions(model: Any, dataset: Any, tokenizer: Any, texts: Sequence[str]) -> Windows:
@@ -111,20 +124,31 @@ class _Images:
     """Tokens of images and films, which no text may have."""
     types: bool
     """True if the model is told which tokens are of an image."""
+    in_text: bool
+    """False where layers look at the image besides: they take one for each text of a batch."""
 
     @classmethod
     def of(cls, model: Any, media: Mapping[str, Tensor]) -> _Images:
-        from invarlock.api import device_of
-
         config, arguments = model.config, inspect.signature(model.forward).parameters
-        features = model.get_image_features(**first_of(media, device_of(model)))
-        length = len(getattr(features, "pooler_output", features)[0])
+        length = cls._length(model, media)
         names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
         start, image, end, film = (getattr(config, name, None) for name in names)
         image = config.image_token_index if image is None else image
         tokens, reserved = [start, *[image] * length, end], (start, image, end, film)
         kept, taken = (tuple(token for token in each if token is not None) for each in (tokens, reserved))
-        return cls(media, kept, image, taken, "mm_token_type_ids" in arguments)
+        in_text = hasattr(model, "get_image_features")
+        return cls(media, kept, image, taken, "mm_token_type_ids" in arguments, in_text)
+
+    @staticmethod
+    def _length(model: Any, media: Mapping[str, Tensor]) -> int:
+        """Number of tokens that stand for an image: as many as it has features, or one where layers look at it."""
+        from invarlock.api import device_of
+        from plugins_builtin.tasks.image_inputs import first_of
+
+        if not hasattr(model, "get_image_features"):
+            return 1
+        features = model.get_image_features(**first_of(media, device_of(model)))
+        return len(getattr(features, "pooler_output", features)[0])
 
     @property
     def plain(self) -> int:
@@ -147,7 +171,7 @@ class _Images:
 
         from invarlock.api import UNSCORED, Windows
 
-        illustrated = torch.arange(len(text)) % 2 == 0
+        illustrated = (torch.arange(len(text)) % 2 == 0) | (not self.in_text)
         image = torch.tensor(self.tokens).expand(len(text), -1)
 
         def placed(before: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
@@ -165,56 +189,3 @@ class _Images:
         types = {"mm_token_type_ids": (ids == self.image_token).int()} if self.types else {}
         labels = placed(unscored, wanted, unscored)
         return Windows(ids, seen, labels, media={**self.media, **types}, illustrated=illustrated)
-
-
-def _takes_patches(model: Any) -> bool:
-    """True for a model that reads images of any size, cut into patches."""
-    return "image_grid_thw" in inspect.signature(model.forward).parameters
-
-
-def random_images(model: Any, count: int, seed: int) -> dict[str, Tensor]:
-    """Arguments of a model's forward that are random images, each (count, ...)."""
-    return (_patches if _takes_patches(model) else _whole)(model, count, seed)
-
-
-def first_of(media: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
-    """The first image as the tower of a model takes it."""
-    first = {name: tensor[:1].to(device) for name, tensor in media.items()}
-    # Patches of all images stand in one row.
-    return first | ({"pixel_values": first["pixel_values"].flatten(0, 1)} if "image_grid_thw" in first else {})
-
-
-def _given(model: Any, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Images of files as a model takes them: of one size, so that each has as many patches."""
-    from plugins_builtin.tasks.images import given_images
-
-    patches = _takes_patches(model)
-    media = given_images(model, files, side=2 * SIDE * model.config.vision_config.patch_size if patches else None)
-    pixels = media["pixel_values"].to(next(model.parameters()).dtype)
-    if not patches:
-        return {"pixel_values": pixels}
-    rows = pixels.view(len(files), -1, pixels.shape[-1])
-    return {"pixel_values": rows, "image_grid_thw": media["image_grid_thw"]}
-
-
-def _whole(model: Any, images: int, seed: int) -> dict[str, Tensor]:
-    """Images of the one size that a model reads."""
-    from plugins_builtin.tasks.images import noise_images
-
-    side = model.config.vision_config.image_size
-    return {"pixel_values": noise_images(model, images, (side, side), seed=seed).to(next(model.parameters()).dtype)}
-
-
-def _patches(model: Any, images: int, seed: int) -> dict[str, Tensor]:
-    """Images of any size, cut into patches, each a row of numbers; and how many there are in time, height and width."""
-    import torch
-    from torch.nn import functional
-
-    from plugins_builtin.tasks.images import noise_images
-
-    vision = model.config.vision_config
-    pixels = noise_images(model, images, (SIDE * vision.patch_size, SIDE * vision.patch_size), seed=seed)
-    rows = functional.unfold(pixels, vision.patch_size, stride=vision.patch_size).transpose(1, 2)
-    # A still image is a film of as many frames as a patch takes.
-    rows = rows.repeat(1, 1, vision.temporal_patch_size).to(next(model.parameters()).dtype)
-    return {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, SIDE, SIDE]]).expand(images, -1)}

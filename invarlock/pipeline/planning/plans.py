@@ -18,6 +18,7 @@ from invarlock.quantization.partners import partners_of
 from invarlock.quantization.rules import AnyPlan, Rules
 from invarlock.quantization.scheme import PlanError, Scheme
 from invarlock.quantization.selection import PlannedWeight, find_weights, planned_weights
+from invarlock.quantization.unrounded import warn_of_unrounded
 
 SomeScheme = TypeVar("SomeScheme", bound=Scheme)
 EXPORTER_MEMBERS = [name for name in vars(Exporter) if not name.startswith("_")]
@@ -57,9 +58,11 @@ def wider(scheme: SomeScheme) -> SomeScheme:
 
 
 def weights_of(config: RunConfig, model: nn.Module) -> list[PlannedWeight]:
-    """The weights that the plan of the configuration rounds."""
+    """The weights that the plan of the configuration rounds; a warning where it leaves much of the model out."""
     with keys_named():
-        return planned_weights(model, config.edit.plan)
+        planned = planned_weights(model, config.edit.plan)
+    warn_of_unrounded(model)
+    return planned
 
 
 def export_of(config: RunConfig, plugins: PluginManager) -> Export | None:

@@ -8,6 +8,7 @@ tokens, so that the part can be run again by itself, with its own weights or wit
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights
+from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights, reads_images_alone
 from plugins_builtin.guards.activations import tensors_in
 
-CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 """Exceptions of a part that is missing, has wrong shapes, or cannot be run alone."""
 
 
@@ -59,12 +60,19 @@ class Cut:
         return cls(windows, length, min(tokens, length))
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if self.windows is not None and tensor.ndim > 1 and tensor.shape[0] == self.windows:
-            tensor = tensor[:1]
+        heads = self._heads_of_bias(tensor.shape)
+        if self.windows is not None and tensor.ndim > 1 and tensor.shape[0] == self.windows * max(heads, 1):
+            tensor = tensor[: max(heads, 1)]
         if self.tokens < self.length:
-            for axis in self._token_axes(tensor.shape):
+            for axis in [2] if heads else self._token_axes(tensor.shape):
                 tensor = tensor.narrow(axis, 0, self.tokens)
         return tensor.detach().clone()
+
+    def _heads_of_bias(self, shape: Sequence[int]) -> int:
+        """Heads of a bias by the distance of tokens, (windows * heads, 1, tokens), as BLOOM has it; 0 of all else."""
+        if self.windows is None or len(shape) != 3 or tuple(shape[1:]) != (1, self.length) or shape[0] == self.windows:
+            return 0
+        return shape[0] // self.windows
 
     def _token_axes(self, shape: Sequence[int]) -> list[int]:
         """Axis 0 of positions, 1 of hidden states and rotary angles, the last two of attention's masks and biases.
@@ -74,7 +82,8 @@ class Cut:
         if self.windows is None or len(shape) == 1:
             axes = [0]
         elif len(shape) == 4:
-            axes = [1] if shape[2] != self.length else [2, 3] if shape[3] == shape[2] else [2]
+            of_mask = shape[1] == shape[2] == 1
+            axes = [3] if of_mask else [1] if shape[2] != self.length else [2, 3] if shape[3] == shape[2] else [2]
         else:
             # What a module has made of (1, tokens, size) may be (tokens, size): a router's choice.
             axes = [0] if len(shape) == 2 and shape[0] == self.length else [1]
@@ -185,8 +194,14 @@ class CallRecorder:
     """Recorder of the first call of each part, in the order of the calls."""
 
     tokens: int
+    """Most of them to keep of a call."""
     calls: dict[str, Call] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
+
+    @classmethod
+    def of(cls, model: nn.Module, tokens: int) -> CallRecorder:
+        # Blocks may know the height and width of what they are given, as Swin's do: an image stays whole.
+        return cls(sys.maxsize if reads_images_alone(model) else tokens)
 
     def taps(self, model: nn.Module) -> dict[str, CallTap]:
         return {name: CallTap(partial(self._note, name)) for name in find_parts(model)}
@@ -226,7 +241,7 @@ def record(
     :param tokens: most of them to keep of a call.
     :param images: what the tower of images is called with by itself, before the model reads text.
     """
-    recorder, device = CallRecorder(tokens), device_of(model)
+    recorder, device = CallRecorder.of(model, tokens), device_of(model)
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with evaluating(model), attached(model, recorder.taps(model)):
         if images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from invarlock.api import context_of, device_of, input_embeddings, reads_images_alone, task_of, vocabulary_of
 from plugins_builtin.guards.reconstruction.calls import CANNOT_RUN
 from plugins_builtin.guards.reconstruction.embedding_rows import token_frequency
+from plugins_builtin.tasks.image_inputs import first_of, random_images
 from plugins_builtin.tasks.images import noise_images, size_of
 from plugins_builtin.tasks.sounds import random_sounds
-from plugins_builtin.tasks.vision_language import first_of, random_images
 
 
 def of_tokens(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -31,10 +32,7 @@ def random_inputs(model: Any, tokens: int, seed: int) -> dict[str, Tensor]:
     if getattr(model, "main_input_name", None) == "input_features":
         return {"input_features": random_sounds(model, 1, seed).to(dtype), "decoder_input_ids": ids}
     given = of_tokens(model, ids)
-    if _has_two_towers(model):
-        side = model.config.vision_config.image_size
-        given["pixel_values"] = noise_images(model, 1, (side, side), seed=seed).to(dtype)
-    return given
+    return given | (random_images(model, 1, seed) if _has_two_towers(model) or _looks_aside(model) else {})
 
 
 def images_of(model: Any, seed: int) -> Mapping[str, Tensor] | None:
@@ -55,6 +53,12 @@ def images_of(model: Any, seed: int) -> Mapping[str, Tensor] | None:
 def _has_two_towers(model: Any) -> bool:
     """True for a model that makes a vector of an image and one of a text, and has to be given both."""
     return hasattr(getattr(model, "config", None), "vision_config") and input_embeddings(model) is None
+
+
+def _looks_aside(model: Any) -> bool:
+    """True for a model whose text needs no tokens of the image that goes with it: Llama 3.2, GIT."""
+    has_tower = hasattr(getattr(model, "config", None), "vision_config") and not hasattr(model, "get_image_features")
+    return has_tower and "pixel_values" in inspect.signature(model.forward).parameters
 
 
 def _random_tokens(model: Any, tokens: int, seed: int) -> Tensor:
