@@ -56,7 +56,7 @@ def same_hidden(baseline: Ends, hidden: Places, subject: Ends, special: Places) 
     hidden whole: the subject sees nothing that the baseline does not see.
 
     :param hidden: tokens that are hidden from the baseline.
-    :param special: tokens of the subject that stand for no text of their own, such as the unknown one; none is compared.
+    :param special: tokens of the subject that stand for no text, such as the unknown one; none of them is compared.
     """
     starts, ends = _starts(baseline)[hidden], baseline[hidden]
     begins = _starts(subject)
