@@ -1,7 +1,7 @@
 """Tokens of two tokenizers that stand for the same bytes of one text.
 
 A token is known by the place where it ends, in bytes: it stands for the text since the token before it. Several tokens
-of one character all end with it. ``NO_TEXT`` stands in place of an end of a special token, of the end of a document, and
+of one character all end with it. Special tokens, the end of a document and padding have ``NO_TEXT`` in place of one.
 of padding.
 """
 
