@@ -2,7 +2,6 @@
 
 A token is known by the place where it ends, in bytes: it stands for the text since the token before it. Several tokens
 of one character all end with it. Special tokens, the end of a document and padding have ``NO_TEXT`` in place of one.
-of padding.
 """
 
 from __future__ import annotations
