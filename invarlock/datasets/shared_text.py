@@ -75,8 +75,9 @@ def _shared_ends(baseline: Ends, subject: Ends) -> Ends:
     ours, theirs = baseline[baseline != NO_TEXT], subject[subject != NO_TEXT]
     if not len(ours) or not len(theirs):
         return np.empty(0, dtype=np.int64)
-    shared: Ends = np.intersect1d(ours, theirs)
-    return shared[shared < min(ours.max(), theirs.max())]
+    shared = np.intersect1d(ours, theirs)
+    inside: Ends = shared[shared < min(ours.max(), theirs.max())]
+    return inside
 
 
 def _starts(ends: Ends) -> Ends:
