@@ -61,7 +61,7 @@ def same_hidden(baseline: Ends, hidden: Places, subject: Ends, special: Places) 
     begins = _starts(subject)
     overlaps = (starts < subject[:, None]) & (begins[:, None] < ends)
     covered: Places = overlaps.any(axis=1) & (subject != NO_TEXT)
-    shared = np.unique(_shared_ends(baseline, subject))
+    shared = _shared_ends(baseline, subject)
     ours, theirs = (np.searchsorted(shared, each) for each in (baseline, subject))
     inside = (ours > 0) & (ours < len(shared))
     alone = np.isin(ours, np.flatnonzero(np.bincount(ours[inside], minlength=1) == 1)) & inside & hidden

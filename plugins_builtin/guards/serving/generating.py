@@ -115,9 +115,11 @@ def _named(ids: frozenset[int], tokenizer: Any) -> str:
 
 
 def _changes_text(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    from transformers import GenerationConfig
+
     if name in OF_BEAMS:
         return any(_effective("num_beams", side) != 1 for side in (before, after))
-    return name in DEFAULTS or not BOOKKEEPING.search(name)
+    return name in DEFAULTS or (hasattr(GenerationConfig(), name) and not BOOKKEEPING.search(name))
 
 
 def _effective(name: str, settings: Mapping[str, Any]) -> Any:
