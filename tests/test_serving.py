@@ -163,6 +163,19 @@ def test_another_first_token_of_the_decoder_is_named(invarlock, tmp_path) -> Non
     assert "decoder_start_token_id, which is what the decoder reads first: 0 became 9" in serving["message"]
 
 
+def test_a_configuration_that_makes_the_forward_pass_fail_is_wrong_input(invarlock, tmp_path) -> None:
+    model = architectures.t5(vocab_size=1024, eos_token_id=1, pad_token_id=0, relative_attention_num_buckets=32)
+    for side, distance in (("baseline", 128), ("subject", 16)):
+        model.config.relative_attention_max_distance = distance
+        model.save_pretrained(tmp_path / side)
+        AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained(tmp_path / side)
+    sizes = ("--set", "dataset.seq_len=64", "--set", "dataset.preview_n=2", "--set", "dataset.final_n=2")
+    sides = ("--baseline", tmp_path / "baseline", "--subject", tmp_path / "subject")
+    done = invarlock("compare", *sides, "--dataset", DEMO / "text.jsonl", *sizes)
+    assert (done.code, "Traceback" in done.err) == (2, False), done.err
+    assert "subject: T5ForConditionalGeneration fails on a window: IndexError: index out of range" in done.err
+
+
 # -- declared against stored -------------------------------------------------------------------------------------------
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
