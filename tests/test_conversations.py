@@ -182,13 +182,14 @@ def test_both_sides_read_the_baselines_conversations(llama) -> None:
         same = read_same_text(DATA, TEXTS, *sides, most=None, chat=ChatTemplate.of(ours))
         final = make_windows(DATA, model, ours, task="causal", documents=TEXTS, chat=ChatTemplate.of(ours))[1]
         before, after = (measure(model, part[:0], part, task="causal") for part in (final, same.windows))
-        ends = same.baseline_ends.numpy(), same.ends.numpy()
-        sizes = over_same_text((before, ends[0]), (after, ends[1]))
+        sizes = over_same_text(before, after, same.shared)
         assert (sizes[0].bytes > 60).all()
-        shared = np.intersect1d(*(each[0][each[0] >= 0] for each in ends))
         texts = [
-            side.decode(ids[0][torch.from_numpy((places[0] > shared[0]) & (places[0] <= shared[-1]))])
-            for side, ids, places in ((ours, final.input_ids, ends[0]), (other, same.windows.input_ids, ends[1]))
+            side.decode(ids[0][torch.from_numpy(places)])
+            for side, ids, places in (
+                (ours, final.input_ids, same.shared[0].baseline),
+                (other, same.windows.input_ids, same.shared[0].subject),
+            )
         ]
         assert texts[0] == texts[1] and START in texts[0]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from invarlock.testing import architectures
-from invarlock.testing.checkpoint_edits import HARMFUL, HARMLESS, FolderEdit, chatting, config
+from invarlock.testing.checkpoint_edits import HARMFUL, HARMLESS, FolderEdit, changed, chatting, config, tokens
 
 FOUND = {
     "another stop token": ("rollback", "stop tokens: '<|endoftext|>' became '.'"),
@@ -34,7 +35,33 @@ FOUND = {
     "scales of the cache": ("warn", "scales of the FP8 key-value cache are missing"),
     "consolidated weights": ("warn", "2 sets of weights, model.safetensors, consolidated weights"),
 }
-OF_LLAMAS = {"an honest head", "rope_theta as older files have it", "another name of the activation"}
+BESIDES = {
+    "a stop string": "generation defaults: stop_strings unset became",
+    "another stop token of the configuration alone": "eos_token_id of the configuration adds '.', at which some servers",
+    "padding that no token has": "generation_config: pad_token_id is 99999, which no token has: there are 1024",
+    "always a generation prompt": "chat template: a conversation is rendered as '' became 'assistant: '",
+    "a switch for thinking": "chat template: a conversation is rendered as '' became '<think></think>'",
+    "two templates": "chat_template.jinja and chat_template of tokenizer_config.json differ",
+    "characters composed": "is split into other tokens",
+    "a special token that takes the space before it": "'a<|endoftext|>b <|endoftext|> c' is split into other tokens",
+    "a shorter longest text of the tokenizer": "(model_max_length) became 32 tokens",
+    "a shard beside": "2 sets of weights, model.safetensors, model-00001-of-00002.safetensors",
+    "a bias that no module has": "1 biases are stored for modules that have none: lm_head",
+}
+ALSO = {
+    "a least length": "generation defaults: min_new_tokens unset became 40",
+    "several answers": "num_return_sequences unset became 3",
+    "a stop token that is a word": "generation_config: eos_token_id is ['x'], which no token has",
+    "a variant beside": "2 sets of weights, model.safetensors, model.fp16.safetensors",
+}
+OF_LLAMAS = {
+    "an honest head",
+    "rope_theta as older files have it",
+    "another name of the activation",
+    "the size of heads spelled out",
+}
+OF_ANY = {"settings that change no text", "a stop token as a list", "leftovers of training", "an empty normalizer"}
+"""What no architecture has to do with: one is enough."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +96,23 @@ def test_what_a_server_would_notice_is_named(invarlock, baselines, architecture,
 
 @pytest.mark.parametrize(
     ("architecture", "name"),
-    [*(("llama", name) for name in HARMLESS), *(("gpt2", name) for name in HARMLESS if name not in OF_LLAMAS)],
+    [
+        *zip(cycle(["llama", "gpt2"]), BESIDES),
+        *slow(*product(["llama", "gpt2"], ALSO), *zip(cycle(["gpt2", "llama"]), BESIDES)),
+    ],
+)
+def test_servers_that_read_otherwise_are_thought_of(invarlock, baselines, architecture, name) -> None:
+    status, serving = judged(invarlock, baselines[architecture], HARMFUL[name])
+    assert (serving["action"], status) == ("warn", 1), serving
+    assert {**BESIDES, **ALSO}[name] in serving["message"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *(("llama", name) for name in HARMLESS),
+        *(("gpt2", name) for name in HARMLESS if name not in OF_LLAMAS | OF_ANY),
+    ],
 )
 def test_representation_and_bookkeeping_raise_no_finding(invarlock, baselines, architecture, name) -> None:
     status, serving = judged(invarlock, baselines[architecture], HARMLESS[name])
@@ -93,6 +136,44 @@ def test_positions_that_are_turned_otherwise_are_the_cause(invarlock, baselines)
     _, serving = judged(invarlock, baselines["llama"], HARMFUL["positions"])
     assert [cause["cause"] for cause in serving["metrics"]["causes"]] == ["rope_parameters.rope_theta"]
     assert "turns positions into angles: 10000.0 became 500000.0" in serving["message"]
+
+
+def test_rules_of_a_tokenizer_class_do_not_hide_those_of_the_file(invarlock, baselines, tmp_path) -> None:
+    """The class for Qwen2 normalizes and splits by rules of its own; servers without transformers read the file."""
+    model = Qwen2ForCausalLM(Qwen2Config(**architectures.UNTIED | {"vocab_size": 1024}))
+    model.save_pretrained(tmp_path / "qwen2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(baselines["llama"] / name, tmp_path / "qwen2")
+    compose = tokens(lambda found: found.update(normalizer={"type": "NFKC"}))
+    _, serving = judged(invarlock, tmp_path / "qwen2", compose)
+    assert serving["message"].startswith("tokenizer.json: ") and "is split into other tokens" in serving["message"]
+
+
+def test_layers_that_attend_alike_are_no_finding(invarlock, tmp_path) -> None:
+    model = Qwen2ForCausalLM(Qwen2Config(**architectures.UNTIED))
+    model.save_pretrained(tmp_path / "qwen2")
+    _, serving = judged(invarlock, tmp_path / "qwen2", config(max_window_layers=1, head_dim=8))
+    assert (serving["action"], serving["metrics"]["causes"]) == ("continue", []), serving
+
+
+def test_another_first_token_of_the_decoder_is_named(invarlock, tmp_path) -> None:
+    architectures.t5(eos_token_id=1, pad_token_id=0).save_pretrained(tmp_path / "t5")
+    status, serving = judged(invarlock, tmp_path / "t5", config(decoder_start_token_id=9))
+    assert (serving["action"], status) == ("rollback", 1)
+    assert "decoder_start_token_id, which is what the decoder reads first: 0 became 9" in serving["message"]
+
+
+def test_a_configuration_that_makes_the_forward_pass_fail_is_wrong_input(invarlock, tmp_path) -> None:
+    model = architectures.t5(vocab_size=1024, eos_token_id=1, pad_token_id=0, relative_attention_num_buckets=32)
+    for side, distance in (("baseline", 128), ("subject", 16)):
+        model.config.relative_attention_max_distance = distance
+        model.save_pretrained(tmp_path / side)
+        AutoTokenizer.from_pretrained(DEMO / "checkpoint").save_pretrained(tmp_path / side)
+    sizes = ("--set", "dataset.seq_len=64", "--set", "dataset.preview_n=2", "--set", "dataset.final_n=2")
+    sides = ("--baseline", tmp_path / "baseline", "--subject", tmp_path / "subject")
+    done = invarlock("compare", *sides, "--dataset", DEMO / "text.jsonl", *sizes)
+    assert (done.code, "Traceback" in done.err) == (2, False), done.err
+    assert "subject: T5ForConditionalGeneration fails on a window: IndexError: index out of range" in done.err
 
 
 # -- declared against stored -------------------------------------------------------------------------------------------
@@ -172,6 +253,21 @@ def test_a_weight_that_is_not_quantized_is_named(invarlock, untouched) -> None:
         invarlock, untouched("llama"), lambda at: pack(at, r"mlp\.", r"layers\.1\.mlp\.down", "pack-quantized")
     )
     assert serving["message"].endswith("1 of 6 weights is not quantized: model.layers.1.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        (["lm_head", "re:.*self_attn.*", "re:.*mlp.*"], "its ignore list names 6 packed weights"),
+        (["lm_head"], "8 of 14 weights are not quantized: model.layers.0.self_attn.k_proj"),
+    ],
+)
+def test_an_ignore_list_that_does_not_fit_is_named(invarlock, untouched, ignore, message) -> None:
+    def misfit(at: Path) -> None:
+        pack(at, r"mlp\.", r"^$", "pack-quantized")
+        changed("config.json", lambda found: found["quantization_config"].update(ignore=ignore))(at)
+
+    assert message in judged(invarlock, untouched("llama"), misfit)[1]["message"]
 
 
 @pytest.mark.parametrize(("architecture", "left"), [("llama", r"1.mlp.down_proj"), ("mixtral", r"1\..*experts\.3\.")])

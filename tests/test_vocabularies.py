@@ -16,9 +16,17 @@ import torch
 from conftest import DEMO, read_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
-from invarlock.datasets.layout import WindowLayout
+from invarlock.datasets.layout import UNSCORED, WindowLayout
 from invarlock.datasets.same_text import Side, read_same_text
 from invarlock.datasets.windows import make_windows
 from invarlock.evaluation.passes import measure
@@ -57,6 +65,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_level(VOCABULARY)
 
 
+def roberta(**changes: Any) -> RobertaForMaskedLM:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(RobertaConfig(**size, pad_token_id=0, eos_token_id=0, bos_token_id=0, **changes)).eval()
+
+
+MASKED: dict[str, Callable[..., Any]] = {"bert": architectures.bert, "roberta": roberta}
 BUILT: dict[str, Callable[..., Any]] = {
     "llama": architectures.llama,
     "gpt2": architectures.gpt2,
@@ -347,18 +362,47 @@ def test_rows_of_a_target_that_moved_with_their_ids_have_the_same_loss(comparing
     assert found.metric["ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_masked_model_has_no_loss_per_byte(comparing) -> None:
-    names = {"mask_token": "<mask>"}
-    model = architectures.bert(vocab_size=VOCABULARY)
-    sides = [byte_level(VOCABULARY, "<mask>", regex=regex) for regex in (True, False)]
-    for side in sides:
-        side.add_special_tokens(names)
-    baseline, subject = (saved(model, side, name) for side, name in zip(sides, ("baseline", "subject"), strict=True))
-    found = comparing(baseline, subject, *TEXT)
-    assert (found.code, found.report["verdict"]["action"]) == (1, "abort")
-    message = found.finding("primary metric")["message"]
-    assert "a masked model has no loss per byte; --tokenizer baseline measures" in message
-    assert comparing(baseline, subject, *TEXT, "--tokenizer", "baseline").metric["ratio"] == 1.0
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def filling(request, tmp_path_factory) -> Path:
+    """A masked model that knows which tokens are frequent."""
+    side = byte_level(VOCABULARY, "<mask>", "<unk>")
+    side.add_special_tokens({"mask_token": "<mask>", "unk_token": "<unk>"})
+    model = MASKED[request.param](vocab_size=VOCABULARY)
+    counts = torch.bincount(
+        torch.tensor(side(" ".join(CHAPTERS[:60]), verbose=False)["input_ids"]), minlength=VOCABULARY
+    )
+    model.get_output_embeddings().bias.data = (counts + 0.5).log()
+    return saved(model, side, str(tmp_path_factory.mktemp(request.param)))
+
+
+def moved(folder: Path) -> Any:
+    """A masked model whose rows, and the biases of its head, are where :func:`rotated` puts the ids."""
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    order = torch.tensor([*range(100), *range(101, VOCABULARY), 100])
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows.weight.data, head.bias.data = rows.weight.data[order], head.bias.data[order]
+    model.tie_weights()
+    return model
+
+
+def test_hidden_text_is_compared_per_byte(comparing, invarlock, filling) -> None:
+    subject = saved(moved(filling), AutoTokenizer.from_pretrained(filling), "subject")
+    with_words(subject, rotated)
+    found = comparing(filling, subject, *TEXT)
+    assert (found.metric["kind"], found.metric["unit"], found.metric["action"]) == (
+        "masked_perplexity", "byte", "continue",
+    )  # fmt: skip
+    assert found.metric["ratio"] == pytest.approx(1, abs=1e-5)
+    again = invarlock("verify", "out", "--baseline", filling, "--subject", subject)
+    assert again.code == 0, again.out
+
+
+def test_a_masked_model_with_ids_that_moved_alone_is_rejected(comparing, filling) -> None:
+    subject = saved(AutoModelForMaskedLM.from_pretrained(filling), AutoTokenizer.from_pretrained(filling), "subject")
+    with_words(subject, rotated)
+    found = comparing(filling, subject, *TEXT)
+    assert (found.code, found.report["verdict"]["decided_by"]) == (1, "primary metric"), found.out
+    assert found.metric["unit"] == "byte"
 
 
 # -- the same text -----------------------------------------------------------------------------------------------------
@@ -402,22 +446,40 @@ def test_both_sides_are_compared_over_the_same_bytes(tokenizer, other, documents
     same = read_same_text(data, documents, ours, theirs, most=None)
     preview, final = make_windows(data, model, tokenizer, task="causal", documents=documents)
     passes = [measure(model, preview[:0], windows, task="causal") for windows in (final, same.windows)]
-    ends = (same.baseline_ends.numpy(), same.ends.numpy())
-    before, after = over_same_text((passes[0], ends[0]), (passes[1], ends[1]))
-    assert (before.bytes == after.bytes).all() and (before.bytes > 0).all()
-    read = {}
-    for (side, measured), windows, places, tokens in zip(
-        ((tokenizer, before), (other, after)), (final, same.windows), ends, (passes[0], passes[1]), strict=True
-    ):
-        for row in range(data.final_n):
-            shared = np.intersect1d(*(places_of[row, 1:][places_of[row, 1:] >= 0] for places_of in ends))
-            shared = shared[shared < min(places_of[row].max() for places_of in ends)]
-            inside = (places[row] > shared[0]) & (places[row] <= shared[-1])
-            text = side.decode(windows.input_ids[row][torch.from_numpy(inside)])
+    before, after = over_same_text(*passes, same.shared)
+    assert (before.bytes == after.bytes).all() and (before.bytes > 15).all()
+    for row, shared in enumerate(same.shared):
+        texts = set()
+        for side, measured, windows, tokens, inside in (
+            (tokenizer, before, final, passes[0], shared.baseline),
+            (other, after, same.windows, passes[1], shared.subject),
+        ):
+            texts.add(text := side.decode(windows.input_ids[row][torch.from_numpy(inside)]))
             assert len(text.encode()) == measured.bytes[row]
-            assert read.setdefault(row, text) == text
             expected = tokens.position_losses[row, :-1][inside[1:]].astype(float).sum()
             assert measured.losses[row] == pytest.approx(expected)
+        assert len(texts) == 1
+
+
+@pytest.mark.parametrize("documents", [CHAPTERS, MANY_SCRIPTS], ids=["english", "many scripts"])
+@pytest.mark.parametrize("regex", [True, False])
+def test_both_sides_predict_the_same_hidden_bytes(tokenizer, regex, documents) -> None:
+    model, data = architectures.bert(vocab_size=400), Data()
+    sides = [byte_level(entries, "<mask>", regex=split) for entries, split in ((VOCABULARY, True), (300, regex))]
+    for side in sides:
+        side.add_special_tokens({"mask_token": "<mask>"})
+    layouts = [WindowLayout.of(model, each, task="masked", length=data.seq_len) for each in sides]
+    same = read_same_text(data, documents, *map(Side, sides, layouts), most=None)
+    _, final = make_windows(data, model, sides[0], task="masked", documents=documents)
+    assert any(shared.bytes for shared in same.shared)
+    for row, shared in enumerate(same.shared):
+        labels = final.labels[row][torch.from_numpy(shared.baseline)]
+        own = same.windows.labels[row] != UNSCORED
+        assert own.tolist() == shared.subject.tolist()
+        assert (same.windows.input_ids[row][own] == sides[1].mask_token_id).all()
+        texts = [sides[0].decode(labels), sides[1].decode(same.windows.labels[row][own])]
+        assert texts[0] == texts[1] and len(texts[0].encode()) == shared.bytes
+        assert (labels != UNSCORED).all(), "what the baseline does not hide is not compared"
 
 
 @pytest.mark.parametrize(("task", "scored"), [("causal", 24), ("seq2seq", 12)])
@@ -427,8 +489,7 @@ def test_the_same_tokenizer_gives_the_same_tokens_and_losses(tokenizer, task, sc
     same = read_same_text(data, CHAPTERS, side, side, most=None)
     _, final = make_windows(data, model, tokenizer, task=task, documents=CHAPTERS)
     passes = [measure(model, final[:0], windows, task=task) for windows in (final, same.windows)]
-    ends = same.baseline_ends.numpy(), same.ends.numpy()
-    before, after = over_same_text((passes[0], ends[0]), (passes[1], ends[1]), task=task)
+    before, after = over_same_text(*passes, same.shared, task=task)
     assert (before.tokens >= scored - 8).all(), "a token or two at each end are left out"
     assert after.losses == pytest.approx(before.losses, rel=1e-4), "a window may begin a token earlier"
 

@@ -1,7 +1,6 @@
 """The text of a baseline's windows, as another tokenizer splits it.
 
-Places in the text are counted in bytes of UTF-8 over all documents, one after the other. A token is known by the place
-where it ends: it stands for the text since the token before it. Several tokens of one character all end with it.
+Places in the text are counted in bytes of UTF-8 over all documents, one after the other.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ from torch import Tensor
 from invarlock.core.errors import InputError
 from invarlock.datasets.conversations import ChatTemplate
 from invarlock.datasets.layout import UNSCORED, WindowLayout, Windows
+from invarlock.datasets.shared_text import NO_TEXT, Shared, longest_span, same_hidden
 from invarlock.datasets.windows import Dataset, conversation_places, pieces, read_rows, read_tokens
-
-NO_TEXT = -1
-"""In place of an end: a special token, the end of a document, or padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +28,8 @@ class SameText:
 
     windows: Windows
     """Padded on the right, because they are not of one length; padding is masked, and never scored."""
-    ends: Tensor
-    """Where in the text the token at each of their labels ends, in bytes, or ``NO_TEXT``: int64 (n, length)."""
-    baseline_ends: Tensor
-    """The same of the windows that the text is taken from: int64 (n, their length)."""
+    shared: Sequence[Shared]
+    """Of each window, the labels whose losses add up to that of the same text on both sides."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def read_same_text(
     most: int | None,
     chat: ChatTemplate | None = None,
 ) -> SameText:
-    """The final windows of a dataset as the subject's tokenizer splits their text, for a causal or a seq2seq model.
+    """The final windows of a dataset as the subject's tokenizer splits their text, for a language model.
 
     The subject's tokens are those of whole documents: a window begins and ends within a word only where a token does.
 
@@ -75,14 +70,21 @@ def read_same_text(
             text = chat.conversation([token.id for token in rows[place]], baseline.layout.text)
             rows[place] = _split(baseline.tokenizer, text)[: baseline.layout.text]
             own[place : place + 1] = _covering(_split(subject.tokenizer, text), [rows[place]])
-    rows, own = rows[dataset.preview_n :], own[dataset.preview_n :]
+    ours, theirs = rows[dataset.preview_n :], own[dataset.preview_n :]
+    if subject.layout.mask is not None:
+        hidden = _hidden(rows, baseline.layout, dataset.seed)[dataset.preview_n :]
+        return _hiding(_padded(ours, baseline.layout), hidden, _padded(theirs, subject.layout, most), subject.layout)
     if subject.layout.start is None:
-        read = _padded(own, subject.layout, most)
-        return SameText(Windows(read.ids, read.mask, read.labels), read.ends, _padded(rows, baseline.layout).ends)
-    sources, targets = ([_half(row, place) for row in rows] for place in (0, 1))
-    source, target = (_padded(list(_covering(tokens, part)), subject.layout, most) for part in (sources, targets))
-    windows = Windows(source.ids, source.mask, target.labels, subject.layout.late(target.ids))
-    return SameText(windows, target.ends, _padded(targets, baseline.layout).ends)
+        before, after = _padded(ours, baseline.layout).ends, _padded(theirs, subject.layout, most)
+        windows, ends = Windows(after.ids, after.mask, after.labels), after.ends
+        # The first token has no prediction.
+        before[:, 0] = ends[:, 0] = NO_TEXT
+    else:
+        sources, targets = ([_half(row, place) for row in ours] for place in (0, 1))
+        source, target = (_padded(list(_covering(tokens, part)), subject.layout, most) for part in (sources, targets))
+        windows = Windows(source.ids, source.mask, target.labels, subject.layout.late(target.ids))
+        before, ends = _padded(targets, baseline.layout).ends, target.ends
+    return SameText(windows, list(map(longest_span, before.numpy(), ends.numpy())))
 
 
 class _Token(NamedTuple):
@@ -143,6 +145,23 @@ def _half(row: Sequence[_Token], place: int) -> Sequence[_Token]:
     """The source in a row of text, or the target."""
     size = len(row) // 2
     return row[place * size : (place + 1) * size]
+
+
+def _hidden(rows: Sequence[Sequence[_Token]], layout: WindowLayout, seed: int) -> Tensor:
+    """Tokens that the baseline's windows of a masked model hide, of the preview ones, too: bool (n, length)."""
+    return layout.windows(torch.tensor([[token.id for token in row] for row in rows]), seed=seed).labels != UNSCORED
+
+
+def _hiding(baseline: _Padded, hidden: Tensor, subject: _Padded, layout: WindowLayout) -> SameText:
+    """Windows of a masked model that hide the text that is hidden in the baseline's."""
+    special = torch.isin(subject.ids, torch.tensor(layout.special))
+    rows = zip(*(each.numpy() for each in (baseline.ends, hidden, subject.ends, special)), strict=True)
+    hiding = [same_hidden(*row) for row in rows]
+    ids, scored = subject.ids, torch.from_numpy(np.stack([each.shared.subject for each in hiding]))
+    covered = torch.from_numpy(np.stack([each.hidden for each in hiding]))
+    assert layout.mask is not None
+    windows = Windows(ids.masked_fill(covered, layout.mask), subject.mask, ids.masked_fill(~scored, UNSCORED))
+    return SameText(windows, [each.shared for each in hiding])
 
 
 class _Padded(NamedTuple):

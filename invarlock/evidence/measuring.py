@@ -224,9 +224,7 @@ class _Again:
             self.verification.check("losses of both models", [told])
             return
         edited, _ = self.first.run_pass(model, (self.supply.preview[:0], same_text.windows[: self.count]), "pass")
-        ends = (each[: self.count].numpy() for each in (same_text.baseline_ends, same_text.ends))
-        sides = zip((self.passes[0], edited), ends, strict=True)
-        found = over_same_text(*sides, task=PER_BYTE[self.first.task.name])
+        found = over_same_text(self.passes[0], edited, same_text.shared, task=PER_BYTE[self.first.task.name])
         for side, old, new in zip(("baseline", "edited"), stored, found, strict=True):
             self._compare(side, old, new)
 

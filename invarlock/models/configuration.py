@@ -17,6 +17,9 @@ POSITION_FIELDS: Mapping[str, str] = {
 OF_DEFAULT_ROPE = ("rope_type", "rope_theta", "partial_rotary_factor")
 """Fields that the default kind of rope reads: it knows no factor and no original length."""
 
+OF_LAYER_TYPES = ("max_window_layers", "sliding_window_pattern")
+"""Fields that say no more than which type each layer has, where all types are listed beside them."""
+
 
 def fields_of(config: Any) -> dict[str, Any]:
     """Plain data in a configuration, as its class understands it, by names with dots; without fields of no effect.
@@ -48,6 +51,8 @@ def _has_no_effect(key: str, beside: Mapping[Any, Any]) -> bool:
     """:param beside: the fields that it is one of."""
     if key.startswith("_"):
         # The library's own.
+        return True
+    if key in OF_LAYER_TYPES and beside.get("layer_types"):
         return True
     if "rope_type" not in beside:
         return False

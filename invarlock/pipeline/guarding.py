@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +31,7 @@ from invarlock.pipeline.attempts import Attempt, Edited
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.coverage import coverage_of, of_edit, unreached
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.observing import changed_message, observe, settings_kept, watching_of
+from invarlock.pipeline.observing import changed_message, failures_named, observe, settings_kept, watching_of
 from invarlock.pipeline.reference.facts import facts_of
 from invarlock.pipeline.reference.kept import BaselinePass
 from invarlock.pipeline.reference.noise import with_noise
@@ -208,8 +209,9 @@ class Guarding:
         if edited.unreadable:
             self.windows = self._stepping = None
         windows = self._windows_for(edited)
-        observed, watching = watching_of(self.baseline, self.slots, model, "edited pass", watched, windows)
-        measured = self._measured(edited, watching, windows)
+        with failures_named(self.baseline, model, windows) if self.comparing else nullcontext():
+            observed, watching = watching_of(self.baseline, self.slots, model, "edited pass", watched, windows)
+            measured = self._measured(edited, watching, windows)
         metrics = self._compare(measured)
         if self.session.reference:
             metrics = with_noise(metrics, self.session.reference.noise)

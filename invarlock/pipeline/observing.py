@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from invarlock.core.errors import PluginError
+from invarlock.core.errors import InputError, InvarlockError, PluginError, named_by, one_line
 from invarlock.pipeline.keeping import Watched, some
-from invarlock.pipeline.session import Baseline, WindowPair
+from invarlock.pipeline.session import SUBJECT, Baseline, WindowPair
 from invarlock.pipeline.stepping import Watching
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
@@ -59,6 +59,33 @@ def observe(baseline: Baseline, slot: GuardSlot, model: torch.nn.Module, watched
         observation.fail("observe", PluginError(changed_message(changed)))
         observation.wanted = {}
     return observation
+
+
+@contextmanager
+def failures_named(baseline: Baseline, model: torch.nn.Module, windows: WindowPair | None) -> Iterator[None]:
+    """Tell a subject that cannot be run, by its configuration, from a failure of ours or of a guard's.
+
+    :raises InputError: the block failed, and the model fails on a single window with nobody looking on, too.
+    """
+    try:
+        yield
+    except InvarlockError:
+        raise
+    except Exception:
+        if windows is not None:
+            _run_one(baseline, model, windows)
+        raise
+
+
+@named_by(SUBJECT)
+def _run_one(baseline: Baseline, model: torch.nn.Module, windows: WindowPair) -> None:
+    preview, final = windows
+    try:
+        baseline.task.measure(model, preview[:0], final[:1])
+    except InvarlockError:
+        raise
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} fails on a window: {one_line(error)}") from error
 
 
 @contextmanager

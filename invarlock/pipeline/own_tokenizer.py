@@ -20,8 +20,8 @@ from invarlock.pipeline.tasks import suited
 
 Choice = Literal["own", "baseline"]
 """The tokenizer that encodes the text for the subject."""
-PER_BYTE: Mapping[str, Predicted] = {"causal": "causal", "seq2seq": "seq2seq"}
-"""Tasks whose losses add up to that of a text, by name: they predict it token after token."""
+PER_BYTE: Mapping[str, Predicted] = {"causal": "causal", "seq2seq": "seq2seq", "masked": "masked"}
+"""Tasks that predict the tokens of a text, by name: their losses can be compared per byte of it."""
 MEASURE = "--tokenizer baseline measures with the baseline's"
 
 
@@ -93,9 +93,6 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
     if context is not None and context < dataset.seq_len:
         return Reading(unreadable=f"the windows are {dataset.seq_len} tokens long, and the model reads only {context}")
     different = "the subject's tokenizer gives other ids for this text"
-    if baseline.task.name == "masked":
-        # Hidden tokens are predicted each on its own: the losses of a word's pieces do not add up to that of the word.
-        return Reading(unreadable=f"{different}, and a masked model has no loss per byte; {MEASURE}")
     predicted = PER_BYTE.get(baseline.task.name)
     if predicted is None:
         return Reading(unreadable=f"{different}, and a {baseline.task.name} model has no loss per byte; {MEASURE}")
@@ -111,4 +108,6 @@ def _read_itself(baseline: Baseline, model: torch.nn.Module, tokenizer: Any, doc
         return Reading(unreadable=f"{different}, and {one_line(error)}; {MEASURE}")
     if reason := unreadable(same_text.windows, model):
         return Reading(unreadable=f"its own tokenizer does not fit it: {reason}")
+    if not any(shared.bytes for shared in same_text.shared):
+        return Reading(unreadable=f"{different}, and no token of both sides stands for the same text; {MEASURE}")
     return Reading(same_text, warning=f"{different}; the loss was compared per byte of it, and no predictions")

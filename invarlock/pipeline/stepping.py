@@ -231,9 +231,8 @@ class Stepping:
         baseline, edited = joined(self._parts[: len(parts)], self.looks), joined(parts, self.looks)
         windows, level = self.looks[len(parts) - 1], sequence_level(self._session.config.eval.metric.ci_level)
         if same_text is not None:
-            ends = (each[:windows].numpy() for each in (same_text.baseline_ends, same_text.ends))
-            sides = zip((baseline, edited), ends, strict=True)
-            baseline, edited = over_same_text(*sides, task=PER_BYTE[self._baseline.task.name])
+            task = PER_BYTE[self._baseline.task.name]
+            baseline, edited = over_same_text(baseline, edited, same_text.shared, task=task)
         stopping = Stopping(level, self.supply.documents, self._more_by) if self.is_stepped else None
         judging = judging_of(self._session.config, windows, self._baseline.reader, stopping=stopping)
         return Measured(baseline, edited, judging)

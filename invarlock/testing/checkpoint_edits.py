@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -146,6 +147,26 @@ def _saved_again(folder: Path) -> None:
     AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(folder)
 
 
+def _template_elsewhere(folder: Path) -> None:
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": text}, {"name": "tool_use", "template": text}]
+    tokenizer(chat_template=named)(folder)
+
+
+def _cut_and_filled(values: Values) -> None:
+    """As a tokenizer is saved after it has made batches; whoever encodes sets both anew."""
+    values["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    filling = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    values["padding"] = filling | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+
+
+def _training_leftovers(folder: Path) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).write_bytes(b"none")
+    (folder / "trainer_state.json").write_text("{}")
+
+
 def _second_set(name: str) -> FolderEdit:
     return lambda folder: shutil.copyfile(folder / WEIGHTS, folder / name)
 
@@ -184,6 +205,23 @@ HARMFUL: dict[str, FolderEdit] = {
     "a token before every text": tokens(_begin_with),
     "no decoder": tokens(lambda found: found.update(decoder=None)),
     "another unknown token": tokenizer(unk_token="."),
+    "a stop string": generation(stop_strings=["\n"]),
+    "a least length": generation(min_new_tokens=40),
+    "several answers": generation(num_return_sequences=3, do_sample=True),
+    "another stop token of the configuration alone": config(eos_token_id=14),
+    "padding that no token has": generation(pad_token_id=99999),
+    "a stop token that is a word": generation(eos_token_id=["x"]),
+    "always a generation prompt": template(TEMPLATE.replace("if add_generation_prompt", "if true")),
+    "a switch for thinking": template(TEMPLATE + "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"),
+    "two templates": tokenizer(chat_template=TEMPLATE.replace("<|endoftext|>", "\\n")),
+    "characters composed": tokens(lambda found: found.update(normalizer={"type": "NFC"})),
+    "a special token that takes the space before it": tokens(
+        lambda found: found["added_tokens"][0].update(lstrip=True)
+    ),
+    "a shorter longest text of the tokenizer": tokenizer(model_max_length=32),
+    "a shard beside": _second_set("model-00001-of-00002.safetensors"),
+    "a variant beside": _second_set("model.fp16.safetensors"),
+    "a bias that no module has": stored(lambda tensors: tensors.update({"lm_head.bias": torch.ones(1024)})),
     "positions": config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "longer positions": config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "activation": config(hidden_act="relu", activation_function="relu"),
@@ -220,6 +258,18 @@ HARMLESS: dict[str, FolderEdit] = {
     "a tokenizer that was saved again": _saved_again,
     "padding on the left": tokenizer(padding_side="left"),
     "another longest text of the tokenizer": tokenizer(model_max_length=4096),
+    "a stop token as a list": generation(eos_token_id=[0]),
+    "settings that change no text": generation(cache_implementation="static", output_scores=True, length_penalty=0.5),
+    "the template in another file, by names": _template_elsewhere,
+    "an empty normalizer": tokens(lambda found: found.update(normalizer={"type": "Sequence", "normalizers": []})),
+    "truncation and padding left in the tokenizer": tokens(_cut_and_filled),
+    "a padding token": together(
+        config(pad_token_id=0), generation(pad_token_id=0), tokenizer(pad_token="<|endoftext|>")
+    ),
+    "the size of heads spelled out": changed(
+        "config.json", lambda found: found.update(head_dim=found["hidden_size"] // found["num_attention_heads"])
+    ),
+    "leftovers of training": _training_leftovers,
     "a README": lambda folder: (folder / "README.md").write_text("# A model\n"),
 }
 

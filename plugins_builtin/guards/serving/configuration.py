@@ -12,6 +12,9 @@ from invarlock.api import POSITION_FIELDS
 
 CHANGES_OUTPUTS = {
     **POSITION_FIELDS,
+    r"^is_decoder$|is_causal": "chooses the tokens that each token attends to",
+    r"decoder_start_token_id": "is what the decoder reads first",
+    r"(image|video|audio|vision\w*|bo[ia]|eo[ia])_token_(id|index)$": "stands for an image, a film or a sound",
     r"softcap|logit_scale|logits_scal|final_logit": "bounds or scales the logits",
     r"hidden_act|activation_function|hidden_activation|ffn_act|dense_act|feed_forward_proj|is_gated": (
         "is the activation function"
@@ -41,11 +44,12 @@ REPRESENTATION = {
     r"^tie_word_embeddings$": "is how the head is stored; it is held against the files",
 }
 BOOKKEEPING = {
-    r"version$|^name|_id$|_ids$": "names, versions, and ids that are compared as tokens",
+    r"version$|^name": "names and versions",
+    r"^(bos|eos|pad|sep|cls|unk|mask)_token_id$": "is compared as a token, by what it does",
     r"use_cache|cache_implementation|return_dict|output_|^chunk_size": "is a setting of the call",
     r"drop|pdrop|initializer|aux_loss|z_loss|jitter|label_smoothing|gradient_checkpoint|loss_": "matters in training",
     r"id2label|label2id|problem_type|task_specific|^summary_|pretraining_tp|finetuning": "changes no output",
-    r"attn_implementation|experts_implementation|torchscript|pruned_heads|is_decoder": "chooses an implementation",
+    r"attn_implementation|experts_implementation|torchscript|pruned_heads": "chooses an implementation",
 }
 
 
@@ -68,6 +72,7 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], config: 
 
     :param config: the edited model's, whose class tells which names its code reads.
     """
+    before, after = _completed(before), _completed(after)
     found = [
         changed
         for name in sorted(before.keys() | after.keys())
@@ -75,6 +80,14 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], config: 
         and (changed := _classified(name, before.get(name), after.get(name), config))
     ]
     return sorted(found, key=lambda field: field.loaders_disagree)
+
+
+def _completed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields, and the number of heads and their size as models take them where they are not stated."""
+    heads, size = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(size, int) or not heads:
+        return fields
+    return {"num_key_value_heads": heads, "head_dim": size // heads, **fields}
 
 
 def _classified(name: str, before: Any, after: Any, config: Any) -> Field | None:

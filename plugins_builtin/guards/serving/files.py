@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plugins_builtin.packing import experts_among, left_out, packed_modules
+from plugins_builtin.packing import experts_among, left_out, packed_modules, plain_modules
 
 CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
@@ -32,10 +32,18 @@ def problems_of(model: Any, folder: str | None) -> list[str]:
     except InputError:
         # Whoever loaded it has told what is wrong.
         return []
-    return [*_sets(Path(folder)), *_tie(model, config, stored), *_packing(config, list(stored))]
+    at = Path(folder)
+    return [
+        *_sets(at, stored.files),
+        *_templates(at),
+        *_tie(model, config, stored),
+        *_biases(model, stored),
+        *_packing(model, config, list(stored)),
+    ]
 
 
-def _sets(folder: Path) -> Iterator[str]:
+def _sets(folder: Path, read: Sequence[str]) -> Iterator[str]:
+    """:param read: the files of the set that transformers reads."""
     names = sorted(path.name for path in folder.iterdir())
     kinds = {
         "model.safetensors": any(name == "model.safetensors" for name in names),
@@ -44,9 +52,24 @@ def _sets(folder: Path) -> Iterator[str]:
         "consolidated weights": any(name.startswith("consolidated") for name in names),
         "a GGUF file": any(name.endswith(".gguf") for name in names),
     }
-    found = [kind for kind, there in kinds.items() if there]
+    # Some servers read every file of this kind in a folder.
+    stray = [name for name in names if name.endswith(".safetensors") and name not in read]
+    others = [name for name in stray if not name.startswith(("consolidated", "model.safetensors", "adapter_"))]
+    found = [*(kind for kind, there in kinds.items() if there), *others[:1]]
     if len(found) > 1:
         yield f"{len(found)} sets of weights, {', '.join(found)}: loaders disagree on which to read"
+
+
+def _templates(folder: Path) -> Iterator[str]:
+    """Two chat templates, of which older loaders read the one that newer ones pass over."""
+    from invarlock.api import read_json
+
+    file, beside = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not (file.is_file() and beside.is_file()):
+        return
+    other = read_json(beside).get("chat_template")
+    if isinstance(other, str) and other.strip() != file.read_text(encoding="utf-8").strip():
+        yield "chat_template.jinja and chat_template of tokenizer_config.json differ: loaders disagree on which to read"
 
 
 def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
@@ -71,7 +94,16 @@ def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> It
             )
 
 
-def _packing(config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
+def _biases(model: Any, stored: Iterable[str]) -> Iterator[str]:
+    """Stored biases of modules that have none: transformers passes over them, and other loaders fail."""
+    modules = dict(model.named_modules())
+    names = [name.removesuffix(".bias") for name in stored if name.endswith(".bias")]
+    without = [name for name in names if getattr(modules.get(name), "bias", ...) is None]
+    if without:
+        yield f"{len(without)} biases are stored for modules that have none: {', '.join(without[:3])}"
+
+
+def _packing(model: Any, config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
     section = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(section, Mapping) or str(section.get("quant_method", "")).startswith(UNSEEN_METHODS):
         return
@@ -83,8 +115,10 @@ def _packing(config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
     declared = f"quantization_config declares {f'{bits} bits' if bits else method}"
     if of_weights and not packed and groups != {}:
         yield f"{declared}, and nothing is quantized"
-    elif left := [name for name in left_out(stored) if not _is_ignored(name, section)]:
+    elif left := [name for name in _expected(model, section, stored) if not _is_ignored(name, section)]:
         yield f"{declared}, and {_count(left, packed)}"
+    if ignored := sorted(name for name in packed if _is_ignored(name, section)):
+        yield f"{declared}, and its ignore list names {len(ignored)} packed weights: {', '.join(ignored[:3])}"
     cache = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo")
     if (
         cache
@@ -97,6 +131,21 @@ def _packing(config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:
         map(ACTIVATION_SCALES.search, stored)
     ):
         yield "scales of the activations are missing"
+
+
+def _expected(model: Any, section: Mapping[str, Any], stored: Sequence[str]) -> list[str]:
+    """Plain modules that a loader would look for packed: of a kind that is packed elsewhere, or of a class named."""
+    from torch import nn
+
+    from invarlock.api import output_head
+
+    groups = section.get("config_groups")
+    targets = [group.get("targets") for group in groups.values()] if isinstance(groups, Mapping) else []
+    named = set()
+    if any("Linear" in target for target in targets if target):
+        head = output_head(model)
+        named = {name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
+    return sorted({*left_out(stored), *named.intersection(plain_modules(stored))})
 
 
 def _scheme(group: Any, name: str) -> Mapping[str, Any] | None:
@@ -143,4 +192,5 @@ def _matches(pattern: str, name: str) -> bool:
             return re.match(pattern[3:], name) is not None
         except re.error:
             return False
-    return name == pattern or name.endswith(f".{pattern}") or f".{pattern}." in f".{name}."
+    # Names may have been written under another root.
+    return name == pattern or f".{pattern}." in f".{name}." or pattern.endswith(f".{name}")

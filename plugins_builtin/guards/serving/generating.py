@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plugins_builtin.guards.serving.findings import Findings
 
-SAMPLING = {
+DEFAULTS = {
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
-    "min_p": None,
     "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "num_beams": 1,
-    "max_new_tokens": None,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "num_return_sequences": 1,
     "max_length": 20,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "bad_words_ids": None,
-    "guidance_scale": None,
+    "min_length": 0,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "token_healing": False,
 }
-"""Fields of the generation configuration that change what is generated, with what transformers takes where one is not
-set (its documentation of ``GenerationConfig``)."""
+"""What transformers takes where a field is not set (its documentation of ``GenerationConfig``); nothing for others."""
+OF_BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
+"""Fields that only the search with several beams reads."""
+BOOKKEEPING = re.compile(
+    r"^_|version$|^output_|^return_|cache|compile|^low_memory$|chunk_size|batching|assistant|lookbehind|^use_mtp$"
+    r"|lookup|ngram_size$|^speculat|^(bos|eos|pad)_token_id$"
+)
+"""Fields that change no text: names, outputs of the call, speed; special tokens are compared by what they do."""
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """A model's generation configuration; empty for a model without one."""
+    """The fields that are set in a model's generation configuration; none of a model without one."""
     to_dict = getattr(getattr(model, "generation_config", None), "to_dict", dict)
-    return dict(to_dict())
+    # Transformers falls back to the configuration of the model for it.
+    start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    return {"decoder_start_token_id": start} | {name: value for name, value in to_dict().items() if value is not None}
+
+
+def impossible_ids(model: Any) -> Iterator[str]:
+    """Ids in the configurations that no token has: whoever pads, begins or ends with one fails."""
+    from invarlock.api import input_embeddings
+
+    rows = getattr(getattr(input_embeddings(model), "weight", None), "shape", (math.inf,))[0]
+    for section in ("config", "generation_config"):
+        for name, value in sorted(vars(getattr(model, section, object)).items()):
+            listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            if name.endswith("token_id") and any(not isinstance(each, int) or each >= rows for each in listed):
+                yield f"{section}: {name} is {value!r}, which no token has: there are {rows}"
 
 
 def compare_stops(
@@ -53,12 +80,27 @@ def compare_stops(
         found.warn.append(message)
 
 
+def compare_configured_stops(before: Any, after: Any, known: frozenset[int], tokenizer: Any, found: Findings) -> None:
+    """Add stop tokens of the configuration alone, which some servers read beside the generation configuration's.
+
+    :param known: tokens that the baseline stops at, wherever they are named.
+    """
+    added = _listed(after) - _listed(before) - known
+    if added:
+        names = _named(added, tokenizer)
+        found.warn.append(f"stop tokens: eos_token_id of the configuration adds {names}, at which some servers stop")
+
+
+def _listed(ids: Any) -> frozenset[int]:
+    return frozenset(each for each in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(each, int))
+
+
 def compare_sampling(before: Mapping[str, Any], after: Mapping[str, Any], found: Findings) -> None:
     """Add sampling defaults that differ in effect."""
     changed = [
         f"{name} {_shown(before.get(name))} became {_shown(after.get(name))}"
-        for name, default in SAMPLING.items()
-        if _or(before.get(name), default) != _or(after.get(name), default)
+        for name in sorted(before.keys() | after.keys())
+        if _changes_text(name, before, after) and _effective(name, before) != _effective(name, after)
     ]
     if changed:
         found.warn.append(f"generation defaults: {', '.join(changed)}")
@@ -68,11 +110,21 @@ def _named(ids: frozenset[int], tokenizer: Any) -> str:
     if not ids:
         return "none"
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
-    return ", ".join(f"{convert(number)!r}" if convert else str(number) for number in sorted(ids))
+    tokens = ((number, convert(number) if convert else None) for number in sorted(ids))
+    return ", ".join(str(number) if token is None else repr(token) for number, token in tokens)
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _changes_text(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    from transformers import GenerationConfig
+
+    if name in OF_BEAMS:
+        return any(_effective("num_beams", side) != 1 for side in (before, after))
+    return name in DEFAULTS or (hasattr(GenerationConfig(), name) and not BOOKKEEPING.search(name))
+
+
+def _effective(name: str, settings: Mapping[str, Any]) -> Any:
+    value = settings.get(name)
+    return DEFAULTS.get(name) if value is None else value
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from invarlock.api import Guard
@@ -11,8 +12,14 @@ from plugins_builtin.guards.figures import TOP, first_few
 from plugins_builtin.guards.serving.configuration import Field, changed_fields
 from plugins_builtin.guards.serving.files import new_problems, problems_of
 from plugins_builtin.guards.serving.findings import Findings
-from plugins_builtin.guards.serving.generating import compare_sampling, compare_stops, settings_of
-from plugins_builtin.guards.serving.tokens import compare_tokens
+from plugins_builtin.guards.serving.generating import (
+    compare_configured_stops,
+    compare_sampling,
+    compare_stops,
+    impossible_ids,
+    settings_of,
+)
+from plugins_builtin.guards.serving.tokens import around_special, compare_files, compare_longest, compare_tokens
 
 
 @dataclass(frozen=True)
@@ -24,15 +31,16 @@ class _Side:
     stops: frozenset[int]
     """Without the tokenizer's."""
     problems: list[str]
-    is_gguf: bool
+    place: str | None
+    """The folder or file that it was loaded from."""
 
     @classmethod
     def of(cls, model: Any, place: str | None) -> _Side:
         from invarlock.api import fields_of, stop_tokens
 
-        is_gguf = place is not None and place.endswith(".gguf")
+        is_gguf = _is_gguf(place)
         fields, problems = fields_of(getattr(model, "config", None)), problems_of(model, None if is_gguf else place)
-        return cls(fields, settings_of(model), stop_tokens(model, None), problems, is_gguf)
+        return cls(fields, settings_of(model), stop_tokens(model, None), [*problems, *impossible_ids(model)], place)
 
 
 class ServingGuard(Guard):
@@ -58,12 +66,12 @@ class ServingGuard(Guard):
         return {"ready": True, "problems_in_baseline": self._baseline.problems}
 
     def validate(self, model: Any, adapter: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-        from invarlock.api import stop_tokens
+        from invarlock.api import context_of, stop_tokens
 
         if self._baseline is None:
             return {"passed": False, "action": "abort", "message": "not measured: prepare was not called"}
         before, after = self._baseline, _Side.of(model, context["edit"]["plan"].get("subject") or _place(model))
-        converted = before.is_gguf or after.is_gguf
+        converted = _is_gguf(before.place) or _is_gguf(after.place)
         found = Findings()
         fields = changed_fields(before.fields, after.fields, getattr(model, "config", None))
         # What outputs tell of a field is better than what its name does.
@@ -77,6 +85,8 @@ class ServingGuard(Guard):
         stops = before.stops | stop_tokens(None, one), after.stops | stop_tokens(None, other)
         compare_stops(*stops, one, found, converted=converted)
         if not converted:
+            configured = before.fields.get("eos_token_id"), after.fields.get("eos_token_id")
+            compare_configured_stops(*configured, stops[0] | stops[1], one, found)
             compare_sampling(before.settings, after.settings, found)
         if one is None or other is None:
             found.not_compared.append("the tokenizers: there are not two of them")
@@ -84,6 +94,9 @@ class ServingGuard(Guard):
             # Of ids that differ outputs tell, if each side read the text with its own.
             own = bool(context.get("edited")) and context["edited"].get("unit") == "byte"
             compare_tokens(one, other, found, converted=converted, measured=own)
+            compare_longest(one, other, context_of(model), found)
+            if before.place and after.place and not any(each.startswith("tokenizer:") for each in found.all):
+                compare_files(Path(before.place), Path(after.place), around_special(one), found)
         return _result(found, fields)
 
 
@@ -101,6 +114,10 @@ def _result(found: Findings, fields: list[Field]) -> dict[str, Any]:
             "causes": [{"cause": field.name, "evidence": str(field)} for field in fields[:TOP]],
         },
     }
+
+
+def _is_gguf(place: str | None) -> bool:
+    return place is not None and place.endswith(".gguf")
 
 
 def _place(model: Any) -> str | None:

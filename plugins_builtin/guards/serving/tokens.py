@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from plugins_builtin.guards.serving.findings import Findings, first_difference
@@ -26,9 +27,11 @@ PROBE = (
     "เป็นมนุษย์สุดประเสริฐ",
     "👩‍👩‍👧 🇫🇷 👍🏽 ☃ ∑∞≠ ½ ①",
     " leading,  two   three    spaces, trailing ",
+    "Spaced out , as some corpora are : it does n't matter . Does it ? No !",
     "a\r\nb\u00a0c\u200bd\u3000e\tf",
+    "cafe\u0301 \ufb01ne \uff12\uff13 \u212b",
 )
-"""English, code, numbers, nine scripts, emoji and white space."""
+"""English, code, numbers, nine scripts, emoji, white space, and characters that Unicode's normal forms compose."""
 NEEDED = ("get_vocab", "decode", "convert_ids_to_tokens", "all_special_tokens")
 """Methods that the tokenizer of a plugin's adapter may lack: text is read without them."""
 MOST_SPECIAL = 64
@@ -46,9 +49,10 @@ CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
     ),
     (
         {"role": "user", "content": "How is the weather in Oslo?"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
         {"role": "tool", "name": "weather", "content": "4 degrees"},
     ),
+    ({"role": "user", "content": [{"type": "text", "text": "Hello."}]},),
 )
 TOOLS = [
     {
@@ -60,6 +64,14 @@ TOOLS = [
         },
     }
 ]
+
+RENDERING: tuple[dict[str, Any], ...] = (
+    {"add_generation_prompt": True},
+    {"add_generation_prompt": True, "tools": TOOLS},
+    {"add_generation_prompt": True, "enable_thinking": False},
+    {"add_generation_prompt": False},
+)
+"""Arguments with which servers render a conversation: the last one is for an answer that the client has begun."""
 
 
 def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool, measured: bool) -> None:
@@ -81,7 +93,32 @@ def compare_tokens(before: Any, after: Any, found: Findings, *, converted: bool,
         one, other = (getattr(side, role, None) for side in (before, after))
         if str(one) != str(other):
             found.warn.append(f"{role}: {_shown(one)} became {_shown(other)}")
-    _compare_probe(before, after, found)
+    _compare_probe(before, after, around_special(before), found)
+
+
+def compare_files(before: Path, after: Path, special: Iterable[str], found: Findings) -> None:
+    """Add what differs between the files ``tokenizer.json`` of two folders, for servers that read no more than that.
+
+    Some classes of transformers bring rules of their own in place of those in the file.
+
+    :param special: text around the special tokens.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    files = [folder / "tokenizer.json" for folder in (before, after)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        one, other = (PreTrainedTokenizerFast(tokenizer_file=str(file)) for file in files)
+        _compare_probe(one, other, special, found, "tokenizer.json")
+
+
+def compare_longest(before: Any, after: Any, context: int | None, found: Findings) -> None:
+    """Add a longest text of the tokenizer at which servers cut what the model could read.
+
+    :param context: the most tokens that the edited model reads at once; None where it does not tell.
+    """
+    one, other = (getattr(side, "model_max_length", None) for side in (before, after))
+    if isinstance(one, int) and isinstance(other, int) and other < (most := min(one, context or one)):
+        found.warn.append(f"tokenizer: the longest text (model_max_length) became {other} tokens, {most} could be read")
 
 
 def _compare_vocabularies(before: Any, after: Any, found: Findings, measured: bool) -> None:
@@ -99,26 +136,31 @@ def _compare_vocabularies(before: Any, after: Any, found: Findings, measured: bo
         found.warn.append(f"tokenizer: {len(vocabulary.lost)} tokens are gone, {some}")
 
 
-def _compare_probe(before: Any, after: Any, found: Findings) -> None:
+def _compare_probe(before: Any, after: Any, special: Iterable[str], found: Findings, what: str = "tokenizer") -> None:
     """Add the first part of the probe text whose ids differ, or that is decoded to other text."""
-    for text in (*PROBE, *_special(before)):
+    for text in (*PROBE, *special):
         one, other = (side(text)["input_ids"] for side in (before, after))
         if difference := first_difference(one, other):
             pieces = [
                 side.convert_ids_to_tokens(ids[difference.place : difference.place + 4])
                 for side, ids in ((before, one), (after, other))
             ]
-            found.warn.append(f"tokenizer: {text!r} is split into other tokens: {pieces[0]} became {pieces[1]}")
+            found.warn.append(f"{what}: {text!r} is split into other tokens: {pieces[0]} became {pieces[1]}")
             return
-        back = first_difference(before.decode(one), after.decode(other))
+        back = first_difference(_decoded(before, one), _decoded(after, other))
         if back:
-            found.warn.append(f"tokenizer: the same ids are decoded to other text: {back}")
+            found.warn.append(f"{what}: the same ids are decoded to other text: {back}")
             return
 
 
-def _special(tokenizer: Any) -> list[str]:
-    """Text around each special token, so that one that is no longer special is split."""
-    return [f"a{token}b" for token in tokenizer.all_special_tokens[:MOST_SPECIAL]]
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """All of a text, and the text as it is shown to a reader, without special tokens."""
+    return "".join(tokenizer.decode(ids, skip_special_tokens=skipped) for skipped in (False, True))
+
+
+def around_special(tokenizer: Any) -> list[str]:
+    """Text around each special token, so that one that is no longer special is split, or takes spaces beside it."""
+    return [f"a{token}b {token} c" for token in tokenizer.all_special_tokens[:MOST_SPECIAL]]
 
 
 def _compare_templates(before: Any, after: Any, found: Findings) -> None:
@@ -135,7 +177,7 @@ def _compare_templates(before: Any, after: Any, found: Findings) -> None:
 def _rendered(tokenizer: Any) -> Iterator[str]:
     """Each conversation as a server would give it to the model; of a template that refuses one, its reason."""
     for conversation in CONVERSATIONS:
-        for options in ({"add_generation_prompt": True}, {"add_generation_prompt": True, "tools": TOOLS}):
+        for options in RENDERING:
             try:
                 # A copy: a template may change what it is given.
                 messages = json.loads(json.dumps(conversation))
