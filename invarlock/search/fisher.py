@@ -52,6 +52,15 @@ Fisher = Mapping[str, Curvature]
 """Of weights, by the name of the parameter."""
 
 
+@dataclass(frozen=True)
+class Sensitivities:
+    """The curvature of a baseline, or the reason that there is none."""
+
+    fisher: Fisher | None
+    missing: str = ""
+    """The reason; empty where there is no need of one."""
+
+
 def fisher_of(
     model: nn.Module, windows: Windows, targets: Sequence[WeightTarget], *, task: Predicted, seed: int
 ) -> Fisher:
@@ -115,7 +124,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def _squared_into(model: nn.Module, targets: Sequence[WeightTarget], sums: Mapping[str, _Sums]) -> Iterator[None]:
     """Meanwhile only the targets have gradients; the squares of each are added, and it is freed."""
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def add(target: WeightTarget, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -123,9 +132,11 @@ def _squared_into(model: nn.Module, targets: Sequence[WeightTarget], sums: Mappi
             sums[target.parameter_name].add(target.layout.matrices(gradient))
 
     with ExitStack() as stack:
-        for parameter, wanted in asked:
+        for parameter, wanted, gradient in asked:
+            stack.callback(setattr, parameter, "grad", gradient)
             stack.callback(parameter.requires_grad_, wanted)
             parameter.requires_grad_(False)
+            parameter.grad = None
         for target in targets:
             target.parameter.requires_grad_(True)
             hook = target.parameter.register_post_accumulate_grad_hook(partial(add, target))  # type: ignore[no-untyped-call]
