@@ -38,6 +38,8 @@ def sensitivities_for_shares(guarding: Guarding, model: nn.Module, targets: Sequ
         return Sensitivities(None, f"{task.name} models predict no tokens")
     if guarding.baseline.sharding is not None or session.ranks.size > 1:
         return Sensitivities(None, "several processes share the run")
+    if session.reference is not None:
+        return session.reference.sensitivities
     with session.clock.stage("sensitivities"):
         window, seed = few_tokens(guarding.windows[0], task.predicted), session.config.dataset.seed
         return _measured(model, window, targets, task.predicted, seed)

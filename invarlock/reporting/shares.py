@@ -41,11 +41,11 @@ def contributions_line(report: Report) -> str:
         return ""
     parts = []
     if found.rise is not None:
-        parts.append(f"on the final windows the loss rises by {shown(found.rise, NATS)}")
+        parts.append(f"the loss rises by {shown(found.rise, NATS)} on the final windows")
     if found.not_predicted:
-        parts.append(f"shares of the weights: not measured, {found.not_predicted}")
+        parts.append(f"their shares are not measured: {found.not_predicted}")
     else:
-        parts.append(f"{shown(found.predicted, NATS)} predicted")
+        parts.append(f"a rise by {shown(found.predicted, NATS)} is predicted")
     if found.additivity is not None:
         parts.append(f"put back one by one, weights give {shown(found.additivity)} times what they do together")
     return "; ".join(parts)

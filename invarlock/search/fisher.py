@@ -42,6 +42,11 @@ class Curvature:
         of_rows = (change.square_() @ self.columns.unsqueeze(-1)).squeeze(-1)
         return 0.5 * float((of_rows * self.rows).sum())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight (..., out, in)."""
+        return (*self.rows.shape, self.columns.shape[-1])
+
     def even(self, of_rows: float) -> Curvature:
         """One of the same shape in which no row and no column matters more than any other."""
         columns = torch.full_like(self.columns, 1 / self.columns.shape[-1])

@@ -15,6 +15,7 @@ from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
+from invarlock.search.fisher import Curvature, Sensitivities
 
 FORGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 """Exceptions of a tree that is not of this form."""
@@ -107,6 +108,22 @@ def noise_of(tree: Mapping[str, Any]) -> NoiseRun:
     if type(run.how) is not str or not all(type(value) is float and math.isfinite(value) for value in figures):
         raise ValueError("noise of no numbers")
     return run
+
+
+def tree_of_sensitivities(known: Sensitivities) -> dict[str, Any]:
+    fisher = {name: {"rows": each.rows, "columns": each.columns} for name, each in (known.fisher or {}).items()}
+    return {"weights": fisher, "missing": known.missing}
+
+
+def sensitivities_of(tree: Mapping[str, Any]) -> Sensitivities:
+    """:raises ValueError: rows and columns are not factors of a curvature."""
+    fisher = {name: Curvature(**each) for name, each in tree["weights"].items()}
+    for name, each in fisher.items():
+        for part in (each.rows, each.columns):
+            _check(part, name, torch.float32, each.rows.ndim)
+            if not part.ndim or float(part.min()) < 0:
+                raise ValueError(f"{name} is not a curvature")
+    return Sensitivities(fisher or None, str(tree["missing"]))
 
 
 def whole(value: Any) -> int:
