@@ -38,7 +38,7 @@ class Resuming:
 
     model: nn.Module
     blocks: Sequence[nn.Module]
-    starts: Collection[int]
+    starts: Collection[int] = ()
     """Places of blocks that later runs may begin at."""
     is_sequence: bool = True
     """False once blocks did not run one after the other, each once."""
@@ -75,7 +75,8 @@ class Resuming:
         :raises KeyError: in the run, of another batch.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._batch_noted())
+            if start:
+                stack.enter_context(self._batch_noted())
             for block in self.blocks[:start]:
                 stack.enter_context(_forward_of(block, lambda *_, **__: self._returned[start, self._ids]))
             yield

@@ -21,7 +21,6 @@ from invarlock.datasets.layout import Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.resuming import Resuming, first_blocks_of, sequence_of_blocks
 from invarlock.evaluation.task import LanguageTask
-from invarlock.models.batches import batch_size
 from invarlock.models.facts import device_of, text_config_of
 from invarlock.models.snapshot import has_room
 from invarlock.pipeline.session import Baseline
@@ -68,19 +67,28 @@ class PuttingBack:
     loss_before: float
     """Of the baseline, nats per token."""
     rise: float
-    _resuming: Resuming | None = None
     _starts: dict[int, int] = field(default_factory=dict)
-    """The block that a run begins at, by the id of the parameter that it was run for."""
+    """The block that a run begins at, by the id of the parameter that it is for; empty until outputs are recorded."""
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
+    def __post_init__(self) -> None:
+        self._blocks = sequence_of_blocks(self.model)
+        self._resuming = Resuming(self.model, [*self._blocks.values()])
+
     def parts(self, changes: Sequence[ChangedWeight]) -> Parts:
-        self._record(changes)
-        alone = [self._recovered([change]) for change in changes]
+        starts = self._starts_of(changes)
+        self._resuming.starts = {*starts.values()}
+        deepest = max(changes, key=lambda change: starts.get(id(change.parameter), 0))
+        # No block before it depends on it.
+        with self._resuming.recording() if starts else nullcontext():
+            first = self._recovered([deepest])
+        self._starts = starts
+        alone = [first if change is deepest else self._recovered([change]) for change in changes]
         # With noise the rise is that without this weight's change, and what the noise adds.
         noise = [
             self._rise_with_noise(change) - (self.rise - part) for change, part in zip(changes, alone, strict=True)
         ]
-        together = alone[0] if len(alone) == 1 else self._recovered(changes)
+        together = first if len(changes) == 1 else self._recovered(changes)
         return Parts(alone, noise, sum(alone) / together if together else None)
 
     def _recovered(self, changes: Sequence[ChangedWeight]) -> float:
@@ -106,34 +114,30 @@ class PuttingBack:
         return float(measured.losses.sum() / measured.tokens.sum()) - self.loss_before
 
     def _run(self, final: Windows, start: int = 0) -> PassResult:
-        with self._resuming.beginning_at(start) if self._resuming and start else nullcontext():
+        with self._resuming.beginning_at(start):
             measured, _ = self.baseline.run_pass(self.model, (final[:0], final), "attribution")
         return measured
 
     # -- beginning at a block ------------------------------------------------------------------------------------------
 
-    def _record(self, changes: Sequence[ChangedWeight]) -> None:
-        """Run the whole edited model once, so that later runs can begin at the blocks of these weights."""
-        task, blocks = self.baseline.task, sequence_of_blocks(self.model)
-        if not isinstance(task, LanguageTask) or task.predicted != "causal" or self.baseline.session.ranks.size > 1:
-            return
-        first = first_blocks_of(self.model, blocks)
-        starts = {id(change.parameter): first[id(change.parameter)] for change in changes}
-        if not _saves_a_run([*starts.values()], len(blocks)) or not self._has_room({*starts.values()}):
-            return
-        resuming = Resuming(self.model, [*blocks.values()], {*starts.values()})
-        with resuming.recording():
-            whole = self._run(self.final)
-        if resuming.is_sequence:
-            self._resuming = resuming
-            can = {start for start in resuming.starts if self._reproduces(whole, start)}
-            self._starts = {parameter: start for parameter, start in starts.items() if start in can}
+    def _starts_of(self, changes: Sequence[ChangedWeight]) -> dict[int, int]:
+        """The block that reads each weight first, by the id of the parameter, where a run can begin there."""
+        task, first = self.baseline.task, first_blocks_of(self.model, self._blocks)
+        found = {id(change.parameter): first[id(change.parameter)] for change in changes}
+        wanted = {start for start in found.values() if start}
+        causal = isinstance(task, LanguageTask) and task.predicted == "causal"
+        if not wanted or not causal or self.baseline.session.ranks.size > 1 or not self._has_room(wanted):
+            return {}
+        window, self._resuming.starts = self.final[:1], wanted
+        with self._resuming.recording():
+            whole = self._run(window)
+        can = {start for start in wanted if self._resuming.is_sequence and self._reproduces(whole, window, start)}
+        return {parameter: start for parameter, start in found.items() if start in can}
 
-    def _reproduces(self, whole: PassResult, start: int) -> bool:
-        """True if a run from a block on gives the losses of the whole model, to the last bit, on the first batch."""
-        batch = self.final[: batch_size(self.model, self.final.length)]
+    def _reproduces(self, whole: PassResult, window: Windows, start: int) -> bool:
+        """True if a run from a block on gives the losses of the whole model, to the last bit."""
         try:
-            return np.array_equal(self._run(batch, start).losses, whole.losses[: len(batch)])
+            return np.array_equal(self._run(window, start).losses, whole.losses)
         except Exception as error:
             # Later blocks may read what earlier ones leave elsewhere, as keys and values that they share.
             log.info("the model cannot run from block %d on: %s", start, one_line(error))
@@ -146,8 +150,3 @@ class PuttingBack:
             return False
         nbytes = len(starts) * self.final.input_ids.numel() * size * next(self.model.parameters()).element_size()
         return has_room(nbytes, device_of(self.model))
-
-
-def _saves_a_run(starts: Sequence[int], blocks: int) -> bool:
-    """True if what is left out comes to more than the run that is recorded: two for each weight, one for all."""
-    return blocks > 0 and (2 * sum(starts) + min(starts)) / blocks > 1
