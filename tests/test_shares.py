@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import tiny_models
 import torch
-from conftest import DEMO, read_report
+from conftest import DEMO, read_report, slow
 from torch import nn
 
 from invarlock.checkpoints import tensor_tree
@@ -122,7 +122,7 @@ def test_gradients_that_were_there_stay() -> None:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("final", ["auto", "6"], ids=["the baseline is kept", "the baseline is gone"])
+@pytest.mark.parametrize("final", ["auto", *slow("6")], ids=["the baseline is kept", "the baseline is gone"])
 def test_an_edit_of_somebody_else_has_shares(invarlock, config, demo, final: str) -> None:
     arguments = ("compare", "--baseline", BASELINE, "-c", config(), "--set", f"dataset.final_n={final}")
     invarlock(*arguments, "--set", "dataset.max_n=8", "--subject", hurt(demo, "subject"), "--out", "out")
@@ -205,7 +205,7 @@ def test_shares_that_cannot_be_had_are_not_measured(invarlock, module, config, a
 # -- runs that begin at a block ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [architectures.llama, architectures.gpt2, architectures.mixtral])
+@pytest.mark.parametrize("build", [architectures.llama, architectures.gpt2, *slow(architectures.mixtral)])
 def test_a_run_from_a_block_on_is_the_whole_run(build: Callable[[], nn.Module]) -> None:
     model = build().eval()
     blocks = [*sequence_of_blocks(model).values()]

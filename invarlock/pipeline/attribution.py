@@ -82,11 +82,11 @@ def _changes(edited: Edited, fisher: Fisher | None) -> Iterator[ChangedWeight]:
     for module in (each for each in edited.modules if each.is_changed):
         names = (name for name in (module.name, f"{module.name}.weight") if name in parameters and name in before)
         name = next(names, None)
-        if name is None or before[name].shape != parameters[name].shape:
+        if name is None:
             continue
         read = partial(_read, before, name, parameters[name])
-        change = parameters[name].float() - read().float()
-        if change.any():
+        old, new = read(), parameters[name]
+        if old.shape == new.shape and (change := new.float() - old.float()).any():
             predicted = _predicted(targets.get(name), fisher or {}, change)
             yield ChangedWeight(module.name, parameters[name], read, predicted, module.relative_error or 0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -20,7 +21,7 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.quantization.selection import WeightTarget
 from invarlock.search.fisher import Sensitivities, fisher_of
 
-TOKENS = 96
+TOKENS = 80
 """Of one window. Forward and back, they take about as long as a window of 256 does forward; a run has dozens."""
 COPIES = 3
 """Of the inputs and outputs of all weights and of the largest gradient: they are kept, and squared in float32."""
@@ -36,13 +37,13 @@ def sensitivities_for_shares(guarding: Guarding, model: nn.Module, targets: Sequ
         return Sensitivities(None, "the outputs are not measured")
     if not isinstance(task, LanguageTask):
         return Sensitivities(None, f"{task.name} models predict no tokens")
-    if guarding.baseline.sharding is not None or session.ranks.size > 1:
-        return Sensitivities(None, "several processes share the run")
+    if guarding.baseline.sharding is not None:
+        return Sensitivities(None, "the weights are spread over processes")
     if session.reference is not None:
         return session.reference.sensitivities
     with session.clock.stage("sensitivities"):
         window, seed = few_tokens(guarding.windows[0], task.predicted), session.config.dataset.seed
-        return _measured(model, window, targets, task.predicted, seed)
+        return session.ranks.from_first(partial(_measured, model, window, targets, task.predicted, seed))
 
 
 def few_tokens(preview: Windows, task: Predicted) -> Windows:
