@@ -22,7 +22,7 @@ from invarlock.quantization.selection import WeightTarget
 from invarlock.search.fisher import Sensitivities, fisher_of
 
 TOKENS = 80
-"""Of one window. Forward and back, they take 1.4 times as long as one of 256 does forward, of which a run has dozens."""
+"""Of one window. Forward and back, they take 1.4 times as long as one of 256 forward; a run has dozens."""
 COPIES = 3
 """Of the inputs and outputs of all weights and of the largest gradient: they are kept, and squared in float32."""
 
