@@ -211,8 +211,9 @@ class EvalConfig(_Section):
         int,
         Ge(0),
         "Weights to put back one at a time, those first that contribute most to the predicted rise of the loss, to "
-        "measure the part of it that each is responsible for; each takes two more passes over the final windows. The "
-        "prediction, by gradients of the baseline, takes about as long as three passes over the preview windows.",
+        "measure the part of it that each is responsible for; each takes two more passes over the final windows, of "
+        "what follows its block where blocks are a plain sequence. The prediction is then by gradients on all preview "
+        "windows, which takes about as long as three passes over them.",
     ] = 0
     max_pm_ratio: Annotated[
         float, Ge(1.0), IsFinite, "Limit of the ratio edited / baseline; the interval's upper end is held against it."

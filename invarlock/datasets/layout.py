@@ -111,9 +111,12 @@ class Windows:
     def trimmed(self) -> Windows:
         """Without the padding on the right that all of the windows share."""
         seen = self.attention_mask.any(dim=0).nonzero()
-        used = int(seen.max()) + 1 if len(seen) else 0
+        return self.cut(int(seen.max()) + 1 if len(seen) else 0)
+
+    def cut(self, tokens: int) -> Windows:
+        """The first tokens of each; images, sounds and what has a length of its own stay whole."""
         tensors, shape = self._tensors(), self.input_ids.shape
-        return self._of({name: each[:, :used] if each.shape == shape else each for name, each in tensors.items()})
+        return self._of({name: each[:, :tokens] if each.shape == shape else each for name, each in tensors.items()})
 
     def equal(self, other: Windows) -> bool:
         """Compare all tensors; those of different shapes differ."""

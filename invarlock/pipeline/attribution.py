@@ -1,79 +1,72 @@
-"""Attribution of the rise of the loss to the changed weights: as predicted, and measured by putting back one at a time.
-
-All others stay edited while a weight is put back, and the whole model runs over the final windows. The control is a
-random change of the same norm in the same weight: it tells an edit that hits where it hurts from one that is merely
-large.
-"""
+"""Attribution of the rise of the loss to the changed weights: as predicted, and measured where that is asked for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from invarlock.datasets.layout import Windows
 from invarlock.evaluation.results import Number
 from invarlock.evaluation.task import LanguageTask
 from invarlock.pipeline.attempts import Edited
 from invarlock.pipeline.guarding import Guarding
+from invarlock.pipeline.putting_back import ChangedWeight, PuttingBack
+from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import AttributionSection, MetricsSection, ModuleRise, WindowsSection
-from invarlock.search.fisher import Fisher
+from invarlock.search.fisher import Fisher, Sensitivities
 
 
 def attribute(guarding: Guarding, edited: Edited, metrics: MetricsSection) -> AttributionSection | None:
-    """The rise of the loss weight by weight; None where it was not measured, or nobody asked for it.
+    """The rise of the loss weight by weight; None where no weight was changed.
 
-    It is predicted where the curvature of the baseline is at hand, and measured for the first ``eval.attribute``.
+    It is predicted where the curvature of the baseline can be had, and measured for the first ``eval.attribute``.
     """
-    windows, wanted = metrics.windows, guarding.config.eval.attribute
-    asked = wanted or guarding.fisher
-    whole = guarding.baseline.sharding is None and not edited.watched.streamed and edited.same_text is None
-    if windows is None or not asked or not whole or not isinstance(guarding.baseline.task, LanguageTask):
+    changed = {module.name for module in edited.modules if module.is_changed}
+    if not changed:
+        return None
+    known, wanted = _sensitivities(guarding, edited, changed), guarding.config.eval.attribute
+    losses = _losses(guarding, metrics.windows)
+    rise = losses[1] - losses[0] if losses else None
+    in_memory = guarding.baseline.sharding is None and not edited.watched.streamed
+    with torch.no_grad():
+        asked = in_memory and (known.fisher or wanted)
+        changes = sorted(_changes(edited, known.fisher), key=lambda change: change.place) if asked else []
+        modules, total = _predicted_parts(changes)
+        additivity, first = None, changes[:wanted]
+        if first and losses and metrics.windows and edited.same_text is None:
+            final = guarding.final_windows(len(metrics.windows.tokens))
+            parts = PuttingBack(guarding.baseline, edited.model, final, losses[0], losses[1] - losses[0]).parts(first)
+            additivity = parts.additivity
+            for place, (part, noise) in enumerate(zip(parts.alone, parts.noise, strict=True)):
+                modules[place] = replace(modules[place], measured=part, noise=noise)
+    missing = known.missing or ("" if modules else "no changed weight can be held against the baseline's")
+    return AttributionSection(rise, total if known.fisher and modules else None, additivity, modules, missing)
+
+
+def _sensitivities(guarding: Guarding, edited: Edited, changed: set[str]) -> Sensitivities:
+    """Those of the baseline; measured now, at the weights that were changed, if it is still there."""
+    if guarding.fisher:
+        return Sensitivities(guarding.fisher)
+    if edited.watched.streamed and guarding.windows is not None:
+        return Sensitivities(None, "the weights stay on disk")
+    if guarding.sensitivities is None and edited.bring_baseline is not None:
+        with edited.bring_baseline() as model:
+            targets = [target for target in find_weights(model) if not changed.isdisjoint(target.names)]
+            guarding.sensitivities = sensitivities_for_shares(guarding, model, targets)
+    return guarding.sensitivities or Sensitivities(None, "the outputs are not measured")
+
+
+def _losses(guarding: Guarding, windows: WindowsSection | None) -> tuple[float, float] | None:
+    """Of the baseline and the edited model, nats per token; None where they are not finite, or of something else."""
+    if windows is None or not isinstance(guarding.baseline.task, LanguageTask):
         return None
     before, after = (_loss_of(windows, losses) for losses in (windows.baseline, windows.edited))
-    rise = after - before
-    if not math.isfinite(rise):
-        return None
-    with torch.no_grad():
-        changes = sorted(_changes(edited, guarding.fisher), key=lambda change: change.place)
-        total = math.fsum(change.predicted or 0.0 for change in changes)
-        modules = [ModuleRise(each.name, each.predicted, each.share_of(total)) for each in changes]
-        final, first = guarding.final_windows(len(windows.tokens)), changes[:wanted]
-        measuring = _Measuring(guarding, edited, final, before, rise)
-        alone = [measuring.recovered([change]) for change in first]
-        for place, (change, part) in enumerate(zip(first, alone, strict=True)):
-            # With noise the rise is that without this weight's change, and what the noise adds.
-            noise = measuring.rise_with_noise(change) - (rise - part)
-            modules[place] = replace(modules[place], measured=part, noise=noise)
-        together = measuring.recovered(first) if first else 0.0
-    additivity = math.fsum(alone) / together if together else None
-    return AttributionSection(rise, total if guarding.fisher else None, additivity, modules)
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A changed weight of a model, and what it was."""
-
-    name: str
-    parameter: Tensor
-    before: Callable[[], Tensor]
-    """Reads what it was."""
-    predicted: float | None
-    relative_error: float
-
-    @property
-    def place(self) -> tuple[float, float]:
-        """Small for what is measured first: what contributes most, as far as that is known."""
-        return -(self.predicted or 0.0), -self.relative_error
-
-    def share_of(self, total: float) -> float | None:
-        return None if self.predicted is None or not total else self.predicted / total
+    return (before, after) if math.isfinite(before) and math.isfinite(after) else None
 
 
 def _loss_of(windows: WindowsSection, losses: Sequence[Number]) -> float:
@@ -82,21 +75,20 @@ def _loss_of(windows: WindowsSection, losses: Sequence[Number]) -> float:
     return math.fsum(map(float, losses)) / tokens if tokens else math.nan
 
 
-def _changes(edited: Edited, fisher: Fisher | None) -> Iterator[_Change]:
+def _changes(edited: Edited, fisher: Fisher | None) -> Iterator[ChangedWeight]:
     """Weights that can be put back: those of the baseline's shape."""
     before, parameters = edited.baseline_weights or {}, dict(edited.model.named_parameters())
     targets = {target.parameter_name: target for target in find_weights(edited.model)}
     for module in (each for each in edited.modules if each.is_changed):
         names = (name for name in (module.name, f"{module.name}.weight") if name in parameters and name in before)
         name = next(names, None)
-        if name is None or before[name].shape != parameters[name].shape:
+        if name is None:
             continue
-        parameter = parameters[name].detach()
-        read = partial(_read, before, name, parameter)
-        change = parameter.float() - read().float()
-        if change.any():
+        read = partial(_read, before, name, parameters[name])
+        old, new = read(), parameters[name]
+        if old.shape == new.shape and (change := new.float() - old.float()).any():
             predicted = _predicted(targets.get(name), fisher or {}, change)
-            yield _Change(module.name, parameter, read, predicted, module.relative_error or 0.0)
+            yield ChangedWeight(module.name, parameters[name], read, predicted, module.relative_error or 0.0)
 
 
 def _read(before: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
@@ -104,48 +96,22 @@ def _read(before: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 def _predicted(target: WeightTarget | None, fisher: Fisher, change: Tensor) -> float | None:
-    """The predicted rise, nats per token, from a change of a weight, which is overwritten."""
+    """The predicted rise, nats per token, from a change of a weight, which is overwritten; infinite of NaN."""
     if target is None or target.parameter_name not in fisher:
         return None
     curvature = fisher[target.parameter_name]
     # A weight that no window reaches, as of an expert, has no curvature.
-    return curvature.rise(target.layout.matrices(change).contiguous()) if curvature.rows.any() else 0.0
+    rise = curvature.rise(target.layout.matrices(change).contiguous()) if curvature.rows.any() else 0.0
+    return math.inf if math.isnan(rise) else rise
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    """An edited model whose weights are put back, and its loss with all of them edited."""
-
-    guarding: Guarding
-    edited: Edited
-    final: Windows
-    """That both models were run over."""
-    loss_before: float
-    """Of the baseline, nats per token."""
-    rise: float
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def recovered(self, changes: Sequence[_Change]) -> float:
-        """The part of the rise that goes if these weights are put back."""
-        return self.rise - self._rise_with([(change.parameter, change.before()) for change in changes])
-
-    def rise_with_noise(self, change: _Change) -> float:
-        """The rise with a random change of the same norm in place of a weight's own."""
-        before = change.before()
-        norm = torch.linalg.vector_norm(change.parameter.float() - before.float())
-        noise = torch.randn(before.shape, generator=self.generator).to(before.device)
-        other = (before.float() + noise * (norm / torch.linalg.vector_norm(noise))).to(before.dtype)
-        return self._rise_with([(change.parameter, other)])
-
-    def _rise_with(self, values: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """The rise of the loss, nats per token, with some weights set to other values meanwhile."""
-        with ExitStack() as stack:
-            for parameter, value in values:
-                stack.callback(parameter.copy_, parameter.clone())
-                parameter.copy_(value)
-            return self._loss() - self.loss_before
-
-    def _loss(self) -> float:
-        windows = self.final[:0], self.final
-        measured, _ = self.guarding.baseline.run_pass(self.edited.model, windows, "attribution")
-        return float(measured.losses.sum() / measured.tokens.sum())
+def _predicted_parts(changes: Sequence[ChangedWeight]) -> tuple[list[ModuleRise], float]:
+    """The predicted part of each weight, and their sum."""
+    total = sum(change.predicted or 0.0 for change in changes)
+    has_shares = 0 < total < math.inf
+    return [
+        ModuleRise(
+            each.name, each.predicted, each.predicted / total if has_shares and each.predicted is not None else None
+        )
+        for each in changes
+    ], total

@@ -139,7 +139,7 @@ class _Comparison:
         block = block_of(self._modules, norm)
         for target in dict.fromkeys(self._weights.values()):
             path, shape = target.parameter_name.rpartition(".")[0], target.parameter.shape
-            if block_of(self._modules, path) != block or _width(target) != size:
+            if block_of(self._modules, path) != block or target.matrix_shape[-1] != size:
                 continue
             old, new = self._before.get(target.parameter_name), target.parameter.detach().view(shape)
             if old is None or old.shape != shape:
@@ -148,11 +148,6 @@ class _Comparison:
             if (scales := column_scales(before, after)) is not None:
                 # Blocks may be spread over devices, a norm over others than its readers.
                 yield target.name, scales.cpu()
-
-
-def _width(target: WeightTarget) -> int:
-    """Number of inputs of a weight, without reading it."""
-    return target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
 
 
 def _some_rows(target: WeightTarget, weight: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from invarlock.pipeline.own_tokenizer import Choice, read_with
 from invarlock.pipeline.planning.contributions import fisher_or_none
 from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import SUBJECT, Baseline, Session, WindowPair
+from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.pipeline.stored_formats import formats_of, named_by_format
 from invarlock.pipeline.subject import Subject, load
 from invarlock.pipeline.tasks import find_task
@@ -136,9 +137,13 @@ def _prepare_baseline(
     steps = session.config.dataset.is_stepped and windows is not None
     kept = watched if steps and isinstance(watched, Loaded) and _has_room_for_another(model) else None
     guarding.begin(model, watched, comes_back=kept is not None)
+    kept = None if guarding.is_whole else kept
     if session.config.eval.attribute and guarding.ready:
         guarding.fisher = fisher_or_none(guarding, model, find_weights(model))
-    return guarding, weights, None if guarding.is_whole else kept, Gone.of(watched)
+    if guarding.ready and guarding.fisher is None and kept is None:
+        # Later it is gone; a baseline that is kept is asked once it is known which weights differ.
+        guarding.sensitivities = sensitivities_for_shares(guarding, model, find_weights(model))
+    return guarding, weights, kept, Gone.of(watched)
 
 
 def _has_room_for_another(model: torch.nn.Module) -> bool:

@@ -43,7 +43,7 @@ from invarlock.plugins.observation import Observation
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 if TYPE_CHECKING:
-    from invarlock.search.fisher import Fisher
+    from invarlock.search.fisher import Fisher, Sensitivities
 
 log = logging.getLogger("invarlock")
 
@@ -69,7 +69,9 @@ class Guarding:
     """The edited model is another checkpoint."""
     prepared: Sequence[PrepareResult] = ()
     fisher: Fisher | None = None
-    """Curvature of the baseline, once it was measured."""
+    """Curvature of the baseline on the preview windows, once it was measured."""
+    sensitivities: Sensitivities | None = None
+    """The same from a few tokens; None while it was not asked for."""
     pass_again: str = ""
     """The reason that the baseline's pass was run in spite of a reference."""
     _stepping: Stepping | None = None

@@ -29,6 +29,7 @@ from invarlock.pipeline.planning.searching import Search, check_held, check_targ
 from invarlock.pipeline.planning.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
 from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import Baseline, Session
+from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_weights
@@ -112,6 +113,8 @@ def _plans(
         retries.fisher = guarding.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)
     elif guarding.ready and config.eval.attribute:
         guarding.fisher = fisher_or_none(guarding, baseline.model, retries.targets)
+    if guarding.ready and guarding.fisher is None:
+        guarding.sensitivities = sensitivities_for_shares(guarding, baseline.model, retries.targets)
     return retries
 
 

@@ -35,6 +35,11 @@ class WeightTarget:
     names: tuple[str, ...]
     """Every name that patterns are matched against: of the module and of the parameter, wherever it is tied in."""
 
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """(..., out, in), without reading the weight."""
+        return self.layout.matrices(torch.empty(self.parameter.shape, device="meta")).shape
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedWeight:
@@ -56,7 +61,7 @@ class PlannedWeight:
         weights = target.parameter.numel()
         if scheme is None:
             return weights * 8 * target.parameter.element_size()
-        columns = target.layout.matrices(torch.empty(target.parameter.shape, device="meta")).shape[-1]
+        columns = target.matrix_shape[-1]
         groups = math.ceil(columns / scheme.group_size) if scheme.group_size else 1
         scales = weights // columns * groups if scheme.per_channel else 1
         zero_points = 0 if scheme.symmetric else scheme.bitwidth

@@ -19,8 +19,6 @@ from invarlock.reporting.plain_data import Node
 from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.report import MetricsSection, Report
 
-MOST_CONTRIBUTIONS = 10
-"""As many as suspects; report.json has them all."""
 NOT_SAVED = "not saved"
 
 
@@ -59,27 +57,6 @@ def size_line(report: Report) -> str:
         f"{shown_bytes(int(parameters * bits / 8))} ({shown(bits, 'bits')} per parameter)" for bits in (before, after)
     ]
     return f"{' before, '.join(sizes)} after, scales not counted"
-
-
-def contributions(report: Report) -> list[tuple[str, str, str, str, str]]:
-    """The weights that contribute most to the rise of the loss: predicted, its share, measured, the control."""
-    modules = report.attribution.modules if report.attribution else []
-    return [
-        (each.module, shown(each.predicted), shown(each.share, "%"), shown(each.measured), shown(each.noise))
-        for each in modules[:MOST_CONTRIBUTIONS]
-    ]
-
-
-def contributions_line(report: Report) -> str:
-    """The whole of it; empty where it was not measured."""
-    found = report.attribution
-    if found is None or not found.modules:
-        return ""
-    predicted = "" if found.predicted is None else f", {shown(found.predicted)} predicted"
-    added = ""
-    if found.additivity is not None:
-        added = f"; put back one by one, weights give {shown(found.additivity)} times what they do together"
-    return f"the loss rises by {shown(found.rise, 'nats per token')}{predicted}{added}"
 
 
 def saved_line(run: SavedReport) -> str:

@@ -230,14 +230,16 @@ class ModuleRise:
 class AttributionSection:
     """The rise of the loss on the final windows, weight by weight."""
 
-    rise: Number
-    """Measured with all weights edited, nats per token."""
+    rise: Number | None
+    """Measured with all weights edited, nats per token; null where the model gives tokens no finite loss."""
     predicted: Number | None
     """The sum of all predicted parts."""
     additivity: Number | None
     """The measured parts, one by one, over that of the same weights put back together."""
     modules: list[ModuleRise]
     """The largest contributions first."""
+    not_predicted: str = ""
+    """The reason that no part is predicted; empty where they are."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class Report:
     sections: list[ReportSection] = field(default_factory=list)
     """Sections of plugins, of ``invarlock_report_sections``."""
     attribution: AttributionSection | None = None
-    """Null where it was not asked for: of a run that was repaired it is there, and with ``eval.attribute``."""
+    """Null where no weight was changed."""
     search: SearchSection | None = None
     """Null where the bits were given."""
     what_next: list[NextStep] = field(default_factory=list)

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from invarlock.core.text import markdown, markdown_code
-from invarlock.reporting import describing, facts, searches
+from invarlock.reporting import describing, facts, searches, shares
 
 if TYPE_CHECKING:
     import jinja2
@@ -31,7 +31,7 @@ def environment(*, html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    wording = {**vars(describing), **vars(facts), **vars(searches)}
+    wording = {**vars(describing), **vars(facts), **vars(searches), **vars(shares)}
     made.filters |= {"breakable": breakable, "code": _code, "raw": _Raw}
     made.filters |= {name: put for name, put in wording.items() if callable(put) and name.islower()}
     return made

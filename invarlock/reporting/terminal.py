@@ -13,7 +13,7 @@ from rich.table import Table
 from invarlock.core.results import Action
 from invarlock.core.sections import ReportSection
 from invarlock.core.text import on_one_line
-from invarlock.reporting import describing, facts, searches
+from invarlock.reporting import describing, searches, shares
 from invarlock.reporting.comparing import SideBySide
 from invarlock.reporting.describing import NOT_MEASURED
 from invarlock.reporting.reading import SavedReport
@@ -113,11 +113,13 @@ def _lines(report: Report) -> Iterator[str]:
     for gap in report.coverage.gaps:
         if gap.action is Action.CONTINUE:  # The others are among the reasons.
             yield f"  - {_line(gap.sentence)}"
-    if line := facts.contributions_line(report):
-        yield f"rise     {_line(line)}"
-        for module, predicted, share, measured, noise in facts.contributions(report):
-            alone = f", put back alone {measured}, noise of the same norm {noise}" if measured != NOT_MEASURED else ""
-            yield f"  - {_line(module)}: predicted {predicted} ({share}){alone}"
+    if line := shares.shares_line(report):
+        yield f"shares   {_line(line)}"
+    if measured := shares.put_back(report):
+        yield f"rise     {_line(shares.contributions_line(report))}"
+        for part in measured:
+            alone, noise = describing.shown(part.measured), describing.shown(part.noise)
+            yield f"  - {_line(part.module)}: put back alone {alone}, noise of the same norm {noise}"
     if report.model.restored is not None:
         yield f"model    {'restored bit for bit' if report.model.restored else 'NOT RESTORED'}"
     if report.search:

@@ -42,6 +42,11 @@ class Curvature:
         of_rows = (change.square_() @ self.columns.unsqueeze(-1)).squeeze(-1)
         return 0.5 * float((of_rows * self.rows).sum())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight (..., out, in)."""
+        return (*self.rows.shape, self.columns.shape[-1])
+
     def even(self, of_rows: float) -> Curvature:
         """One of the same shape in which no row and no column matters more than any other."""
         columns = torch.full_like(self.columns, 1 / self.columns.shape[-1])
@@ -50,6 +55,15 @@ class Curvature:
 
 Fisher = Mapping[str, Curvature]
 """Of weights, by the name of the parameter."""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The curvature of a baseline, or the reason that there is none."""
+
+    fisher: Fisher | None
+    missing: str = ""
+    """The reason; empty where there is no need of one."""
 
 
 def fisher_of(
@@ -115,7 +129,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def _squared_into(model: nn.Module, targets: Sequence[WeightTarget], sums: Mapping[str, _Sums]) -> Iterator[None]:
     """Meanwhile only the targets have gradients; the squares of each are added, and it is freed."""
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def add(target: WeightTarget, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -123,9 +137,11 @@ def _squared_into(model: nn.Module, targets: Sequence[WeightTarget], sums: Mappi
             sums[target.parameter_name].add(target.layout.matrices(gradient))
 
     with ExitStack() as stack:
-        for parameter, wanted in asked:
+        for parameter, wanted, gradient in asked:
+            stack.callback(setattr, parameter, "grad", gradient)
             stack.callback(parameter.requires_grad_, wanted)
             parameter.requires_grad_(False)
+            parameter.grad = None
         for target in targets:
             target.parameter.requires_grad_(True)
             hook = target.parameter.register_post_accumulate_grad_hook(partial(add, target))  # type: ignore[no-untyped-call]

@@ -80,7 +80,7 @@ class Search:
         self._began, self._confirms = time.monotonic(), False
         with keys_named():
             targets = select_targets(self._model, self._config.edit.plan)
-        self._fisher = measured_sensitivities(guarding, self._model, targets)
+        self._fisher = guarding.fisher = measured_sensitivities(guarding, self._model, targets)
         with guarding.session.clock.stage("candidates"):
             self._decisions = self._candidates(targets, _Held(export, self._model, guarding.baseline.tokenizer))
         self._state = SearchState.opened(folder, _digest(self._config, keeper.baseline.digest, frontier=frontier))

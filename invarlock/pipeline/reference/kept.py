@@ -36,6 +36,8 @@ from invarlock.pipeline.reference.tree import (
     noise_of,
     pass_of,
     record_of,
+    sensitivities_of,
+    tree_of_sensitivities,
     tree_of_step,
     tree_of_windows,
     whole,
@@ -44,10 +46,13 @@ from invarlock.pipeline.reference.tree import (
 from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
+from invarlock.quantization.selection import find_weights
+from invarlock.search.fisher import Fisher, Sensitivities
 
 FORMAT_VERSION, FILE = "reference-v1", "reference.json"
 KEY = "--reference"
 REMEDY = "make it again with invarlock reference"
+OF_EARLIER_BUILDS = Sensitivities(None, f"the reference holds no sensitivities; {REMEDY}")
 DIGITS = 32
 """Of the shortest digest: it says nothing to a reader."""
 Facts = Mapping[str, Any]
@@ -99,6 +104,8 @@ class Reference:
     guards: Sequence[Mapping[str, Any]] = ()
     """Of each guard whose observations are kept: who it is, and the result of each tap."""
     noise: Sequence[NoiseRun] = ()
+    sensitivities: Sensitivities = OF_EARLIER_BUILDS
+    """For shares of whatever weights a subject changes."""
     created: str = ""
     digest: str = ""
     """SHA-256 of its list of digests, empty until it is written or read."""
@@ -156,6 +163,7 @@ class Reference:
             "experts": list(measured.experts),
             "guards": [dict(guard) for guard in self.guards],
             "noise": [asdict(run) for run in self.noise],
+            "sensitivities": tree_of_sensitivities(self.sensitivities),
         }
 
     @classmethod
@@ -174,8 +182,9 @@ class Reference:
         )
         guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
         noise = [noise_of(run) for run in tree["noise"]]
+        known = sensitivities_of(tree["sensitivities"]) if "sensitivities" in tree else OF_EARLIER_BUILDS
         facts = dict(tree["rests_on"])
-        return cls(facts, (preview, final), measured, guards, noise, str(tree["created"]), digest, folder)
+        return cls(facts, (preview, final), measured, guards, noise, known, str(tree["created"]), digest, folder)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
@@ -188,6 +197,8 @@ class Reference:
         predicted = task.predicted if isinstance(task, LanguageTask) else None
         if not self._fits(predicted, vocabulary_of(model)):
             wrong.append(f"it does not hold a pass of a {task.name} model over its windows")
+        if not _of_weights(self.sensitivities.fisher or {}, model):
+            wrong.append("its sensitivities are of other weights")
         if reason := next(filter(None, wrong), None):
             raise InputError(f"{absolute(self.folder)} is damaged: {reason}; {REMEDY}")
 
@@ -230,6 +241,12 @@ class Reference:
     def _taps_of(self, slot: GuardSlot) -> Mapping[str, Any] | None:
         found = (guard["taps"] for guard in self.guards if guard.get("guard") == _described(slot))
         return next(found, None)
+
+
+def _of_weights(fisher: Fisher, model: nn.Module) -> bool:
+    """True if each curvature has the shape of a weight of the model."""
+    shapes = {target.parameter_name: target.matrix_shape for target in find_weights(model)} if fisher else {}
+    return all(name in shapes and each.shape == shapes[name] for name, each in fisher.items())
 
 
 def kept_observations(

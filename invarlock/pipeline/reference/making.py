@@ -18,7 +18,9 @@ from invarlock.pipeline.reference.facts import facts_of
 from invarlock.pipeline.reference.kept import Reference, kept_observations
 from invarlock.pipeline.reference.noise import noise_of
 from invarlock.pipeline.session import Baseline, Session
+from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.plugins.manager import PluginManager
+from invarlock.quantization.selection import find_weights
 
 log = logging.getLogger("invarlock")
 OUT = "--out"
@@ -56,13 +58,15 @@ def make_reference(
     baseline = Baseline(session, model, adapter, wants_tokenizer=True)
     windows = baseline.make_windows(model)
     watched = Loaded.of(model, session.clock)
-    windows, measured = Guarding(session, baseline, windows, slots).measure_baseline(model, watched)
+    guarding = Guarding(session, baseline, windows, slots)
+    windows, measured = guarding.measure_baseline(model, watched)
     guards, refused = kept_observations(slots, measured.observed)
     for reason in refused:
         log.warning("%s; runs with this guard run the baseline's pass again", reason)
+    sensitivities = sensitivities_for_shares(guarding, model, find_weights(model))
     facts = facts_of(baseline, model, watched.digest)
     runs = [*noise_of(baseline, model, windows[1], measured)] if noise else []
-    reference = Reference(facts, windows, measured, guards, runs)
+    reference = Reference(facts, windows, measured, guards, runs, sensitivities)
     with session.clock.stage("save"), unwritable_said(folder, OUT):
         digest = reference.write(folder)
     return Made(digest, (config.dataset.preview_n, measured.looks[-1]), measured.tokens)

@@ -15,9 +15,11 @@ from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
+from invarlock.search.fisher import Curvature, Sensitivities
 
 FORGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 """Exceptions of a tree that is not of this form."""
+LARGEST_OF_8_BITS, TINY = torch.finfo(torch.float8_e4m3fn).max, 1e-30
 
 
 def tree_of_windows(windows: Windows) -> dict[str, Any]:
@@ -110,6 +112,39 @@ def noise_of(tree: Mapping[str, Any]) -> NoiseRun:
     if type(run.how) is not str or not all(type(value) is float and math.isfinite(value) for value in figures):
         raise ValueError("noise of no numbers")
     return run
+
+
+def tree_of_sensitivities(known: Sensitivities) -> dict[str, Any]:
+    weights = {
+        name: {"rows": _eighth(each.rows), "columns": _eighth(each.columns), "sum": float(each.rows.sum())}
+        for name, each in (known.fisher or {}).items()
+    }
+    return {"weights": weights, "missing": known.missing}
+
+
+def sensitivities_of(tree: Mapping[str, Any]) -> Sensitivities:
+    """:raises ValueError: rows and columns are not factors of a curvature."""
+    fisher = {name: _curvature_of(each, name) for name, each in tree["weights"].items()}
+    return Sensitivities(fisher or None, str(tree["missing"]))
+
+
+def _eighth(factors: Tensor) -> Tensor:
+    """Factors in 8 bits: large ones are off by 6 % at most, and shares, which are sums of many, by far less."""
+    return (factors * (LARGEST_OF_8_BITS / factors.max().clamp(min=TINY))).to(torch.float8_e4m3fn)
+
+
+def _curvature_of(tree: Mapping[str, Any], name: str) -> Curvature:
+    for part in ("rows", "columns"):
+        if tree[part].dtype != torch.float8_e4m3fn:
+            raise ValueError(f"{name} is {tree[part].dtype}")
+    rows, columns = (tree[part].float() for part in ("rows", "columns"))
+    for part in (rows, columns):
+        _check(part, name, torch.float32, rows.ndim)
+    if type(tree["sum"]) is not float or not 0 <= tree["sum"] < math.inf or min(rows.min(), columns.min()) < 0:
+        raise ValueError(f"{name} is not a curvature")
+    return Curvature(
+        rows * (tree["sum"] / rows.sum().clamp(min=TINY)), columns / columns.sum(-1, keepdim=True).clamp(min=TINY)
+    )
 
 
 def whole(value: Any) -> int:
