@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("invarlock")
 
 
+def add_stream_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="leave the weights on disk and work tensor by tensor, whatever the size of the model",
+    )  # fmt: skip
+
+
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """Add options that set keys, place the output, and choose how much is printed."""
     add_measuring_options(parser)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import add_judging_options, judge_together, path_argument
+from invarlock.cli.options import add_judging_options, add_stream_option, judge_together, path_argument
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -36,6 +36,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.add_argument(
         "-c", "--config", type=path_argument, metavar="CONFIG", required=True, help="as of a run, a YAML file"
     )
+    add_stream_option(parser)
     add_judging_options(parser)
     parser.set_defaults(run=run, judges=True)
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
     # Only here: torch is slow to import.
-    from invarlock.pipeline import run
+    from invarlock import pipeline
 
-    return run(config, args.manager, frontier=True, **shared)
+    judge = pipeline.run_streamed if args.stream else pipeline.run
+    return judge(config, args.manager, frontier=True, **shared)

@@ -10,7 +10,7 @@ from torch import nn
 from invarlock.core.errors import UsageError
 from invarlock.core.results import EditedWeight
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.planning.sensitivities import measured_sensitivities
+from invarlock.pipeline.planning.sensitivities import measured_fisher
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
 from invarlock.search.candidates import predicted_rise
@@ -34,7 +34,7 @@ def fisher_or_none(guarding: Guarding, model: nn.Module, targets: Sequence[Weigh
     if guarding.windows is None or guarding.baseline.sharding is not None or session.ranks.size > 1:
         return None
     try:
-        return measured_sensitivities(guarding, model, targets)
+        return measured_fisher(guarding, model, targets)
     except UsageError:
         # Of a task that predicts no tokens, or where an operation of the model's own has no derivative.
         log.info("there are no gradients of the baseline: weights are told apart by their relative errors")

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
+from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import PLAN, RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.evaluation.task import LanguageTask
 from invarlock.pipeline.guarding import Guarding
-from invarlock.quantization.rules import AnyPlan, Rules
-from invarlock.quantization.selection import PlannedWeight, WeightTarget
-from invarlock.search.fisher import Fisher, fisher_of
+from invarlock.pipeline.planning.probing import Probe
+from invarlock.quantization.rules import AnyPlan, Rule, Rules
+from invarlock.quantization.scheme import Plan, Scale, Scheme
+from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets
+from invarlock.search.fisher import Curvature, Fisher, fisher_of
+from invarlock.search.linearity import fitted
+
+AUTO_KEY = f"{PLAN}.bitwidth: auto"
+FISHER_KEY = f"{PLAN}.scale: fisher"
+
+
+class NoGradientsError(UsageError):
+    """A model that cannot be run backwards, and the reason."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key} needs gradients, and this model has none: {reason}")
+        self.reason = reason
 
 
 def needs_sensitivities(plan: AnyPlan) -> bool:
@@ -21,42 +38,103 @@ def needs_sensitivities(plan: AnyPlan) -> bool:
     return any(scheme.is_searched or scheme.scale == "fisher" for scheme in schemes)
 
 
-def key_of_need(plan: AnyPlan) -> str:
-    """The key that asks for sensitivities, with its value."""
-    return f"{PLAN}.bitwidth: auto" if plan.is_searched else f"{PLAN}.scale: fisher"
-
-
 def check_measurable(config: RunConfig, *, streamed: bool, processes: int) -> None:
-    """Refuse a plan that needs gradients where they are not to be had.
+    """Refuse a plan that needs sensitivities where they are not to be had.
 
     :raises UsageError: with the key that asks for them.
     """
-    if not needs_sensitivities(config.edit.plan):
+    plan = config.edit.plan
+    if not needs_sensitivities(plan):
         return
-    if streamed:
-        raise UsageError(f"{key_of_need(config.edit.plan)} needs gradients: run without --stream")
     if processes > 1:
-        raise UsageError(f"{key_of_need(config.edit.plan)} needs gradients of the whole model: run in one process")
+        raise UsageError(f"{_key_of_need(plan)} needs the whole model in one process: run without torchrun")
+    if streamed and not plan.is_searched:
+        raise UsageError(f"{FISHER_KEY} needs gradients: run without --stream, or set scale to error")
+    if streamed and config.dataset.is_generated:
+        raise UsageError(f"{AUTO_KEY} needs text where a model is streamed: set dataset.provider and dataset.path")
 
 
-def measured_sensitivities(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> Fisher:
+def measured_fisher(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> Fisher:
     """The curvature of the baseline at some weights, on the preview windows.
 
-    :raises UsageError: the model predicts no tokens, or has no gradients.
+    :raises UsageError: the model predicts no tokens.
+    :raises NoGradientsError: it cannot be run backwards.
     """
-    key, task = key_of_need(guarding.config.edit.plan), guarding.baseline.task
-    if not isinstance(task, LanguageTask) or guarding.windows is None:
-        raise UsageError(f"{key} is for models that predict tokens, and this one's task is {task.name}")
+    key, task = _key_of_need(guarding.config.edit.plan), _task_of(guarding)
+    assert guarding.windows is not None
     with guarding.session.clock.stage("sensitivities"):
         try:
             return fisher_of(
                 model, guarding.windows[0], targets, task=task.predicted, seed=guarding.config.dataset.seed
             )
         except RuntimeError as error:
-            raise UsageError(f"{key} needs gradients, and this model has none: {one_line(error)}") from error
+            raise NoGradientsError(key, one_line(error)) from error
 
 
-def weighed(weights: Sequence[PlannedWeight], fisher: Fisher) -> list[PlannedWeight]:
+def _task_of(guarding: Guarding) -> LanguageTask:
+    key, task = _key_of_need(guarding.config.edit.plan), guarding.baseline.task
+    if not isinstance(task, LanguageTask) or guarding.windows is None:
+        raise UsageError(f"{key} is for models that predict tokens, and this one's task is {task.name}")
+    return task
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The curvature at the weights of a search, by the name of the parameter, and where it is from."""
+
+    curvatures: Mapping[str, Curvature]
+    base: Scheme
+    """All that is not searched of the schemes; scales go by the curvature."""
+    no_gradients: str = ""
+    """The reason why it was fitted to relative errors; empty where it is the Fisher information."""
+
+    @classmethod
+    def measured(cls, guarding: Guarding, model: nn.Module, probe: Probe) -> Sensitivities:
+        """By gradients, or where there are none by relative errors.
+
+        :raises UsageError: the model predicts no tokens, or the plan selects none of its weights.
+        """
+        plan = guarding.config.edit.plan
+        assert isinstance(plan, Plan)
+        _task_of(guarding)
+        if streaming_of(model) is not None:
+            return cls.by_relative_errors(model, plan, probe, "its weights are streamed")
+        try:
+            fisher = measured_fisher(guarding, model, select_targets(model, plan))
+        except NoGradientsError as error:
+            return cls.by_relative_errors(model, plan, probe, error.reason)
+        if not all(curvature.is_finite for curvature in fisher.values()):
+            return cls.by_relative_errors(model, plan, probe, "they are not finite")
+        return cls(fisher, searched_scheme(plan, "fisher"))
+
+    @classmethod
+    def by_relative_errors(cls, model: nn.Module, plan: Plan, probe: Probe, reason: str) -> Sensitivities:
+        """Fitted with measured changes of families of weights."""
+        base = searched_scheme(plan, "error")
+        return cls(_fitted(model, plan, base, probe), base, reason)
+
+
+def _fitted(model: nn.Module, plan: Plan, base: Scheme, probe: Probe) -> Mapping[str, Curvature]:
+    def divergence(scheme: Scheme, names: Sequence[str]) -> float:
+        # Found anew, because an adapter that restores a model may put others in place.
+        rule = Rule(match=tuple(names), **dataclasses.asdict(scheme))
+        return probe.divergence(planned_weights(model, Rules((rule,))))
+
+    return fitted(select_targets(model, plan), base, divergence)
+
+
+def searched_scheme(plan: AnyPlan, scale: Scale) -> Scheme:
+    """All that is not searched.
+
+    :param scale: kind of scales, where the grid allows for one.
+    """
+    assert isinstance(plan, Plan)
+    shared = {entry.name: getattr(plan, entry.name) for entry in dataclasses.fields(Scheme)}
+    allowed = scale if plan.symmetric and plan.per_channel else "largest"
+    return Scheme(**shared | {"bitwidth": 8, "scale": allowed})
+
+
+def weighed(weights: Sequence[PlannedWeight], fisher: Mapping[str, Curvature]) -> list[PlannedWeight]:
     """The weights of a plan, each with what its scales go by."""
     return [
         PlannedWeight(each.target, each.scheme, fisher[each.target.parameter_name].columns)
@@ -64,3 +142,8 @@ def weighed(weights: Sequence[PlannedWeight], fisher: Fisher) -> list[PlannedWei
         else each
         for each in weights
     ]
+
+
+def _key_of_need(plan: AnyPlan) -> str:
+    """The key that asks for sensitivities, with its value."""
+    return AUTO_KEY if plan.is_searched else FISHER_KEY

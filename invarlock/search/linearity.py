@@ -1,0 +1,102 @@
+"""Sensitivities without gradients: factors of relative errors, fitted with a few measured changes.
+
+For small errors the rise of the loss is the sum of the squared relative errors of the weights, each times a factor of
+its own (Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem").
+Here the weights of a family, as all ``down_proj``, share theirs, so that each family takes one pass to measure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from invarlock.models.structure import Role
+from invarlock.quantization.partners import fused_name
+from invarlock.quantization.scheme import Scheme
+from invarlock.quantization.selection import WeightTarget
+from invarlock.search.candidates import Sample, schemes_for
+from invarlock.search.fisher import Curvature
+
+FAMILIES = 3
+"""At most: with the baseline's, four passes over the preview windows are what gradients cost, too."""
+BITS = 3
+"""That a family is rounded to: its effect is well above what float arithmetic leaves, and below what breaks a model."""
+
+RiseOf = Callable[[Scheme, Sequence[str]], float]
+"""The measured rise of the loss, nats per token, from rounding the weights of these names; it need not be finite."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Weights that share a factor."""
+
+    targets: tuple[WeightTarget, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(target.parameter.numel() for target in self.targets)
+
+    @property
+    def names(self) -> list[str]:
+        return [target.name for target in self.targets]
+
+
+def families_of(targets: Sequence[WeightTarget]) -> list[Family]:
+    """The weights by role and name, what engines fuse as one; the smallest are joined, those of one role first."""
+    by_name: dict[tuple[Role, str], list[WeightTarget]] = {}
+    for target in targets:
+        by_name.setdefault((target.role, fused_name(target).rpartition(".")[2]), []).append(target)
+    families = [Family(tuple(members)) for members in by_name.values()]
+    while len(families) > FAMILIES:
+        families.sort(key=lambda family: family.weights)
+        first = families.pop(0)
+        role = first.targets[0].role
+        like = next((place for place, other in enumerate(families) if other.targets[0].role is role), 0)
+        families[like] = Family(families[like].targets + first.targets)
+    return families
+
+
+def fitted(targets: Sequence[WeightTarget], base: Scheme, rise_of: RiseOf) -> dict[str, Curvature]:
+    """The curvature at some weights, by the name of the parameter, that predicts their relative errors times a factor.
+
+    :param base: all of the schemes but their bits and groups.
+    """
+    relative = {target.parameter_name: _relative(target) for target in targets}
+    families = families_of(targets)
+    tried = [_scheme_of(family, base) for family in families]
+    # Before the first is rounded: an adapter that restores a model may put other weights in place.
+    errors = [
+        sum(Sample.of(target, relative[target.parameter_name]).rise(scheme) for target in family.targets)
+        for family, scheme in zip(families, tried, strict=True)
+    ]
+    rises = [rise_of(scheme, family.names) for family, scheme in zip(families, tried, strict=True)]
+    factors = _usable([rise / max(error, 1e-30) for rise, error in zip(rises, errors, strict=True)])
+    return {
+        target.parameter_name: dataclasses.replace(
+            relative[target.parameter_name], rows=relative[target.parameter_name].rows * factor
+        )
+        for family, factor in zip(families, factors, strict=True)
+        for target in family.targets
+    }
+
+
+def _scheme_of(family: Family, base: Scheme) -> Scheme:
+    return next(scheme for scheme in schemes_for(base, family.targets) if scheme.bitwidth == BITS)
+
+
+def _usable(factors: Sequence[float]) -> list[float]:
+    """Factors of which those without a measured rise are as the largest of the others: nothing tells otherwise."""
+    measured = [factor for factor in factors if 0 < factor < math.inf]
+    return [factor if factor in measured else max(measured, default=1.0) for factor in factors]
+
+
+@torch.no_grad()
+def _relative(target: WeightTarget) -> Curvature:
+    """The curvature by which the rise is the squared relative error; a weight that is on disk is read for it."""
+    matrices = target.layout.matrices(target.parameter.detach().float())
+    energy = float(torch.linalg.vector_norm(matrices)) ** 2
+    return Curvature.even(matrices.shape, 2 * matrices.shape[-1] / max(energy, 1e-30), matrices.device)
