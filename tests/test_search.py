@@ -138,9 +138,10 @@ def test_scales_by_the_fisher_information_lose_less_by_it(demo: Any, measured: A
         assert predicted_rise(target, weighed, curvature) < 0.9 * predicted_rise(target, plain, curvature)
 
 
-def test_codes_times_scales_by_the_fisher_information_are_the_rounded_weight() -> None:
+@pytest.mark.parametrize(("scale", "columns"), [("fisher", torch.rand(64)), ("error", None)])
+def test_codes_times_scales_that_lose_least_are_the_rounded_weight(scale: Any, columns: torch.Tensor | None) -> None:
     weight = torch.randn(8, 64).bfloat16()
-    rounded = fake_quantize_(weight, Scheme(bitwidth=4, group_size=32, scale="fisher"), columns=torch.rand(64))
+    rounded = fake_quantize_(weight, Scheme(bitwidth=4, group_size=32, scale=scale), columns=columns)
     again = (rounded.codes(weight).view(8, 2, 32) * rounded.scales.float().unsqueeze(-1)).to(weight.dtype)
     assert torch.equal(again.view(8, 64), weight)
 
@@ -300,6 +301,14 @@ def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlo
             "edit.search.max_attempts: expected integer 1..50",
         ),
         (
+            {"plan": {"bitwidth": "auto"}, "target": {"bits_per_weight": 2}},
+            "edit.target.bits_per_weight: expected number > 2.0, <= 9.0, found 2",
+        ),
+        (
+            {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}, "search": {"max_minutes": 0}},
+            "edit.search.max_minutes: expected number > 0.0, found 0",
+        ),
+        (
             {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}, "retry": {"max_attempts": 2}},
             "edit.retry.max_attempts: a search has attempts of its own",
         ),
@@ -327,9 +336,3 @@ def test_a_format_that_holds_nothing_of_a_search_is_refused(invarlock, config, t
     done = invarlock("run", "-c", path, "--out", "out")
     assert done.code == 2
     assert "output.format: compressed-tensors: it holds weights of Linear only" in done.err
-
-
-def test_a_streamed_search_is_refused(invarlock, config) -> None:
-    done = invarlock("run", "--stream", "-c", searched(config, {"max_pm_ratio": 1.1}), "--out", "out")
-    assert done.code == 2
-    assert "edit.plan.bitwidth: auto needs gradients: run without --stream" in done.err

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.cli import signals, streams
-from invarlock.core.errors import one_line
+from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ def checkpoint_and_text(baseline: str, args: argparse.Namespace) -> dict[str, An
     if args.generated:
         given |= {"dataset.provider": "generated", "dataset.path": None}
     return given
+
+
+def check_streamed(args: argparse.Namespace) -> None:
+    """:raises UsageError: an option does not go with ``--stream``."""
+    if args.stream and args.reference:
+        raise UsageError("--reference: weights that stay on disk have no digest to compare; run without --stream")
 
 
 def reference_of(args: argparse.Namespace) -> Path | None:

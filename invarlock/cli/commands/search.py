@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import add_judging_options, add_stream_option, judge_together, path_argument
+from invarlock.cli.options import (
+    add_judging_options,
+    add_stream_option,
+    check_streamed,
+    judge_together,
+    path_argument,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -42,6 +49,7 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_streamed(args)
     return judge_together(args, f"search-{Path(args.config).stem}", args.config, {"edit.plan.bitwidth": "auto"}, _judge)
 
 
@@ -49,5 +57,6 @@ def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunRes
     # Only here: torch is slow to import.
     from invarlock import pipeline
 
-    judge = pipeline.run_streamed if args.stream else pipeline.run
-    return judge(config, args.manager, frontier=True, **shared)
+    if args.stream:
+        return pipeline.run_streamed(config, args.manager, frontier=True, **shared)
+    return pipeline.run(config, args.manager, frontier=True, reference=reference_of(args), **shared)
