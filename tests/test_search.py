@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import read_report
+from conftest import read_report, slow
 from scipy.optimize import Bounds, LinearConstraint, milp
 from transformers import AutoModelForCausalLM
 
@@ -270,17 +270,19 @@ STOPPING = (
 )
 
 
-def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlock, config, module) -> None:
+@pytest.mark.parametrize("stream", [[], *slow(["--stream"])], ids=["memory", "streamed"])
+def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlock, config, module, stream) -> None:
     module("stopping", STOPPING)
     path = searched(config, guards={"order": ["stopping"]}, plugins=["stopping"])
     Path("stop").touch()
-    assert invarlock("search", "-c", path, "--out", "out").code == 130
+    start = ("search", "-c", path, "--out", "out", *stream)
+    assert invarlock(*start).code == 130
     assert Path("out/search.json").is_file()
     Path("stop").unlink()
-    other = invarlock("search", "-c", path, "--out", "out", "--seed", "3")
+    other = invarlock(*start, "--seed", "3")
     assert other.code == 2
     assert "output.dir: out/search.json is of a search with another configuration" in other.err
-    assert invarlock("search", "-c", path, "--out", "out").code == 0
+    assert invarlock(*start).code == 0
     report = read_report(Path("out"))
     assert len(report["search"]["points"]) == 3
     assert len(report["attempts"]) <= 3

@@ -14,13 +14,11 @@ def search_line(search: SearchSection) -> str:
     """The target, and what the plans were chosen from and measured on."""
     plans = f"{len(search.points)} plans" if len(search.points) != 1 else "one plan"
     chosen = f"{search.target}, schemes chosen for {search.decisions} weights or sets of fused ones"
-    sensitivities = search.sensitivities
+    by = f"{search.sensitivities} on the preview windows"
     if search.no_gradients:
-        sensitivities += f" (no gradients: {search.no_gradients})"
-    if search.preview_passes:
-        sensitivities += f" and {search.preview_passes} passes"
+        by += f" (no gradients: {search.no_gradients}; {search.preview_passes} passes)"
     several = "the same final windows" if len(search.points) > 1 else "final windows that no step of the search saw"
-    return f"{chosen} by {sensitivities} on the preview windows; {plans} judged on {several}"
+    return f"{chosen} by {by}; {plans} judged on {several}"
 
 
 def point_cells(point: SearchPoint) -> list[str]:

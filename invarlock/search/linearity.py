@@ -2,19 +2,24 @@
 
 For small errors the rise of the loss is the sum of the squared relative errors of the weights, each times a factor of
 its own (Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem").
-Here the weights of a family, as all ``down_proj``, share theirs, so that each family takes one pass to measure.
+Here the weights of a family, as all ``down_proj``, share theirs, so that each family takes one pass to measure. What
+tells the weights of a family apart is that an error is that of a layer's output: columns count by the mean squares of
+their inputs, which are taken as uncorrelated. By the errors of the weights themselves nothing is gained over uniform
+rounding: 1.05 times its rise of the loss for SmolLM2-135M at 4.25 bits, 0.70 times by those of the outputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from invarlock.models.structure import Role
+from invarlock.models.structure import Role, is_conv1d
 from invarlock.quantization.partners import fused_name
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import WeightTarget
@@ -28,6 +33,37 @@ BITS = 3
 
 RiseOf = Callable[[Scheme, Sequence[str]], float]
 """The measured rise of the loss, nats per token, from rounding the weights of these names; it need not be finite."""
+
+
+@dataclass
+class InputTap:
+    """Sums of the squares of each input of a linear layer."""
+
+    sums: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Take note of one call of the module."""
+        (inputs,) = args or kwargs.values()
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        self.sums = squares if self.sums is None else self.sums + squares
+
+    def result(self) -> Tensor | None:
+        """The sums, (in,); None where they are of no use: it was never called, or its inputs are not finite."""
+        return self.sums if self.sums is not None and 0 < float(self.sums.sum()) < math.inf else None
+
+
+def input_taps(targets: Sequence[WeightTarget]) -> dict[str, InputTap]:
+    """A tap on each module whose weight is multiplied with its input, by name."""
+    return {
+        _module_name(target): InputTap()
+        for target in targets
+        if isinstance(target.module, nn.Linear) or is_conv1d(target.module)
+    }
+
+
+def _module_name(target: WeightTarget) -> str:
+    return target.parameter_name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -60,12 +96,15 @@ def families_of(targets: Sequence[WeightTarget]) -> list[Family]:
     return families
 
 
-def fitted(targets: Sequence[WeightTarget], base: Scheme, rise_of: RiseOf) -> dict[str, Curvature]:
+def fitted(
+    targets: Sequence[WeightTarget], base: Scheme, inputs: Mapping[str, InputTap], rise_of: RiseOf
+) -> dict[str, Curvature]:
     """The curvature at some weights, by the name of the parameter, that predicts their relative errors times a factor.
 
     :param base: all of the schemes but their bits and groups.
+    :param inputs: by the name of the module, once the baseline has run.
     """
-    relative = {target.parameter_name: _relative(target) for target in targets}
+    relative = {target.parameter_name: _relative(target, inputs.get(_module_name(target))) for target in targets}
     families = families_of(targets)
     tried = [_scheme_of(family, base) for family in families]
     # Before the first is rounded: an adapter that restores a model may put other weights in place.
@@ -95,8 +134,13 @@ def _usable(factors: Sequence[float]) -> list[float]:
 
 
 @torch.no_grad()
-def _relative(target: WeightTarget) -> Curvature:
-    """The curvature by which the rise is the squared relative error; a weight that is on disk is read for it."""
+def _relative(target: WeightTarget, tap: InputTap | None) -> Curvature:
+    """The curvature by which the rise is the squared relative error; a weight that is on disk is read for it.
+
+    :param tap: on its inputs; without one all columns count alike.
+    """
     matrices = target.layout.matrices(target.parameter.detach().float())
-    energy = float(torch.linalg.vector_norm(matrices)) ** 2
-    return Curvature.even(matrices.shape, 2 * matrices.shape[-1] / max(energy, 1e-30), matrices.device)
+    even, inputs = Curvature.even(matrices.shape, 1.0, matrices.device), tap.result() if tap else None
+    columns = even.columns if inputs is None else inputs / inputs.sum()
+    energy = float((matrices.square() @ columns.unsqueeze(-1)).sum())
+    return Curvature(even.rows * (2 / max(energy, 1e-30)), columns)

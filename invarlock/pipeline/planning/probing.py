@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import NormalDist
 
 from torch import nn
 
 from invarlock.evaluation.confidence_sequence import errors_reached
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.statistics import mean_per_token, standard_error
+from invarlock.evaluation.taps import Tap, attached
 from invarlock.pipeline.guarding import Guarding
 from invarlock.quantization.selection import PlannedWeight
 
@@ -30,6 +31,12 @@ class Probe:
     rounded: Rounded
     passes: int = 0
     """Over the preview windows, so far."""
+    _before: PassResult | None = None
+
+    def observe(self, taps: Mapping[str, Tap]) -> None:
+        """Run the baseline with taps on it, by module name; measurements from now on are held against this pass."""
+        with attached(self.model, taps):
+            self._before = self._measured(None)
 
     def upper(self, weights: Sequence[PlannedWeight]) -> float | None:
         """The upper end to expect of the rise of the loss on the final windows, nats per token; None if not finite."""
@@ -51,18 +58,20 @@ class Probe:
         return float(changes.kl.mean()) if changes is not None else math.nan
 
     def _after(self, weights: Sequence[PlannedWeight]) -> PassResult:
-        before = self._baseline
+        record = self._baseline.record
         with self.rounded(weights):
-            return self._measured(before)
+            return self._measured(record)
 
-    @cached_property
+    @property
     def _baseline(self) -> PassResult:
-        return self._measured(None)
+        if self._before is None:
+            self.observe({})
+        assert self._before is not None
+        return self._before
 
-    def _measured(self, before: PassResult | None) -> PassResult:
+    def _measured(self, record: TokenRecord | None) -> PassResult:
         self.passes += 1
         assert self.guarding.windows is not None
         task, preview = self.guarding.baseline.task, self.guarding.windows[0]
-        record = before.record if before else None
         with self.guarding.session.clock.stage("probe"):
             return task.measure(self.model, preview[:0], preview, reference=record)

@@ -18,7 +18,7 @@ from invarlock.quantization.rules import AnyPlan, Rule, Rules
 from invarlock.quantization.scheme import Plan, Scale, Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets
 from invarlock.search.fisher import Curvature, Fisher, fisher_of
-from invarlock.search.linearity import fitted
+from invarlock.search.linearity import fitted, input_taps
 
 AUTO_KEY = f"{PLAN}.bitwidth: auto"
 FISHER_KEY = f"{PLAN}.scale: fisher"
@@ -120,7 +120,10 @@ def _fitted(model: nn.Module, plan: Plan, base: Scheme, probe: Probe) -> Mapping
         rule = Rule(match=tuple(names), **dataclasses.asdict(scheme))
         return probe.divergence(planned_weights(model, Rules((rule,))))
 
-    return fitted(select_targets(model, plan), base, divergence)
+    targets = select_targets(model, plan)
+    inputs = input_taps(targets)
+    probe.observe(inputs)
+    return fitted(targets, base, inputs, divergence)
 
 
 def searched_scheme(plan: AnyPlan, scale: Scale) -> Scheme:
