@@ -80,7 +80,7 @@ class Bench:
             for target in self.targets:
                 target.parameter.copy_(self.originals[target.parameter_name])
 
-    def by_relative_errors(self, windows: Windows, base: Scheme) -> Fisher:
+    def by_relative_errors(self, windows: Windows) -> Fisher:
         """Sensitivities without gradients, fitted on some windows."""
         run = partial(measure, self.model, windows[:0], windows, task="causal")
         inputs = input_taps(self.targets)
@@ -93,7 +93,7 @@ class Bench:
             assert changes is not None
             return float(changes.kl.mean())
 
-        return fitted(self.targets, base, inputs, divergence)
+        return fitted(self.targets, inputs, divergence)
 
 
 def planned(
@@ -141,7 +141,7 @@ def main() -> None:
     plain = Scheme(bitwidth=8, scale="error")
     windows = Windows(ids, torch.ones_like(ids), ids)
     started = time.process_time()
-    relative = bench.by_relative_errors(windows, plain)
+    relative = bench.by_relative_errors(windows)
     measured = time.process_time() - started
     searches = {
         "error only": decisions(targets, Scheme(bitwidth=8), flat(fisher)),

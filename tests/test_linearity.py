@@ -18,7 +18,6 @@ from invarlock.search.linearity import FAMILIES, families_of, fitted
 from invarlock.testing import architectures
 
 SMALL = {"provider": "demo", "seq_len": 64, "preview_n": 2, "final_n": 6}
-BASE = Scheme(bitwidth=8, scale="error")
 
 # -- families and factors ----------------------------------------------------------------------------------------------
 
@@ -36,7 +35,7 @@ def test_few_families_hold_each_weight_once(architecture: str) -> None:
 def test_a_family_without_a_usable_rise_matters_as_the_one_that_matters_most() -> None:
     targets = select_targets(architectures.llama(), Plan(bitwidth=8, scope="all"))
     rises = iter([0.0, math.nan, 0.5])
-    found = fitted(targets, BASE, {}, lambda scheme, names: next(rises))
+    found = fitted(targets, {}, lambda scheme, names: next(rises))
     scheme = Scheme(bitwidth=4, group_size=16, scale="error")
     factors = {
         round(predicted_rise(target, scheme, found[target.parameter_name]) / relative_error(target, scheme) ** 2, 3)

@@ -23,11 +23,11 @@ from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
 from invarlock.pipeline.planning.choosing import plans_for
-from invarlock.pipeline.planning.contributions import fisher_or_none
 from invarlock.pipeline.planning.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.planning.probing import Probe
 from invarlock.pipeline.planning.retrying import Retries
 from invarlock.pipeline.planning.searching import Search, check_held, check_target
-from invarlock.pipeline.planning.sensitivities import check_measurable
+from invarlock.pipeline.planning.sensitivities import check_measurable, sensitivities_or_none
 from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
@@ -184,12 +184,14 @@ class _Rounding:
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         plans = self._plans
-        if isinstance(plans, Retries) and plans.wants_gradients(attempts):
+        if isinstance(plans, Retries) and plans.wants_sensitivities(attempts):
             # Those of the baseline, which later attempts go on from.
             self._restore_all()
-            guarding = self._guarding
-            guarding.fisher = guarding.fisher or fisher_or_none(guarding, self.model, plans.targets)
-            plans.learn(guarding.fisher)
+            guarding, probe = self._guarding, Probe(self._guarding, self.model, partial(_rounded, self._keeper))
+            found = sensitivities_or_none(guarding, plans.targets, probe)
+            if found and not found.no_gradients:
+                guarding.fisher = found.curvatures
+            plans.learn(found)
         return plans.revise(attempts)
 
     def _restore_all(self) -> None:

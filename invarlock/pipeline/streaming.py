@@ -36,9 +36,10 @@ from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
 from invarlock.pipeline.planning.choosing import plans_for
 from invarlock.pipeline.planning.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.planning.probing import Probe
 from invarlock.pipeline.planning.retrying import Retries
 from invarlock.pipeline.planning.searching import Search, check_held, check_target
-from invarlock.pipeline.planning.sensitivities import check_measurable
+from invarlock.pipeline.planning.sensitivities import check_measurable, sensitivities_or_none
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
@@ -200,7 +201,12 @@ class _StreamedRounding:
         )
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self.plans.revise(attempts)
+        plans = self.plans
+        if isinstance(plans, Retries) and plans.wants_sensitivities(attempts):
+            self.streaming.put(None)
+            probe = Probe(self.guarding, self.model, partial(_rounded, self.streaming))
+            plans.learn(sensitivities_or_none(self.guarding, plans.targets, probe))
+        return plans.revise(attempts)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)

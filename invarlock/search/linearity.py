@@ -28,8 +28,8 @@ from invarlock.search.fisher import Curvature
 
 FAMILIES = 3
 """At most: with the baseline's, four passes over the preview windows are what gradients cost, too."""
-BITS = 3
-"""That a family is rounded to: its effect is well above what float arithmetic leaves, and below what breaks a model."""
+PROBED = Scheme(bitwidth=3, scale="error")
+"""The rounding of a family: its effect is well above what float arithmetic leaves, and below what breaks a model."""
 
 RiseOf = Callable[[Scheme, Sequence[str]], float]
 """The measured rise of the loss, nats per token, from rounding the weights of these names; it need not be finite."""
@@ -96,17 +96,14 @@ def families_of(targets: Sequence[WeightTarget]) -> list[Family]:
     return families
 
 
-def fitted(
-    targets: Sequence[WeightTarget], base: Scheme, inputs: Mapping[str, InputTap], rise_of: RiseOf
-) -> dict[str, Curvature]:
+def fitted(targets: Sequence[WeightTarget], inputs: Mapping[str, InputTap], rise_of: RiseOf) -> dict[str, Curvature]:
     """The curvature at some weights, by the name of the parameter, that predicts their relative errors times a factor.
 
-    :param base: all of the schemes but their bits and groups.
     :param inputs: by the name of the module, once the baseline has run.
     """
     relative = {target.parameter_name: _relative(target, inputs.get(_module_name(target))) for target in targets}
     families = families_of(targets)
-    tried = [_scheme_of(family, base) for family in families]
+    tried = [_probed(family) for family in families]
     # Before the first is rounded: an adapter that restores a model may put other weights in place.
     errors = [
         sum(Sample.of(target, relative[target.parameter_name]).rise(scheme) for target in family.targets)
@@ -123,8 +120,8 @@ def fitted(
     }
 
 
-def _scheme_of(family: Family, base: Scheme) -> Scheme:
-    return next(scheme for scheme in schemes_for(base, family.targets) if scheme.bitwidth == BITS)
+def _probed(family: Family) -> Scheme:
+    return next(scheme for scheme in schemes_for(PROBED, family.targets) if scheme.bitwidth == PROBED.bitwidth)
 
 
 def _usable(factors: Sequence[float]) -> list[float]:

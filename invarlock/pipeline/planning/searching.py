@@ -81,7 +81,7 @@ class Search:
         self._config, self._model, self._frontier = guarding.config, watched.model, frontier
         self._began, self._confirms = time.monotonic(), False
         self._probe = Probe(guarding, watched.model, rounded)
-        self._sensitivities = Sensitivities.measured(guarding, watched.model, self._probe)
+        self._sensitivities = Sensitivities.measured(guarding, self._targets, self._probe)
         with guarding.session.clock.stage("candidates"):
             self._decisions = self._candidates(_Held(export, self._model, guarding.baseline.tokenizer))
         self._state = SearchState.opened(folder, self._digest(watched.digest))
@@ -90,13 +90,15 @@ class Search:
             raise UsageError(f"edit.target.bits_per_weight: the smallest plan has {smallest(self._decisions):.3g}")
         self._take(first)
 
-    def _candidates(self, held: _Held) -> list[Decision]:
-        plan, sensitivities = self._config.edit.plan, self._sensitivities
+    @property
+    def _targets(self) -> list[WeightTarget]:
+        """Found anew, as ``weights`` are."""
         with keys_named():
-            targets = select_targets(self._model, plan)
-        found = decisions(
-            targets, sensitivities.base, sensitivities.curvatures, fuse=self._config.edit.search.fuse, holds=held
-        )
+            return select_targets(self._model, self._config.edit.plan)
+
+    def _candidates(self, held: _Held) -> list[Decision]:
+        base, fuse = searched_scheme(self._config.edit.plan, self._sensitivities.scale), self._config.edit.search.fuse
+        found = decisions(self._targets, base, self._sensitivities.curvatures, fuse=fuse, holds=held)
         if not all(math.isfinite(choice.rise) for decision in found for choice in decision.choices):
             raise UsageError(f"{AUTO_KEY} predicts the effect of rounding, and weights of this model are not finite")
         return found

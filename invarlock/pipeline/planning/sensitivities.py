@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from invarlock.checkpoints.streaming import streaming_of
 from invarlock.config.schema import PLAN, RunConfig
 from invarlock.core.errors import UsageError, one_line
 from invarlock.evaluation.task import LanguageTask
+from invarlock.models.facts import is_streamed
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.planning.probing import Probe
 from invarlock.quantization.rules import AnyPlan, Rule, Rules
 from invarlock.quantization.scheme import Plan, Scale, Scheme
-from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets
+from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
 from invarlock.search.fisher import Curvature, Fisher, fisher_of
 from invarlock.search.linearity import fitted, input_taps
 
@@ -80,50 +80,55 @@ def _task_of(guarding: Guarding) -> LanguageTask:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The curvature at the weights of a search, by the name of the parameter, and where it is from."""
+    """The curvature at some weights, by the name of the parameter, and where it is from."""
 
     curvatures: Mapping[str, Curvature]
-    base: Scheme
-    """All that is not searched of the schemes; scales go by the curvature."""
     no_gradients: str = ""
     """The reason why it was fitted to relative errors; empty where it is the Fisher information."""
 
     @classmethod
-    def measured(cls, guarding: Guarding, model: nn.Module, probe: Probe) -> Sensitivities:
-        """By gradients, or where there are none by relative errors.
+    def measured(cls, guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Sensitivities:
+        """By gradients, or where there are none by relative errors; the model is the baseline before and after.
 
-        :raises UsageError: the model predicts no tokens, or the plan selects none of its weights.
+        :raises UsageError: the model predicts no tokens.
         """
-        plan = guarding.config.edit.plan
-        assert isinstance(plan, Plan)
         _task_of(guarding)
-        if streaming_of(model) is not None:
-            return cls.by_relative_errors(model, plan, probe, "its weights are streamed")
+        if is_streamed(probe.model):
+            return cls.by_relative_errors(targets, probe, "its weights are streamed")
         try:
-            fisher = measured_fisher(guarding, model, select_targets(model, plan))
+            fisher = guarding.fisher or measured_fisher(guarding, probe.model, targets)
         except NoGradientsError as error:
-            return cls.by_relative_errors(model, plan, probe, error.reason)
+            return cls.by_relative_errors(targets, probe, error.reason)
         if not all(curvature.is_finite for curvature in fisher.values()):
-            return cls.by_relative_errors(model, plan, probe, "they are not finite")
-        return cls(fisher, searched_scheme(plan, "fisher"))
+            return cls.by_relative_errors(targets, probe, "they are not finite")
+        return cls(fisher)
 
     @classmethod
-    def by_relative_errors(cls, model: nn.Module, plan: Plan, probe: Probe, reason: str) -> Sensitivities:
+    def by_relative_errors(cls, targets: Sequence[WeightTarget], probe: Probe, reason: str) -> Sensitivities:
         """Fitted with measured changes of families of weights."""
-        base = searched_scheme(plan, "error")
-        return cls(_fitted(model, plan, base, probe), base, reason)
+        inputs = input_taps(targets)
+        probe.observe(inputs)
+
+        def divergence(scheme: Scheme, names: Sequence[str]) -> float:
+            # Found anew, because an adapter that restores a model may put others in place.
+            rule = Rule(match=tuple(names), **dataclasses.asdict(scheme))
+            return probe.divergence(planned_weights(probe.model, Rules((rule,))))
+
+        return cls(fitted(targets, inputs, divergence), reason)
+
+    @property
+    def scale(self) -> Scale:
+        """The kind of scales that goes by them."""
+        return "error" if self.no_gradients else "fisher"
 
 
-def _fitted(model: nn.Module, plan: Plan, base: Scheme, probe: Probe) -> Mapping[str, Curvature]:
-    def divergence(scheme: Scheme, names: Sequence[str]) -> float:
-        # Found anew, because an adapter that restores a model may put others in place.
-        rule = Rule(match=tuple(names), **dataclasses.asdict(scheme))
-        return probe.divergence(planned_weights(model, Rules((rule,))))
-
-    targets = select_targets(model, plan)
-    inputs = input_taps(targets)
-    probe.observe(inputs)
-    return fitted(targets, base, inputs, divergence)
+def sensitivities_or_none(guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Sensitivities | None:
+    """Those for a repair; None where the task predicts no tokens, outputs are not measured, or processes share work."""
+    if guarding.windows is None or guarding.session.ranks.size > 1:
+        return None
+    return (
+        Sensitivities.measured(guarding, targets, probe) if isinstance(guarding.baseline.task, LanguageTask) else None
+    )
 
 
 def searched_scheme(plan: AnyPlan, scale: Scale) -> Scheme:
