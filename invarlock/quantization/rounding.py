@@ -149,20 +149,11 @@ def fake_quantize_(
         matrices = layout.matrices(target)
         each = matrices.unbind() if matrices.ndim == 3 else (matrices,)
         for number, matrix in enumerate(each):
-            rounder.columns = _even(matrix) if scheme.scale == "error" else _of_matrix(columns, number)
+            rounder.columns = None if columns is None else columns.reshape(-1, columns.shape[-1])[number]
             rounder.matrix_(matrix)
         if matrices.data_ptr() != target.data_ptr():
             target.copy_(matrices.view(target.shape))
     return RoundedWeight(sums, rounder.grids, rounder.scale_dtype)
-
-
-def _even(matrix: Tensor) -> Tensor:
-    """The loss taken to depend on all inputs alike."""
-    return torch.ones(matrix.shape[-1], device=matrix.device)
-
-
-def _of_matrix(columns: Tensor | None, number: int) -> Tensor | None:
-    return None if columns is None else columns.reshape(-1, columns.shape[-1])[number]
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:

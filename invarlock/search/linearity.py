@@ -28,7 +28,7 @@ from invarlock.search.fisher import Curvature
 
 FAMILIES = 3
 """At most: with the baseline's, four passes over the preview windows are what gradients cost, too."""
-PROBED = Scheme(bitwidth=3, scale="error")
+PROBED = Scheme(bitwidth=3)
 """The rounding of a family: its effect is well above what float arithmetic leaves, and below what breaks a model."""
 
 RiseOf = Callable[[Scheme, Sequence[str]], float]

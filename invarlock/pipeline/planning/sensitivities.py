@@ -49,7 +49,7 @@ def check_measurable(config: RunConfig, *, streamed: bool, processes: int) -> No
     if processes > 1:
         raise UsageError(f"{_key_of_need(plan)} needs the whole model in one process: run without torchrun")
     if streamed and not plan.is_searched:
-        raise UsageError(f"{FISHER_KEY} needs gradients: run without --stream, or set scale to error")
+        raise UsageError(f"{FISHER_KEY} needs gradients: run without --stream, or set scale to largest")
     if streamed and config.dataset.is_generated:
         raise UsageError(f"{AUTO_KEY} needs text where a model is streamed: set dataset.provider and dataset.path")
 
@@ -119,7 +119,7 @@ class Sensitivities:
     @property
     def scale(self) -> Scale:
         """The kind of scales that goes by them."""
-        return "error" if self.no_gradients else "fisher"
+        return "largest" if self.no_gradients else "fisher"
 
 
 def sensitivities_or_none(guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Sensitivities | None:
