@@ -138,7 +138,7 @@ def main() -> None:
     scheme = Scheme(bitwidth=8, scale="fisher")
     fused = decisions(targets, scheme, fisher)
     candidates = time.process_time() - started - gradients
-    plain = Scheme(bitwidth=8)
+    plain = Scheme(bitwidth=8, scale="inputs")
     windows = Windows(ids, torch.ones_like(ids), ids)
     started = time.process_time()
     relative = bench.by_relative_errors(windows)

@@ -122,7 +122,7 @@ class Sample:
     def rise(self, scheme: Scheme) -> float:
         """The predicted rise of the loss, nats per token, from rounding all rows."""
         after = self.rows.clone()
-        columns = self.curvature.columns if scheme.scale == "fisher" else None
+        columns = self.curvature.columns if scheme.scale != "largest" else None
         fake_quantize_(after, scheme, measure=False, workspace=Workspace(), columns=columns)
         return self.curvature.rise(after.float() - self.rows.float()) / max(self.share, 1e-6)
 

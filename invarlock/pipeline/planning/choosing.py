@@ -8,10 +8,10 @@ from invarlock.exporters.saving import Export
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.keeping import Loaded, WatchingStreamed
 from invarlock.pipeline.planning.contributions import fisher_or_none
-from invarlock.pipeline.planning.probing import Rounded
+from invarlock.pipeline.planning.probing import Probe, Rounded
 from invarlock.pipeline.planning.retrying import Retries
 from invarlock.pipeline.planning.searching import Search
-from invarlock.pipeline.planning.sensitivities import measured_fisher, needs_sensitivities
+from invarlock.pipeline.planning.sensitivities import measured_fisher, measured_inputs, needs_sensitivities, scales_of
 
 
 def plans_for(
@@ -31,7 +31,9 @@ def plans_for(
     if config.edit.is_searched and guarding.ready:
         return Search(guarding, baseline, rounded, export, folder, frontier=frontier)
     retries = Retries(config, model, guarding.baseline.tokenizer, export)
-    if guarding.ready and needs_sensitivities(config.edit.plan):
+    if guarding.ready and "inputs" in scales_of(config.edit.plan):
+        retries.fisher = measured_inputs(guarding, retries.targets, Probe(guarding, model, rounded))
+    elif guarding.ready and needs_sensitivities(config.edit.plan):
         retries.fisher = guarding.fisher = measured_fisher(guarding, model, retries.targets)
     elif guarding.ready and config.eval.attribute:
         guarding.fisher = fisher_or_none(guarding, model, retries.targets)

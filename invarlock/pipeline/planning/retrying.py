@@ -31,7 +31,7 @@ class Retries:
         self._config, self._model, self._tokenizer, self._export = config, model, tokenizer, export
         self.plan: AnyPlan = config.edit.plan
         self.fisher: Fisher | None = None
-        """Once it is measured, where scales go by it."""
+        """The Fisher information, or curvature by inputs, once it is measured where scales go by it."""
         self._contribution: Contribution | None = None
         self._learned = False
         self.targets = [planned.target for planned in self.weights()]

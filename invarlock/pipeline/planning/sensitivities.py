@@ -18,7 +18,7 @@ from invarlock.quantization.rules import AnyPlan, Rule, Rules
 from invarlock.quantization.scheme import Plan, Scale, Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
 from invarlock.search.fisher import Curvature, Fisher, fisher_of
-from invarlock.search.linearity import fitted, input_taps
+from invarlock.search.linearity import by_inputs, fitted, input_taps
 
 AUTO_KEY = f"{PLAN}.bitwidth: auto"
 FISHER_KEY = f"{PLAN}.scale: fisher"
@@ -33,9 +33,13 @@ class NoGradientsError(UsageError):
 
 
 def needs_sensitivities(plan: AnyPlan) -> bool:
-    """True for a plan whose bits are searched, or whose scales go by the Fisher information."""
-    schemes = plan.schemes if isinstance(plan, Rules) else (plan,)
-    return any(scheme.is_searched or scheme.scale == "fisher" for scheme in schemes)
+    """True for a plan whose bits are searched, or whose scales go by what the baseline does on the preview windows."""
+    return plan.is_searched or scales_of(plan) != {"largest"}
+
+
+def scales_of(plan: AnyPlan) -> set[Scale]:
+    """Kinds of scales of a plan."""
+    return {scheme.scale for scheme in (plan.schemes if isinstance(plan, Rules) else (plan,))}
 
 
 def check_measurable(config: RunConfig, *, streamed: bool, processes: int) -> None:
@@ -48,10 +52,14 @@ def check_measurable(config: RunConfig, *, streamed: bool, processes: int) -> No
         return
     if processes > 1:
         raise UsageError(f"{_key_of_need(plan)} needs the whole model in one process: run without torchrun")
-    if streamed and not plan.is_searched:
-        raise UsageError(f"{FISHER_KEY} needs gradients: run without --stream, or set scale to largest")
+    if {"inputs", "fisher"} <= scales_of(plan):
+        raise UsageError(f"{PLAN}: rules have scale inputs and scale fisher: give all of them the same")
+    if streamed and "fisher" in scales_of(plan):
+        raise UsageError(f"{FISHER_KEY} needs gradients: run without --stream, or set scale to inputs")
     if streamed and config.dataset.is_generated:
-        raise UsageError(f"{AUTO_KEY} needs text where a model is streamed: set dataset.provider and dataset.path")
+        raise UsageError(
+            f"{_key_of_need(plan)} needs text where a model is streamed: set dataset.provider and dataset.path"
+        )
 
 
 def measured_fisher(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> Fisher:
@@ -119,7 +127,18 @@ class Sensitivities:
     @property
     def scale(self) -> Scale:
         """The kind of scales that goes by them."""
-        return "largest" if self.no_gradients else "fisher"
+        return "inputs" if self.no_gradients else "fisher"
+
+
+def measured_inputs(guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Mapping[str, Curvature]:
+    """What scales go by without gradients, of one pass over the preview windows.
+
+    :raises UsageError: the model predicts no tokens.
+    """
+    _task_of(guarding)
+    inputs = input_taps(targets)
+    probe.observe(inputs)
+    return by_inputs(targets, inputs)
 
 
 def sensitivities_or_none(guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Sensitivities | None:
@@ -146,7 +165,7 @@ def weighed(weights: Sequence[PlannedWeight], fisher: Mapping[str, Curvature]) -
     """The weights of a plan, each with what its scales go by."""
     return [
         PlannedWeight(each.target, each.scheme, fisher[each.target.parameter_name].columns)
-        if each.scheme.scale == "fisher"
+        if each.scheme.scale != "largest"
         else each
         for each in weights
     ]
@@ -154,4 +173,4 @@ def weighed(weights: Sequence[PlannedWeight], fisher: Mapping[str, Curvature]) -
 
 def _key_of_need(plan: AnyPlan) -> str:
     """The key that asks for sensitivities, with its value."""
-    return AUTO_KEY if plan.is_searched else FISHER_KEY
+    return AUTO_KEY if plan.is_searched else f"{PLAN}.scale: {min(scales_of(plan) - {'largest'}, default='fisher')}"
