@@ -139,8 +139,19 @@ def test_a_model_that_cannot_be_run_backwards_gets_the_plan_of_a_streamed_one(in
             {"edit": {"plan": {"bitwidth": 4, "scale": "fisher"}}},
             "edit.plan.scale: fisher needs gradients: run without --stream, or set scale to inputs",
         ),
+        (
+            {
+                "edit": {
+                    "plan": [
+                        {"match": "*.mlp.*", "bitwidth": 4, "scale": "fisher"},
+                        {"match": "*", "bitwidth": 8, "scale": "inputs"},
+                    ]
+                }
+            },
+            "edit.plan: rules have scale inputs and scale fisher: give all of them the same",
+        ),
     ],
-    ids=["text", "scale"],
+    ids=["text", "scale", "scales"],
 )
 def test_a_streamed_search_that_cannot_be_is_one_line_with_the_key(invarlock, config, sections, named) -> None:
     edit = {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}}

@@ -80,8 +80,8 @@ class Scheme:
     scale: Annotated[
         Scale,
         "Scale of a group: largest, that of its largest magnitude; inputs, the share of it, 0.6 to 1, that loses least "
-        "by the mean squares of the inputs, as the baseline has them on the preview windows; fisher, that loses least by "
-        "the Fisher information on them.",
+        "by the mean squares of the inputs, as the baseline has them on the preview windows; fisher, the share that "
+        "loses least by the Fisher information on them.",
     ] = "largest"
 
     def __post_init__(self) -> None:
