@@ -3,8 +3,9 @@
 The sensitivities are of windows of the first text, and the rise of the loss is measured on windows of the second, which
 the search does not see. Bits per weight count scales of 16 bits. Uniform rounding is in groups of 64. ``error only``
 allocates by the squared errors alone; ``free`` and ``fused`` by the Fisher information, without and with one scheme for
-all that engines fuse. The columns are the ratio of perplexities, its logarithm, that of the prediction, and the rise of
-the loss as a multiple of that of uniform rounding. The last line tells the cost in passes over the measured windows.
+all that engines fuse; ``no gradients`` by relative errors, fused, as a search of a streamed model does. The columns are
+the ratio of perplexities, its logarithm, that of the prediction, and the rise of the loss as a multiple of that of
+uniform rounding. The last line tells the cost in passes over the measured windows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from invarlock.datasets.layout import Windows
+from invarlock.evaluation.passes import measure
+from invarlock.evaluation.taps import attached
 from invarlock.pipeline.planning.sensitivities import weighed
 from invarlock.quantization import Plan, Scheme, WeightTarget, select_targets
 from invarlock.quantization.model import quantize_weights
@@ -29,6 +34,7 @@ from invarlock.quantization.selection import PlannedWeight
 from invarlock.search.candidates import Decision, decisions, predicted_rise
 from invarlock.search.fisher import Curvature, Fisher, fisher_of
 from invarlock.search.frontier import best_within
+from invarlock.search.linearity import fitted, input_taps
 
 LENGTH = 256
 UNIFORM = {4.25: 4, 5.25: 5, 6.25: 6}
@@ -60,14 +66,34 @@ class Bench:
             total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
         return total / self.measured[:, 1:].numel()
 
-    @torch.no_grad()
     def rise(self, weights: Sequence[PlannedWeight]) -> float:
-        """Of the loss, from rounding; the model is brought back."""
+        """Of the loss, from rounding."""
+        with self.rounded(weights):
+            return self.loss() - self.baseline
+
+    @contextmanager
+    def rounded(self, weights: Sequence[PlannedWeight]) -> Iterator[None]:
+        """The model with some weights rounded; it is brought back."""
         quantize_weights(weights, measure=False)
-        rise = self.loss() - self.baseline
-        for target in self.targets:
-            target.parameter.copy_(self.originals[target.parameter_name])
-        return rise
+        yield
+        with torch.no_grad():
+            for target in self.targets:
+                target.parameter.copy_(self.originals[target.parameter_name])
+
+    def by_relative_errors(self, windows: Windows) -> Fisher:
+        """Sensitivities without gradients, fitted on some windows."""
+        run = partial(measure, self.model, windows[:0], windows, task="causal")
+        inputs = input_taps(self.targets)
+        with attached(self.model, inputs):
+            record = run().record
+
+        def divergence(scheme: Scheme, names: Sequence[str]) -> float:
+            with self.rounded([PlannedWeight(target, scheme) for target in self.targets if target.name in names]):
+                changes = run(reference=record).changes
+            assert changes is not None
+            return float(changes.kl.mean())
+
+        return fitted(self.targets, inputs, divergence)
 
 
 def planned(
@@ -112,10 +138,16 @@ def main() -> None:
     scheme = Scheme(bitwidth=8, scale="fisher")
     fused = decisions(targets, scheme, fisher)
     candidates = time.process_time() - started - gradients
+    plain = Scheme(bitwidth=8, scale="inputs")
+    windows = Windows(ids, torch.ones_like(ids), ids)
+    started = time.process_time()
+    relative = bench.by_relative_errors(windows)
+    measured = time.process_time() - started
     searches = {
         "error only": decisions(targets, Scheme(bitwidth=8), flat(fisher)),
         "free": decisions(targets, scheme, fisher, fuse=False),
         "fused": fused,
+        "no gradients": decisions(targets, plain, relative),
     }
     by_name = {target.name: target for target in targets}
     print(f"{'bits':>5} {'plan':12} {'ratio':>7} {'log':>7} {'predicted':>9} {'x uniform':>9}")
@@ -131,7 +163,8 @@ def main() -> None:
             show(bits, name, bench.rise(weights), math.nan if name == "error only" else predicted, uniform)
     print(
         f"one pass over {options.final} windows: {bench.seconds:.1f} s of processor time; "
-        f"sensitivities: {gradients / bench.seconds:.1f} passes; candidates: {candidates / bench.seconds:.1f} passes"
+        f"sensitivities: {gradients / bench.seconds:.1f} passes, {measured / bench.seconds:.1f} without gradients; "
+        f"candidates: {candidates / bench.seconds:.1f} passes"
     )
 
 

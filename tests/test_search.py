@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import read_report
+from conftest import read_report, slow
 from scipy.optimize import Bounds, LinearConstraint, milp
 from transformers import AutoModelForCausalLM
 
@@ -269,17 +269,19 @@ STOPPING = (
 )
 
 
-def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlock, config, module) -> None:
+@pytest.mark.parametrize("stream", [[], *slow(["--stream"])], ids=["memory", "streamed"])
+def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlock, config, module, stream) -> None:
     module("stopping", STOPPING)
     path = searched(config, guards={"order": ["stopping"]}, plugins=["stopping"])
     Path("stop").touch()
-    assert invarlock("search", "-c", path, "--out", "out").code == 130
+    start = ("search", "-c", path, "--out", "out", *stream)
+    assert invarlock(*start).code == 130
     assert Path("out/search.json").is_file()
     Path("stop").unlink()
-    other = invarlock("search", "-c", path, "--out", "out", "--seed", "3")
+    other = invarlock(*start, "--seed", "3")
     assert other.code == 2
     assert "output.dir: out/search.json is of a search with another configuration" in other.err
-    assert invarlock("search", "-c", path, "--out", "out").code == 0
+    assert invarlock(*start).code == 0
     report = read_report(Path("out"))
     assert len(report["search"]["points"]) == 3
     assert len(report["attempts"]) <= 3
@@ -298,6 +300,14 @@ def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlo
         (
             {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}, "search": {"max_attempts": 0}},
             "edit.search.max_attempts: expected integer 1..50",
+        ),
+        (
+            {"plan": {"bitwidth": "auto"}, "target": {"bits_per_weight": 2}},
+            "edit.target.bits_per_weight: expected number > 2.0, <= 9.0, found 2",
+        ),
+        (
+            {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}, "search": {"max_minutes": 0}},
+            "edit.search.max_minutes: expected number > 0.0, found 0",
         ),
         (
             {"plan": {"bitwidth": "auto"}, "target": {"max_pm_ratio": 1.1}, "retry": {"max_attempts": 2}},
@@ -327,9 +337,3 @@ def test_a_format_that_holds_nothing_of_a_search_is_refused(invarlock, config, t
     done = invarlock("run", "-c", path, "--out", "out")
     assert done.code == 2
     assert "output.format: compressed-tensors: it holds weights of Linear only" in done.err
-
-
-def test_a_streamed_search_is_refused(invarlock, config) -> None:
-    done = invarlock("run", "--stream", "-c", searched(config, {"max_pm_ratio": 1.1}), "--out", "out")
-    assert done.code == 2
-    assert "edit.plan.bitwidth: auto needs gradients: run without --stream" in done.err

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.cli import signals, streams
-from invarlock.core.errors import one_line
+from invarlock.core.errors import UsageError, one_line
 from invarlock.core.paths import PathError, check_working_directory, given
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from invarlock.pipeline import RunResult
 
 log = logging.getLogger("invarlock")
+
+
+def add_stream_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="leave the weights on disk and work tensor by tensor, whatever the size of the model",
+    )  # fmt: skip
 
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +78,12 @@ def checkpoint_and_text(baseline: str, args: argparse.Namespace) -> dict[str, An
     if args.generated:
         given |= {"dataset.provider": "generated", "dataset.path": None}
     return given
+
+
+def check_streamed(args: argparse.Namespace) -> None:
+    """:raises UsageError: an option does not go with ``--stream``."""
+    if args.stream and args.reference:
+        raise UsageError("--reference: weights that stay on disk have no digest to compare; run without --stream")
 
 
 def reference_of(args: argparse.Namespace) -> Path | None:

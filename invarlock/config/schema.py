@@ -309,7 +309,6 @@ def _default_text(entry: dataclasses.Field[Any]) -> str:
 
 def _type_text(hint: Any) -> str:
     kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    low, high = _bounds(extras)
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is Union:
@@ -319,13 +318,28 @@ def _type_text(hint: Any) -> str:
     if isinstance(kind, types.UnionType):
         kind = get_args(kind)[0]
     name = {str: "string", int: "integer", float: "number", bool: "true | false"}[kind]
-    return f"{name} {low}..{high}" if high else f"{name} >= {low}" if low else name
+    return f"{name} {_bounds(extras)}".rstrip()
 
 
-def _bounds(extras: list[Any]) -> tuple[str, str]:
-    low = [str(extra.ge if isinstance(extra, Ge) else extra.gt) for extra in extras if isinstance(extra, Ge | Gt)]
-    high = [str(extra.le if isinstance(extra, Le) else extra.lt) for extra in extras if isinstance(extra, Le | Lt)]
-    return "".join(low), "".join(high)
+def _bounds(extras: list[Any]) -> str:
+    """The range of a number, in signs; empty where any will do."""
+    inclusive = [str(extra.ge if isinstance(extra, Ge) else extra.le) for extra in extras if isinstance(extra, Ge | Le)]
+    if len(inclusive) == 2:
+        return "..".join(inclusive)
+    return ", ".join(sign for extra in extras if (sign := _sign(extra)))
+
+
+def _sign(extra: Any) -> str:
+    match extra:
+        case Ge(ge=low):
+            return f">= {low}"
+        case Gt(gt=low):
+            return f"> {low}"
+        case Le(le=high):
+            return f"<= {high}"
+        case Lt(lt=high):
+            return f"< {high}"
+    return ""
 
 
 def as_keys(message: str, plan: str = PLAN) -> str:

@@ -18,7 +18,7 @@ from invarlock.pipeline.putting_back import ChangedWeight, PuttingBack
 from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.quantization.selection import WeightTarget, find_weights
 from invarlock.reporting.report import AttributionSection, MetricsSection, ModuleRise, WindowsSection
-from invarlock.search.fisher import Fisher, Sensitivities
+from invarlock.search.fisher import BaselineFisher, Fisher
 
 
 def attribute(guarding: Guarding, edited: Edited, metrics: MetricsSection) -> AttributionSection | None:
@@ -48,17 +48,17 @@ def attribute(guarding: Guarding, edited: Edited, metrics: MetricsSection) -> At
     return AttributionSection(rise, total if known.fisher and modules else None, additivity, modules, missing)
 
 
-def _sensitivities(guarding: Guarding, edited: Edited, changed: set[str]) -> Sensitivities:
+def _sensitivities(guarding: Guarding, edited: Edited, changed: set[str]) -> BaselineFisher:
     """Those of the baseline; measured now, at the weights that were changed, if it is still there."""
     if guarding.fisher:
-        return Sensitivities(guarding.fisher)
+        return BaselineFisher(guarding.fisher)
     if edited.watched.streamed and guarding.windows is not None:
-        return Sensitivities(None, "the weights stay on disk")
+        return BaselineFisher(None, "the weights stay on disk")
     if guarding.sensitivities is None and edited.bring_baseline is not None:
         with edited.bring_baseline() as model:
             targets = [target for target in find_weights(model) if not changed.isdisjoint(target.names)]
             guarding.sensitivities = sensitivities_for_shares(guarding, model, targets)
-    return guarding.sensitivities or Sensitivities(None, "the outputs are not measured")
+    return guarding.sensitivities or BaselineFisher(None, "the outputs are not measured")
 
 
 def _losses(guarding: Guarding, windows: WindowsSection | None) -> tuple[float, float] | None:

@@ -43,7 +43,7 @@ from invarlock.plugins.observation import Observation
 from invarlock.reporting.report import CoverageSection, MetricsSection, WindowsSection
 
 if TYPE_CHECKING:
-    from invarlock.search.fisher import Fisher, Sensitivities
+    from invarlock.search.fisher import BaselineFisher, Fisher
 
 log = logging.getLogger("invarlock")
 
@@ -70,7 +70,7 @@ class Guarding:
     prepared: Sequence[PrepareResult] = ()
     fisher: Fisher | None = None
     """Curvature of the baseline on the preview windows, once it was measured."""
-    sensitivities: Sensitivities | None = None
+    sensitivities: BaselineFisher | None = None
     """The same from a few tokens; None while it was not asked for."""
     pass_again: str = ""
     """The reason that the baseline's pass was run in spite of a reference."""

@@ -22,14 +22,14 @@ from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import Keeper, Loaded
-from invarlock.pipeline.planning.contributions import fisher_or_none
+from invarlock.pipeline.planning.choosing import plans_for
 from invarlock.pipeline.planning.plans import check, export_of, keys_named, plans_of, weights_of
+from invarlock.pipeline.planning.probing import Probe
 from invarlock.pipeline.planning.retrying import Retries
 from invarlock.pipeline.planning.searching import Search, check_held, check_target
-from invarlock.pipeline.planning.sensitivities import check_measurable, measured_sensitivities, needs_sensitivities
+from invarlock.pipeline.planning.sensitivities import check_measurable, sensitivities_or_none
 from invarlock.pipeline.reference.kept import Reference
 from invarlock.pipeline.session import Baseline, Session
-from invarlock.pipeline.shares import sensitivities_for_shares
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import quantize_weights
@@ -92,7 +92,8 @@ def _run(
     guarding = Guarding(session, baseline, windows, slots, strict)
     try:
         guarding.begin(model, keeper.baseline)
-        plans = _plans(guarding, keeper, export, output, frontier=frontier)
+        folder = output.path if output else None
+        plans = plans_for(guarding, keeper.baseline, partial(_rounded, keeper), export, folder, frontier=frontier)
         return judge(guarding, _Rounding(guarding, keeper, plans, export, output), keeper.baseline)
     except BaseException:
         # The others may not be there any more to look at a model that is spread over all of them.
@@ -100,22 +101,12 @@ def _run(
         raise
 
 
-def _plans(
-    guarding: Guarding, keeper: Keeper, export: Export | None, output: OutputFolder | None, *, frontier: bool
-) -> Retries | Search:
-    """The plans of the attempts."""
-    config, baseline = guarding.config, keeper.baseline
-    if config.edit.is_searched and guarding.ready:
-        folder = output.path if output else None
-        return Search(guarding, keeper, export, folder, frontier=frontier)
-    retries = Retries(config, baseline.model, guarding.baseline.tokenizer, export)
-    if guarding.ready and needs_sensitivities(config.edit.plan):
-        retries.fisher = guarding.fisher = measured_sensitivities(guarding, baseline.model, retries.targets)
-    elif guarding.ready and config.eval.attribute:
-        guarding.fisher = fisher_or_none(guarding, baseline.model, retries.targets)
-    if guarding.ready and guarding.fisher is None:
-        guarding.sensitivities = sensitivities_for_shares(guarding, baseline.model, retries.targets)
-    return retries
+@contextmanager
+def _rounded(keeper: Keeper, weights: Sequence[PlannedWeight]) -> Iterator[None]:
+    """As ``Rounded``."""
+    quantize_weights(weights, measure=False)
+    yield
+    keeper.restore()
 
 
 class _Rounding:
@@ -193,12 +184,14 @@ class _Rounding:
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         plans = self._plans
-        if isinstance(plans, Retries) and plans.wants_gradients(attempts):
+        if isinstance(plans, Retries) and plans.wants_sensitivities(attempts):
             # Those of the baseline, which later attempts go on from.
             self._restore_all()
-            guarding = self._guarding
-            guarding.fisher = guarding.fisher or fisher_or_none(guarding, self.model, plans.targets)
-            plans.learn(guarding.fisher)
+            guarding, probe = self._guarding, Probe(self._guarding, self.model, partial(_rounded, self._keeper))
+            found = sensitivities_or_none(guarding, plans.targets, probe)
+            if found and not found.no_gradients:
+                guarding.fisher = found.curvatures
+            plans.learn(found)
         return plans.revise(attempts)
 
     def _restore_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Sensitivities for the shares of a report: from so few tokens that every run can have them.
+"""BaselineFisher for the shares of a report: from so few tokens that every run can have them.
 
 Nothing that is judged rests on them: where they cannot be had, the report says why.
 """
@@ -19,7 +19,7 @@ from invarlock.models.facts import Predicted, device_of
 from invarlock.models.snapshot import has_room
 from invarlock.pipeline.guarding import Guarding
 from invarlock.quantization.selection import WeightTarget
-from invarlock.search.fisher import Sensitivities, fisher_of
+from invarlock.search.fisher import BaselineFisher, fisher_of
 
 TOKENS = 80
 """Of one window. Forward and back, they take 1.4 times as long as one of 256 forward; a run has dozens."""
@@ -27,18 +27,18 @@ COPIES = 3
 """Of the inputs and outputs of all weights and of the largest gradient: they are kept, and squared in float32."""
 
 
-def sensitivities_for_shares(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> Sensitivities:
+def sensitivities_for_shares(guarding: Guarding, model: nn.Module, targets: Sequence[WeightTarget]) -> BaselineFisher:
     """How much the loss of a baseline depends on some weights, as far as a few tokens tell.
 
     :param model: the baseline, as it is unedited.
     """
     session, task = guarding.session, guarding.baseline.task
     if guarding.windows is None:
-        return Sensitivities(None, "the outputs are not measured")
+        return BaselineFisher(None, "the outputs are not measured")
     if not isinstance(task, LanguageTask):
-        return Sensitivities(None, f"{task.name} models predict no tokens")
+        return BaselineFisher(None, f"{task.name} models predict no tokens")
     if guarding.baseline.sharding is not None:
-        return Sensitivities(None, "the weights are spread over processes")
+        return BaselineFisher(None, "the weights are spread over processes")
     if session.reference is not None:
         return session.reference.sensitivities
     with session.clock.stage("sensitivities"):
@@ -57,17 +57,17 @@ def few_tokens(preview: Windows, task: Predicted) -> Windows:
 
 def _measured(
     model: nn.Module, window: Windows, targets: Sequence[WeightTarget], task: Predicted, seed: int
-) -> Sensitivities:
+) -> BaselineFisher:
     if not has_room(_bytes_needed(window, targets), device_of(model)):
-        return Sensitivities(None, "there is no memory for gradients")
+        return BaselineFisher(None, "there is no memory for gradients")
     try:
         fisher = fisher_of(model, window, targets, task=task, seed=seed)
     except Exception as error:
         # A model's own code may fail in any way, and a run that needs no gradients goes on without them.
-        return Sensitivities(None, f"the baseline has no gradients: {one_line(error)}")
+        return BaselineFisher(None, f"the baseline has no gradients: {one_line(error)}")
     if not 0 < sum(float(each.rows.sum()) for each in fisher.values()) < math.inf:
-        return Sensitivities(None, "the gradients of the baseline are zero, or not finite")
-    return Sensitivities(fisher)
+        return BaselineFisher(None, "the gradients of the baseline are zero, or not finite")
+    return BaselineFisher(fisher)
 
 
 def _bytes_needed(window: Windows, targets: Sequence[WeightTarget]) -> int:

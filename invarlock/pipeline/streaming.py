@@ -34,14 +34,18 @@ from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
 from invarlock.pipeline.keeping import WatchingStreamed
+from invarlock.pipeline.planning.choosing import plans_for
 from invarlock.pipeline.planning.plans import check, export_of, plans_of, weights_of
+from invarlock.pipeline.planning.probing import Probe
 from invarlock.pipeline.planning.retrying import Retries
-from invarlock.pipeline.planning.sensitivities import check_measurable
+from invarlock.pipeline.planning.searching import Search, check_held, check_target
+from invarlock.pipeline.planning.sensitivities import check_measurable, sensitivities_or_none
 from invarlock.pipeline.session import Baseline, Session
 from invarlock.pipeline.writing import write
 from invarlock.plugins.manager import GuardSlot, PluginManager
 from invarlock.quantization.model import Rounding
 from invarlock.quantization.selection import PlannedWeight
+from invarlock.reporting.report import SearchSection
 
 log = logging.getLogger("invarlock")
 
@@ -55,6 +59,7 @@ def run_streamed(
     ranks: Ranks = ALONE,
     on_progress: Progress = lambda stage, done, total: None,
     invocation: Invocation | None = None,
+    frontier: bool = False,
 ) -> RunResult:
     """As ``run``, tensor by tensor.
 
@@ -68,16 +73,23 @@ def run_streamed(
         raise UsageError(f"output.format: {name}: it cannot be written shard by shard; run without --stream")
     with output.claimed(config.model.id, ranks=ranks):
         slots = plugins.guard_slots(config.guards.order, config.guards.options)
-        return _run_streamed(Session(config, plugins, on_progress, ranks, invocation), slots, strict, output, export)
+        session = Session(config, plugins, on_progress, ranks, invocation)
+        return _run_streamed(session, slots, strict, output, export, frontier)
 
 
 def _run_streamed(
-    session: Session, slots: Sequence[GuardSlot], strict: bool, output: OutputFolder, export: Export | None
+    session: Session,
+    slots: Sequence[GuardSlot],
+    strict: bool,
+    output: OutputFolder,
+    export: Export | None,
+    frontier: bool,
 ) -> RunResult:
     config = session.config
     if config.eval.attribute:
         raise UsageError("eval.attribute puts weights back in memory: run without --stream")
     check_measurable(config, streamed=True, processes=session.ranks.size)
+    check_target(config, frontier=frontier)
     session.documents()
     model, adapter = session.load(config.model.id, stream=True)
     streaming = streaming_of(model)
@@ -89,15 +101,18 @@ def _run_streamed(
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model, reads_text=reads_text)
     if export is not None:
         check(export, plans_of(config), model, baseline.tokenizer)
+        if config.edit.is_searched:
+            check_held(config, export, model, baseline.tokenizer)
         _check_packable(export, streaming, weights)
     windows = baseline.make_windows(model) if reads_text else None
     if windows is None:
         log.warning("outputs are not measured: a streamed model needs text, set dataset.provider and dataset.path")
     guarding = Guarding(session, baseline, windows, slots, strict)
-    retries = Retries(config, model, baseline.tokenizer, export)
-    rounding = _StreamedRounding(guarding, watched, retries, output, export)
+    guarding.begin(model, watched)
+    rounded = partial(_rounded, streaming)
+    plans = plans_for(guarding, watched, rounded, export, output.path, frontier=frontier)
+    rounding = _StreamedRounding(guarding, watched, plans, output, export)
     try:
-        guarding.begin(model, watched)
         return judge(guarding, rounding, watched)
     except UsageError:
         # A full disk. After anything else the same command goes on with the shards that are whole.
@@ -106,21 +121,45 @@ def _run_streamed(
         raise
 
 
+@contextmanager
+def _rounded(streaming: Streaming, weights: Sequence[PlannedWeight]) -> Iterator[None]:
+    """As ``Rounded``."""
+    streaming.put(_edit_of(_by_stored_name(streaming, weights), Rounding(measure=False)))
+    yield
+    streaming.put(None)
+
+
+def _by_stored_name(streaming: Streaming, weights: Sequence[PlannedWeight]) -> dict[str, PlannedWeight]:
+    return {streaming.stored[planned.target.parameter_name]: planned for planned in weights}
+
+
+def _edit_of(weights: Mapping[str, PlannedWeight], rounding: Rounding) -> WeightEdit:
+    """Function that rounds a weight of a plan, each time that one is read.
+
+    :param weights: by the name that they are stored under.
+    """
+
+    def rounded(parameter: str, weight: Tensor) -> Tensor:
+        if parameter in weights:
+            rounding(weights[parameter], weight)
+        return weight
+
+    return rounded
+
+
 class _StreamedRounding:
     """Rounding shard by shard, by one plan an attempt; the edited model reads weights as rounding leaves them."""
-
-    search = None
 
     def __init__(
         self,
         guarding: Guarding,
         watched: WatchingStreamed,
-        retries: Retries,
+        plans: Retries | Search,
         output: OutputFolder,
         export: Export | None,
     ) -> None:
         self.name, self.model = guarding.config.edit.name, watched.model
-        self.retries = retries
+        self.plans = plans
         self.guarding, self.session = guarding, guarding.session
         self.watched, self.streaming, self.output, self.export = watched, watched.streaming, output, export
         self.weights: dict[str, PlannedWeight] = {}
@@ -129,18 +168,18 @@ class _StreamedRounding:
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        return self.retries.described
+        return self.plans.described
 
     def apply(self, number: int) -> Edited:
-        session, described, weights = self.session, self.plan, self.retries.weights()
-        self.weights = {self.streaming.stored[planned.target.parameter_name]: planned for planned in weights}
+        session, described, weights = self.session, self.plan, self.plans.weights()
+        self.weights = _by_stored_name(self.streaming, weights)
         with session.clock.stage("quantize"), unwritable_said(self.output.path):
             if self.export is not None:
-                self.export.take(self.retries.plan, weights)
+                self.export.take(self.plans.plan, weights)
                 self.shards = self._open_shards()
             with session.ranks.progress_summed():
                 modules = self._round_all()
-        edit = self._edit()
+        edit = _edit_of(self.weights, self._rounding(measure=False))
         self.streaming.put(edit)
         watched = dataclasses.replace(self.watched, plan=described)
 
@@ -157,12 +196,17 @@ class _StreamedRounding:
             described,
             modules,
             self.streaming.unedited(),
-            bits_per_weight=self.retries.bits_per_weight,
+            bits_per_weight=self.plans.bits_per_weight,
             bring_baseline=bring_baseline,
         )
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
-        return self.retries.revise(attempts)
+        plans = self.plans
+        if isinstance(plans, Retries) and plans.wants_sensitivities(attempts):
+            self.streaming.put(None)
+            probe = Probe(self.guarding, self.model, partial(_rounded, self.streaming))
+            plans.learn(sensitivities_or_none(self.guarding, plans.targets, probe))
+        return plans.revise(attempts)
 
     def undo(self) -> WatchingStreamed:
         self.streaming.put(None)
@@ -172,6 +216,15 @@ class _StreamedRounding:
         """Write the report, and keep the shards or throw them away."""
         if not self.session.ranks.is_first:
             return
+        self._write(report)
+        if isinstance(self.plans, Search):
+            self.plans.finished()
+
+    @property
+    def search(self) -> SearchSection | None:
+        return self.plans.section if isinstance(self.plans, Search) else None
+
+    def _write(self, report: dict[str, Any]) -> None:
         if not report["verdict"]["accepted"] or self.export is None or self.shards is None:
             self.discard()
             write(report, self.output, self.session.clock)
@@ -250,17 +303,6 @@ class _StreamedRounding:
 
     def _rounding(self, *, measure: bool) -> Rounding:
         return Rounding(measure, self.export.exporter.scale_dtype if self.export else None)
-
-    def _edit(self) -> WeightEdit:
-        """Function that rounds a weight of the plan, each time that one is read."""
-        rounding, weights = self._rounding(measure=False), self.weights
-
-        def rounded(parameter: str, weight: Tensor) -> Tensor:
-            if parameter in weights:
-                rounding(weights[parameter], weight)
-            return weight
-
-        return rounded
 
 
 def _check_packable(export: Export, streaming: Streaming, weights: Sequence[PlannedWeight]) -> None:

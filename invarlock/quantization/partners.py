@@ -23,11 +23,11 @@ def partners_of(targets: Sequence[WeightTarget]) -> list[tuple[WeightTarget, ...
     """The targets in the order of the model, those that are fused together: q/k/v, gate/up, the experts of a layer."""
     sets: dict[str, list[WeightTarget]] = {}
     for target in targets:
-        sets.setdefault(_fused_name(target), []).append(target)
+        sets.setdefault(fused_name(target), []).append(target)
     return [tuple(members) for members in sets.values()]
 
 
-def _fused_name(target: WeightTarget) -> str:
+def fused_name(target: WeightTarget) -> str:
     """Equal for partners."""
     if of_expert := EXPERT.match(target.name):
         return of_expert[1]

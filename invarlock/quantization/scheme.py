@@ -14,7 +14,7 @@ from invarlock.core.errors import UsageError, nearest
 
 Scope = Literal["ffn", "attn", "all"]
 Format = Literal["int", "fp8", "mxfp4", "nvfp4"]
-Scale = Literal["largest", "fisher"]
+Scale = Literal["largest", "inputs", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ class Scheme:
     ] = "int"
     scale: Annotated[
         Scale,
-        "Scale of a group: largest, that of its largest magnitude; fisher, the share of it, 0.6 to 1, that loses least "
-        "by the Fisher information of the baseline on the preview windows.",
+        "Scale of a group: largest, that of its largest magnitude; inputs, the share of it, 0.6 to 1, that loses least "
+        "by the mean squares of the inputs, as the baseline has them on the preview windows; fisher, the share that "
+        "loses least by the Fisher information on them.",
     ] = "largest"
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class Scheme:
         known = get_args(Scale)
         if self.scale not in known:
             raise PlanError(f"`scale` is {self.scale!r}; known are {', '.join(known)}{nearest(str(self.scale), known)}")
-        if self.scale == "fisher" and (self.of_floats or not self.symmetric or not self.per_channel):
+        if self.scale != "largest" and (self.of_floats or not self.symmetric or not self.per_channel):
             problem = "is for whole numbers, symmetric and per channel"
             raise PlanError(f"`scale` is {self.scale!r}, which {problem}; set it to largest")
 
@@ -155,7 +156,7 @@ class Scheme:
             block = self.of_floats.block
             return f"{self.of_floats.name}, {f'blocks of {block}' if block else grain}"
         grain = f"groups of {self.group_size}" if self.group_size else grain
-        scales = ", scales by Fisher information" if self.scale == "fisher" else ""
+        scales = {"inputs": ", scales by inputs", "fisher": ", scales by Fisher information"}.get(self.scale, "")
         return f"{self.bitwidth} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {grain}{scales}"
 
     @property

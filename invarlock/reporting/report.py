@@ -269,6 +269,12 @@ class SearchSection:
     """Weights, or sets of weights that engines fuse, which are given a scheme each."""
     points: list[SearchPoint]
     """The smallest first; the windows that they were measured on are the same."""
+    sensitivities: str = "gradients"
+    """That predict the rise of the loss: "gradients", or "relative errors" with a factor for each family of weights."""
+    no_gradients: str = ""
+    """The reason for relative errors."""
+    preview_passes: int | None = None
+    """Forward passes over the preview windows, those that are run backwards as well aside; null of earlier versions."""
 
 
 @dataclass

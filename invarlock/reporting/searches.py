@@ -15,7 +15,13 @@ def search_line(search: SearchSection) -> str:
     plans = f"{len(search.points)} plans" if len(search.points) != 1 else "one plan"
     chosen = f"{search.target}, schemes chosen for {search.decisions} weights or sets of fused ones"
     several = "the same final windows" if len(search.points) > 1 else "final windows that no step of the search saw"
-    return f"{chosen} by sensitivities on the preview windows; {plans} judged on {several}"
+    return f"{chosen} by {sensitivities_line(search)}; {plans} judged on {several}"
+
+
+def sensitivities_line(search: SearchSection) -> str:
+    """The kind of sensitivities, and the reason where they are not by gradients."""
+    by = f"{search.sensitivities} on the preview windows"
+    return f"{by} (no gradients: {search.no_gradients}; {search.preview_passes} passes)" if search.no_gradients else by
 
 
 def point_cells(point: SearchPoint) -> list[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from invarlock.core.progress import counted
 from invarlock.quantization.partners import partners_of
 from invarlock.quantization.rounding import Workspace, fake_quantize_
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
-from invarlock.search.fisher import Curvature, Fisher
+from invarlock.search.fisher import Curvature
 
 BITS = range(2, 9)
 GROUPS = (32, 64, 128)
@@ -49,7 +50,7 @@ class Decision:
 def decisions(
     targets: Sequence[WeightTarget],
     base: Scheme,
-    fisher: Fisher,
+    curvatures: Mapping[str, Curvature],
     *,
     fuse: bool = True,
     holds: Holds = lambda scheme, targets: True,
@@ -57,6 +58,7 @@ def decisions(
     """The decisions of a search, in the order of the model; none for weights that no scheme can hold.
 
     :param base: all that is not searched of the schemes; with a size of groups that is not searched either.
+    :param curvatures: by the name of the parameter.
     :param fuse: whether weights that engines fuse share a scheme.
     """
     sets = partners_of(targets) if fuse else [(target,) for target in targets]
@@ -64,7 +66,7 @@ def decisions(
     for together in counted(sets):
         held = [scheme for scheme in schemes_for(base, together) if holds(scheme, together)]
         if held:
-            found.append(_decision(together, held, fisher))
+            found.append(_decision(together, held, curvatures))
     return found
 
 
@@ -79,12 +81,15 @@ def schemes_for(base: Scheme, together: Sequence[WeightTarget]) -> list[Scheme]:
     return [dataclasses.replace(base, bitwidth=bits, group_size=size) for bits in BITS for size in sizes]
 
 
-def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher: Fisher) -> Decision:
+def _decision(
+    together: Sequence[WeightTarget], tried: Sequence[Scheme], curvatures: Mapping[str, Curvature]
+) -> Decision:
+    samples = [Sample.of(target, curvatures[target.parameter_name]) for target in together]
     choices = [
         Choice(
             scheme,
             sum(PlannedWeight(target, scheme).bits for target in together),
-            sum(predicted_rise(target, scheme, fisher[target.parameter_name]) for target in together),
+            sum(sample.rise(scheme) for sample in samples),
         )
         for scheme in tried
     ]
@@ -92,16 +97,36 @@ def _decision(together: Sequence[WeightTarget], tried: Sequence[Scheme], fisher:
     return Decision(tuple(target.name for target in together), weights, tuple(choices))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a weight at equal distances, which schemes are tried on; one that is on disk is read once for all."""
+
+    rows: Tensor
+    """(..., some of out, in), in memory of their own."""
+    curvature: Curvature
+    """At these rows."""
+    share: float
+    """In the curvature of all rows."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, target: WeightTarget, curvature: Curvature) -> Sample:
+        matrices = target.layout.matrices(target.parameter)
+        # Odd, so that rows are not all of the same places in attention heads, whose sizes are powers of two.
+        step = matrices.shape[-2] // ROWS | 1
+        rows = matrices[..., ::step, :].clone(memory_format=torch.contiguous_format)
+        sampled = Curvature(curvature.rows[..., ::step], curvature.columns)
+        return cls(rows, sampled, float(sampled.rows.sum() / curvature.rows.sum().clamp(min=1e-30)))
+
+    @torch.no_grad()
+    def rise(self, scheme: Scheme) -> float:
+        """The predicted rise of the loss, nats per token, from rounding all rows."""
+        after = self.rows.clone()
+        columns = self.curvature.columns if scheme.scale != "largest" else None
+        fake_quantize_(after, scheme, measure=False, workspace=Workspace(), columns=columns)
+        return self.curvature.rise(after.float() - self.rows.float()) / max(self.share, 1e-6)
+
+
 def predicted_rise(target: WeightTarget, scheme: Scheme, curvature: Curvature) -> float:
-    """The predicted rise of the loss, nats per token, from rounding a weight; from rows at equal distances."""
-    matrices = target.layout.matrices(target.parameter)
-    # Odd, so that rows are not all of the same places in attention heads, whose sizes are powers of two.
-    step = matrices.shape[-2] // ROWS | 1
-    before = matrices[..., ::step, :]
-    after = before.clone(memory_format=torch.contiguous_format)
-    columns = curvature.columns if scheme.scale == "fisher" else None
-    fake_quantize_(after, scheme, measure=False, workspace=Workspace(), columns=columns)
-    sampled = Curvature(curvature.rows[..., ::step], curvature.columns)
-    share = float(sampled.rows.sum() / curvature.rows.sum().clamp(min=1e-30))
-    return sampled.rise(after.float() - before.float()) / max(share, 1e-6)
+    """The predicted rise of the loss, nats per token, from rounding a weight."""
+    return Sample.of(target, curvature).rise(scheme)

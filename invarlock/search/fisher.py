@@ -47,10 +47,16 @@ class Curvature:
         """Of the weight (..., out, in)."""
         return (*self.rows.shape, self.columns.shape[-1])
 
-    def even(self, of_rows: float) -> Curvature:
-        """One of the same shape in which no row and no column matters more than any other."""
-        columns = torch.full_like(self.columns, 1 / self.columns.shape[-1])
-        return Curvature(torch.full_like(self.rows, of_rows), columns)
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.rows.isfinite().all() and self.columns.isfinite().all())
+
+    @classmethod
+    def even(cls, shape: Sequence[int], of_rows: float, device: torch.device) -> Curvature:
+        """One of a weight (..., out, in) in which no row and no column matters more than any other."""
+        *experts, rows, columns = shape
+        full = partial(torch.full, dtype=torch.float32, device=device)
+        return cls(full([*experts, rows], of_rows), full([*experts, columns], 1 / columns))
 
 
 Fisher = Mapping[str, Curvature]
@@ -58,7 +64,7 @@ Fisher = Mapping[str, Curvature]
 
 
 @dataclass(frozen=True)
-class Sensitivities:
+class BaselineFisher:
     """The curvature of a baseline, or the reason that there is none."""
 
     fisher: Fisher | None
@@ -116,7 +122,11 @@ def _unreached_as_others(found: Fisher) -> Fisher:
     """Weights that no window reached, as some experts, matter as the median of the others: nothing tells otherwise."""
     reached = [each for each in found.values() if each.rows.any()]
     usual = torch.stack([each.rows.mean().cpu() for each in reached]).median() if reached else torch.zeros(())
-    return {name: each if each.rows.any() else each.even(float(usual)) for name, each in found.items()}
+    return {name: each if each.rows.any() else _even_as(each, float(usual)) for name, each in found.items()}
+
+
+def _even_as(other: Curvature, of_rows: float) -> Curvature:
+    return Curvature.even(other.shape, of_rows, other.rows.device)
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

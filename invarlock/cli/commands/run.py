@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
 from invarlock.cli.commands.config import keys_text
-from invarlock.cli.options import add_judging_options, judge_together, path_argument, reference_of
-from invarlock.core.errors import UsageError
+from invarlock.cli.options import (
+    add_judging_options,
+    add_stream_option,
+    check_streamed,
+    judge_together,
+    path_argument,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -42,17 +48,13 @@ def invarlock_add_commands(subparsers: Any) -> None:
         "-c", "--config", type=path_argument, metavar="CONFIG", help="the run's configuration, a YAML file"
     )
     source.add_argument("--demo", action="store_true", help="a small trained model that is shipped along, offline")
-    parser.add_argument(
-        "--stream", action="store_true",
-        help="leave the weights on disk and work tensor by tensor, whatever the size of the model",
-    )  # fmt: skip
+    add_stream_option(parser)
     add_judging_options(parser)
     parser.set_defaults(run=run, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.stream and args.reference:
-        raise UsageError("--reference: weights that stay on disk have no digest to compare; run without --stream")
+    check_streamed(args)
     if args.demo:
         demo = demo_folder()
         return judge_together(args, "demo", str(demo / "config.yaml"), {"model.id": str(demo / "checkpoint")}, _judge)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import add_judging_options, judge_together, path_argument
+from invarlock.cli.options import (
+    add_judging_options,
+    add_stream_option,
+    check_streamed,
+    judge_together,
+    path_argument,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from invarlock.config.schema import RunConfig
@@ -36,16 +43,20 @@ def invarlock_add_commands(subparsers: Any) -> None:
     parser.add_argument(
         "-c", "--config", type=path_argument, metavar="CONFIG", required=True, help="as of a run, a YAML file"
     )
+    add_stream_option(parser)
     add_judging_options(parser)
     parser.set_defaults(run=run, judges=True)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_streamed(args)
     return judge_together(args, f"search-{Path(args.config).stem}", args.config, {"edit.plan.bitwidth": "auto"}, _judge)
 
 
 def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
     # Only here: torch is slow to import.
-    from invarlock.pipeline import run
+    from invarlock import pipeline
 
-    return run(config, args.manager, frontier=True, **shared)
+    if args.stream:
+        return pipeline.run_streamed(config, args.manager, frontier=True, **shared)
+    return pipeline.run(config, args.manager, frontier=True, reference=reference_of(args), **shared)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 
 from torch import nn
 
 from invarlock.core.errors import UsageError
 from invarlock.core.results import EditedWeight
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.planning.sensitivities import measured_sensitivities
+from invarlock.pipeline.planning.sensitivities import measured_fisher
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget
-from invarlock.search.candidates import predicted_rise
+from invarlock.search.candidates import Sample
 from invarlock.search.fisher import Curvature, Fisher
 
 log = logging.getLogger("invarlock")
@@ -34,32 +35,27 @@ def fisher_or_none(guarding: Guarding, model: nn.Module, targets: Sequence[Weigh
     if guarding.windows is None or guarding.baseline.sharding is not None or session.ranks.size > 1:
         return None
     try:
-        return measured_sensitivities(guarding, model, targets)
+        return measured_fisher(guarding, model, targets)
     except UsageError:
         # Of a task that predicts no tokens, or where an operation of the model's own has no derivative.
         log.info("there are no gradients of the baseline: weights are told apart by their relative errors")
         return None
 
 
-def by_gradients(fisher: Fisher, candidates: Iterable[PlannedWeight]) -> Contribution:
-    """By the Fisher information and the error of rounding, in nats per token.
+def by_curvature(curvatures: Mapping[str, Curvature], candidates: Iterable[PlannedWeight]) -> Contribution:
+    """By the curvature and the error of rounding, in nats per token.
 
-    :param candidates: all that will be asked for, while the weights are those of the baseline.
+    :param candidates: all that will be asked for, while the weights are those of the baseline; weight by weight.
     """
-    rises = {
-        (planned.target.parameter_name, planned.scheme.alone): _rise(planned, fisher[planned.target.parameter_name])
-        for planned in candidates
-    }
+    rises: dict[tuple[str, Scheme], float] = {}
+    for target, schemes in groupby(candidates, lambda planned: planned.target):
+        sample = Sample.of(target, curvatures[target.parameter_name])
+        rises |= {(target.parameter_name, each.scheme.alone): sample.rise(each.scheme) for each in schemes}
 
     def contribution(targets: Sequence[WeightTarget], scheme: Scheme) -> float:
         return sum(rises[target.parameter_name, scheme.alone] for target in targets)
 
     return contribution
-
-
-def _rise(planned: PlannedWeight, curvature: Curvature) -> float:
-    # A weight that no window reaches, as of an expert, has no curvature.
-    return predicted_rise(planned.target, planned.scheme, curvature) if curvature.rows.any() else 0.0
 
 
 def by_errors(modules: Sequence[EditedWeight], schemes: Mapping[str, Scheme]) -> Contribution:

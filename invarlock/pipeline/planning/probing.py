@@ -1,38 +1,46 @@
-"""Probes of a search: plans measured on the preview windows, so that those of the verdict stay unseen."""
+"""Probes of a search: roundings measured on the preview windows, so that those of the verdict stay unseen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import NormalDist
 
-from invarlock.datasets.layout import Windows
+from torch import nn
+
 from invarlock.evaluation.confidence_sequence import errors_reached
 from invarlock.evaluation.passes import PassResult
+from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.statistics import mean_per_token, standard_error
+from invarlock.evaluation.taps import Tap, attached
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.keeping import Keeper
-from invarlock.quantization.model import quantize_weights
 from invarlock.quantization.selection import PlannedWeight
 
+Rounded = Callable[[Sequence[PlannedWeight]], AbstractContextManager[None]]
+"""A block in which some weights are rounded, and after which the model is the baseline again, bit for bit."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Probe:
-    """The preview windows, and the baseline, which is in memory before and after each measurement."""
+    """Measurements on the preview windows; the model is the baseline before and after each."""
 
     guarding: Guarding
-    keeper: Keeper
-    preview: Windows
+    model: nn.Module
+    rounded: Rounded
+    passes: int = 0
+    """Over the preview windows, so far."""
+    _before: PassResult | None = None
+
+    def observe(self, taps: Mapping[str, Tap]) -> None:
+        """Run the baseline with taps on it, by module name; measurements from now on are held against this pass."""
+        with attached(self.model, taps):
+            self._before = self._measured(None)
 
     def upper(self, weights: Sequence[PlannedWeight]) -> float | None:
         """The upper end to expect of the rise of the loss on the final windows, nats per token; None if not finite."""
-        before = self._baseline
-        with self.guarding.session.clock.stage("probe"):
-            quantize_weights(weights, measure=False)
-            after = self._measured()
-            self.keeper.restore()
+        before, after = self._baseline, self._after(weights)
         differences = after.losses - before.losses
         rise = float(mean_per_token(differences, before.tokens))
         if len(differences) > 1:
@@ -44,11 +52,26 @@ class Probe:
             rise += reach * float(standard_error(differences, before.tokens)) * math.sqrt(len(differences) / windows)
         return rise if math.isfinite(rise) else None
 
-    @cached_property
-    def _baseline(self) -> PassResult:
-        with self.guarding.session.clock.stage("probe"):
-            return self._measured()
+    def divergence(self, weights: Sequence[PlannedWeight]) -> float:
+        """How far predictions move, nats per token: the rise to expect of the loss, with far less noise."""
+        changes = self._after(weights).changes
+        return float(changes.kl.mean()) if changes is not None else math.nan
 
-    def _measured(self) -> PassResult:
-        model = self.keeper.baseline.model
-        return self.guarding.baseline.task.measure(model, self.preview[:0], self.preview)
+    def _after(self, weights: Sequence[PlannedWeight]) -> PassResult:
+        record = self._baseline.record
+        with self.rounded(weights):
+            return self._measured(record)
+
+    @property
+    def _baseline(self) -> PassResult:
+        if self._before is None:
+            self.observe({})
+        assert self._before is not None
+        return self._before
+
+    def _measured(self, record: TokenRecord | None) -> PassResult:
+        self.passes += 1
+        assert self.guarding.windows is not None
+        task, preview = self.guarding.baseline.task, self.guarding.windows[0]
+        with self.guarding.session.clock.stage("probe"):
+            return task.measure(self.model, preview[:0], preview, reference=record)

@@ -11,10 +11,10 @@ from torch import nn
 from invarlock.config.schema import RunConfig
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
-from invarlock.pipeline.planning.contributions import Contribution, by_errors, by_gradients
+from invarlock.pipeline.planning.contributions import Contribution, by_curvature, by_errors
 from invarlock.pipeline.planning.plans import keys_named, plans_of, wider
 from invarlock.pipeline.planning.repairing import Repair, share_within
-from invarlock.pipeline.planning.sensitivities import weighed
+from invarlock.pipeline.planning.sensitivities import Sensitivities, weighed
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
@@ -31,7 +31,7 @@ class Retries:
         self._config, self._model, self._tokenizer, self._export = config, model, tokenizer, export
         self.plan: AnyPlan = config.edit.plan
         self.fisher: Fisher | None = None
-        """Once it is measured, where scales go by it."""
+        """The Fisher information, or curvature by inputs, once it is measured where scales go by it."""
         self._contribution: Contribution | None = None
         self._learned = False
         self.targets = [planned.target for planned in self.weights()]
@@ -62,15 +62,16 @@ class Retries:
                 yield PlannedWeight(planned.target, scheme)
                 scheme = self._widen(scheme, [planned.target])
 
-    def wants_gradients(self, attempts: Sequence[Attempt]) -> bool:
+    def wants_sensitivities(self, attempts: Sequence[Attempt]) -> bool:
         """True where the next plan will be a repair, and nothing was learned of the baseline yet."""
         repairs = self._config.edit.retry.strategy == "suspects" and self._goes_on(attempts)
         return repairs and not self._learned
 
-    def learn(self, fisher: Fisher | None) -> None:
+    def learn(self, sensitivities: Sensitivities | None) -> None:
         """Predict what each weight contributes to the rise of the loss, while they are those of the baseline."""
         self._learned = True
-        self._contribution = by_gradients(fisher, self.candidates()) if fisher else None
+        if sensitivities:
+            self._contribution = by_curvature(sensitivities.curvatures, self.candidates())
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         """Plan the next attempt after a rollback; False where there is none."""

@@ -19,11 +19,11 @@ from invarlock.core.errors import UsageError
 from invarlock.exporters.saving import Export
 from invarlock.pipeline.attempts import Attempt
 from invarlock.pipeline.guarding import Guarding
-from invarlock.pipeline.keeping import Keeper
+from invarlock.pipeline.keeping import Loaded, WatchingStreamed
 from invarlock.pipeline.planning.plans import keys_named
-from invarlock.pipeline.planning.probing import Probe
+from invarlock.pipeline.planning.probing import Probe, Rounded
 from invarlock.pipeline.planning.search_state import Judged, SearchState
-from invarlock.pipeline.planning.sensitivities import measured_sensitivities, weighed
+from invarlock.pipeline.planning.sensitivities import AUTO_KEY, Sensitivities, searched_scheme, weighed
 from invarlock.quantization.rules import Rule, Rules
 from invarlock.quantization.scheme import Scheme
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights, select_targets
@@ -34,7 +34,6 @@ from invarlock.search.steps import Tried, corrected, for_frontier, for_ratio
 
 PROBES = 2
 """The first one is off by what predictions are off, a quarter; the second by what that changes."""
-AUTO_KEY = "edit.plan.bitwidth: auto"
 
 
 def check_target(config: RunConfig, *, frontier: bool) -> None:
@@ -54,7 +53,7 @@ def check_held(config: RunConfig, export: Export, model: nn.Module, tokenizer: A
     """
     with keys_named():
         targets = select_targets(model, config.edit.plan)
-    base, held = _base(config), _Held(export, model, tokenizer)
+    base, held = searched_scheme(config.edit.plan, "largest"), _Held(export, model, tokenizer)
     if not any(held(scheme, [target]) for target in targets for scheme in schemes_for(base, [target])):
         raise UsageError(f"output.format: {held.refusal}; or set output.format to dequantized")
 
@@ -62,6 +61,8 @@ def check_held(config: RunConfig, export: Export, model: nn.Module, tokenizer: A
 class Search:
     """The plan of the attempt at hand, and its weights.
 
+    :param watched: the baseline.
+    :param rounded: makes the roundings that are measured on the preview windows.
     :param export: of a model that is saved: only schemes that its format holds are tried.
     :param folder: of the output, where an interrupted search goes on; None keeps nothing.
     :param frontier: whether plans of all sizes are measured, and not those on the way to a target.
@@ -70,32 +71,44 @@ class Search:
     def __init__(
         self,
         guarding: Guarding,
-        keeper: Keeper,
+        watched: Loaded | WatchingStreamed,
+        rounded: Rounded,
         export: Export | None,
         folder: Path | None,
         *,
         frontier: bool,
     ) -> None:
-        self._config, self._model, self._frontier = guarding.config, keeper.baseline.model, frontier
+        self._config, self._model, self._frontier = guarding.config, watched.model, frontier
         self._began, self._confirms = time.monotonic(), False
-        with keys_named():
-            targets = select_targets(self._model, self._config.edit.plan)
-        self._fisher = guarding.fisher = measured_sensitivities(guarding, self._model, targets)
+        self._probe = Probe(guarding, watched.model, rounded)
+        self._sensitivities = Sensitivities.measured(guarding, self._targets, self._probe)
+        if not watched.streamed:
+            guarding.fisher = self._sensitivities.curvatures
         with guarding.session.clock.stage("candidates"):
-            self._decisions = self._candidates(targets, _Held(export, self._model, guarding.baseline.tokenizer))
-        self._state = SearchState.opened(folder, _digest(self._config, keeper.baseline.digest, frontier=frontier))
-        self._probe = Probe(guarding, keeper, guarding.windows[0]) if guarding.windows else None
+            self._decisions = self._candidates(_Held(export, self._model, guarding.baseline.tokenizer))
+        self._state = SearchState.opened(folder, self._digest(watched.digest))
         first = self._next() or self._best
         if first is None:
             raise UsageError(f"edit.target.bits_per_weight: the smallest plan has {smallest(self._decisions):.3g}")
         self._take(first)
 
-    def _candidates(self, targets: Sequence[WeightTarget], held: _Held) -> list[Decision]:
-        fuse = self._config.edit.search.fuse
-        found = decisions(targets, _base(self._config), self._fisher, fuse=fuse, holds=held)
+    @property
+    def _targets(self) -> list[WeightTarget]:
+        """Found anew, as ``weights`` are."""
+        with keys_named():
+            return select_targets(self._model, self._config.edit.plan)
+
+    def _candidates(self, held: _Held) -> list[Decision]:
+        base, fuse = searched_scheme(self._config.edit.plan, self._sensitivities.scale), self._config.edit.search.fuse
+        found = decisions(self._targets, base, self._sensitivities.curvatures, fuse=fuse, holds=held)
         if not all(math.isfinite(choice.rise) for decision in found for choice in decision.choices):
-            raise UsageError(f"{AUTO_KEY} needs gradients, and those of this model are not finite")
+            raise UsageError(f"{AUTO_KEY} predicts the effect of rounding, and weights of this model are not finite")
         return found
+
+    def _digest(self, weights: str) -> str:
+        """Of all that judgements of a plan hold for."""
+        of = [self._config.as_dict(), weights, self._frontier, self._sensitivities.no_gradients]
+        return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
     def _take(self, allocation: Allocation) -> None:
         self._allocation, self.plan = allocation, allocation.rules
@@ -115,7 +128,7 @@ class Search:
         return self._weights_of(self.plan)
 
     def _weights_of(self, plan: Rules) -> list[PlannedWeight]:
-        return weighed(planned_weights(self._model, plan), self._fisher)
+        return weighed(planned_weights(self._model, plan), self._sensitivities.curvatures)
 
     def revise(self, attempts: Sequence[Attempt]) -> bool:
         """Plan the next attempt, or the best accepted one again, if others came after it."""
@@ -141,6 +154,9 @@ class Search:
             "the frontier" if self._frontier else ratio if target.bits_per_weight is None else best,
             len(self._decisions),
             sorted(map(self._point, self._state.judged), key=lambda point: point.bits_per_weight),
+            "relative errors" if self._sensitivities.no_gradients else "gradients",
+            self._sensitivities.no_gradients,
+            self._probe.passes,
         )
 
     def finished(self) -> None:
@@ -164,9 +180,9 @@ class Search:
     def _correction(self) -> float:
         """The factor between rises and their predictions, from plans that are measured on the preview windows."""
         factor = 1.0
-        for _ in range(PROBES if self._probe else 0):
+        for _ in range(PROBES):
             found = for_ratio(self._decisions, self._config.eval.max_pm_ratio, [], factor)
-            upper = self._probe.upper(self._weights_of(found.rules)) if found and self._probe else None
+            upper = self._probe.upper(self._weights_of(found.rules)) if found else None
             if found is None or upper is None:
                 break
             factor = corrected(upper, found.rise)
@@ -212,20 +228,6 @@ class _Held:
             reason = "it holds weights of one scheme, and a search gives them several"
         self.refusal = f"{exporter.name}: {reason}" if reason else self.refusal
         return reason is None
-
-
-def _base(config: RunConfig) -> Scheme:
-    """All that is not searched; scales go by the Fisher information where they can."""
-    plan = config.edit.plan
-    shared = {entry.name: getattr(plan, entry.name) for entry in dataclasses.fields(Scheme)}
-    scale = "fisher" if shared["symmetric"] and shared["per_channel"] else "largest"
-    return Scheme(**shared | {"bitwidth": 8, "scale": scale})
-
-
-def _digest(config: RunConfig, weights: str, *, frontier: bool) -> str:
-    """Of all that judgements of a plan hold for."""
-    of = json.dumps([config.as_dict(), weights, frontier], sort_keys=True)
-    return hashlib.sha256(of.encode()).hexdigest()
 
 
 def _upper(judged: Judged) -> float | None:

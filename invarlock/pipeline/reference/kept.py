@@ -47,12 +47,12 @@ from invarlock.plugins.manager import GuardSlot
 from invarlock.plugins.observation import Observation
 from invarlock.plugins.plugin import Origin
 from invarlock.quantization.selection import find_weights
-from invarlock.search.fisher import Fisher, Sensitivities
+from invarlock.search.fisher import BaselineFisher, Fisher
 
 FORMAT_VERSION, FILE = "reference-v1", "reference.json"
 KEY = "--reference"
 REMEDY = "make it again with invarlock reference"
-OF_EARLIER_BUILDS = Sensitivities(None, f"the reference holds no sensitivities; {REMEDY}")
+OF_EARLIER_BUILDS = BaselineFisher(None, f"the reference holds no sensitivities; {REMEDY}")
 DIGITS = 32
 """Of the shortest digest: it says nothing to a reader."""
 Facts = Mapping[str, Any]
@@ -104,7 +104,7 @@ class Reference:
     guards: Sequence[Mapping[str, Any]] = ()
     """Of each guard whose observations are kept: who it is, and the result of each tap."""
     noise: Sequence[NoiseRun] = ()
-    sensitivities: Sensitivities = OF_EARLIER_BUILDS
+    sensitivities: BaselineFisher = OF_EARLIER_BUILDS
     """For shares of whatever weights a subject changes."""
     created: str = ""
     digest: str = ""

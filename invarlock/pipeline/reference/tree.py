@@ -15,7 +15,7 @@ from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.passes import PassResult
 from invarlock.evaluation.predictions import TokenRecord
 from invarlock.evaluation.results import NoiseRun
-from invarlock.search.fisher import Curvature, Sensitivities
+from invarlock.search.fisher import BaselineFisher, Curvature
 
 FORGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 """Exceptions of a tree that is not of this form."""
@@ -114,7 +114,7 @@ def noise_of(tree: Mapping[str, Any]) -> NoiseRun:
     return run
 
 
-def tree_of_sensitivities(known: Sensitivities) -> dict[str, Any]:
+def tree_of_sensitivities(known: BaselineFisher) -> dict[str, Any]:
     weights = {
         name: {"rows": _eighth(each.rows), "columns": _eighth(each.columns), "sum": float(each.rows.sum())}
         for name, each in (known.fisher or {}).items()
@@ -122,10 +122,10 @@ def tree_of_sensitivities(known: Sensitivities) -> dict[str, Any]:
     return {"weights": weights, "missing": known.missing}
 
 
-def sensitivities_of(tree: Mapping[str, Any]) -> Sensitivities:
+def sensitivities_of(tree: Mapping[str, Any]) -> BaselineFisher:
     """:raises ValueError: rows and columns are not factors of a curvature."""
     fisher = {name: _curvature_of(each, name) for name, each in tree["weights"].items()}
-    return Sensitivities(fisher or None, str(tree["missing"]))
+    return BaselineFisher(fisher or None, str(tree["missing"]))
 
 
 def _eighth(factors: Tensor) -> Tensor:

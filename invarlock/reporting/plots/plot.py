@@ -68,7 +68,7 @@ def _frontier(search: SearchSection, metric: MetricResult | None) -> Plot:
     return Plot(
         "frontier",
         title,
-        captions.FRONTIER,
+        f"{captions.FRONTIER} Sensitivities: {searches.sensitivities_line(search)}.",
         searches.POINT_COLUMNS,
         searches.point_rows(search),
         drawing.drawn("frontier", title, drawing.frontier, points),
