@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -88,6 +89,12 @@ def site(invarlocker: Invarlocker) -> Callable[..., Path]:
 def module(invarlocker: Invarlocker) -> Callable[[str, str], Path]:
     """Write a module into the working folder, to be named with ``-p``."""
     return invarlocker.module
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_pytest() -> None:
+    """A command line that a fixture called in this process keeps the log to itself."""
+    logging.getLogger("invarlock").propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,7 @@ def test_experts_that_are_separate_modules(compare: Compare, module, calls_all: 
 
 def test_without_outputs_nothing_is_listed(compare: Compare) -> None:
     assert compare(BASELINE, BASELINE, "--weights-only").code == 0
-    assert coverage() == {"tokens": [], "gaps": [], "conversations": 0}
+    assert coverage() == {"tokens": [], "gaps": [], "conversations": 0, "images": 0}
 
 
 def test_a_warning_is_a_test_and_a_result_of_its_own(invarlock: Callable[..., Done], compare: Compare) -> None:

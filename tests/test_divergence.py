@@ -35,6 +35,7 @@ from invarlock.evaluation.predictions import (
     coarse_divergence,
     likeliest,
 )
+from invarlock.evaluation.reach import Reached
 from invarlock.evaluation.results import DivergenceResult
 from invarlock.models import sizes
 from invarlock.models.facts import Predicted
@@ -279,8 +280,9 @@ def test_each_window_passes_once_with_a_reference_too() -> None:
     model, windows = architectures.llama(), windows_of(CAUSAL)
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
-    baseline = measure(model, windows[:2], windows[2:], task="causal")
-    measure(model, windows[:2], windows[2:], task="causal", reference=baseline.record)
+    sides = windows[:2], windows[2:]
+    baseline = measure(model, *sides, task="causal", taps=[{"lm_head": Reached()}])
+    measure(model, *sides, task="causal", taps=[{"lm_head": Reached()}], reference=baseline.record)
     assert seen == [2, 3] * 2
 
 

@@ -39,6 +39,7 @@ from invarlock.datasets.windows import make_windows
 from invarlock.evaluation import passes
 from invarlock.evaluation.metric import compare
 from invarlock.evaluation.passes import PassResult, measure
+from invarlock.evaluation.reach import Reached
 from invarlock.evaluation.taps import attached
 from invarlock.models import sizes
 from invarlock.models.facts import Predicted
@@ -205,7 +206,7 @@ def test_each_window_passes_once_preview_first(model: nn.Module, windows: tuple[
         assert not module.training and not torch.is_grad_enabled()
 
     model.register_forward_pre_hook(lambda m, a, k: note(m, a, dict(k)), with_kwargs=True)
-    measure(model, *windows, task="causal")
+    measure(model, *windows, task="causal", taps=[{"lm_head": Reached()}])
     assert torch.equal(torch.cat(seen), torch.cat([windows[0].input_ids, windows[1].input_ids]))
     assert settings == [{"use_cache": False}] * 2
 
@@ -216,7 +217,7 @@ def test_progress_counts_windows(
     monkeypatch.setattr(sizes, "CPU", replace(sizes.CPU, batch_tokens=2 * 24))
     heard: list[tuple[int, int]] = []
     with showing(lambda done, total: heard.append((done, total))):
-        measure(model, *windows, task="causal")
+        measure(model, *windows, task="causal", taps=[{"lm_head": Reached()}])
     assert heard == [(2, 8), (3, 8), (5, 8), (7, 8), (8, 8)]
 
 
@@ -379,7 +380,7 @@ def test_batches_are_halved_until_they_fit(
 ) -> None:
     at_once, small = measure(model, *windows, task="causal"), Small(model, most=2)
     for _ in range(2):
-        halved = measure(small, *windows, task="causal")
+        halved = measure(small, *windows, task="causal", taps=[{"": Reached()}])
         assert halved.losses == pytest.approx(at_once.losses, rel=1e-6)
     assert max(small.seen) <= 2
     assert sum(small.seen) == 2 * sum(map(len, windows)), "each window once"

@@ -246,6 +246,7 @@ def test_a_spread_model_is_judged_and_saved_as_a_whole_one_is(config, module, to
     one, two = comparable(Path("one")), comparable(Path("two"))
     assert saved_bytes("two") == saved_bytes("one")
     del one["config"]["model"], two["config"]["model"]
+    assert one.pop("attribution")["modules"] and two.pop("attribution")["not_predicted"]
     if parallel == "tensor" or name == "t5":
         # Sums over parts of a row are made in another order; of T5, those of the probe of its blocks.
         for report in (one, two):

@@ -312,10 +312,11 @@ def test_each_side_is_run_over_the_windows_exactly_once(invarlock, module, confi
     """For the metric, the predictions and all built-in guards together."""
     module(
         "counter",
-        "from invarlock import hookimpl\nwindows = []\n"
+        "import torch\nfrom invarlock import hookimpl\nwindows = []\n"
         "@hookimpl(wrapper=True)\ndef invarlock_load_model():\n"
         "    model = yield\n"
-        "    note = lambda module, args, kwargs: windows.append(kwargs['input_ids'])\n"
+        # Gradients, which shares are predicted by, are of the beginning of one window.
+        "    note = lambda module, args, kwargs: torch.is_grad_enabled() or windows.append(kwargs['input_ids'])\n"
         "    model.register_forward_pre_hook(note, with_kwargs=True)\n    return model\n"
         "@hookimpl\ndef invarlock_run_finished(report):\n"
         "    report['extra']['windows'] = [row for batch in windows for row in batch.tolist()]\n",
@@ -362,8 +363,8 @@ def test_the_edited_model_is_run_over_the_preview_windows_that_taps_look_at(inva
     )
     done = invarlock("run", "-c", path, "-p", "counter", "--set", "guards.order=[few]", "--out", "few")
     assert done.code == 0, done.err
-    # Each side runs one window more before taps of strangers are put on it.
-    assert read_report(Path("few"))["extra"]["windows"] == (1 + 5 + 2) + (1 + 2 + 2)
+    # Each side runs one window more before taps of strangers are put on it; and one is run for gradients.
+    assert read_report(Path("few"))["extra"]["windows"] == (1 + 5 + 2) + 1 + (1 + 2 + 2)
 
 
 @pytest.mark.parametrize(
@@ -600,8 +601,8 @@ def test_the_same_run_gives_the_same_report_but_for_times(invarlock, config) -> 
     for name in ("a", "b"):
         invarlock("run", "-c", config(), "--out", name)
         report = read_report(Path(name))
-        for guard in report["guards"]:
-            guard.pop("seconds")
+        for timed in (*report["guards"], *report["attempts"]):
+            timed.pop("seconds")
         for key in ("created", "timings", "command"):
             report.pop(key)
         report["config"]["output"].pop("dir")

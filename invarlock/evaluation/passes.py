@@ -202,7 +202,8 @@ class Batches(Generic[Output]):
                     stack.enter_context(attached(self.model, of_guard))
                 self.run(windows[done:stop], lambda batch, output: None)
             done = stop
-        self.tally.add(len(windows) - done)
+        if left := len(windows) - done:
+            self.tally.add(left)
 
     def _passed(self, windows: Windows) -> tuple[Windows, Output]:
         """The first of some windows, as many as fit at once, and the model's output."""
