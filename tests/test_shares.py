@@ -136,8 +136,7 @@ def test_an_edit_of_somebody_else_has_shares(invarlock, config, demo, final: str
 
 
 def test_equal_weights_have_no_shares_and_cost_no_gradients(invarlock, config) -> None:
-    invarlock("compare", "--baseline", BASELINE, "--subject", BASELINE, "-c", config(), "--set", "dataset.final_n=auto",
-              "--set", "dataset.max_n=8", "--out", "out")  # fmt: skip
+    invarlock("compare", "--baseline", BASELINE, "--subject", BASELINE, "-c", config(), "--out", "out")
     assert shares_of("out") is None
     assert "sensitivities" not in read_report(Path("out"))["timings"]
 

@@ -34,8 +34,10 @@ def attribute(guarding: Guarding, edited: Edited, metrics: MetricsSection) -> At
     rise = losses[1] - losses[0] if losses else None
     in_memory = guarding.baseline.sharding is None and not edited.watched.streamed
     with torch.no_grad():
-        asked = in_memory and (known.fisher or wanted)
-        changes = sorted(_changes(edited, known.fisher), key=lambda change: change.place) if asked else []
+        changes: list[ChangedWeight] = []
+        if in_memory and (known.fisher or wanted):
+            with guarding.session.clock.stage("attribution"):
+                changes = sorted(_changes(edited, known.fisher), key=lambda change: change.place)
         modules, total = _predicted_parts(changes)
         additivity, first = None, changes[:wanted]
         if first and losses and metrics.windows and edited.same_text is None:

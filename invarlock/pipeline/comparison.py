@@ -134,8 +134,7 @@ def _prepare_baseline(
         weights = snapshot.parameters()
         watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
     guarding = Guarding(session, baseline, windows, slots, strict, comparing=True)
-    steps = session.config.dataset.is_stepped and windows is not None
-    kept = watched if steps and isinstance(watched, Loaded) and _has_room_for_another(model) else None
+    kept = watched if windows and isinstance(watched, Loaded) and _has_room_for_another(model) else None
     guarding.begin(model, watched, comes_back=kept is not None)
     kept = None if guarding.is_whole else kept
     if session.config.eval.attribute and guarding.ready:
