@@ -16,7 +16,9 @@ from conftest import read_report, slow
 from scipy.optimize import Bounds, LinearConstraint, milp
 from transformers import AutoModelForCausalLM
 
+from invarlock.core.results import Action
 from invarlock.datasets.layout import Windows
+from invarlock.pipeline.planning.search_state import Judged, SearchState
 from invarlock.quantization import Plan, Scheme, fake_quantize_, select_targets
 from invarlock.quantization.partners import partners_of
 from invarlock.reporting.report import json_schema
@@ -286,6 +288,13 @@ def test_an_interrupted_search_goes_on_and_refuses_another_configuration(invarlo
     assert len(report["search"]["points"]) == 3
     assert len(report["attempts"]) <= 3
     assert not Path("out/search.json").exists()
+
+
+def test_a_plan_that_is_judged_again_stands_in_the_table_once() -> None:
+    state = SearchState(None, "a configuration")
+    for places, ratio in (([1], 1.2), ([2], 1.1), ([1], 1.3)):
+        state.add(Judged(places, ratio, None, Action.CONTINUE))
+    assert [(each.places, each.ratio) for each in state.judged] == [([2], 1.1), ([1], 1.3)]
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,13 @@ class SearchState:
         return cls(folder, of, judged)
 
     def add(self, judged: Judged) -> None:
-        """Keep one more judgement; the file is written to the side and renamed.
+        """Keep one more judgement, of a plan that was judged before in place of the earlier one.
+
+        The file is written to the side and renamed.
 
         :raises UsageError: it cannot be written.
         """
-        self.judged.append(judged)
+        self.judged = [*(each for each in self.judged if each.places != judged.places), judged]
         if self.folder is not None:
             values = {"of": self.of, "judged": [plain(asdict(each), OWN) for each in self.judged]}
             with unwritable_said(self.folder):
