@@ -79,6 +79,16 @@ def test_a_run_writes_a_page_beside_the_report(folders) -> None:
     jsonschema.validate(read_report(folder), json_schema())
 
 
+def test_the_page_of_a_saved_model_has_its_size(invarlock) -> None:
+    settings = ("output.save_model=true", "guards.order=[invariants]", "dataset.preview_n=1", "dataset.final_n=4")
+    invarlock("run", "--demo", *(word for each in settings for word in ("--set", each)), "--out", "saved")
+    saved = Path("saved").absolute()
+    page = (saved / "report.html").read_text()
+    assert page == render_html(read_report(saved), saved)
+    size = SavedReport.read(saved).saved_bytes
+    assert size and f"<dt>saved</dt><dd><bdi>{describing.shown_bytes(size)}</bdi></dd>" in re.sub(r"\s+", " ", page)
+
+
 def test_the_terminal_shows_what_the_run_printed(invarlock, folders) -> None:
     printed = invarlock("run", "--demo", "--set", "edit.plan.bitwidth=2", "--set", "dataset.final_n=8", "--out", "out")
     done = invarlock("report", "out")

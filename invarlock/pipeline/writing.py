@@ -87,7 +87,7 @@ def _drawn(report: dict[str, Any]) -> list[plot.Plot] | None:
 
 def _write_page(report: dict[str, Any], plots: list[plot.Plot], run: Path, folder: Path) -> None:
     with _no_run_is_lost():
-        write_text(folder / "report.html", render_html(report, run, plots))
+        write_text(folder / "report.html", render_html(report, run, plots, files=folder))
 
 
 @contextmanager

@@ -14,13 +14,19 @@ from invarlock.reporting.reading import SavedReport
 from invarlock.reporting.templating import environment, source
 
 
-def render_html(report: Mapping[str, Any], folder: Path | None = None, plots: Sequence[plot.Plot] | None = None) -> str:
+def render_html(
+    report: Mapping[str, Any],
+    folder: Path | None = None,
+    plots: Sequence[plot.Plot] | None = None,
+    files: Path | None = None,
+) -> str:
     """The page of one report.
 
     :param folder: the run's.
     :param plots: those of the edit, if they are drawn already.
+    :param files: the folder that holds the run's files, while they are not in place yet.
     """
-    run = SavedReport(report, folder)
+    run = SavedReport(report, folder, files=files)
     drawn = plot.plots_of(run.report) if plots is None else plots
     return _page(
         "report.html.jinja", run=run, report=run.report, plots=[*drawn, plot.plot_of_stages(run.report.timings)]

@@ -33,6 +33,8 @@ class SavedReport:
     folder: Path | None = None
     seen_from: Path | None = None
     """The folder that a rendering goes to, for links; by default the working folder."""
+    files: Path | None = None
+    """The folder that holds the run's files, while they are not in place yet."""
 
     @classmethod
     def read(cls, path: Path, seen_from: Path | None = None) -> SavedReport:
@@ -80,10 +82,11 @@ class SavedReport:
         """Size of the saved artifacts."""
         # By the names that they have on disk: not cleaned.
         names = [*Node(self.values)["artifacts"].items()]
-        if self.folder is None or not names:
+        folder = self.files or self.folder
+        if folder is None or not names:
             return None
         try:
-            return sum((self.folder / name).stat().st_size for name, _ in names)
+            return sum((folder / name).stat().st_size for name, _ in names)
         except (OSError, ValueError):
             return None
 
