@@ -662,7 +662,7 @@ def test_what_a_plugin_prints_is_not_in_the_json(invarlock, module, config) -> N
 def test_a_page_that_cannot_be_drawn_loses_no_run(invarlock, config, monkeypatch) -> None:
     from invarlock.pipeline import writing
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(writing, "render_html", fail)

@@ -374,7 +374,7 @@ def test_a_run_that_was_killed_in_its_last_steps_is_ended_by_the_next(
     assert invarlock(*start, "whole").code == 0
     program = (
         f"import signal\nfrom invarlock.pipeline import writing\n"
-        f"writing.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"writing.{moment} = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert forking.start(*start, "cut", program=program).wait() == -signal.SIGKILL
     assert not Path("cut/report.json").exists()

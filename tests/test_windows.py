@@ -523,7 +523,7 @@ def test_text_that_a_device_has_no_memory_for_is_written_in_smaller_batches(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, layout = llama(), WindowLayout(16)
-    expected = write_text(model, layout, 5, seed=0)
+    expected = write_text(model, layout, 9, seed=0)
     forward, most = model.forward, 2
 
     def with_little_memory(input_ids: Any = None, past_key_values: Any = None, **inputs: Any) -> Any:
@@ -532,11 +532,12 @@ def test_text_that_a_device_has_no_memory_for_is_written_in_smaller_batches(
         return forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
 
     monkeypatch.setattr(model, "forward", with_little_memory)
-    assert torch.equal(write_text(model, layout, 5, seed=0), expected)
-    assert "no memory for 5 windows at once; going on with 2" in caplog.text
+    assert torch.equal(write_text(model, layout, 9, seed=0), expected)
+    # Said once in a process: no other test has so many.
+    assert "no memory for 9 windows at once; going on with 4" in caplog.text
     most = 0
     with pytest.raises(UsageError, match=r"^model\.device: cpu has no memory for a batch of 1 x 16 tokens"):
-        write_text(model, layout, 5, seed=0)
+        write_text(model, layout, 9, seed=0)
 
 
 # Windows that the model writes itself
