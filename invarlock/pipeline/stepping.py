@@ -185,7 +185,7 @@ class Stepping:
     def _tell(self, looked: Looked, look: Look) -> None:
         """Show how the interval has narrowed, and about how long the rest takes."""
         clock, most = self._session.clock, self.looks[-1]
-        each = (clock.stages["baseline pass"] + clock.stages["edited pass"]) / (look.windows + len(self.supply.preview))
+        each = self._seconds_each + clock.stages["edited pass"] / look.windows
         left = max(0, min(looked.windows_needed(most), most) - look.windows)
         metric = self._baseline.task.metric
         name = "ratio" if metric.statistic == "ratio" else metric.kind.replace("_", " ")
@@ -220,8 +220,12 @@ class Stepping:
         It tells how far ahead the baseline is run, and nothing that is judged.
         """
         seconds = self._session.clock.stages
-        each = seconds["baseline pass"] / (len(self.supply.preview) + self.looks[len(self._parts) - 1])
-        return seconds["quantize"] + seconds["restore"] > each * windows
+        return seconds["quantize"] + seconds["restore"] > self._seconds_each * windows
+
+    @property
+    def _seconds_each(self) -> float:
+        """Of the baseline's pass, per window."""
+        return self._session.clock.stages["baseline pass"] / (len(self.supply.preview) + self.measured)
 
     def _part_of(self, step: int, samples: Windows | None = None) -> Windows:
         return self.supply.between(self.looks[step - 1] if step else 0, self.looks[step], samples)
