@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
     check_streamed(args)
     if args.demo:
         demo = demo_folder()
-        return judge_together(args, "demo", str(demo / "config.yaml"), {"model.id": str(demo / "checkpoint")}, _judge)
-    return judge_together(args, Path(args.config).stem, args.config, {}, _judge)
+        return judge_together(args, "demo", str(demo / "config.yaml"), {"model.id": str(demo / "checkpoint")}, judge)
+    return judge_together(args, Path(args.config).stem, args.config, {}, judge)
 
 
-def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
+def judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
+    """Run in memory, or from disk with ``--stream``; the keywords are those of both."""
     # Only here: torch is slow to import.
     from invarlock import pipeline
 

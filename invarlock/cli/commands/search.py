@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from invarlock import hookimpl
-from invarlock.cli.options import (
-    add_judging_options,
-    add_stream_option,
-    check_streamed,
-    judge_together,
-    path_argument,
-    reference_of,
-)
-
-if TYPE_CHECKING:
-    from invarlock.config.schema import RunConfig
-    from invarlock.pipeline import RunResult
+from invarlock.cli.commands.run import judge
+from invarlock.cli.options import add_judging_options, add_stream_option, check_streamed, judge_together, path_argument
 
 DESCRIPTION = """\
 Finds the bits and the groups of each weight that lose least for their size, judges some of these plans as a run does,
@@ -50,13 +41,5 @@ def invarlock_add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_streamed(args)
-    return judge_together(args, f"search-{Path(args.config).stem}", args.config, {"edit.plan.bitwidth": "auto"}, _judge)
-
-
-def _judge(args: argparse.Namespace, config: RunConfig, **shared: Any) -> RunResult:
-    # Only here: torch is slow to import.
-    from invarlock import pipeline
-
-    if args.stream:
-        return pipeline.run_streamed(config, args.manager, frontier=True, **shared)
-    return pipeline.run(config, args.manager, frontier=True, reference=reference_of(args), **shared)
+    name, bits = f"search-{Path(args.config).stem}", {"edit.plan.bitwidth": "auto"}
+    return judge_together(args, name, args.config, bits, partial(judge, frontier=True))
