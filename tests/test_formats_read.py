@@ -298,7 +298,7 @@ WORDS = {
         "torchao-int8",
         "_weight_qdata",
         lambda codes: codes.float(),
-        "_weight_qdata is no such matrix",
+        "_weight_qdata is not a matrix of such codes",
     ),
     "scales of other blocks": ("fp8", ".weight_scale_inv", lambda scales: scales[1:], "needs (4, 8)"),
 }

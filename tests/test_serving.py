@@ -61,7 +61,7 @@ OF_LLAMAS = {
     "the size of heads spelled out",
 }
 OF_ANY = {"settings that change no text", "a stop token as a list", "leftovers of training", "an empty normalizer"}
-"""What no architecture has to do with: one is enough."""
+"""Cases that do not depend on the architecture: one is enough."""
 
 
 @pytest.fixture(scope="module")

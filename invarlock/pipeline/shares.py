@@ -59,7 +59,7 @@ def _measured(
     model: nn.Module, window: Windows, targets: Sequence[WeightTarget], task: Predicted, seed: int
 ) -> BaselineFisher:
     if not has_room(_bytes_needed(window, targets), device_of(model)):
-        return BaselineFisher(None, "there is no memory for gradients")
+        return BaselineFisher(None, "gradients do not fit in memory")
     try:
         fisher = fisher_of(model, window, targets, task=task, seed=seed)
     except Exception as error:

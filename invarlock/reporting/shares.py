@@ -45,7 +45,7 @@ def contributions_line(report: Report) -> str:
     if found.not_predicted:
         parts.append(f"their shares are not measured: {found.not_predicted}")
     else:
-        parts.append(f"a rise by {shown(found.predicted, NATS)} is predicted")
+        parts.append(f"a rise of {shown(found.predicted, NATS)} is predicted")
     if found.additivity is not None:
         parts.append(f"put back one by one, weights give {shown(found.additivity)} times what they do together")
     return "; ".join(parts)

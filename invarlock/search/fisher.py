@@ -69,7 +69,7 @@ class BaselineFisher:
 
     fisher: Fisher | None
     missing: str = ""
-    """The reason; empty where there is no need of one."""
+    """The reason; empty where there is a curvature."""
 
 
 def fisher_of(

@@ -71,7 +71,7 @@ def _packed(checkpoint: Checkpoint, name: str, description: Description) -> Pack
     kind, data = description["_type"], description["_data"]
     codes = checkpoint.entries.get(stored["qdata"])
     if codes is None or codes.dtype not in NUMBERS[kind] or len(codes.shape) != 2:
-        raise broken(checkpoint, f"{name} is described as {kind}, but {stored['qdata']} is no such matrix")
+        raise broken(checkpoint, f"{name} is described as {kind}, but {stored['qdata']} is not a matrix of such codes")
     rows, columns = codes.shape
     down, across = data["block_size"]
     grid = (-(-rows // down), -(-columns // across))

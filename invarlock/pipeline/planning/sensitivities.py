@@ -131,7 +131,7 @@ class Sensitivities:
 
 
 def measured_inputs(guarding: Guarding, targets: Sequence[WeightTarget], probe: Probe) -> Mapping[str, Curvature]:
-    """What scales go by without gradients, of one pass over the preview windows.
+    """Mean squares of inputs, which scales go by without gradients; of one pass over the preview windows.
 
     :raises UsageError: the model predicts no tokens.
     """

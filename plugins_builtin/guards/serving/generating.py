@@ -33,7 +33,7 @@ DEFAULTS = {
     "remove_invalid_values": False,
     "token_healing": False,
 }
-"""What transformers takes where a field is not set (its documentation of ``GenerationConfig``); nothing for others."""
+"""Values that transformers takes for fields that are not set (its documentation of ``GenerationConfig``)."""
 OF_BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
 """Fields that only the search with several beams reads."""
 BOOKKEEPING = re.compile(

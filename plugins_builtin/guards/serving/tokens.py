@@ -159,7 +159,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def around_special(tokenizer: Any) -> list[str]:
-    """Text around each special token, so that one that is no longer special is split, or takes spaces beside it."""
+    """Each special token with text on both sides: once it is not special, it is split, or joined with the spaces."""
     # The tokenizer of an adapter's own may have no more methods than it needs.
     special = getattr(tokenizer, "all_special_tokens", [])
     return [f"a{token}b {token} c" for token in special[:MOST_SPECIAL]]
