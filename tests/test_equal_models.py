@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline.calibration import Calibration
 from invarlock.pipeline.changes import find_changes
 from invarlock.pipeline.clock import Clock
-from invarlock.pipeline.keeping import Prints
+from invarlock.pipeline.keeping import Loaded, Prints
+from invarlock.quantization.changes import CHANGED
+from invarlock.quantization.selection import find_weights
 from invarlock.testing import architectures
 from plugins_builtin.guards.reconstruction import ReconstructionGuard, errors
 from plugins_builtin.guards.spectral import SpectralGuard
@@ -87,7 +90,64 @@ def test_equal_tensors_take_over_digests(build: Any) -> None:
     model, clock = build(), Clock()
     edited, before = noisy(model, "1."), Prints.of(model, clock)
     assert before.fingerprint == Fingerprint.of(model)
-    assert Prints.of(edited, clock, before).fingerprint == Fingerprint.of(edited) != before.fingerprint
+    assert Prints.of(edited, clock, before.by_mark).fingerprint == Fingerprint.of(edited) != before.fingerprint
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_tensors_of_equal_marks_are_not_compared_with_the_baseline(build: Any) -> None:
+    model, clock = build(), Clock()
+    edited = noisy(model, "1.")
+    with torch.no_grad():
+        for each in (model, edited):
+            find_weights(each)[0].parameter[0, 0] = torch.nan
+    equal = Prints.of(edited, clock).marks.shared_with(Prints.of(model, clock).marks)
+    assert equal and not any("1." in name for name in equal)
+    before = Snapshot(model).parameters().lent
+    assert find_changes(edited, before, equal=equal) == find_changes(edited, before)
+    unlike = Snapshot(noisy(model, "")).parameters().lent
+    found = find_changes(edited, unlike, equal=equal).tensors
+    assert Counter(each.change for each in found if "1." not in each.name)[CHANGED] == 1
+
+
+class Touched:
+    """Ways to change a tensor that torch counts, and ways around it."""
+
+    @staticmethod
+    def in_place(model: nn.Module) -> None:
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+
+    @staticmethod
+    def other_storage(model: nn.Module) -> None:
+        parameter = next(model.parameters())
+        parameter.data = parameter.data + 1
+
+    @staticmethod
+    def around(model: nn.Module) -> None:
+        next(model.parameters()).data.numpy()[:] += 1
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_quick_look_sees_what_torch_counts_and_a_thorough_one_all(build: Any) -> None:
+    model = build()
+    snapshot = Snapshot(model)
+    loaded = Loaded.of(model, Clock(), lambda: snapshot.restore(model))
+    assert not loaded.undo()
+    for change in (Touched.in_place, Touched.other_storage):
+        change(model)
+        assert loaded.undo(quick=True) and not loaded.undo(quick=True) and not loaded.undo()
+    Touched.around(model)
+    assert not loaded.undo(quick=True)
+    assert loaded.undo() and not loaded.undo()
+
+
+def test_a_quick_look_reads_tensors_of_which_torch_counts_nothing() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+        loaded = Loaded.of(model, Clock())
+        assert not loaded.undo(quick=True)
+        model.weight.add_(1)
+    assert loaded.undo(quick=True) == ["weight"]
 
 
 def test_lent_weights_are_the_snapshots_own_and_others_copies() -> None:

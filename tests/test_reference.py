@@ -242,6 +242,7 @@ FORGERIES = {
     "a version": lambda tree: tree.update(format_version="reference-v0"),
     "a list": lambda tree: tree.update(windows=[]),
     "text": lambda tree: tree.update(noise="none"),
+    "digests": lambda tree: tree["by_mark"].update(all="equal"),
 }
 
 
@@ -250,6 +251,18 @@ def test_a_forged_reference_is_refused(invarlock, made, name) -> None:
     reference, path = made()
     forge(reference, FORGERIES[name])
     assert "--reference: " in refused(invarlock, "run", "-c", path)
+
+
+def test_digests_of_tensors_are_taken_over_where_there_are_any(invarlock, made) -> None:
+    reference, path = made()
+    assert invarlock("run", "-c", path, "--reference", reference, "--out", "with").code == 0
+    forge(reference, lambda tree: tree.pop("by_mark"))
+    assert invarlock("run", "-c", path, "--reference", reference, "--out", "without").code == 0
+    assert figures(Path("with")) == figures(Path("without"))
+    shutil.rmtree(reference)
+    reference, path = made()
+    forge(reference, lambda tree: tree.update(by_mark=dict.fromkeys(tree["by_mark"], "0" * 32)))
+    assert "another set of weights; make it again" in refused(invarlock, "run", "-c", path)
 
 
 DAMAGES = {

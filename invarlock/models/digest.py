@@ -59,9 +59,8 @@ def octets_of(tensor: Tensor) -> Tensor:
 
 
 def _sums(words: Tensor, factors: Tensor) -> Tensor:
-    # 64 bits for a product of 32-bit words: in 32, the sign bits of two words would cancel out.
-    wide = words.long()
-    return torch.stack([(wide * of_place).sum(1) for of_place in factors], dim=1)
+    # The factors make the products 64 bits wide: in 32, the sign bits of two words would cancel out.
+    return torch.stack([(words * of_place).sum(1) for of_place in factors], dim=1)
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from invarlock.distributed.dtensor import whole
 from invarlock.models.digest import block_sums, digest_of, octets_of
 
 NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
+TIED = "tied to "
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,6 +85,11 @@ class Fingerprint:
         names = self.tensors | earlier.tensors
         return [name for name in names if self.tensors.get(name) != earlier.tensors.get(name)]
 
+    def shared_with(self, other: Fingerprint) -> frozenset[str]:
+        """Names of the tensors that are the same in both; of tied ones, the first."""
+        same = (self.tensors.items() & other.tensors.items()) if self.portable == other.portable else ()
+        return frozenset(name for name, value in same if not value.startswith(TIED))
+
 
 def _computed_buffers(model: torch.nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
@@ -92,5 +98,5 @@ def _computed_buffers(model: torch.nn.Module) -> Iterator[str]:
 
 def _digest(tensor: torch.Tensor, name: str, first: Mapping[int, str], numbers: Mapping[str, torch.Tensor]) -> str:
     if name not in numbers:
-        return f"tied to {first[id(tensor)]}"
+        return f"{TIED}{first[id(tensor)]}"
     return digest_of(f"{tensor.dtype} {tuple(tensor.shape)} ", numbers[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,20 +43,25 @@ class Changes:
     findings: list[Finding]
 
 
-def find_changes(model: nn.Module, before: Mapping[str, Tensor], tokenizer: Any = None) -> Changes:
+def find_changes(
+    model: nn.Module, before: Mapping[str, Tensor], tokenizer: Any = None, equal: Collection[str] = ()
+) -> Changes:
     """Each tensor of a model against the baseline's, read for the comparison and let go.
 
     :param before: the baseline's tensors by every name that it has for each; nothing is written to them.
     :param tokenizer: the baseline's, which names rows of tokens, or None.
+    :param equal: names of tensors that are known to be the baseline's, bit for bit.
     """
-    return _Comparison(model, before, TokenRows.of(model, tokenizer)).changes()
+    return _Comparison(model, before, TokenRows.of(model, tokenizer), equal).changes()
 
 
 class _Comparison:
     """A model and the tensors that it is compared with."""
 
-    def __init__(self, model: nn.Module, before: Mapping[str, Tensor], tokens: TokenRows) -> None:
-        self._model, self._before, self._tokens = model, before, tokens
+    def __init__(
+        self, model: nn.Module, before: Mapping[str, Tensor], tokens: TokenRows, equal: Collection[str]
+    ) -> None:
+        self._model, self._before, self._tokens, self._equal = model, before, tokens, equal
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._weights = {name: target for target in find_weights(model) for name in target.names}
         self._lost_tokens: list[Finding] = []
@@ -98,7 +103,8 @@ class _Comparison:
         )
         if old is None:
             return made(change="not in the baseline")
-        old = old.to(new.device)
+        # Still compared, with itself: it may hold NaN.
+        old = new if name in self._equal else old.to(new.device)
         change = change_of(old, new, target.layout if target else WeightLayout.OUT_IN)
         text = change.text
         if role == "norm" and text == CHANGED:

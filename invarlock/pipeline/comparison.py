@@ -132,7 +132,7 @@ def _prepare_baseline(
         with session.clock.stage("snapshot"):
             snapshot = Snapshot(model, files_of(model))
         weights = snapshot.parameters()
-        watched = Loaded.of(model, session.clock, partial(snapshot.restore, model))
+        watched = Loaded.of(model, session.clock, partial(snapshot.restore, model), session.known_digests)
     guarding = Guarding(session, baseline, windows, slots, strict, comparing=True)
     kept = watched if windows and isinstance(watched, Loaded) and _has_room_for_another(model) else None
     guarding.begin(model, watched, comes_back=kept is not None)
@@ -182,10 +182,13 @@ class _Comparing:
         _check_head(model, guarding.baseline, subject.model_id)
         self.model, self._watched = model, self._watching(model)
         with session.clock.stage("changes"):
-            changes = find_changes(model, self._before.lent, guarding.baseline.tokenizer)
+            before, now = self._prints, self._watched.prints
+            equal = now.marks.shared_with(before.marks) if before and now else ()
+            changes = find_changes(model, self._before.lent, guarding.baseline.tokenizer, equal)
             tensors = named_by_format(changes.tensors, formats_of(model, Path(subject.model_id)))
-        with named_by(SUBJECT), session.clock.stage("windows"):
+        with named_by(SUBJECT), session.clock.stage("load"):
             own = load_tokenizer(adapter, subject.tokenizer_id, session.trust, required=False)
+        with named_by(SUBJECT), session.clock.stage("windows"):
             reading = read_with(self._tokenizer, guarding.baseline, guarding.windows, model, own)
         reason = reading.unreadable
         if reason is None and reading.same_text is None:
@@ -244,7 +247,7 @@ class _Comparing:
             for name, tensor in named_tensors(model):
                 tensor.data = kept[name].data
 
-        return Loaded.of(model, clock, read_again, self._prints)
+        return Loaded.of(model, clock, read_again, self._prints.by_mark if self._prints else {})
 
 
 def _check_head(model: torch.nn.Module, baseline: Baseline, subject: str) -> None:

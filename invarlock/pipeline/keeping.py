@@ -11,7 +11,7 @@ import torch
 from invarlock.checkpoints.streaming import Streaming
 from invarlock.core.errors import PluginError
 from invarlock.distributed.dtensor import sharding_of
-from invarlock.models.fingerprint import Fingerprint, named_tensors
+from invarlock.models.fingerprint import NOTHING_KNOWN, Fingerprint, named_tensors
 from invarlock.models.state import ModelState
 from invarlock.pipeline.clock import Clock
 from invarlock.plugins.adapter import Adapter
@@ -32,8 +32,12 @@ class Watched(Protocol):
     def prints(self) -> Prints | None:
         """Of its tensors, where they are in memory."""
 
-    def undo(self) -> list[str]:
-        """Undo what was changed of it, and name that."""
+    def undo(self, *, quick: bool = False) -> list[str]:
+        """Undo what was changed of it, and name that.
+
+        :param quick: do not read tensors again that torch has counted no change of since the last time: it counts those
+            of any code that does not mean to get around it.
+        """
 
     def settle(self) -> None:
         """Take what differs by now, and is not stored, as the model's own doing: it ran, and nothing else did."""
@@ -48,20 +52,19 @@ class Prints:
     """Digests to compare with after every call of a plugin; on a CPU quicker ones than the fingerprint's."""
 
     @classmethod
-    def of(cls, model: torch.nn.Module, clock: Clock, others: Prints | None = None) -> Prints:
+    def of(cls, model: torch.nn.Module, clock: Clock, by_mark: Mapping[str, str] = NOTHING_KNOWN) -> Prints:
         """
-        :param others: of a model that may share tensors with it: what has the same mark has the same digest.
+        :param by_mark: of tensors that the model may have, too.
         """
         marks = _marks_of(model, clock)
-        by_mark = others.by_mark if others else {}
         known = {name: by_mark[mark] for name, mark in marks.tensors.items() if mark in by_mark}
         return cls(marks if marks.portable else fingerprint_of(model, clock, known), marks)
 
     @property
     def by_mark(self) -> dict[str, str]:
-        """Digests of the fingerprint by the mark of their tensor."""
+        """Digests of the fingerprint by the mark of their tensor: where marks are equal, so are digests."""
         marks = self.marks.tensors
-        return {marks[name]: digest for name, digest in self.fingerprint.tensors.items()}
+        return {marks[name]: digest for name, digest in self.fingerprint.tensors.items() if marks[name] != digest}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Loaded:
     """Makes its weights that again."""
     recomputed: set[str] = field(default_factory=set)
     """Buffers that the model's own code computes anew while it runs."""
+    versions: dict[str, object] = field(default_factory=dict)
+    """Of its tensors when they were last read, and were what they have to be."""
     streamed = False
 
     @classmethod
@@ -84,32 +89,40 @@ class Loaded:
         model: torch.nn.Module,
         clock: Clock,
         bring_back: Callable[[], object] = lambda: None,
-        baseline: Prints | None = None,
+        by_mark: Mapping[str, str] = NOTHING_KNOWN,
     ) -> Loaded:
         """
-        :param baseline: of a model that may share tensors with it.
+        :param by_mark: of tensors that the model may have, too.
         """
         # Guards see a view of a model that is spread over processes, and torch hooks into the model itself as it runs.
         state = ModelState([], {}) if sharding_of(model) else ModelState.of(model)
-        return cls(model, clock, state, Prints.of(model, clock, baseline), bring_back)
+        return cls(model, clock, state, Prints.of(model, clock, by_mark), bring_back)
 
     def edited(self, bring_back: Callable[[], object]) -> Loaded:
         """The model as it has to be from now on: its weights are edited."""
-        return replace(self, prints=Prints.of(self.model, self.clock, self.prints), bring_back=bring_back)
+        return replace(
+            self, prints=Prints.of(self.model, self.clock, self.prints.by_mark), bring_back=bring_back, versions={}
+        )
 
     @property
     def digest(self) -> str:
         return self.prints.fingerprint.digest
 
-    def differing(self) -> list[str]:
+    def differing(self, *, quick: bool = False) -> list[str]:
         """Names of tensors that are not what they have to be."""
+        versions = {name: _version_of(tensor) for name, tensor in named_tensors(self.model)}
+        if quick and versions == self.versions:
+            return []
         marks = self.prints.marks
         changed = _marks_of(self.model, self.clock, portable=marks.portable).changed_since(marks)
-        return [name for name in changed if name not in self.recomputed]
+        found = [name for name in changed if name not in self.recomputed]
+        self.versions.clear()
+        self.versions.update({} if found else versions)
+        return found
 
-    def undo(self) -> list[str]:
+    def undo(self, *, quick: bool = False) -> list[str]:
         state = self.state.undo()
-        weights = self.differing()
+        weights = self.differing(quick=quick)
         if weights:
             self.bring_back()
         return [*weights, *state]
@@ -142,7 +155,7 @@ class WatchingStreamed:
     def digest(self) -> str:
         return self.streaming.checkpoint.fingerprint(self.plan)
 
-    def undo(self) -> list[str]:
+    def undo(self, *, quick: bool = False) -> list[str]:
         return [*self.state.undo(), *self.streaming.undo(self.model)]
 
     def settle(self) -> None:
@@ -162,7 +175,7 @@ class Gone:
     def of(cls, watched: Watched) -> Gone:
         return cls(watched.digest, watched.streamed, watched.prints)
 
-    def undo(self) -> list[str]:
+    def undo(self, *, quick: bool = False) -> list[str]:
         return []
 
     def settle(self) -> None:
@@ -222,6 +235,12 @@ def _marks_of(model: torch.nn.Module, clock: Clock, *, portable: bool | None = N
         portable = any(tensor.device.type != "cpu" for _, tensor in named_tensors(model))
     with clock.stage("fingerprint"):
         return Fingerprint.of(model, portable=portable)
+
+
+def _version_of(tensor: torch.Tensor) -> object:
+    """Equal to what it was as long as torch has counted no change; to nothing, where it does not count."""
+    counted = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_inference()
+    return (tensor.data_ptr(), tensor._version) if counted else object()
 
 
 def some(names: Sequence[str]) -> str:

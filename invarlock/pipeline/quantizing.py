@@ -79,7 +79,7 @@ def _run(
     if session.reference is None:
         session.documents()
     model, adapter = session.load(config.model.id, spread=True)
-    loaded = Loaded.of(model, session.clock)
+    loaded = Loaded.of(model, session.clock, by_mark=session.known_digests)
     weights_of(config, model)
     baseline = Baseline(session, model, adapter, wants_tokenizer=config.output.save_model)
     if export is not None:

@@ -86,6 +86,11 @@ class Session:
         section = self.config.model
         return {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
 
+    @property
+    def known_digests(self) -> Mapping[str, str]:
+        """Digests of the baseline's tensors by their mark, as of ``Prints``, as far as a reference holds them."""
+        return self.reference.by_mark if self.reference else {}
+
     def documents(self) -> Samples | None:
         """The text of the dataset, None where the baseline writes it; read before a model is loaded, to fail early.
 
@@ -220,13 +225,14 @@ class Baseline:
         if reads_text is None:
             reads_text = self.task.needs_tokenizer(self.dataset)
         self._reads_text = reads_text
-        self._tokenizer = LoadedTokenizer(
-            adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
-        )
+        with session.clock.stage("load"):
+            self._tokenizer = LoadedTokenizer(
+                adapter, config.model.id, session.trust, required=reads_text, wanted=reads_text or wants_tokenizer
+            )
 
     @property
     def _has_strangers(self) -> bool:
-        """True if others may have a hand on the tokenizer; to write it out and digest it takes as long as a batch."""
+        """True if others may have a hand on the model and its tokenizer, which take as long to read as a batch."""
         return self.session.plugins.catalog.has_strangers or bool(self.own_code)
 
     @property
@@ -257,12 +263,13 @@ class Baseline:
     def undo(self, watched: Watched, *, at_the_end: bool = False) -> list[str]:
         """Undo changes of all that guards can reach, the model as they see it and the tokenizer, and name them.
 
-        :param at_the_end: nobody looks again, so that the tokenizer is looked at even where all code is our own.
+        :param at_the_end: nobody looks again, so that all is read even where all code is our own.
         """
-        of_tokenizer = self._tokenizer.undo() if at_the_end or self._has_strangers else []
+        quick = not (at_the_end or self._has_strangers)
+        of_tokenizer = [] if quick else self._tokenizer.undo()
         if self.view and self._view_state:
             return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
-        return [*watched.undo(), *of_tokenizer]
+        return [*watched.undo(quick=quick), *of_tokenizer]
 
     @named_by(BASELINE)
     def make_windows(self, model: torch.nn.Module) -> WindowPair:

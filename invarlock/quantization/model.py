@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 
 from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
-from invarlock.distributed.dtensor import gathered
+from invarlock.distributed.dtensor import gathered, local
 from invarlock.distributed.parallel_map import side_by_side
 from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import PlanError
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
 from invarlock.quantization.sums import Sums, effects
+
+PAGES_AT_ONCE = 1 << 14
+"""So few numbers are written by one thread."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ def quantize_weights(
     def round_all(of_one_device: Sequence[PlannedWeight]) -> list[EditedWeight]:
         rounding, results = Rounding(measure, scale_dtype), []
         for planned in of_one_device:
+            _own_pages(local(planned.target.parameter.detach()))
+        for planned in of_one_device:
             with gathered(planned.target.parameter) as weight:
                 rounded = rounding(planned, weight)
             # Not the grids, which together are a tenth of the weights where groups are small.
@@ -98,3 +104,15 @@ def quantize_weights(
         return Rounding.effects([planned.target for planned in of_one_device], results)
 
     return side_by_side(round_all, weights, lambda planned: planned.target.parameter.device)
+
+
+def _own_pages(weight: Tensor) -> None:
+    """Write one number of each page of a weight in memory, as it is, with a single thread.
+
+    A weight that is mapped from a file gets a page of its own at the first write, of which every core that is at work
+    has to learn: rounding 430 MB with two threads took 1.35 s, and 0.55 s with this before it.
+    """
+    if weight.device.type == "cpu" and weight.is_contiguous():
+        one_of_each = weight.view(-1)[:: mmap.PAGESIZE // weight.itemsize]
+        for few in torch.split(one_of_each, PAGES_AT_ONCE):
+            few.copy_(few.clone())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 CALLS = 2
-SPREAD = 8
+SPREAD = 4
 """Positions among which one is sampled, at least: neighbours in a text are alike."""
 
 Kind = Literal["inputs", "outputs"]

@@ -32,6 +32,7 @@ from invarlock.evaluation.task import LanguageTask, Task
 from invarlock.models.facts import Predicted, vocabulary_of
 from invarlock.pipeline.reference.tree import (
     FORGED,
+    digests_of,
     experts_of,
     noise_of,
     pass_of,
@@ -106,6 +107,8 @@ class Reference:
     noise: Sequence[NoiseRun] = ()
     sensitivities: BaselineFisher = OF_EARLIER_BUILDS
     """For shares of whatever weights a subject changes."""
+    by_mark: Mapping[str, str] = field(default_factory=dict)
+    """As of ``Prints``; empty in references of earlier builds."""
     created: str = ""
     digest: str = ""
     """SHA-256 of its list of digests, empty until it is written or read."""
@@ -164,6 +167,7 @@ class Reference:
             "guards": [dict(guard) for guard in self.guards],
             "noise": [asdict(run) for run in self.noise],
             "sensitivities": tree_of_sensitivities(self.sensitivities),
+            "by_mark": dict(self.by_mark),
         }
 
     @classmethod
@@ -183,8 +187,9 @@ class Reference:
         guards = [{**guard, "taps": dict(guard["taps"])} for guard in tree["guards"]]
         noise = [noise_of(run) for run in tree["noise"]]
         known = sensitivities_of(tree["sensitivities"]) if "sensitivities" in tree else OF_EARLIER_BUILDS
-        facts = dict(tree["rests_on"])
-        return cls(facts, (preview, final), measured, guards, noise, known, str(tree["created"]), digest, folder)
+        by_mark = digests_of(tree.get("by_mark", {}))
+        facts, created = dict(tree["rests_on"]), str(tree["created"])
+        return cls(facts, (preview, final), measured, guards, noise, known, by_mark, created, digest, folder)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

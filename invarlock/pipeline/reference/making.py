@@ -66,7 +66,8 @@ def make_reference(
     sensitivities = sensitivities_for_shares(guarding, model, find_weights(model))
     facts = facts_of(baseline, model, watched.digest)
     runs = [*noise_of(baseline, model, windows[1], measured)] if noise else []
-    reference = Reference(facts, windows, measured, guards, runs, sensitivities)
+    by_mark = watched.prints.by_mark
+    reference = Reference(facts, windows, measured, guards, runs, sensitivities, by_mark)
     with session.clock.stage("save"), unwritable_said(folder, OUT):
         digest = reference.write(folder)
     return Made(digest, (config.dataset.preview_n, measured.looks[-1]), measured.tokens)

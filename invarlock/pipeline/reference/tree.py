@@ -55,6 +55,13 @@ def experts_of(tree: list[Any]) -> list[Tensor | None]:
     return tree
 
 
+def digests_of(tree: Mapping[str, Any]) -> dict[str, str]:
+    for digest in (*tree, *tree.values()):
+        if len(bytes.fromhex(digest)) != 16:
+            raise ValueError("a digest that is not 128 bits")
+    return dict(tree)
+
+
 def tree_of_step(look: int, result: PassResult, record: TokenRecord | None) -> dict[str, Any]:
     arrays = {each.name: getattr(result, each.name) for each in fields(result)}
     named = {name: torch.from_numpy(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}

@@ -27,6 +27,8 @@ COLOURS = {
     **{f"#00001{place}": f"var(--plot-{place})" for place in range(5)},
 }
 INK, LINE, BAD, BAND, GOOD, *SERIES = COLOURS
+MARGINS = {"left": 0.19, "right": 0.98, "bottom": 0.18, "top": 0.93, "hspace": 0.25}
+"""Shares of a plot, with room for eight digits and a power of ten; to measure the labels takes as long as to draw."""
 
 
 def errors(axes: Axes, points: Sequence[Point], suspected: Sequence[Point]) -> None:
@@ -44,14 +46,19 @@ def bits(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _scatter(axes: Axes, points: Sequence[Point]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _count_along(axes)
     axes.xaxis.set_major_formatter(lambda place, _: f"{place:g}" if place >= 0 else "")
     axes.set_xlabel("block, from input to output")
     for role in sorted({point.role for point in points}):
         places, values = zip(*((point.place, point.value) for point in points if point.role == role), strict=True)
         axes.plot(places, values, linestyle="none", marker=MARKERS[role], color=SERIES[role], markersize=5)
+
+
+def _count_along(axes: Axes) -> None:
+    """Whole numbers alone below the axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResult | None) -> None:
@@ -67,6 +74,7 @@ def rises(axes: Axes, points: Sequence[tuple[float, float]], metric: MetricResul
     axes.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=SERIES[0], markersize=4)
     axes.set_ylabel(nats_per(metric))
     axes.set_xlabel("window")
+    _count_along(axes)
 
 
 def path(axes: Axes, looks: Sequence[tuple[float, ...]], limit: float | None, name: str) -> None:
@@ -77,6 +85,7 @@ def path(axes: Axes, looks: Sequence[tuple[float, ...]], limit: float | None, na
         axes.axhline(limit, color=BAD, linewidth=1.5, linestyle="--")
     axes.set_ylabel(name)
     axes.set_xlabel("windows")
+    _count_along(axes)
 
 
 def spectrum(axes: Sequence[Axes], found: SpectrumChange) -> None:
@@ -86,7 +95,7 @@ def spectrum(axes: Sequence[Axes], found: SpectrumChange) -> None:
         fill = "none" if marker == "o" else colour
         places = range(1, len(values) + 1)
         above.plot(places, values, color=colour, marker=marker, markersize=size, markerfacecolor=fill, linestyle="none")
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.1 * max([*found.before, *found.after], default=0) or 1)
     above.set_ylabel("singular value")
     below.bar(range(1, len(found.differences) + 1), found.differences, color=SERIES[1], width=0.6)
     below.axhline(0, color=LINE, linewidth=0.8)
@@ -135,7 +144,8 @@ def drawn(key: str, title: str, draw: Callable[..., None], *figures: Any, height
         # Not what a matplotlibrc of the user says: a page looks the same everywhere, and needs no TeX.
         mpl.rcdefaults()
         mpl.rcParams.update(style)
-        figure = Figure(figsize=(5, 3.1), dpi=72, layout="constrained")
+        figure = Figure(figsize=(5, 3.1), dpi=72)
+        figure.subplots_adjust(**MARGINS)
         draw(figure.subplots(len(heights), sharex=True, height_ratios=heights), *figures)
         drawing = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
