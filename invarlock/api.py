@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from invarlock.models.facts import evaluating as evaluating
     from invarlock.models.facts import is_streamed as is_streamed
     from invarlock.models.facts import task_of as task_of
+    from invarlock.models.facts import unread_tensors_of as unread_tensors_of
     from invarlock.models.facts import vocabulary_of as vocabulary_of
     from invarlock.models.norms import is_norm as is_norm
     from invarlock.models.structure import block_of as block_of
@@ -136,6 +137,7 @@ _HOMES = {
         "evaluating",
         "is_streamed",
         "task_of",
+        "unread_tensors_of",
         "vocabulary_of",
     ),
     "invarlock.models.norms": ("is_norm",),

@@ -16,8 +16,9 @@ from conftest import DEMO, read_report, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from invarlock.adapters import HF_Causal_Adapter
 from invarlock.testing import architectures
-from invarlock.testing.checkpoint_edits import HARMFUL, HARMLESS, FolderEdit, changed, chatting, config, tokens
+from invarlock.testing.checkpoint_edits import HARMFUL, HARMLESS, FolderEdit, changed, chatting, config, stored, tokens
 
 FOUND = {
     "another stop token": ("rollback", "stop tokens: '<|endoftext|>' became '.'"),
@@ -46,12 +47,14 @@ BESIDES = {
     "a special token that takes the space before it": "'a<|endoftext|>b <|endoftext|> c' is split into other tokens",
     "a shorter longest text of the tokenizer": "(model_max_length) became 32 tokens",
     "a shard beside": "2 sets of weights, model.safetensors, model-00001-of-00002.safetensors",
-    "a bias that no module has": "1 biases are stored for modules that have none: lm_head",
+    "a bias that no module has": "1 tensors are stored that the model has no place for, lm_head.bias",
+    "a layer beyond the last": "tensors are stored that the model has no place for",
 }
 ALSO = {
     "a least length": "generation defaults: min_new_tokens unset became 40",
     "several answers": "num_return_sequences unset became 3",
     "a stop token that is a word": "generation_config: eos_token_id is ['x'], which no token has",
+    "a norm that no module has": "1 tensors are stored that the model has no place for, q_norm.weight",
     "a variant beside": "2 sets of weights, model.safetensors, model.fp16.safetensors",
 }
 OF_LLAMAS = {
@@ -147,6 +150,33 @@ def test_rules_of_a_tokenizer_class_do_not_hide_those_of_the_file(invarlock, bas
     compose = tokens(lambda found: found.update(normalizer={"type": "NFKC"}))
     _, serving = judged(invarlock, tmp_path / "qwen2", compose)
     assert serving["message"].startswith("tokenizer.json: ") and "is split into other tokens" in serving["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_note_tensors_that_have_no_place(baselines, tmp_path, architecture, stream) -> None:
+    folder = tmp_path / "both"
+    shutil.copytree(baselines[architecture], folder)
+    assert HF_Causal_Adapter().load_model(str(folder), "cpu", stream=stream).unread_tensors == ()
+    for name in ("a norm that no module has", "a layer beyond the last"):
+        HARMFUL[name](folder)
+    unread = HF_Causal_Adapter().load_model(str(folder), "cpu", stream=stream).unread_tensors
+    assert "q_norm.weight" in unread and len(unread) >= 10
+
+
+def test_tensors_that_a_model_has_no_place_for_are_named(invarlock, baselines, tmp_path) -> None:
+    """But not those that the baseline has, too, nor what older files store, nor scales of a cache."""
+    name, scale = "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale"
+    harmless = stored(lambda tensors: tensors.update({name: torch.ones(16), scale: torch.ones(1)}))
+    _, serving = judged(invarlock, baselines["llama"], harmless)
+    assert (serving["action"], serving["metrics"]["warn"]) == ("continue", []), serving
+    both = tmp_path / "both"
+    shutil.copytree(baselines["llama"], both)
+    HARMFUL["a norm that no module has"](both)
+    shutil.rmtree("subject")
+    status, serving = judged(invarlock, both, HARMFUL["a bias that no module has"], "--force")
+    assert status == 1
+    assert serving["message"].startswith("1 tensors are stored that the model has no place for, lm_head.bias: ")
 
 
 def test_layers_that_attend_alike_are_no_finding(invarlock, tmp_path) -> None:

@@ -123,6 +123,11 @@ def text_config_of(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def unread_tensors_of(model: nn.Module) -> frozenset[str]:
+    """Names of the checkpoint's tensors that have no place in the model, as far as its adapter has noted them."""
+    return frozenset(getattr(model, "unread_tensors", ()))
+
+
 def own_code_of(loaded: object) -> str | None:
     """The file beside a checkpoint's weights that defines the class of what was loaded; None where a library does."""
     # The package that transformers makes of such files.

@@ -7,6 +7,7 @@ For folders of transformers with ``tokenizer.json``, ``generation_config.json`` 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +94,15 @@ def stored(change: Callable[[dict[str, Tensor]], object]) -> FolderEdit:
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
     return edit
+
+
+def _add_a_layer(tensors: dict[str, Tensor]) -> None:
+    """The last layer once more, as where a configuration tells fewer layers than are stored."""
+    numbered = [(name, match) for name in tensors if (match := re.search(r"\.(\d+)\.", name))]
+    last = max(int(match[1]) for _, match in numbered)
+    for name, match in numbered:
+        if int(match[1]) == last:
+            tensors[f"{name[: match.start()]}.{last + 1}.{name[match.end() :]}"] = tensors[name].clone()
 
 
 def _rotate_ids(values: Values) -> None:
@@ -222,6 +232,8 @@ HARMFUL: dict[str, FolderEdit] = {
     "a shard beside": _second_set("model-00001-of-00002.safetensors"),
     "a variant beside": _second_set("model.fp16.safetensors"),
     "a bias that no module has": stored(lambda tensors: tensors.update({"lm_head.bias": torch.ones(1024)})),
+    "a layer beyond the last": stored(_add_a_layer),
+    "a norm that no module has": stored(lambda tensors: tensors.update({"q_norm.weight": torch.ones(8)})),
     "positions": config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "longer positions": config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "activation": config(hidden_act="relu", activation_function="relu"),

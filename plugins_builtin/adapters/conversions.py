@@ -6,6 +6,7 @@ Transformers' own conversions turn the ones into the others, and back.
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from invarlock.api import Checkpoint, NotStreamedError, Part, one_line
+
+ROTARY = r"rotary_emb\.inv_freq"
+"""Older files store it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,14 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> list[Part]:
         _converted(model, checkpoint, of_pattern[tensors[0][1]], name, tensors) for name, tensors in collected.items()
     )
     return [*plain, *converted]
+
+
+def left_over(model: Any, stored: Iterable[str], parts: Iterable[Part]) -> tuple[str, ...]:
+    """Names of stored tensors that are part of nothing, without those that transformers passes over, too."""
+    known = {name for part in parts for name in part.stored}
+    ignored = [ROTARY, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    left = (name for name in stored if name not in known)
+    return tuple(sorted(name for name in left if not any(re.search(pattern, name) for pattern in ignored)))
 
 
 def _converted(

@@ -213,6 +213,7 @@ def load_checkpoint(loader: Any, model_id: str, device: str, **options: Any) -> 
     if unloaded:
         raise InputError(f"{shown}: {len(unloaded)} weights are missing: {', '.join(unloaded[:3])}")
     model = unpacked(model, model_id).eval()
+    model.unread_tensors = tuple(sorted(loading["unexpected_keys"]))
     if hasattr(model, "set_reshard_after_forward"):
         # By default the outermost weights stay gathered, and the model would not be what it was.
         model.set_reshard_after_forward(True)
@@ -293,7 +294,7 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     from accelerate import init_empty_weights
 
     from invarlock.api import UnpackedCheckpoint, attach
-    from plugins_builtin.adapters.conversions import parts_of
+    from plugins_builtin.adapters.conversions import left_over, parts_of
 
     folder = checkpoint.folder
     method = check_unpackable(str(folder), options)
@@ -311,7 +312,9 @@ def _streamed(checkpoint: Checkpoint, loader: Any, device: str, options: Mapping
     if kept and dtype != torch.float32:
         raise NotStreamedError(f"{folder}: cannot be streamed as {dtype}, it keeps {min(kept)} in float32")
     model.tie_weights()
-    attach(model, checkpoint, parts_of(model, checkpoint), device=_resolve(device))
+    parts = parts_of(model, checkpoint)
+    attach(model, checkpoint, parts, device=_resolve(device))
+    model.unread_tensors = left_over(model, checkpoint, parts)
     add_generation_config(model, folder)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from plugins_builtin.packing import experts_among, left_out, packed_modules, pla
 
 CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale|k_proj\.output_scale|v_proj\.output_scale)$")
 ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_global_scale|act_scale|activation_scale)$")
+SCALES = re.compile(f"{CACHE_SCALES.pattern}|{ACTIVATION_SCALES.pattern}")
+"""Of what is computed while a model is served: they have no place among its weights."""
 UNSEEN_METHODS = ("torchao", "quanto", "hqq", "eetq", "vptq", "higgs", "spqr", "aqlm", "bitnet")
 """Methods that name their tensors otherwise; their checkpoints are not held against what they declare."""
 
@@ -37,9 +39,18 @@ def problems_of(model: Any, folder: str | None) -> list[str]:
         *_sets(at, stored.files),
         *_templates(at),
         *_tie(model, config, stored),
-        *_biases(model, stored),
         *_packing(model, config, list(stored)),
     ]
+
+
+def unread(before: Collection[str], after: Collection[str]) -> Iterator[str]:
+    """Stored tensors that have no place in the edited model, and were not beside the baseline's."""
+    new = sorted(name for name in set(after) - set(before) if not SCALES.search(name))
+    if new:
+        yield (
+            f"{len(new)} tensors are stored that the model has no place for, {', '.join(new[:3])}: some loaders pass "
+            "over them, others fail"
+        )
 
 
 def _sets(folder: Path, read: Sequence[str]) -> Iterator[str]:
@@ -92,15 +103,6 @@ def _tie(model: Any, config: Mapping[str, Any], stored: Mapping[str, Any]) -> It
                 f"tie_word_embeddings is true, and {pair[0]} is stored and differs from {pair[1]}: some loaders read "
                 "it, others tie it"
             )
-
-
-def _biases(model: Any, stored: Iterable[str]) -> Iterator[str]:
-    """Stored biases of modules that have none: transformers passes over them, and other loaders fail."""
-    modules = dict(model.named_modules())
-    names = [name.removesuffix(".bias") for name in stored if name.endswith(".bias")]
-    without = [name for name in names if getattr(modules.get(name), "bias", ...) is None]
-    if without:
-        yield f"{len(without)} biases are stored for modules that have none: {', '.join(without[:3])}"
 
 
 def _packing(model: Any, config: Mapping[str, Any], stored: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from invarlock.api import Guard
 from plugins_builtin.guards.figures import TOP, first_few
 from plugins_builtin.guards.serving.configuration import Field, changed_fields
-from plugins_builtin.guards.serving.files import new_problems, problems_of
+from plugins_builtin.guards.serving.files import new_problems, problems_of, unread
 from plugins_builtin.guards.serving.findings import Findings
 from plugins_builtin.guards.serving.generating import (
     compare_configured_stops,
@@ -31,16 +31,19 @@ class _Side:
     stops: frozenset[int]
     """Without the tokenizer's."""
     problems: list[str]
+    unread: frozenset[str]
+    """Stored tensors that have no place in the model."""
     place: str | None
     """The folder or file that it was loaded from."""
 
     @classmethod
     def of(cls, model: Any, place: str | None) -> _Side:
-        from invarlock.api import fields_of, stop_tokens
+        from invarlock.api import fields_of, stop_tokens, unread_tensors_of
 
         is_gguf = _is_gguf(place)
         fields, problems = fields_of(getattr(model, "config", None)), problems_of(model, None if is_gguf else place)
-        return cls(fields, settings_of(model), stop_tokens(model, None), [*problems, *impossible_ids(model)], place)
+        problems += impossible_ids(model)
+        return cls(fields, settings_of(model), stop_tokens(model, None), problems, unread_tensors_of(model), place)
 
 
 class ServingGuard(Guard):
@@ -50,7 +53,8 @@ class ServingGuard(Guard):
       outputs do not tell, tokens that have other ids, and fields of the configuration that change outputs.
     - Warn: stop tokens that come or go; generation defaults, roles of special tokens, rendered conversations, ids of a
       probe text or their decoding that differ; fields of the configuration that change outputs or that loaders read
-      differently; what ``quantization_config`` declares and the files do not hold; two sets of weights.
+      differently; what ``quantization_config`` declares and the files do not hold; two sets of weights; stored tensors
+      that have no place in the model.
 
     Differences in representation (data type, packing, shards, a GGUF file's type) and bookkeeping (names, versions)
     are none.
@@ -80,6 +84,7 @@ class ServingGuard(Guard):
             (found.warn if field.loaders_disagree else decides).append(f"configuration: {field}")
         for problem in new_problems(before.problems, after.problems):
             (found.rollback if problem.startswith("tie_word_embeddings") else found.warn).append(problem)
+        found.warn += unread(before.unread, after.unread)
         tokenizers = context.get("tokenizers") or {}
         one, other = tokenizers.get("baseline"), tokenizers.get("edited")
         stops = before.stops | stop_tokens(None, one), after.stops | stop_tokens(None, other)
