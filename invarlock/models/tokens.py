@@ -34,6 +34,6 @@ class ChangedVocabulary:
     def of(cls, one: Any, other: Any) -> ChangedVocabulary:
         """Changes from one tokenizer to another; of one that does not list its vocabulary, an empty one is compared."""
         before, after = (dict(getattr(tokenizer, "get_vocab", dict)()) for tokenizer in (one, other))
-        moved = [token for token, place in before.items() if after.get(token, place) != place]
-        lost = [token for token in before if token not in after]
-        return cls(before, after, *(sorted(tokens, key=before.__getitem__) for tokens in (moved, lost)))
+        changed = sorted(before.items() - after.items(), key=lambda entry: entry[1])
+        moved = [token for token, _ in changed if token in after]
+        return cls(before, after, moved, [token for token, _ in changed if token not in after])
