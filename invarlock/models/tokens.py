@@ -34,6 +34,8 @@ class ChangedVocabulary:
     def of(cls, one: Any, other: Any) -> ChangedVocabulary:
         """Changes from one tokenizer to another; of one that does not list its vocabulary, an empty one is compared."""
         before, after = (dict(getattr(tokenizer, "get_vocab", dict)()) for tokenizer in (one, other))
-        changed = sorted(before.items() - after.items(), key=lambda entry: entry[1])
-        moved = [token for token, _ in changed if token in after]
-        return cls(before, after, moved, [token for token, _ in changed if token not in after])
+        changed = sorted(
+            (token for token, place in before.items() if after.get(token) != place), key=before.__getitem__
+        )
+        moved, lost = ([token for token in changed if (token in after) == kept] for kept in (True, False))
+        return cls(before, after, moved, lost)
