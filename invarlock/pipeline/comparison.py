@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,11 +30,12 @@ from invarlock.core.results import Action, Finding
 from invarlock.datasets.windows import unreadable
 from invarlock.distributed.process_group import ALONE, Ranks
 from invarlock.models.facts import ModelClass
-from invarlock.models.fingerprint import named_tensors
+from invarlock.models.fingerprint import named_tensors, stored_tensors
 from invarlock.models.snapshot import Snapshot, Structure, has_room
 from invarlock.models.structure import is_backbone
 from invarlock.pipeline.attempts import Attempt, Edited, RunResult
 from invarlock.pipeline.changes import find_changes
+from invarlock.pipeline.clock import Clock
 from invarlock.pipeline.coverage import Declared, touched
 from invarlock.pipeline.guarding import Guarding
 from invarlock.pipeline.judging import judge
@@ -128,13 +129,13 @@ def _prepare_baseline(
     watched: Watched
     if streaming := streaming_of(model):
         weights, watched = streaming.unedited(), WatchingStreamed.of(model, streaming)
+        stays = False
     else:
-        with session.clock.stage("snapshot"):
-            snapshot = Snapshot(model, files_of(model))
-        weights = snapshot.parameters()
-        watched = Loaded.of(model, session.clock, partial(snapshot.restore, model), session.known_digests)
+        stays = windows is not None and _has_room_for_another(model)
+        weights, bring_back = _weights_of(model, baseline, stays, session.clock)
+        watched = Loaded.of(model, session.clock, bring_back, session.known_digests)
     guarding = Guarding(session, baseline, windows, slots, strict, comparing=True)
-    kept = watched if windows and isinstance(watched, Loaded) and _has_room_for_another(model) else None
+    kept = watched if stays and isinstance(watched, Loaded) else None
     guarding.begin(model, watched, comes_back=kept is not None)
     kept = None if guarding.is_whole else kept
     if session.config.eval.attribute and guarding.ready:
@@ -143,6 +144,21 @@ def _prepare_baseline(
         # Later it is gone; a baseline that is kept is asked once it is known which weights differ.
         guarding.sensitivities = sensitivities_for_shares(guarding, model, find_weights(model))
     return guarding, weights, kept, Gone.of(watched)
+
+
+def _weights_of(
+    model: torch.nn.Module, baseline: Baseline, stays: bool, clock: Clock
+) -> tuple[ReadWeights, Callable[[], object]]:
+    """The weights of a baseline in memory, and what brings it back if a plugin changed it.
+
+    :param stays: it stays in memory, and is its own copy where all code is our own.
+    """
+    if stays and not baseline.has_strangers and baseline.view is None:
+        held = {name: tensor.detach() for name, tensor in stored_tensors(model)}
+        return ReadWeights(held, lambda name: held[name].clone(), held.__getitem__), lambda: None
+    with clock.stage("snapshot"):
+        snapshot = Snapshot(model, files_of(model))
+    return snapshot.parameters(), partial(snapshot.restore, model)
 
 
 def _has_room_for_another(model: torch.nn.Module) -> bool:

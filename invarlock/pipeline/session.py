@@ -231,7 +231,7 @@ class Baseline:
             )
 
     @property
-    def _has_strangers(self) -> bool:
+    def has_strangers(self) -> bool:
         """True if others may have a hand on the model and its tokenizer, which take as long to read as a batch."""
         return self.session.plugins.catalog.has_strangers or bool(self.own_code)
 
@@ -265,7 +265,7 @@ class Baseline:
 
         :param at_the_end: nobody looks again, so that all is read even where all code is our own.
         """
-        quick = not (at_the_end or self._has_strangers)
+        quick = not (at_the_end or self.has_strangers)
         of_tokenizer = [] if quick else self._tokenizer.undo()
         if self.view and self._view_state:
             return [*self._view_state.undo(), *self.view.undo(), *of_tokenizer]
