@@ -47,14 +47,14 @@ BESIDES = {
     "a special token that takes the space before it": "'a<|endoftext|>b <|endoftext|> c' is split into other tokens",
     "a shorter longest text of the tokenizer": "(model_max_length) became 32 tokens",
     "a shard beside": "2 sets of weights, model.safetensors, model-00001-of-00002.safetensors",
-    "a bias that no module has": "1 tensors are stored that the model has no place for, lm_head.bias",
-    "a layer beyond the last": "tensors are stored that the model has no place for",
+    "a bias that no module has": "stored without a place in the model: lm_head.bias; some loaders",
+    "a layer beyond the last": " more; some loaders pass over that, others fail",
 }
 ALSO = {
     "a least length": "generation defaults: min_new_tokens unset became 40",
     "several answers": "num_return_sequences unset became 3",
     "a stop token that is a word": "generation_config: eos_token_id is ['x'], which no token has",
-    "a norm that no module has": "1 tensors are stored that the model has no place for, q_norm.weight",
+    "a norm that no module has": "stored without a place in the model: q_norm.weight; some loaders",
     "a variant beside": "2 sets of weights, model.safetensors, model.fp16.safetensors",
 }
 OF_LLAMAS = {
@@ -176,7 +176,7 @@ def test_tensors_that_a_model_has_no_place_for_are_named(invarlock, baselines, t
     shutil.rmtree("subject")
     status, serving = judged(invarlock, both, HARMFUL["a bias that no module has"], "--force")
     assert status == 1
-    assert serving["message"].startswith("1 tensors are stored that the model has no place for, lm_head.bias: ")
+    assert serving["message"].startswith("stored without a place in the model: lm_head.bias; ")
 
 
 def test_layers_that_attend_alike_are_no_finding(invarlock, tmp_path) -> None:

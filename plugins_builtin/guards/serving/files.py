@@ -47,10 +47,9 @@ def unread(before: Collection[str], after: Collection[str]) -> Iterator[str]:
     """Stored tensors that have no place in the edited model, and were not beside the baseline's."""
     new = sorted(name for name in set(after) - set(before) if not SCALES.search(name))
     if new:
-        yield (
-            f"{len(new)} tensors are stored that the model has no place for, {', '.join(new[:3])}: some loaders pass "
-            "over them, others fail"
-        )
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        found = ", ".join(new[:3]) + more
+        yield f"stored without a place in the model: {found}; some loaders pass over that, others fail"
 
 
 def _sets(folder: Path, read: Sequence[str]) -> Iterator[str]:

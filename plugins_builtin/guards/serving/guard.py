@@ -43,7 +43,9 @@ class _Side:
         is_gguf = _is_gguf(place)
         fields, problems = fields_of(getattr(model, "config", None)), problems_of(model, None if is_gguf else place)
         problems += impossible_ids(model)
-        return cls(fields, settings_of(model), stop_tokens(model, None), problems, unread_tensors_of(model), place)
+        # A GGUF file holds tensors for its own readers, too.
+        left = frozenset() if is_gguf else unread_tensors_of(model)
+        return cls(fields, settings_of(model), stop_tokens(model, None), problems, left, place)
 
 
 class ServingGuard(Guard):
