@@ -131,7 +131,10 @@ class SpectralGuard(Guard):
         weights = list(_weights(model, self._families, {weight.module: weight.shape[0] for weight in self._stored}))
         same = _unchanged(context)
         changed = [weight for weight in weights if weight.module not in same]
-        still = [one for weight in weights if weight.module in same and weight.is_finite for one in weight.matrices()]
+        unchanged = [weight for weight in weights if weight.module in same and weight.is_finite]
+        # Those that are shown are measured for it: small ones.
+        unchanged.sort(key=lambda weight: weight.parameter.numel())
+        still = [one for weight in unchanged for one in weight.matrices()]
         self._measure_late({*(weight.module for weight in changed), *(one.module for one in still[:TOP])}, baseline)
         before = {name: entry for name, entry in self._spectra.items() if entry}
         before |= _shared_spectra(weights, before, baseline)
