@@ -119,7 +119,7 @@ def _compare(
 def _prepare_baseline(
     session: Session, slots: Sequence[GuardSlot], strict: bool, weights_only: bool
 ) -> tuple[Guarding, ReadWeights, Loaded | None, Gone]:
-    """The prepared guards, the baseline's weights on disk, the baseline if it is kept, and what is left of it."""
+    """The prepared guards, the baseline's weights, the baseline if it is kept, and what is left of it."""
     if not weights_only and session.reference is None:
         session.documents()
     model, adapter = load(session, session.config.model.id, on_disk=weights_only)
@@ -151,7 +151,7 @@ def _weights_of(
 ) -> tuple[ReadWeights, Callable[[], object]]:
     """The weights of a baseline in memory, and what brings it back if a plugin changed it.
 
-    :param stays: it stays in memory, and is its own copy where all code is our own.
+    :param stays: it stays in memory, and is its own copy where all code is our own: nothing brings it back then.
     """
     if stays and not baseline.has_strangers and baseline.view is None:
         held = {name: tensor.detach() for name, tensor in stored_tensors(model)}
