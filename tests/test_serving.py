@@ -177,6 +177,13 @@ def test_tensors_that_a_model_has_no_place_for_are_named(invarlock, baselines, t
     status, serving = judged(invarlock, both, HARMFUL["a bias that no module has"], "--force")
     assert status == 1
     assert serving["message"].startswith("stored without a place in the model: lm_head.bias; ")
+    assert "cp " not in str(read_report(Path("out"))["what_next"])
+
+
+@pytest.mark.parametrize("name", ["another stop token", "temperature", "no template", "another role", "no decoder"])
+def test_files_of_the_baseline_are_offered_where_they_differ(invarlock, baselines, name) -> None:
+    judged(invarlock, baselines["llama"], HARMFUL[name])
+    assert "generation_config.json" in str(read_report(Path("out"))["what_next"])
 
 
 def test_layers_that_attend_alike_are_no_finding(invarlock, tmp_path) -> None:

@@ -23,6 +23,8 @@ COARSEST, FINEST = 64, 32
 """Sizes of groups that help: larger ones differ little from whole channels, and smaller ones cost half a bit each."""
 MOST_TIMES = 16
 """Times the windows that were measured: a ratio that needs more to be told from its limit is at the limit."""
+OF_FILES = re.compile("stop tokens|generation|tokenizer|template|_token: ")
+"""Words of the findings that other files beside the weights put right; not so the configuration's and the weights'."""
 CHANGED_ON_PURPOSE = "if it is meant to change predictions, as a fine-tune is, only the perplexity rejects"
 
 
@@ -71,6 +73,8 @@ def _served(report: Report) -> Iterator[NextStep]:
     """The files that a server reads, taken from the baseline."""
     found = next((guard for guard in report.guards if guard.name == "serving" and guard.action is not None), None)
     if not report.edit.is_comparison or found is None or found.action is Action.CONTINUE:
+        return
+    if not OF_FILES.search(found.message):
         return
     baseline, subject = (shlex.quote(path) for path in (report.model.id, _subject(report)))
     names = ["generation_config.json", "*token*", *(["*template*"] if "template" in found.message else [])]
