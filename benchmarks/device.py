@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,11 +35,14 @@ from invarlock.models.snapshot import Snapshot
 from invarlock.pipeline import run, run_streamed
 from invarlock.plugins.catalog import Selection
 from invarlock.plugins.manager import PluginManager
-from invarlock.quantization import Scheme, Workspace, fake_quantize_
+from invarlock.quantization import Plan
+from invarlock.quantization.model import quantize_weights
+from invarlock.quantization.selection import planned_weights
 
-SHAPES = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-SMALL_SHAPES = [(256, 256), (512, 256), (256, 512)]
-SCHEMES = {"8 bits per channel": Scheme(8), "4 bits, groups of 128": Scheme(4, group_size=128)}
+PLANS = {
+    "8 bits per channel": Plan(8, scope="all"),
+    "4 bits, groups of 128": Plan(4, group_size=128, scope="all"),
+}
 LLAMA = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
 SMOL = {
     "vocab_size": 49152,
@@ -53,6 +57,13 @@ BIG = {
     "intermediate_size": 8192,
     "num_hidden_layers": 28,
     "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+}
+LAYERS = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
 TINY = {
@@ -102,19 +113,19 @@ class Bench:
 
 def rounding(bench: Bench) -> None:
     limits = {torch.float32: ("1.6", "2.2", "2.2", "3"), torch.bfloat16: ("2.2", "3", "2.2", "3")}
-    shapes, layers = (SMALL_SHAPES, 1) if bench.small else (SHAPES, 8)
     for dtype, of_dtype in limits.items():
-        weights = [torch.randn(shape, device=bench.device, dtype=dtype) for _ in range(layers) for shape in shapes]
-        workspace, work = Workspace(), {}
-        for name, scheme in SCHEMES.items():
+        model = bench.llama(dtype, vocab_size=64, **(TINY if bench.small else LAYERS))
+        work: dict[str, Callable[[], object]] = {}
+        for name, plan in PLANS.items():
+            planned = planned_weights(model, plan)
             for figures in (False, True):
                 label = f"{name}{', with figures' if figures else ''}"
-                work[label] = _over(weights, _rounded(scheme, workspace, measure=figures))
-        passes = _over(weights, lambda weight: weight.mul_(1))
+                work[label] = partial(quantize_weights, planned, measure=figures)
+        weights = [planned.target.parameter.detach() for planned in planned_weights(model, Plan(8, scope="all"))]
         times: dict[str, list[float]] = {name: [] for name in work}
         reference = []
         for _ in range(7):
-            reference.append(bench.seconds(passes))
+            reference.append(bench.seconds(partial(_mul_, weights)))
             for name, round_all in work.items():
                 times[name].append(bench.seconds(round_all))
         numbers = sum(weight.numel() for weight in weights)
@@ -123,12 +134,9 @@ def rounding(bench: Bench) -> None:
             bench.show(f"  {name}", median(found[1:]), median(reference[1:]), f"limit {limit}")
 
 
-def _rounded(scheme: Scheme, workspace: Workspace, *, measure: bool) -> Callable[[Tensor], object]:
-    return lambda weight: fake_quantize_(weight, scheme, measure=measure, workspace=workspace)
-
-
-def _over(weights: list[Tensor], work: Callable[[Tensor], object]) -> Callable[[], object]:
-    return lambda: [work(weight) for weight in weights]
+def _mul_(weights: list[Tensor]) -> None:
+    for weight in weights:
+        weight.mul_(1)
 
 
 def passes(bench: Bench, name: str, model: Any, preview: int, final: int, length: int, limit: str) -> int:

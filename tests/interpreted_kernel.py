@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from invarlock.models.digest import BLOCK, block_sums
-from invarlock.quantization import Scheme, WeightLayout, fake_quantize_
+from invarlock.quantization import Plan, Scheme, WeightLayout, fake_quantize_, quantize_model
+from invarlock.quantization.rounding import RoundedWeight
+from invarlock.testing import architectures
 
 SCHEMES = [
     Scheme(8),
@@ -22,6 +24,7 @@ SCHEMES = [
     Scheme(4, clamp_ratio=0.05),
 ]
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+PLAN = Plan(4, group_size=16, symmetric=False, scope="attn")
 SHAPES = [(5, 100), (2, 4, 33)]
 TO_SUM = [torch.arange(-7.0, 84.0).view(7, 13), torch.ones(9).bfloat16()[1:], torch.arange(2.0 * BLOCK + 5)]
 
@@ -73,6 +76,7 @@ def main() -> None:
         ]
     convolution = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     found["convolution"] = [*differences(convolution, Scheme(4), WeightLayout.CONV)]
+    found["models"] = [f"{name} has other {difference}" for name, difference in differences_of_models(torch.bfloat16)]
     found["too long"] = [f"{weight.shape}" for weight in (torch.randn(1, (1 << 16) + 1),) if uses_kernel(weight)]
     found["sums"] = [f"{tensor.shape}" for tensor in TO_SUM if not torch.equal(*sums_of(tensor))]
     print(json.dumps(found))
@@ -107,6 +111,29 @@ def differences(weight: Tensor, scheme: Scheme, layout: WeightLayout = WeightLay
         yield "other scales"
     if weight.isfinite().all() and not scheme.symmetric and not torch.equal(expected.zero_points, rounded.zero_points):
         yield "other zero points"
+
+
+def differences_of_models(dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """Of models whose alike weights are rounded by one launch, one of them in an odd place of memory."""
+    models = []
+    for interpreted in ("0", "1"):
+        os.environ["TRITON_INTERPRET"] = interpreted
+        torch.manual_seed(0)
+        model = architectures.llama().to(dtype)
+        odd = model.get_submodule("model.layers.1.self_attn.o_proj")
+        odd.weight.data = torch.cat([torch.zeros(7, dtype=dtype), odd.weight.data.flatten()])[7:].view_as(odd.weight)
+        parameters: dict[str, RoundedWeight | None] = {}
+        models.append((model, quantize_model(model, PLAN, parameters=parameters), parameters))
+    (plain, expected, grids), (kernel, found, grids_of_kernel) = models
+    for name, parameter in plain.named_parameters():
+        if not torch.equal(parameter.view(DTYPES[dtype]), kernel.get_parameter(name).view(DTYPES[dtype])):
+            yield name, "bits"
+    for before, after in zip(expected, found, strict=True):
+        if before.name != after.name or abs(before.relative_error - after.relative_error) > 1e-5:
+            yield after.name, "figures"
+    for name, grid in grids.items():
+        if not torch.equal(grid.scales, grids_of_kernel[name].scales):
+            yield name, "scales"
 
 
 def uses_kernel(weight: Tensor) -> bool:

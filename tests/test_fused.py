@@ -38,6 +38,10 @@ def test_a_convolution_is_rounded_by_its_output_channels(found: dict[str, list[s
     assert found["convolution"] == []
 
 
+def test_the_alike_weights_of_a_model_are_rounded_together(found: dict[str, list[str]]) -> None:
+    assert found["models"] == []
+
+
 def test_a_row_longer_than_a_program_holds_is_left_to_plain_operations(found: dict[str, list[str]]) -> None:
     assert found["too long"] == []
 

@@ -1,4 +1,4 @@
-"""Round-to-nearest in one pass over a matrix, as a Triton kernel: a program takes a row from memory and puts it back.
+"""Round-to-nearest in one pass over matrices, as a Triton kernel: a program takes a row from memory and puts it back.
 
 The formulas are in the docstring of ``invarlock.quantization.rounding``; the codes, scales and zero points are equal to
 those of its plain operations bit for bit. So is every quotient: a program works out one reciprocal per scale, and two
@@ -11,8 +11,10 @@ false, and division and rounding are done by arithmetic that leaves a backend no
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 
 import torch
 import triton
@@ -23,6 +25,9 @@ from invarlock.quantization.scheme import Scheme
 
 LONGEST_ROW = 1 << 16
 """Columns, rounded up to whole powers of two: a program holds its row in registers, and more than this spills."""
+
+ALIGNED = 16
+"""Numbers that two matrices are a multiple of apart, for which vectors are loaded and stored."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -43,44 +48,49 @@ class RoundedRows:
 
 
 def takes(matrix: Tensor, scheme: Scheme) -> bool:
-    """True if the kernel can round a matrix under a scheme."""
+    """True if the kernel can round a matrix (out, in) under a scheme."""
     groups, width = _tile(matrix.shape[1], scheme.group_size)
     return scheme.per_channel and groups * width <= LONGEST_ROW
 
 
 def round_rows_(
-    matrix: Tensor,
+    matrices: Sequence[Tensor],
     scheme: Scheme,
     *,
     clip: tuple[float, float] | None,
     measure: bool,
     scale_dtype: torch.dtype,
     scale_limits: tuple[float, float],
-) -> RoundedRows:
-    """Round a matrix (out, in) in place. Rows with NaN or Inf stay exactly as they are, and are in no other sum.
+) -> list[RoundedRows]:
+    """Round matrices (out, in) in place. Rows with NaN or Inf stay exactly as they are, and are in no other sum.
 
+    :param matrices: of one shape, dtype, device and order in memory; one launch rounds them all, because a device
+        rounds a matrix in the time in which Python launches a kernel.
     :param clip: the smallest and the largest number that clipping leaves.
     :param measure: whether to sum the squares of weights and errors.
     :param scale_dtype: dtype that scales are rounded to.
     :param scale_limits: the smallest and the largest scale.
     """
-    rows, columns = matrix.shape
+    first, count = matrices[0], len(matrices)
+    rows, columns = first.shape
     size = min(scheme.group_size or columns, columns)
     groups = -(-columns // size)
     lowest, highest = scheme.code_range
-    limits = torch.finfo(matrix.dtype)
-    compiled = matrix.is_cuda
-    # Few allocations and no sum: at 30 us a matrix, the device is as fast as Python.
-    grids = torch.empty(1 if scheme.symmetric else 2, rows, groups, device=matrix.device)
-    sums = torch.empty(rows, 4, dtype=torch.float64, device=matrix.device)
+    limits = torch.finfo(first.dtype)
+    compiled = first.is_cuda
+    grids = torch.empty(1 if scheme.symmetric else 2, count, rows, groups, device=first.device)
+    sums = torch.empty(count, rows, 4, dtype=torch.float64, device=first.device)
+    places = [(matrix.data_ptr() - first.data_ptr()) // first.itemsize for matrix in matrices]
     padded_groups, padded_size = _tile(columns, scheme.group_size)
-    _round_row[(rows,)](
-        matrix if compiled or matrix.dtype != torch.bfloat16 else matrix.view(torch.int16),
+    _round_row[(count * rows,)](
+        first if compiled or first.dtype != torch.bfloat16 else first.view(torch.int16),
+        torch.tensor(places, device=first.device),
         grids,
         sums,
+        count * rows,
         rows,
         columns,
-        *matrix.stride(),
+        *first.stride(),
         lowest,
         highest,
         scheme.levels,
@@ -94,13 +104,15 @@ def round_rows_(
         size=size,
         padded_groups=padded_groups,
         padded_size=padded_size,
-        dtype=_DTYPES[matrix.dtype],
+        dtype=_DTYPES[first.dtype],
         scale_dtype=_DTYPES[scale_dtype],
         compiled=compiled,
+        alignment=ALIGNED if all(place % ALIGNED == 0 for place in places) else 1,
         num_warps=max(1, min(16, padded_groups * padded_size // 512)),
         enable_fp_fusion=False,
     )
-    return RoundedRows(grids[0], None if scheme.symmetric else grids[1], sums)
+    zeros: Iterable[Tensor | None] = repeat(None) if scheme.symmetric else grids[1]
+    return [RoundedRows(*each) for each in zip(grids[0], zeros, sums, strict=False)]
 
 
 @cache
@@ -169,11 +181,14 @@ def _quotient(x, divisor, reciprocal, compiled: tl.constexpr):
         return tl.div_rn(x, divisor)
 
 
-@triton.jit
+# Numbers of matrices and rows differ from weight to weight, and each variant takes a second to compile.
+@triton.jit(do_not_specialize=["programs", "rows"])
 def _round_row(
     weights,
+    places,
     grids,
     sums,
+    programs,
     rows,
     columns,
     row_stride,
@@ -196,8 +211,12 @@ def _round_row(
     dtype: tl.constexpr,
     scale_dtype: tl.constexpr,
     compiled: tl.constexpr,
+    alignment: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    row = (program % rows).to(tl.int64)
+    # Where nothing is known of the place of a matrix, numbers are loaded one by one.
+    weights += tl.multiple_of(tl.load(places + program // rows), alignment)
     group = tl.arange(0, padded_groups)
     within = tl.arange(0, padded_size)
     column = group[:, None] * size + within[None, :]
@@ -244,10 +263,10 @@ def _round_row(
     rounded = _round_to((codes - zero[:, None]) * scale[:, None], dtype, compiled)
     tl.store(place, _stored(rounded, dtype, compiled), mask=kept)
 
-    of_group = row * groups + group
+    of_group = program.to(tl.int64) * groups + group
     tl.store(grids + of_group, scale, mask=group < groups)
     if not symmetric:
-        tl.store(grids + rows * groups + of_group, zero, mask=group < groups)
+        tl.store(grids + programs * groups + of_group, zero, mask=group < groups)
     signal = tl.zeros([padded_groups], tl.float32)
     noise = tl.zeros([padded_groups], tl.float32)
     if measure:
@@ -256,7 +275,7 @@ def _round_row(
         parts, errors = original * each, (original - rounded) * each
         signal, noise = tl.sum(parts * parts, 1), tl.sum(errors * errors, 1)
     square = scale.to(tl.float64) * scale.to(tl.float64)
-    of_row = sums + row * 4
+    of_row = sums + program * 4
     tl.store(of_row, tl.where(finite, tl.sum(square * signal, 0), 0.0))
     tl.store(of_row + 1, tl.where(finite, tl.sum(square * noise, 0), 0.0))
     tl.store(of_row + 2, tl.where(finite, outside, 0).to(tl.float64))

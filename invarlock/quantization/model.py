@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from invarlock.core.progress import Tally
 from invarlock.core.results import EditedWeight
-from invarlock.distributed.dtensor import gathered, local
+from invarlock.distributed.dtensor import gathered, is_spread, local
 from invarlock.distributed.parallel_map import side_by_side
-from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_, unfit
+from invarlock.models.kernels import takes_triton
+from invarlock.quantization.rounding import RoundedWeight, Workspace, fake_quantize_alike_, unfit
 from invarlock.quantization.rules import AnyPlan
 from invarlock.quantization.scheme import PlanError
 from invarlock.quantization.selection import PlannedWeight, WeightTarget, planned_weights
 from invarlock.quantization.sums import Sums, effects
 
+AT_ONCE = 1 << 27
+"""Weights that one launch rounds, if they are alike: for a GPU more than 100 us of work, in which Python gets the next
+launch ready. The scales of so many, in groups of 32, have 16 MiB."""
 PAGES_AT_ONCE = 1 << 14
 """So few numbers are written by one thread."""
 
@@ -33,14 +40,19 @@ class Rounding:
 
     def __call__(self, planned: PlannedWeight, weight: Tensor) -> RoundedWeight:
         """Round a weight of a plan in place, wherever it was read from."""
-        return fake_quantize_(
-            weight,
-            planned.scheme,
-            layout=planned.target.layout,
+        (rounded,) = self.together([planned], [weight])
+        return rounded
+
+    def together(self, alike: Sequence[PlannedWeight], weights: Sequence[Tensor]) -> list[RoundedWeight]:
+        """Round weights for which plans have one scheme, and which ``fake_quantize_alike_`` takes together."""
+        return fake_quantize_alike_(
+            weights,
+            alike[0].scheme,
+            layout=alike[0].target.layout,
             measure=self.measure,
             workspace=self.workspace,
             scale_dtype=self.scale_dtype,
-            columns=planned.columns,
+            columns=alike[0].columns,
         )
 
     @staticmethod
@@ -89,21 +101,40 @@ def quantize_weights(
     tally = Tally(len(weights))
 
     def round_all(of_one_device: Sequence[PlannedWeight]) -> list[EditedWeight]:
-        rounding, results = Rounding(measure, scale_dtype), []
+        rounding, sums = Rounding(measure, scale_dtype), {}
         for planned in of_one_device:
             _own_pages(local(planned.target.parameter.detach()))
-        for planned in of_one_device:
-            with gathered(planned.target.parameter) as weight:
-                rounded = rounding(planned, weight)
-            # Not the grids, which together are a tenth of the weights where groups are small.
-            results.append(rounded.sums)
-            if parameters is not None:
-                parameters[planned.target.parameter_name] = rounded
-            tally.add()
+        for alike in _alike(of_one_device):
+            with ExitStack() as stack:
+                weights = [stack.enter_context(gathered(planned.target.parameter)) for planned in alike]
+                rounded = rounding.together(alike, weights)
+            for planned, each in zip(alike, rounded, strict=True):
+                # Not the grids, which together are a tenth of the weights where groups are small.
+                sums[planned.target.parameter_name] = each.sums
+                if parameters is not None:
+                    parameters[planned.target.parameter_name] = each
+            tally.add(len(alike))
+        targets = [planned.target for planned in of_one_device]
         # Only now: a device is still at work on the last weights when the first ones are asked for.
-        return Rounding.effects([planned.target for planned in of_one_device], results)
+        return Rounding.effects(targets, [sums[target.parameter_name] for target in targets])
 
     return side_by_side(round_all, weights, lambda planned: planned.target.parameter.device)
+
+
+def _alike(weights: Iterable[PlannedWeight]) -> Iterator[list[PlannedWeight]]:
+    """The weights, those together that one launch of a kernel may round."""
+    waiting: defaultdict[Any, list[PlannedWeight]] = defaultdict(list)
+    for planned in weights:
+        weight = planned.target.parameter
+        if planned.columns is not None or is_spread(weight) or not takes_triton(weight):
+            yield [planned]
+            continue
+        alike = waiting[planned.scheme, planned.target.layout, weight.dtype, weight.shape, weight.stride()]
+        alike.append(planned)
+        if len(alike) * weight.numel() >= AT_ONCE:
+            yield [*alike]
+            alike.clear()
+    yield from filter(None, waiting.values())
 
 
 def _own_pages(weight: Tensor) -> None:

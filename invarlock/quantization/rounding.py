@@ -137,23 +137,43 @@ def fake_quantize_(
     With ``clamp_ratio`` c, each matrix is first clipped to its quantiles c/2 and 1 - c/2, linearly interpolated. A row
     (an output channel) with NaN or Inf is left exactly as it is, and the others are rounded as if it were not there.
     """
-    if reason := unfit(weight, layout):
-        raise PlanError(f"the weight {reason}")
-    sums = Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
-    # Scales of blocks are of a format's own type, which float32 holds.
-    kept = torch.float32 if scheme.of_floats and scheme.of_floats.block else weight.dtype
-    minimums = scale_dtype is not None and not scheme.symmetric
-    rounder = _Rounder(scheme, sums, workspace or Workspace(), scale_dtype or kept, minimums)
-    if weight.numel():
-        target = weight.detach()
-        matrices = layout.matrices(target)
-        each = matrices.unbind() if matrices.ndim == 3 else (matrices,)
-        for number, matrix in enumerate(each):
-            rounder.columns = None if columns is None else columns.reshape(-1, columns.shape[-1])[number]
-            rounder.matrix_(matrix)
-        if matrices.data_ptr() != target.data_ptr():
-            target.copy_(matrices.view(target.shape))
-    return RoundedWeight(sums, rounder.grids, rounder.scale_dtype)
+    (rounded,) = fake_quantize_alike_(
+        [weight],
+        scheme,
+        layout=layout,
+        measure=measure,
+        workspace=workspace,
+        scale_dtype=scale_dtype,
+        columns=columns,
+    )
+    return rounded
+
+
+def fake_quantize_alike_(
+    weights: Sequence[Tensor],
+    scheme: Scheme,
+    *,
+    layout: WeightLayout = WeightLayout.OUT_IN,
+    measure: bool = True,
+    workspace: Workspace | None = None,
+    scale_dtype: torch.dtype | None = None,
+    columns: Tensor | None = None,
+) -> list[RoundedWeight]:
+    """Round weights of one shape, dtype, device and order in memory, as ``fake_quantize_`` rounds each.
+
+    Where a kernel takes them, one launch rounds them all.
+
+    :raises PlanError: as of ``fake_quantize_``; nothing has been changed then.
+    """
+    memory = workspace or Workspace()
+    rounders = [_Rounder.of(weight, scheme, layout, measure, memory, scale_dtype, columns) for weight in weights]
+    each = [(rounder, matrix) for rounder in rounders for matrix in rounder.matrices]
+    if each and not scheme.clamp_ratio and (kernel := rounders[0].kernel):
+        _launch_(kernel, each, None)
+    else:
+        for rounder in rounders:
+            rounder.round_()
+    return [rounder.done() for rounder in rounders]
 
 
 def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
@@ -177,43 +197,85 @@ def unfit(weight: Tensor, layout: WeightLayout) -> str | None:
 class _Rounder:
     """One weight on its way: how it is rounded, with what memory, and its sums and grids so far."""
 
+    weight: Tensor
     scheme: Scheme
+    layout: WeightLayout
     sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
     minimums: bool
-    columns: Tensor | None = None
-    """Of the matrix at hand, as of ``fake_quantize_``."""
+    columns: Tensor | None
+    """As of ``fake_quantize_``."""
     grids: list[list[list[AnyGrid]]] = field(default_factory=list)
 
-    def matrix_(self, matrix: Tensor) -> None:
-        """Round a matrix (out, in) in place."""
-        clip = clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
-        plain = self.minimums or self.columns is not None
-        round_rows_ = None if plain else kernel_for(matrix, self.scheme)
-        if round_rows_ is None:
-            self.grids.append(self._in_blocks_(matrix, clip))
-            return
-        rows = round_rows_(
-            matrix,
-            self.scheme,
-            clip=clip,
-            measure=self.sums.measure,
-            scale_dtype=self.scale_dtype,
-            scale_limits=scale_limits(self.scale_dtype, self.scheme.bitwidth),
-        )
-        self.sums.of_device.append(rows.sums)
-        self.grids.append([[IntegerGrid(rows.scales, rows.zero_points, *self.scheme.code_range, finite=True)]])
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        scheme: Scheme,
+        layout: WeightLayout,
+        measure: bool,
+        workspace: Workspace,
+        scale_dtype: torch.dtype | None,
+        columns: Tensor | None,
+    ) -> _Rounder:
+        """
+        :raises PlanError: as of ``fake_quantize_``.
+        """
+        if reason := unfit(weight, layout):
+            raise PlanError(f"the weight {reason}")
+        sums = Sums(weight.numel(), str(weight.device), scheme.bitwidth, measure)
+        # Scales of blocks are of a format's own type, which float32 holds.
+        kept = torch.float32 if scheme.of_floats and scheme.of_floats.block else weight.dtype
+        minimums = scale_dtype is not None and not scheme.symmetric
+        return cls(weight.detach(), scheme, layout, sums, workspace, scale_dtype or kept, minimums, columns)
 
-    def _in_blocks_(self, matrix: Tensor, clip: Clip | None) -> list[list[AnyGrid]]:
+    @cached_property
+    def matrices(self) -> Sequence[Tensor]:
+        """The weight as matrices (out, in): views, or of a convolution that has none a copy."""
+        if not self.weight.numel():
+            return ()
+        matrices = self.layout.matrices(self.weight)
+        return matrices.unbind() if matrices.ndim == 3 else (matrices,)
+
+    def round_(self) -> None:
+        """Round the matrices in place, one by one."""
+        for number, matrix in enumerate(self.matrices):
+            clip = clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
+            if kernel := self.kernel:
+                _launch_(kernel, [(self, matrix)], clip)
+            else:
+                columns = None if self.columns is None else self.columns.reshape(-1, self.columns.shape[-1])[number]
+                self.grids.append(self._in_blocks_(matrix, clip, columns))
+
+    @property
+    def kernel(self) -> Callable[..., Any] | None:
+        """``round_rows_`` of the kernel that rounds the matrices in one pass; None where plain operations have to."""
+        matrix = self.matrices[0]
+        if self.minimums or self.columns is not None or self.scheme.of_floats or not takes_triton(matrix):
+            return None
+        from invarlock.quantization.fused import round_rows_, takes
+
+        return round_rows_ if takes(matrix, self.scheme) else None
+
+    def done(self) -> RoundedWeight:
+        """The result, once all matrices are rounded."""
+        if self.matrices and self.matrices[0].data_ptr() != self.weight.data_ptr():
+            (copied,) = self.matrices
+            self.weight.copy_(copied.view(self.weight.shape))
+        return RoundedWeight(self.sums, self.grids, self.scale_dtype)
+
+    def _in_blocks_(self, matrix: Tensor, clip: Clip | None, columns: Tensor | None) -> list[list[AnyGrid]]:
         at_once = _rows_at_once(matrix)
         together = _blocks(matrix, at_once) if self.scheme.per_channel else (matrix,)
         over: GridOver = MinimumGrid.over if self.minimums else IntegerGrid.over
         if self.scheme.of_floats:
             over = grid_over(matrix, self.scheme, clip)
-        return [self._rows_(rows, at_once, clip, over) for rows in together]
+        return [self._rows_(rows, at_once, clip, over, columns) for rows in together]
 
-    def _rows_(self, rows: Tensor, at_once: int, clip: Clip | None, over: GridOver) -> list[AnyGrid]:
+    def _rows_(
+        self, rows: Tensor, at_once: int, clip: Clip | None, over: GridOver, columns: Tensor | None
+    ) -> list[AnyGrid]:
         """Round rows that share no scale with rows elsewhere."""
         parts = _parts(rows, self.scheme.group_size)
         grids = [over(part, self.scheme, clip, self.scale_dtype) for part in parts]
@@ -222,11 +284,11 @@ class _Rounder:
             if not finite.all():
                 kept = rows[finite]
                 self.sums.non_finite_rows += len(rows) - len(kept)
-                of_finite = self._rows_(kept, at_once, clip, over) if len(kept) else grids
+                of_finite = self._rows_(kept, at_once, clip, over, columns) if len(kept) else grids
                 rows[finite] = kept
                 return grids if self.scheme.per_channel else of_finite
-        if self.columns is not None:
-            weights = _parts(self.columns.unsqueeze(0), self.scheme.group_size)
+        if columns is not None:
+            weights = _parts(columns.unsqueeze(0), self.scheme.group_size)
             for part, grid, of_part in zip(parts, grids, weights, strict=True):
                 grid.scale = tightened(grid.scale, part, of_part, self.scheme.code_range, self.scale_dtype)
         for part, grid in zip(parts, grids, strict=True):
@@ -259,15 +321,21 @@ class _Rounder:
         return block.clamp_(low, high)
 
 
-def kernel_for(matrix: Tensor, scheme: Scheme) -> Callable[..., Any] | None:
-    """``round_rows_`` of the kernel that rounds a matrix in one pass, or None where plain operations have to."""
-    if not takes_triton(matrix):
-        return None
-    if scheme.of_floats:
-        return None
-    from invarlock.quantization.fused import round_rows_, takes
-
-    return round_rows_ if takes(matrix, scheme) else None
+def _launch_(kernel: Callable[..., Any], each: Sequence[tuple[_Rounder, Tensor]], clip: Clip | None) -> None:
+    """Round matrices that are alike by one launch of a kernel, each for its weight."""
+    first, _ = each[0]
+    found = kernel(
+        [matrix for _, matrix in each],
+        first.scheme,
+        clip=clip,
+        measure=first.sums.measure,
+        scale_dtype=first.scale_dtype,
+        scale_limits=scale_limits(first.scale_dtype, first.scheme.bitwidth),
+    )
+    for (rounder, _), rows in zip(each, found, strict=True):
+        rounder.sums.of_device.append(rows.sums)
+        grid = IntegerGrid(rows.scales, rows.zero_points, *first.scheme.code_range, finite=True)
+        rounder.grids.append([[grid]])
 
 
 def _blocks(part: Tensor, at_once: int) -> Sequence[Tensor]:
