@@ -9,6 +9,7 @@ neither does the time: some dozens of tokens tell no more for coming from more w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -17,6 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from plugins_builtin.guards.on_host import on_host
 
 CALLS = 2
 SPREAD = 4
@@ -37,7 +40,8 @@ class Sampled:
 
     @cached_property
     def finite(self) -> bool:
-        return bool(are_finite(self.rows))
+        lowest, highest = torch.aminmax(self.rows)
+        return math.isfinite(float(lowest) + float(highest))
 
     def comparable(self, other: Sampled) -> bool:
         """Compare the tokens that both are of, and their features."""
@@ -65,7 +69,7 @@ class Sample:
         if self._calls > CALLS:
             return
         self._sampled_calls = (*self._sampled_calls, len(rows))
-        stay, come = (places.to(rows.device) for places in _draw(self._size, self._seed, self._sampled_calls))
+        stay, come = _draw(self._size, self._seed, self._sampled_calls, rows.device)
         taken = rows.index_select(0, come)
         self._rows = taken if self._rows is None else torch.cat([self._rows.index_select(0, stay), taken])
 
@@ -76,7 +80,7 @@ class Sample:
 
 # All samples of a pass draw alike, so a few entries serve them all.
 @lru_cache(maxsize=64)
-def _draw(size: int, seed: int, calls: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _draw(size: int, seed: int, calls: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Places of what is in a sample after calls of so many tokens: in the sample before the last call, and in that."""
     keys = torch.cat(
         [
@@ -86,7 +90,8 @@ def _draw(size: int, seed: int, calls: tuple[int, ...]) -> tuple[Tensor, Tensor]
     )
     earlier = sum(calls[:-1])
     before, after = (_smallest(some, size) for some in (keys[:earlier], keys))
-    return torch.isin(before, after).nonzero().flatten(), after[after >= earlier] - earlier
+    stay, come = torch.isin(before, after).nonzero().flatten(), after[after >= earlier] - earlier
+    return stay.to(device), come.to(device)
 
 
 def _smallest(keys: Tensor, count: int) -> Tensor:
@@ -219,13 +224,25 @@ class SeenPlace:
 def seen_places(context: Mapping[str, Any], places: Mapping[str, Place], compared: Kind) -> list[SeenPlace]:
     """Places at which something was sampled, in the order in which the edited model calls them."""
     observed = (context.get("observations", {}).get(side, {}) for side in ("baseline", "edited"))
-    before, after = ({name: Seen.of(result) for name, result in side.items()} for side in observed)
+    before, after = (_on_host({name: Seen.of(result) for name, result in side.items()}) for side in observed)
     both = [
         SeenPlace(places[name], before[name], seen, compared)
         for name, seen in after.items()
         if name in before and seen.samples.get(compared)
     ]
     return sorted(both, key=lambda seen: seen.after.order)
+
+
+def _on_host(seen: Mapping[str, Seen]) -> dict[str, Seen]:
+    """The same with all samples on the CPU: an operation on small ones takes a GPU as long as one on large ones."""
+    rows = iter(on_host([sample.rows for each in seen.values() for sample in each.samples.values() if sample]))
+    return {
+        name: replace(
+            each,
+            samples={kind: sample and replace(sample, rows=next(rows)) for kind, sample in each.samples.items()},
+        )
+        for name, each in seen.items()
+    }
 
 
 def are_finite(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,54 +14,7 @@ from plugins_builtin.guards.figures import first_few
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True)
-class _Tensor:
-    """Facts of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    finite: bool
-    constant_rows: int
-    constant_columns: int
-    zero: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, shared: tuple[int, int] | None = None) -> _Tensor:
-        """
-        :param shared: an axis, and how many entries along it to look at; the others have to be finite, and no more.
-        """
-        import torch
-
-        shape, dtype = tuple(tensor.shape), str(tensor.dtype)
-        # A view, because every operation on a streamed weight itself would read it again.
-        tensor = tensor.detach().view(shape)
-        if not tensor.is_floating_point() or not tensor.numel():
-            return cls(shape, dtype, True, 0, 0, False)
-        # The extremes tell finite and zero without a temporary of the weight's size.
-        low, high = torch.aminmax(tensor)
-        all_finite = low.isfinite() & high.isfinite()
-        if shared:
-            tensor = tensor.narrow(shared[0], 0, shared[1])
-            low, high = torch.aminmax(tensor)
-        sides = (tensor, tensor.mT) if tensor.ndim > 1 else ()
-        # All at once: each answer by itself would wait for the device.
-        told = [all_finite, (low == 0) & (high == 0), *(_constant_rows(side) for side in sides)]
-        finite, zero, *constant = torch.stack(told).tolist()
-        rows, columns = constant or (0, 0)
-        return cls(shape, dtype, bool(finite), rows, columns, bool(zero))
-
-
-def _constant_rows(matrices: torch.Tensor) -> torch.Tensor:
-    """Number of rows of matrices (..., rows, columns) that hold one value throughout; 0 for rows of one number."""
-    import torch
-
-    if matrices.shape[-1] < 2:
-        return matrices.new_zeros((), dtype=torch.int64)
-    if matrices.device.type == "cpu":
-        # Nearly every row is ruled out by two of its numbers. To choose the others, another device would have to wait.
-        matrices = matrices[matrices[..., 0] == matrices[..., -1]]
-    return (matrices == matrices[..., :1]).all(-1).sum()
+    from plugins_builtin.guards.tensor_facts import TensorFacts
 
 
 @dataclass(frozen=True)
@@ -93,8 +47,8 @@ class _VocabularyRows:
 
 @dataclass(frozen=True)
 class _State:
-    parameters: dict[str, _Tensor]
-    buffers: dict[str, _Tensor]
+    parameters: dict[str, TensorFacts]
+    buffers: dict[str, TensorFacts]
     ties: frozenset[frozenset[str]]
     norms: frozenset[str]
     embedding_rows: int | None
@@ -102,7 +56,7 @@ class _State:
     """True if the configuration says that the head is the embedding."""
 
     @property
-    def tensors(self) -> dict[str, _Tensor]:
+    def tensors(self) -> dict[str, TensorFacts]:
         return self.parameters | self.buffers
 
     @classmethod
@@ -111,24 +65,24 @@ class _State:
         :param before: of the baseline; of what has grown with the vocabulary only the baseline's part is looked at.
         """
         from invarlock.api import is_norm
+        from plugins_builtin.guards.tensor_facts import batches, facts_of
 
         old = before.tensors if before else {}
         vocabulary = _VocabularyRows(before.embedding_rows if before else None, _embedding_rows(model))
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         shared = {id(each): vocabulary.shared(old[name].shape, each.shape) for name, each in named if name in old}
 
-        def look(tensor: torch.Tensor) -> _Tensor:
-            return _Tensor.of(tensor, shared.get(id(tensor)))
-
         parameters = dict(model.named_parameters(remove_duplicate=False))
         by_identity: dict[int, list[str]] = defaultdict(list)
         for name, parameter in parameters.items():
             by_identity[id(parameter)].append(name)
-        looked_at = each(look, (parameters[names[0]] for names in by_identity.values()))
-        found = dict(zip(by_identity, looked_at, strict=True))
+        of_parameters = batches(parameters[names[0]] for names in by_identity.values())
+        looked_at = each(lambda batch: facts_of(batch.tensors, shared), of_parameters)
+        found = dict(zip(by_identity, itertools.chain(*looked_at), strict=True))
+        buffers = dict(model.named_buffers())
         return cls(
             parameters={name: found[id(parameter)] for name, parameter in parameters.items()},
-            buffers={name: look(buffer) for name, buffer in model.named_buffers()},
+            buffers=dict(zip(buffers, facts_of(buffers.values(), shared), strict=True)),
             ties=frozenset(frozenset(names) for names in by_identity.values() if len(names) > 1),
             norms=frozenset(name for name, module in model.named_modules() if is_norm(module)),
             embedding_rows=vocabulary.after,
