@@ -60,8 +60,7 @@ def spectra(matrices: Sequence[Tensor]) -> list[Spectrum | None]:
     """
     sketched = Sketched.of_each(matrices)
     finite = [entry for entry in sketched if entry]
-    sigmas = _cold(finite) if finite else []
-    found = (entry.spectrum(*sigma) for entry, sigma in zip(finite, sigmas, strict=True))
+    found = iter(Sketched.spectra(finite, _cold(finite) if finite else []))
     return [next(found) if entry else None for entry in sketched]
 
 
@@ -110,9 +109,13 @@ def _cold(matrices: Sequence[Sketched]) -> list[tuple[float, Tensor]]:
     """The largest singular value of ``scale * W``, and the two leading right singular vectors, of each."""
     if _is_small(matrices[0]):
         return _decomposed(matrices)
-    start = probes(matrices[0].matrix.shape[1], matrices[0].matrix.device)
+    start, products = probes(matrices[0].matrix.shape[1], matrices[0].matrix.device), _Products.of(matrices)
+    basis = start.basis.expand(len(matrices), -1, -1)
+    if products.grams is not None:
+        return _largest(products, basis, products.images(basis))
+    # The sketch is one of the two products already.
     images = torch.stack([matrix.back(start.to_basis @ matrix.sketch) for matrix in matrices])
-    return _largest(_Products.of(matrices), start.basis.expand(len(matrices), -1, -1), images)
+    return _largest(products, basis, images)
 
 
 def _warm(moved: Moved) -> list[tuple[float, Tensor]]:
@@ -153,7 +156,7 @@ class _Products:
             return cls(matrices, None)
         grams = torch.empty(len(matrices), first.shape[1], first.shape[1], device=first.device)
         for gram, entry in zip(grams, matrices, strict=True):
-            half = (entry.matrix * entry.scale).bfloat16()
+            half = (entry.matrix if entry.scale == 1 else entry.matrix * entry.scale).bfloat16()
             gram.copy_(half.T @ half)
         return cls(matrices, grams)
 
@@ -167,12 +170,20 @@ class _Products:
         """Products with some of the matrices."""
         return _Products([self.matrices[place] for place in places], self.grams)
 
-    def sigma(self, place: int, square: float, vector: Tensor) -> float:
-        """Singular value that a vector stands for: exact, whatever guided the search for it.
+    def sigmas(self, places: Sequence[int], squares: Sequence[float], vectors: Tensor) -> list[float]:
+        """Singular values that vectors stand for: exact, whatever guided the search for them.
 
-        :param square: Rayleigh quotient of the vector.
+        :param places: of the matrices.
+        :param squares: Rayleigh quotients of the vectors.
+        :param vectors: one for each of the matrices, (places, columns).
         """
-        return math.sqrt(max(square, 0.0)) if self.grams is None else self.matrices[place].stretch(vector)
+        if self.grams is None or not places:
+            return [math.sqrt(max(square, 0.0)) for square in squares]
+        images = torch.stack(
+            [self.matrices[place].image(vector) for place, vector in zip(places, vectors, strict=True)]
+        )
+        stretched: list[float] = (images.norm(dim=-1) / vectors.norm(dim=-1)).tolist()
+        return stretched
 
 
 def _largest(products: _Products, basis: Tensor, images: Tensor) -> list[tuple[float, Tensor]]:
@@ -192,10 +203,10 @@ def _largest(products: _Products, basis: Tensor, images: Tensor) -> list[tuple[f
         error = torch.minimum(size, size**2 / (top - values[:, -2]).clamp(min=TINY))
         full = step == MOST_STEPS - 1 or basis.shape[1] + WIDTH > basis.shape[2]
         sure = [full or close for close in (error <= 2 * ACCURACY * top).tolist()]
-        for place, value in enumerate(top.tolist()):
-            if sure[place] and left[place] not in found:
-                sigma = products.sigma(place, value, vectors[place, -1])
-                found[left[place]] = sigma, vectors[place, -2:].clone()
+        new = [place for place, done in enumerate(sure) if done and left[place] not in found]
+        leading = vectors[new, -2:]
+        sigmas = products.sigmas(new, top[new].tolist(), leading[:, -1])
+        found |= {left[place]: (sigma, pair) for place, sigma, pair in zip(new, sigmas, leading, strict=True)}
         open_ = [place for place, done in enumerate(sure) if not done]
         if not open_:
             break

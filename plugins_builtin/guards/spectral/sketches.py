@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from plugins_builtin.guards.figures import ratio
+from plugins_builtin.guards.on_host import on_host
 
 PROBES = 8
 STILL = 0.02
@@ -67,10 +68,10 @@ class Spectrum:
     """Summary of a matrix (rows, columns): a few numbers per row and per column, and no weight. It is on the CPU."""
 
     size: Size
-    sketch: Tensor
-    """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
     norms: tuple[Tensor, Tensor]
     """Norms of the rows and of the columns of ``scale * W``."""
+    sketch: Tensor
+    """``scale * W Ω``, transposed: float32 (PROBES, rows)."""
     leading: Tensor
     """The right singular vectors of the two largest singular values, roughly: float32 (at most 2, columns)."""
     scale: float
@@ -126,14 +127,19 @@ class Sketched:
 
     @classmethod
     def _at(cls, matrices: Sequence[Tensor], scale: float) -> list[Sketched]:
-        made = [(matrix, *_sketch(matrix, scale)) for matrix in matrices]
-        if not made:
+        if not matrices:
             return []
+        (rows, columns), device = matrices[0].shape, matrices[0].device
+        sketches = torch.empty(len(matrices), rows, PROBES, device=device)
+        row_norms = torch.empty(len(matrices), rows, device=device)
+        squares = torch.zeros(len(matrices), columns, device=device)
+        for place, matrix in enumerate(matrices):
+            _sketch_into(sketches[place], row_norms[place], squares[place], matrix, scale)
+        norms = zip(row_norms, squares.sqrt_(), strict=True)
         # All at once: each number by itself would wait for the device.
-        sizes = torch.stack([torch.linalg.vector_norm(of_rows) for *_, (of_rows, _) in made]).tolist()
-        return [
-            cls(matrix, scale, sketch, norms, size) for (matrix, sketch, norms), size in zip(made, sizes, strict=True)
-        ]
+        sizes = torch.linalg.vector_norm(row_norms, dim=1).tolist()
+        made = zip(matrices, sketches.mT, norms, sizes, strict=True)
+        return [cls(matrix, scale, sketch, of_sides, size) for matrix, sketch, of_sides, size in made]
 
     def back(self, block: Tensor) -> Tensor:
         """``block W``."""
@@ -145,17 +151,25 @@ class Sketched:
         # (W blockᵀ)ᵀ: BLAS takes longer for block Wᵀ, with few rows times a transposed matrix.
         return reduce(torch.add, (_times((rows @ block.T).T, rows) for rows in self.blocks()))
 
-    def stretch(self, vector: Tensor) -> float:
-        """``||W v|| / ||v||``."""
-        image = torch.cat([rows @ vector for rows in self.blocks()])
-        return float(torch.linalg.vector_norm(image) / torch.linalg.vector_norm(vector))
+    def image(self, vector: Tensor) -> Tensor:
+        """``W v``."""
+        return torch.cat([rows @ vector for rows in self.blocks()])
 
     def size(self, sigma: float) -> Size:
         return Size(sigma / self.scale, self.frobenius / self.scale)
 
-    def spectrum(self, sigma: float, leading: Tensor) -> Spectrum:
-        rows, columns = self.norms
-        return Spectrum(self.size(sigma), self.sketch.cpu(), (rows.cpu(), columns.cpu()), leading.cpu(), self.scale)
+    @staticmethod
+    def spectra(several: Sequence[Sketched], found: Sequence[tuple[float, Tensor]]) -> list[Spectrum]:
+        """What is kept of matrices.
+
+        :param found: the largest singular value of ``scale * W`` of each, and its leading right singular vectors.
+        """
+        kept = [(*entry.norms, entry.sketch, leading) for entry, (_, leading) in zip(several, found, strict=True)]
+        numbers = iter(on_host([tensor for of_one in kept for tensor in of_one]))
+        return [
+            Spectrum(entry.size(sigma), (next(numbers), next(numbers)), next(numbers), next(numbers), entry.scale)
+            for entry, (sigma, _) in zip(several, found, strict=True)
+        ]
 
     def blocks(self) -> Iterator[Tensor]:
         return _blocks(self.matrix, self.scale)
@@ -253,15 +267,15 @@ def probes(columns: int, device: torch.device) -> Probes:
     return Probes(signs.to(device), rotated.T.contiguous().to(device), to_basis.to(device))
 
 
-def _sketch(matrix: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """``scale * W Ω``, transposed, and the norms of the rows and of the columns of ``scale * W``."""
-    drawn = probes(matrix.shape[1], matrix.device).signs
-    parts, row_norms, columns = [], [], torch.zeros(matrix.shape[1], device=matrix.device)
-    for rows in _blocks(matrix, scale):
-        parts.append(rows @ drawn.T)
-        row_norms.append(torch.linalg.vector_norm(rows, dim=1))
-        columns += rows.square().sum(dim=0)
-    return torch.cat(parts).T, (torch.cat(row_norms), columns.sqrt())
+def _sketch_into(sketch: Tensor, row_norms: Tensor, squares: Tensor, matrix: Tensor, scale: float) -> None:
+    """Put ``scale * W Ω`` (rows, PROBES) and the norms of rows where they belong, and add up the squares of columns."""
+    drawn = probes(matrix.shape[1], matrix.device).signs.T
+    at_once = _rows_at_once(matrix)
+    places = zip(torch.split(sketch, at_once), torch.split(row_norms, at_once), strict=True)
+    for (of_sketch, of_norms), rows in zip(places, _blocks(matrix, scale), strict=True):
+        torch.mm(rows, drawn, out=of_sketch)
+        torch.linalg.vector_norm(rows, dim=1, out=of_norms)
+        squares += rows.square().sum(dim=0)
 
 
 def _blocks(matrix: Tensor, scale: float) -> Iterator[Tensor]:
@@ -282,8 +296,8 @@ def _rows_at_once(matrix: Tensor) -> int:
 
 
 def _times(block: Tensor, rows: Tensor) -> Tensor:
-    """``block @ rows``, as a sum over quarters, because BLAS gives a block of few rows to a single core."""
-    if len(rows) % 4:
+    """``block @ rows``; as a sum over quarters on a CPU, whose BLAS gives a block of few rows to a single core."""
+    if len(rows) % 4 or rows.device.type != "cpu":
         return block @ rows
     quarters = block.view(len(block), 4, -1).movedim(1, 0)
     return torch.bmm(quarters, rows.view(4, -1, rows.shape[1])).sum(dim=0)
