@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from invarlock.evaluation.vectors import changed_order as changed_order
     from invarlock.evaluation.vectors import unit as unit
     from invarlock.exporters.exporter import Exporter as Exporter
+    from invarlock.models.autograd import recording as recording
     from invarlock.models.configuration import POSITION_FIELDS as POSITION_FIELDS
     from invarlock.models.configuration import fields_of as fields_of
     from invarlock.models.facts import ModelClass as ModelClass
@@ -129,6 +130,7 @@ _HOMES = {
     "invarlock.evaluation.task": ("LanguageTask", "Metric", "Task", "VectorTask"),
     "invarlock.evaluation.vectors": ("changed_matches", "changed_neighbours", "changed_order", "unit"),
     "invarlock.exporters.exporter": ("Exporter",),
+    "invarlock.models.autograd": ("recording",),
     "invarlock.models.configuration": ("POSITION_FIELDS", "fields_of"),
     "invarlock.models.facts": (
         "ModelClass",

@@ -1,9 +1,28 @@
-"""Autograd's own threads: it has one for each device."""
+"""Gradients on CUDA devices: the threads that autograd has for them, and the attention of short passes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+FEW_TOKENS = 256
+"""The attention scores of so many have 256 KiB per head in float32."""
+
+
+@contextmanager
+def recording(tokens: int, device: torch.device) -> Iterator[None]:
+    """Meanwhile operations are recorded for gradients.
+
+    On a CUDA device few tokens attend to each other by plain products. Fused kernels are other ones for gradients than
+    for a pass, and take half a second to load; some of them add up gradients in another order each time.
+    """
+    plain = device.type == "cuda" and tokens <= FEW_TOKENS
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        yield
 
 
 def start_contexts(model: nn.Module) -> None:

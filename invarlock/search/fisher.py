@@ -19,7 +19,8 @@ from torch.nn import functional
 from invarlock.core.progress import counted
 from invarlock.datasets.layout import UNSCORED, Windows
 from invarlock.evaluation.passes import predicted_tokens, uncached_logits
-from invarlock.models.facts import Predicted, evaluating
+from invarlock.models.autograd import recording
+from invarlock.models.facts import Predicted, device_of, evaluating
 from invarlock.quantization.selection import WeightTarget
 
 
@@ -85,7 +86,7 @@ def fisher_of(
     generator = torch.Generator().manual_seed(seed)
     sums = {target.parameter_name: _Sums.of(target) for target in targets}
     tokens = 0
-    with evaluating(model), _squared_into(model, targets, sums), torch.enable_grad():
+    with evaluating(model), _squared_into(model, targets, sums), recording(windows.length, device_of(model)):
         for window in counted([*windows.batches(1)]):
             scored = predicted_tokens(window, task) != UNSCORED
             logits = uncached_logits(model, window)[scored].float()

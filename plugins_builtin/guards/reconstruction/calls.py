@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights, reads_images_alone
+from invarlock.api import attached, device_of, evaluating, find_blocks, has_weights, reads_images_alone, recording
 from plugins_builtin.guards.activations import tensors_in
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
@@ -143,7 +143,8 @@ class Call:
         """Run a module; its first output, and each stream with the leaf of the graph that stands for it."""
         given = replaced or {}
         streams = [(tensor, given.get(id(tensor), tensor).detach().requires_grad_()) for tensor in self.streams]
-        with torch.enable_grad():
+        leading = self.leading
+        with torch.enable_grad() if leading is None else recording(leading.shape[:-1].numel(), leading.device):
             # Copies, for a module that adds to its input in place.
             output = self.run(module, {**given, **{id(tensor): leaf.clone() for tensor, leaf in streams}})
         first = next(tensors_in(output), None)
