@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invarlock.api import (
     InputError,
@@ -19,6 +21,9 @@ from invarlock.api import (
     panics_unprinted,
 )
 from plugins_builtin.adapters.hf import load_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYER = re.compile(r"\bblk\.\d+\.")
 """Prefix of a layer's tensor names."""
@@ -55,7 +60,7 @@ class HF_GGUF_Adapter(ModelAdapter):
                 dtype=dtype,
                 trust_remote_code=bool(kwargs.get("trust_remote_code")),
             )
-            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            if not all(map(_is_finite, model.parameters())):
                 _check_scales(path)
             return model
 
@@ -92,11 +97,20 @@ def _parsed_once() -> Iterator[None]:
             self._bytes = mapped.view(np.ndarray)
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(kept["get_tensor_name_map"])
+    read = cache(PlainReader)
+    # One file, as a string or as a path.
+    gguf.GGUFReader = lambda path: read(os.fspath(path))
+    gguf.get_tensor_name_map = cache(kept["get_tensor_name_map"])
     try:
         yield
     finally:
         vars(gguf).update(kept)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """The extremes tell in a tenth of the time of all numbers."""
+    lowest, highest = map(float, tensor.detach().aminmax())
+    return math.isfinite(lowest) and math.isfinite(highest)
 
 
 def _check_scales(path: Path) -> None:
