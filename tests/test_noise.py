@@ -53,5 +53,5 @@ def test_text_does_not_depend_on_how_much_is_written_at_once(name: str, monkeypa
     masked, start = {"bert": (3, None), "t5": (None, 0)}.get(name, (None, None))
     layout = WindowLayout(12, mask=masked, start=start)
     at_once = write_text(model, layout, 6, seed=5)
-    monkeypatch.setattr("invarlock.models.sizes.CPU", sizes.Sizes(4096, 4096, 4096, 4096 * 4096, 24, 24))
+    monkeypatch.setattr("invarlock.models.sizes.CPU", sizes.Sizes(4096, 4096, 512, 4096, 4096 * 4096, 24, 24))
     assert torch.equal(write_text(model, layout, 6, seed=5), at_once)

@@ -109,7 +109,7 @@ class _Writer:
             rows = self.layout.surround(text)
             output = self.model(input_ids=rows, attention_mask=torch.ones_like(rows))
             logits = logits_of(self.model, output)[:, before : before + length].float()
-            drawn = self.draw(logits.masked_fill(~self.ordinary, -torch.inf))
+            drawn = self.noise.drawn(logits.masked_fill(~self.ordinary, -torch.inf))
             hidden = text == mask
             text = torch.where(hidden, drawn, text)
             drawn_likelihood = logits.log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
@@ -123,7 +123,7 @@ class _Writer:
         """Draw token after token until the rows are ``length`` long."""
         fresh = rows
         while rows.shape[1] < length:
-            fresh = self.draw(step(rows, fresh)).unsqueeze(1)
+            fresh = self.noise.drawn(step(rows, fresh)).unsqueeze(1)
             rows = torch.cat([rows, fresh], dim=1)
             self.written.add(len(fresh))
         return rows
@@ -142,10 +142,6 @@ class _Writer:
         if caches(self.model):
             return Growing(self.model, length, inputs)
         return lambda rows, fresh: logits_of(self.model, self.model(**inputs(rows, rows)))[:, -1]
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """Draw from softmax(logits) along the last dimension: the largest of logits plus Gumbel noise (Gumbel 1954)."""
-        return (logits.float() - self.noise.exponential(*logits.shape).log_()).argmax(dim=-1)
 
     def first_tokens(self, count: int) -> Tensor:
         begin = getattr(getattr(self.model, "config", None), "bos_token_id", None)

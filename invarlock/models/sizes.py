@@ -17,6 +17,8 @@ class Sizes:
     """Weights that are rounded at once."""
     words: int
     """32-bit words of which a digest is made at once; their products take four times as much memory."""
+    hashes: int
+    """Random numbers that are hashed at once; four times as many bytes, a few times over."""
     log_probs: int
     """Bytes of float32 log-probabilities at once."""
     logits: int
@@ -30,6 +32,7 @@ class Sizes:
 CPU = Sizes(
     weights=1 << 22,
     words=1 << 16,
+    hashes=1 << 18,
     log_probs=4 * MIB,
     logits=128 * MIB,
     batch_tokens=2048,
@@ -51,6 +54,7 @@ def sizes_of(device: torch.device) -> Sizes:
     return Sizes(
         weights=room // 16,
         words=room // 32,
+        hashes=room // 32,
         log_probs=room // 8,
         logits=room // 2,
         batch_tokens=1 << 14,

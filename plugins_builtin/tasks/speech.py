@@ -119,6 +119,6 @@ def _written(model: Any, sounds: Tensor, start: int, length: int, seed: int) -> 
         encoded = torch.cat([model.get_encoder()(each.to(device)).last_hidden_state for each in torch.split(sounds, 4)])
         while rows.shape[1] <= length:
             logits = model(encoder_outputs=(encoded,), decoder_input_ids=rows).logits[:, -1].float()
-            drawn = (logits - noise.exponential(*logits.shape).log()).argmax(dim=-1, keepdim=True)
+            drawn = noise.drawn(logits).unsqueeze(-1)
             rows = torch.cat([rows, drawn], dim=1)
     return rows[:, 1:].cpu()
