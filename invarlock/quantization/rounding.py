@@ -167,12 +167,12 @@ def fake_quantize_alike_(
     """
     memory = workspace or Workspace()
     rounders = [_Rounder.of(weight, scheme, layout, measure, memory, scale_dtype, columns) for weight in weights]
-    each = [(rounder, matrix) for rounder in rounders for matrix in rounder.matrices]
-    if each and not scheme.clamp_ratio and (kernel := rounders[0].kernel):
-        _launch_(kernel, each, None)
+    kernel = rounders[0].kernel()
+    if kernel and not scheme.clamp_ratio:
+        _launch_(kernel, [(rounder, matrix) for rounder in rounders for matrix in rounder.matrices], None)
     else:
         for rounder in rounders:
-            rounder.round_()
+            rounder.round_(kernel)
     return [rounder.done() for rounder in rounders]
 
 
@@ -198,8 +198,9 @@ class _Rounder:
     """One weight on its way: how it is rounded, with what memory, and its sums and grids so far."""
 
     weight: Tensor
+    matrices: Sequence[Tensor]
+    """The weight as matrices (out, in): views, or of a convolution that has none a copy."""
     scheme: Scheme
-    layout: WeightLayout
     sums: Sums
     workspace: Workspace
     scale_dtype: torch.dtype
@@ -228,35 +229,28 @@ class _Rounder:
         # Scales of blocks are of a format's own type, which float32 holds.
         kept = torch.float32 if scheme.of_floats and scheme.of_floats.block else weight.dtype
         minimums = scale_dtype is not None and not scheme.symmetric
-        return cls(weight.detach(), scheme, layout, sums, workspace, scale_dtype or kept, minimums, columns)
+        weight = weight.detach()
+        whole = layout.matrices(weight)
+        matrices: Sequence[Tensor] = () if not weight.numel() else whole.unbind() if whole.ndim == 3 else (whole,)
+        return cls(weight, matrices, scheme, sums, workspace, scale_dtype or kept, minimums, columns)
 
-    @cached_property
-    def matrices(self) -> Sequence[Tensor]:
-        """The weight as matrices (out, in): views, or of a convolution that has none a copy."""
-        if not self.weight.numel():
-            return ()
-        matrices = self.layout.matrices(self.weight)
-        return matrices.unbind() if matrices.ndim == 3 else (matrices,)
-
-    def round_(self) -> None:
+    def round_(self, kernel: Callable[..., Any] | None) -> None:
         """Round the matrices in place, one by one."""
         for number, matrix in enumerate(self.matrices):
             clip = clip_bounds(matrix, self.scheme.clamp_ratio) if self.scheme.clamp_ratio else None
-            if kernel := self.kernel:
+            if kernel:
                 _launch_(kernel, [(self, matrix)], clip)
             else:
                 columns = None if self.columns is None else self.columns.reshape(-1, self.columns.shape[-1])[number]
                 self.grids.append(self._in_blocks_(matrix, clip, columns))
 
-    @property
     def kernel(self) -> Callable[..., Any] | None:
         """``round_rows_`` of the kernel that rounds the matrices in one pass; None where plain operations have to."""
-        matrix = self.matrices[0]
-        if self.minimums or self.columns is not None or self.scheme.of_floats or not takes_triton(matrix):
+        if self.minimums or self.columns is not None or self.scheme.of_floats or not takes_triton(self.weight):
             return None
         from invarlock.quantization.fused import round_rows_, takes
 
-        return round_rows_ if takes(matrix, self.scheme) else None
+        return round_rows_ if self.matrices and takes(self.matrices[0], self.scheme) else None
 
     def done(self) -> RoundedWeight:
         """The result, once all matrices are rounded."""
