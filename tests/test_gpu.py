@@ -53,6 +53,20 @@ def test_a_weight_is_rounded_to_the_same_bits(scheme, dtype, layout, triton, mon
         assert done.effect.non_finite_rows == here.effect.non_finite_rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("apart", [0, 7, 16])
+def test_weights_of_one_shape_are_rounded_to_the_same_bits(dtype: torch.dtype, apart: int) -> None:
+    """One launch rounds them, wherever they lie."""
+    here = architectures.llama().to(dtype)
+    there = architectures.llama().to("cuda", dtype)
+    weight = there.get_parameter("model.layers.1.self_attn.o_proj.weight")
+    weight.data = torch.cat([weight.new_zeros(apart), weight.detach().flatten()])[apart:].view_as(weight)
+    for model in (here, there):
+        quantize_model(model, Plan(4, group_size=16, scope="all"))
+    for name, parameter in here.named_parameters():
+        assert torch.equal(parameter, there.get_parameter(name).cpu()), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format_", ["fp8", "mxfp4", "nvfp4"])
 def test_a_weight_is_rounded_to_the_same_floats(format_: str, dtype: torch.dtype) -> None:

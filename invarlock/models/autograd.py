@@ -17,8 +17,8 @@ FEW_TOKENS = 256
 def recording(tokens: int, device: torch.device) -> Iterator[None]:
     """Meanwhile operations are recorded for gradients.
 
-    On a CUDA device few tokens attend to each other by plain products. Fused kernels are other ones for gradients than
-    for a pass, and take half a second to load; some of them add up gradients in another order each time.
+    On a CUDA device few tokens attend to each other by plain products. Fused kernels for gradients are not those of a
+    pass, and take half a second to load; some of them add up gradients in another order each time.
     """
     plain = device.type == "cuda" and tokens <= FEW_TOKENS
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():

@@ -177,7 +177,7 @@ class _Products:
         :param squares: Rayleigh quotients of the vectors.
         :param vectors: one for each of the matrices, (places, columns).
         """
-        if self.grams is None or not places:
+        if self.grams is None:
             return [math.sqrt(max(square, 0.0)) for square in squares]
         images = torch.stack(
             [self.matrices[place].image(vector) for place, vector in zip(places, vectors, strict=True)]
@@ -203,10 +203,10 @@ def _largest(products: _Products, basis: Tensor, images: Tensor) -> list[tuple[f
         error = torch.minimum(size, size**2 / (top - values[:, -2]).clamp(min=TINY))
         full = step == MOST_STEPS - 1 or basis.shape[1] + WIDTH > basis.shape[2]
         sure = [full or close for close in (error <= 2 * ACCURACY * top).tolist()]
-        new = [place for place, done in enumerate(sure) if done and left[place] not in found]
-        leading = vectors[new, -2:]
-        sigmas = products.sigmas(new, top[new].tolist(), leading[:, -1])
-        found |= {left[place]: (sigma, pair) for place, sigma, pair in zip(new, sigmas, leading, strict=True)}
+        if new := [place for place, done in enumerate(sure) if done and left[place] not in found]:
+            leading = vectors[new, -2:]
+            sigmas = products.sigmas(new, top[new].tolist(), leading[:, -1])
+            found |= {left[place]: (sigma, pair) for place, sigma, pair in zip(new, sigmas, leading, strict=True)}
         open_ = [place for place, done in enumerate(sure) if not done]
         if not open_:
             break
