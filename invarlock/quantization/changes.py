@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from invarlock.models.precision import for_float64
 from invarlock.quantization.differences import are_equal, differing_rows, is_cast, relative_error
 from invarlock.quantization.grids import infer_grid, some_rows
 from invarlock.quantization.layout import WeightLayout
@@ -293,8 +294,8 @@ def _rank(old: Tensor, new: Tensor, most: int) -> int | None:
     left = squares.flip(0).cumsum(0).flip(0).sqrt()
     total, left = left[0], left[1 : most + 1]
     # A rounding is off by half a step at most, and by half of that in the root mean square.
-    rounding = _eps(old, new) / 2 * torch.linalg.vector_norm(new.float())
-    explained = (left <= torch.maximum(rounding, 1e-3 * total)) & (left <= NOISE * total)
+    rounding = _eps(old, new) / 2 * float(torch.linalg.vector_norm(new.float()))
+    explained = (left <= (1e-3 * total).clamp(min=rounding)) & (left <= NOISE * total)
     return int(explained.nonzero()[0]) + 1 if explained.any() else None
 
 
@@ -307,12 +308,12 @@ def _squares(difference: Tensor, most: int) -> Tensor:
     probe = torch.randn(difference.shape[1], min(most + 8, *difference.shape), generator=generator)
     basis = torch.linalg.qr(difference @ probe.to(difference.device))[0]
     found = basis.mT @ difference
-    rest = torch.linalg.vector_norm(difference.addmm_(basis, found, alpha=-1)).double().square()
+    rest = for_float64(torch.linalg.vector_norm(difference.addmm_(basis, found, alpha=-1))).double().square()
     return torch.cat([_all_squares(found), rest[None]])
 
 
 def _all_squares(matrix: Tensor) -> Tensor:
-    wide = matrix.double()
+    wide = for_float64(matrix).double()
     squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
     return squares.flip(0).clamp(min=0)
 

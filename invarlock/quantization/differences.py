@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from invarlock.models.precision import for_float64
 from invarlock.models.sizes import sizes_of
 
 
@@ -52,4 +53,4 @@ def in_blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _energy(block: Tensor) -> float:
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(for_float64(block), dtype=torch.float64)) ** 2

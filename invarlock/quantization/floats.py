@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from invarlock.models.precision import for_float64
 from invarlock.quantization.scheme import Scheme
 
 Clip = tuple[float, float]
@@ -65,7 +66,7 @@ class FloatGrid:
         largest = torch.maximum(high, low.neg_())
         if not scheme.per_channel:
             largest = largest.amax(0, keepdim=True)
-        finite = math.isfinite(float(largest.sum(dtype=torch.float64)))
+        finite = math.isfinite(float(for_float64(largest).sum(dtype=torch.float64)))
         if factor is not None:
             return cls(scheme.format, _e4m3_scale(largest, factor), finite, factor)
         scale = _power_of_two(largest) if scheme.format == "mxfp4" else _plain_scale(largest, dtype)

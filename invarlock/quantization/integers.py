@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from invarlock.models.precision import for_float64
 from invarlock.quantization.floats import Clip
 from invarlock.quantization.scheme import Scheme
 
@@ -101,7 +102,7 @@ class MinimumGrid:
             low, high = low.clamp_(*clip), high.clamp_(*clip)
         # A tensor, not a number: CUDA would multiply with the reciprocal of that, and get other bits than a CPU.
         scale = (high - low).div_(high.new_full((), scheme.levels))
-        finite = math.isfinite(float(scale.sum(dtype=torch.float64)))
+        finite = math.isfinite(float(for_float64(scale).sum(dtype=torch.float64)))
         scale = scale.to(dtype).float().clamp_(*scale_limits(dtype, scheme.bitwidth))
         minimum = low.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).float()
         zero = torch.full_like(scale, scheme.code_range[0])

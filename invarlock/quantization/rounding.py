@@ -21,6 +21,7 @@ from torch import Tensor
 
 from invarlock.core.results import EditedWeight
 from invarlock.models.kernels import takes_triton
+from invarlock.models.precision import for_float64
 from invarlock.models.sizes import sizes_of
 from invarlock.quantization.clipping import clip_bounds, finite_rows
 from invarlock.quantization.floats import Clip, FloatGrid, grid_over
@@ -361,4 +362,4 @@ def _energy(flat: Tensor) -> float:
     energy = float(torch.dot(flat, flat))
     if 1e-25 < energy < math.inf:
         return energy
-    return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(for_float64(flat), dtype=torch.float64)) ** 2

@@ -93,7 +93,8 @@ def leading_values(matrix: Tensor, count: int) -> list[float] | None:
     if sketched is None:
         return None
     if min(matrix.shape) <= GRAM_UP_TO:
-        wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
+        # On the CPU: not every device has double precision.
+        wide = matrix.cpu().double() if matrix.shape[0] <= matrix.shape[1] else matrix.cpu().double().T
         squares: list[float] = torch.linalg.eigvalsh(wide @ wide.T).flip(0)[:count].clamp(min=0).tolist()
         return [math.sqrt(square) for square in squares]
     generator = torch.Generator().manual_seed(matrix.shape[1])
