@@ -181,7 +181,7 @@ def _quotient(x, divisor, reciprocal, compiled: tl.constexpr):
         return tl.div_rn(x, divisor)
 
 
-# Numbers of matrices and rows differ from weight to weight, and each variant takes a second to compile.
+# Numbers of matrices and rows differ from weight to weight, and each variant would be compiled for itself.
 @triton.jit(do_not_specialize=["programs", "rows"])
 def _round_row(
     weights,

@@ -13,7 +13,7 @@ from torch import Tensor
 from plugins_builtin.guards.on_host import on_host
 
 BATCH_BYTES = 1 << 28
-"""What is looked at before a device is waited for; small enough for processes to share the work evenly."""
+"""Least size of a batch, after which a device is waited for; small enough for processes to share the work evenly."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Batch:
 
 
 def batches(tensors: Iterable[Tensor]) -> Iterator[Batch]:
-    """The tensors in their order, as many together as have ``BATCH_BYTES``."""
+    """The tensors in their order, together until they have ``BATCH_BYTES``."""
     for _, of_one_device in groupby(tensors, lambda tensor: tensor.device):
         few: list[Tensor] = []
         for tensor in of_one_device:

@@ -160,7 +160,7 @@ class Sketched:
 
     @staticmethod
     def spectra(several: Sequence[Sketched], found: Sequence[tuple[float, Tensor]]) -> list[Spectrum]:
-        """What is kept of matrices.
+        """Summaries of matrices, on the CPU.
 
         :param found: the largest singular value of ``scale * W`` of each, and its leading right singular vectors.
         """
