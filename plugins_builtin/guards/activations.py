@@ -9,7 +9,6 @@ neither does the time: some dozens of tokens tell no more for coming from more w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -40,8 +39,7 @@ class Sampled:
 
     @cached_property
     def finite(self) -> bool:
-        lowest, highest = torch.aminmax(self.rows)
-        return math.isfinite(float(lowest) + float(highest))
+        return bool(are_finite(self.rows))
 
     def comparable(self, other: Sampled) -> bool:
         """Compare the tokens that both are of, and their features."""
